@@ -1,0 +1,1 @@
+"""The command `timm-multilabel` and its subcommands."""

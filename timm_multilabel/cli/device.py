@@ -1,0 +1,32 @@
+"""The device of this process and the precision on it."""
+import torch
+from timm.utils.distributed import init_distributed_device_so
+
+from timm_multilabel.errors import UserError
+from timm_multilabel.training.loop import Precision
+
+
+def start_device(name: str | None) -> torch.device:
+    """Join the other processes, if torchrun started some, and pick this one's device."""
+    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        torch.device(name)
+        if name.startswith('cuda') and not torch.cuda.is_available():
+            raise UserError(f'--device {name}: this machine has no CUDA device; pass --device cpu')
+        device = torch.device(init_distributed_device_so(name)['device'])
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'--device {name}: cannot be used ({" ".join(str(error).split())[:200]})') from error
+    if device.type == 'cuda':
+        torch.backends.cudnn.benchmark = True
+    return device
+
+
+def choose_precision(device: torch.device, amp: bool, amp_dtype: str | None, channels_last: bool) -> Precision:
+    """The precision that --amp, --amp-dtype and --channels-last ask for."""
+    dtype = None
+    if amp:
+        dtype = getattr(torch, amp_dtype or ('float16' if device.type == 'cuda' else 'bfloat16'))
+        if dtype is torch.float16 and device.type != 'cuda':
+            raise UserError(f'--amp-dtype float16 needs CUDA, and the device is {device}; pass --amp-dtype bfloat16')
+    return Precision(device, dtype, channels_last)

@@ -1,0 +1,114 @@
+"""What the command lines share: the parser, types of values, YAML files of flags, groups of flags."""
+import argparse
+import difflib
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from timm_multilabel.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says what is wrong in one line and ends with exit status 2."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault('allow_abbrev', False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        print(f'{self.prog}: error: {message} (see {self.prog} --help)', file=sys.stderr)
+        sys.exit(2)
+
+
+def number(kind: type = float, least: float = -math.inf, above: float = -math.inf) -> Callable[[str], float]:
+    """A type for flags: a finite number that is at least `least` and more than `above`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f'{text!r} is not a {"whole " if kind is int else ""}number')
+        if value < least or value <= above:
+            bound = f'{least:g} or more' if above == -math.inf else f'more than {above:g}'
+            raise argparse.ArgumentTypeError(f'{text} is out of range, expected {bound}')
+        return value
+
+    return parse
+
+
+at_least_0 = number(least=0)
+above_0 = number(above=0)
+count = number(int, least=0)
+positive = number(int, least=1)
+
+
+def fraction(text: str) -> float:
+    """A type for flags: a number from 0 to 1."""
+    value = at_least_0(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f'{text} is out of range, expected 0 to 1')
+    return value
+
+
+def assignment(text: str) -> tuple[str, float]:
+    """A type for flags: NAME=NUMBER."""
+    name, equals, value = text.rpartition('=')
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f'{text!r} is not of the form NAME=NUMBER')
+    return name, at_least_0(value)
+
+
+def parse_with_config(parser: Parser, argv: list[str]) -> argparse.Namespace:
+    """Parse a command line in which `-c FILE.yaml` may set any flag; what the line itself says goes first.
+
+    Raises:
+        UserError: The file is missing or no mapping of flags, or names a flag that there is none of.
+    """
+    finder = Parser(add_help=False, prog=parser.prog)
+    finder.add_argument('-c', '--config')
+    path = finder.parse_known_args(argv)[0].config
+    flags = _flags_from_yaml(parser, Path(path)) if path else []
+    return parser.parse_args(flags + argv)
+
+
+def _flags_from_yaml(parser: Parser, path: Path) -> list[str]:
+    """A YAML file as command-line words, so that its values are read and checked as those of the command line are."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f'{path}: cannot be read as YAML ({" ".join(str(error).split())})') from error
+    if not isinstance(settings, dict):
+        raise UserError(f'{path}: expected a mapping of flags to values, such as "lr: 0.1"')
+    actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'config')}
+    words = []
+    for key, value in settings.items():
+        dest = str(key).replace('-', '_')
+        if dest not in actions:
+            near = difflib.get_close_matches(dest, actions, n=1)
+            raise UserError(f"{path}: there is no flag '{key}'" + (f"; did you mean '{near[0]}'?" if near else ''))
+        words += _words(path, actions[dest], value)
+    return words
+
+
+def _words(path: Path, action: argparse.Action, value: Any) -> list[str]:
+    """One setting of a YAML file as command-line words."""
+    if value is None:
+        return []
+    if isinstance(action, argparse.BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise UserError(f"{path}: '{action.dest}' is {value!r}, expected true or false")
+        return [action.option_strings[0 if value else -1]]
+    if isinstance(value, dict):
+        value = [f'{name}={part}' for name, part in value.items()]
+    values = [str(part) for part in value] if isinstance(value, list | tuple) else [str(value)]
+    if not action.option_strings:
+        return values
+    option = action.option_strings[-1]
+    # One word, so that a value such as -1 is not taken for a flag.
+    return [f'{option}={values[0]}'] if action.nargs is None and len(values) == 1 else [option, *values]

@@ -1,0 +1,41 @@
+"""`timm-multilabel SUBCOMMAND ...`, and the same for the scripts in the repository's root."""
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from types import ModuleType
+
+from timm_multilabel.cli import train, validate
+from timm_multilabel.cli.flags import Parser, parse_with_config
+from timm_multilabel.errors import UserError
+
+COMMANDS = (train, validate)
+
+
+def main() -> None:
+    """Run the subcommand that the command line names."""
+    parser = Parser(prog='timm-multilabel', description='Several labels a photo and SimCLR, on any timm backbone.')
+    subparsers = parser.add_subparsers(metavar='COMMAND', required=True)
+    for command in COMMANDS:
+        subparsers.add_parser(command.NAME, help=command.HELP, add_help=False).set_defaults(command=command)
+    command = parser.parse_args(sys.argv[1:2]).command
+    run_command(command, f'timm-multilabel {command.NAME}', sys.argv[2:])
+
+
+def run_command(command: ModuleType, prog: str, argv: Sequence[str]) -> None:
+    """Run a subcommand; what the user can mend becomes one line on standard error and exit status 2."""
+    logging.basicConfig(format='%(levelname)s: %(message)s', level=logging.WARNING)
+    parser = Parser(prog=prog, description=command.__doc__.split('\n')[0])
+    command.add_flags(parser)
+    try:
+        command.run(parse_with_config(parser, list(argv)))
+    except UserError as error:
+        if int(os.environ.get('RANK', 0)):
+            # All ranks meet most errors alike. The first one has the word; it ends, and the launcher ends the others.
+            time.sleep(3)
+        print(f'{prog}: error: {error.line}', file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f'{prog}: stopped', file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,154 @@
+"""`timm-multilabel train`: from flags to a run."""
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from timm.utils import random_seed
+
+from timm_multilabel.cli import build, train_flags
+from timm_multilabel.cli.device import choose_precision, start_device
+from timm_multilabel.data.table import Rows, encode_rows, find_label_space, read_table
+from timm_multilabel.distributed import world
+from timm_multilabel.errors import UserError
+from timm_multilabel.labels import LabelSpace
+from timm_multilabel.task import resolve_head_weights
+from timm_multilabel.training.checkpoint import read_checkpoint, resume
+from timm_multilabel.training.loop import Fit
+from timm_multilabel.training.run_folder import RunFolder
+
+NAME = 'train'
+HELP = 'train a backbone on the labels of a CSV, together with SimCLR'
+
+add_flags = train_flags.add_flags
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train."""
+    check_flags(args)
+    device = start_device(args.device)
+    say = print if world()[0] == 0 else lambda line: None
+    if args.old_amp:
+        args.amp = True
+        say('--apex-amp and --native-amp are read as --amp: PyTorch has mixed precision of its own')
+    precision = choose_precision(device, args.amp, args.amp_dtype, args.channels_last)
+
+    label_space, train_rows, eval_rows = read_data(args)
+    check_label_space(args, label_space)
+    check_batches(args, train_rows)
+    checkpoint = read_checkpoint(args.resume) if args.resume else None
+
+    random_seed(args.seed, 0)  # the same first weights on every rank
+    model, data_config = build.model(args, label_space)
+    folder = build.folder(args, data_config, checkpoint)
+    task = build.task(args, model, data_config, device, say)
+    steps = steps_per_epoch(args, len(train_rows))
+    updater, epochs = build.updater(args, task, precision, steps)
+    first = resume(checkpoint, task, updater.optimizer, updater.scaler) if checkpoint else 0
+    if updater.scheduler is not None and first:
+        updater.scheduler.step(first)
+        updater.scheduler.step_update(first * updater.updates_per_epoch(steps))
+    if world()[1] > 1:
+        task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
+    train_loader, eval_loader = build.loaders(args, task, data_config, device, train_rows, eval_rows)
+
+    say(f'{args.model}, heads: {label_space}')
+    say(f'{len(train_rows)} images to train on, {len(eval_rows) if eval_rows is not None else 0} to evaluate on, '
+        f'{world()[1]} x {device}, {epochs} epochs of {steps} steps, run folder {folder}')
+    fit = Fit(updater, precision, train_loader, eval_loader, args.seed, args.eval_metric,
+              log_interval=args.log_interval)
+    if world()[0] == 0:
+        fit.run_folder = RunFolder(folder, settings(args), label_space)
+        fit.saver = build.saver(task, updater, folder, checkpoint, args)
+    fit.run(first, epochs)
+    say(f'{folder}: {epochs} epochs done')
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as args.yaml and checkpoints hold them: what `-c` takes, without what names this one start."""
+    return {key: value for key, value in vars(args).items()
+            if key not in ('run', 'command', 'config', 'old_amp', 'resume')}
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse what contradicts itself, before anything is read.
+
+    Raises:
+        UserError: Flags that do not go together.
+    """
+    if not args.simclr_loss_weight and not args.classification_loss_weight:
+        raise UserError('-wls 0 with -wlc 0 leaves nothing to train; make one of them more than 0')
+    if args.simclr_loss_weight and args.batch_size == 1:
+        raise UserError('-b 1: SimCLR contrasts the images of a batch, so it needs 2 or more; raise -b, or pass -wls 0')
+    mixing = args.mixup or args.cutmix
+    if mixing and args.simclr_loss_weight:
+        raise UserError(
+            '--mixup and --cutmix make one picture of two photos, which SimCLR would take for one photo: '
+            'pass -wls 0 with them')
+    if mixing and args.batch_size % 2:
+        raise UserError(f'-b {args.batch_size}: --mixup and --cutmix mix pairs, so they need an even batch')
+    if args.head_weights and len(dict(args.head_weights)) != len(args.head_weights):
+        raise UserError('--head-weights names a head twice')
+    timm_only = ('aa', 'color_jitter', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob')
+    for name in timm_only if args.views == 'simclr' else ():
+        if getattr(args, name) is not None:
+            flag = '--' + name.replace('_', '-')
+            raise UserError(f"{flag} shapes timm's views; leave it out with --views simclr, which has its own recipe")
+    if args.color_jitter and len(args.color_jitter) not in (1, 3, 4):
+        raise UserError(f'--color-jitter takes 1, 3 or 4 numbers, not {len(args.color_jitter)}')
+    if args.sched == 'plateau' and args.sched_on_updates:
+        raise UserError('--sched plateau goes by epochs; leave --sched-on-updates out')
+    if args.input_size and args.input_size[0] != 3:
+        raise UserError(f'--input-size {args.input_size[0]} ...: images are RGB, so the first number is 3')
+
+
+def read_data(args: argparse.Namespace) -> tuple[LabelSpace, Rows, Rows | None]:
+    """The label space, the training rows, and the evaluation rows unless SimCLR is alone."""
+    folder = Path(args.data_dir)
+    if not folder.is_dir():
+        raise UserError(f'{folder}: no such data directory; it holds train.csv, val.csv and the images')
+    train = read_table(folder / 'train.csv', args.image_column)
+    tables = [read_table(folder / 'all.csv', args.image_column)] if (folder / 'all.csv').is_file() else []
+    label_space = find_label_space([*tables, train], args.heads)
+    if not args.classification_loss_weight:
+        return label_space, encode_rows(train, label_space, ignore_unknown=True), None
+    if not label_space.heads:
+        raise UserError(
+            f"{train.path}: no label column beside '{args.image_column}'; add one, or pass -wlc 0 for SimCLR alone")
+    val = read_table(folder / 'val.csv', args.image_column)
+    for name in label_space.names:
+        if name not in val.label_columns:
+            raise UserError(f"{val.path}: no column '{name}', which is a head; add it, or choose others with --heads")
+    train_rows = encode_rows(train, label_space)
+    return label_space, train_rows, encode_rows(val, label_space, args.unknown_labels == 'ignore')
+
+
+def check_label_space(args: argparse.Namespace, label_space: LabelSpace) -> None:
+    """Check the flags that speak of heads.
+
+    Raises:
+        UserError: A weight or a metric of a head that there is none of.
+    """
+    try:
+        weights = resolve_head_weights(label_space.names, dict(args.head_weights) if args.head_weights else None)
+    except ValueError as error:
+        raise UserError(f'--head-weights: {error}') from error
+    metrics = ['loss', 'top1', 'top5']
+    metrics += [f'{head}_{metric}' for head in weights for metric in metrics]
+    if args.eval_metric not in metrics:
+        raise UserError(f"--eval-metric '{args.eval_metric}': no such figure (there are: {', '.join(metrics)})")
+
+
+def steps_per_epoch(args: argparse.Namespace, rows: int) -> int:
+    steps = rows // world()[1] // args.batch_size
+    return steps if args.limit_steps is None else min(steps, args.limit_steps)
+
+
+def check_batches(args: argparse.Namespace, rows: Rows) -> None:
+    """Raise UserError where the training rows do not fill a batch."""
+    if not steps_per_epoch(args, len(rows)):
+        raise UserError(
+            f'{rows.source}: {len(rows)} rows do not fill a batch of {args.batch_size} on each of {world()[1]} '
+            'processes; lower -b')

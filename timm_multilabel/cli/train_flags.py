@@ -1,0 +1,150 @@
+"""The flags of training, named as timm's training script names them."""
+import argparse
+
+from timm.utils import ParseKwargs
+
+from timm_multilabel.cli.flags import above_0, assignment, at_least_0, count, fraction, number, positive
+
+_SWITCH = argparse.BooleanOptionalAction
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add all flags of training to a parser."""
+    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file that sets any of the flags below')
+    _add_data(parser.add_argument_group('data'))
+    _add_model(parser.add_argument_group('model'))
+    _add_loss(parser.add_argument_group('objective'))
+    _add_views(parser.add_argument_group('views and augmentation'))
+    _add_optimizer(parser.add_argument_group('optimizer'))
+    _add_schedule(parser.add_argument_group('learning rate schedule'))
+    _add_run(parser.add_argument_group('run'))
+
+
+def _add_data(group) -> None:
+    group.add_argument('data_dir', metavar='DIR', help='folder with train.csv, val.csv and perhaps all.csv')
+    group.add_argument('--image-column', default='image_path', metavar='NAME', help='column of the image paths')
+    group.add_argument('--heads', nargs='+', metavar='NAME', help='label columns to learn (default: all)')
+    group.add_argument('--unknown-labels', choices=('error', 'ignore'), default='error',
+                       help='labels of val.csv that training does not know: stop, or take them as missing')
+    group.add_argument('-j', '--workers', type=count, default=4, metavar='N', help='loader processes a GPU')
+
+
+def _add_model(group) -> None:
+    group.add_argument('--model', default='efficientnet_b0', metavar='NAME', help='any timm model')
+    group.add_argument('--pretrained', action=_SWITCH, default=False, help="start from timm's pretrained weights")
+    group.add_argument('--pretrained-path', metavar='FILE',
+                       help='start from a local timm checkpoint or safetensors file')
+    group.add_argument('--initial-checkpoint', metavar='FILE',
+                       help='start from what fits of a checkpoint of this program')
+    group.add_argument('--img-size', type=positive, metavar='N', help="image size (default: the model's own)")
+    group.add_argument('--input-size', type=positive, nargs=3, metavar='N', help='input size: 3 height width')
+    group.add_argument('--mean', type=float, nargs='+', metavar='X', help='mean to normalise with')
+    group.add_argument('--std', type=float, nargs='+', metavar='X', help='standard deviation to normalise with')
+    group.add_argument('--drop', type=fraction, default=0.0, metavar='P', help='dropout rate of the heads')
+    group.add_argument('--drop-path', '--drop-connect', type=fraction, metavar='P',
+                       help='stochastic depth rate of the backbone')
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V',
+                       help='further arguments of the model')
+    group.add_argument('--grad-checkpointing', action=_SWITCH, default=False,
+                       help='recompute activations in the backward pass to save memory')
+    group.add_argument('--channels-last', action=_SWITCH, default=False, help='channels-last memory layout')
+    group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='use torch.compile')
+    group.add_argument('--sync-bn', action=_SWITCH, default=False, help='batch norm over all GPUs')
+    group.add_argument('--model-ema', action=_SWITCH, default=False, help='keep a moving average of the weights')
+    group.add_argument('--model-ema-decay', type=fraction, default=0.9998, metavar='P', help='its decay')
+    group.add_argument('--model-ema-warmup', action=_SWITCH, default=False, help='warm its decay up')
+
+
+def _add_loss(group) -> None:
+    group.add_argument('-wls', '--simclr-loss-weight', type=at_least_0, default=0.5, metavar='W',
+                       help='weight of NT-Xent; 0 trains the heads alone, with one view an image')
+    group.add_argument('-wlc', '--classification-loss-weight', type=at_least_0, default=0.5, metavar='W',
+                       help="weight of the heads' losses; 0 is SimCLR alone")
+    group.add_argument('-t', '--temperature', type=above_0, default=0.5, metavar='T', help='temperature of NT-Xent')
+    group.add_argument('--projection-dim', type=positive, default=64, metavar='N', help='width of the projections')
+    group.add_argument('--smoothing', type=fraction, default=0.1, metavar='P', help='label smoothing')
+    group.add_argument('--head-weights', type=assignment, nargs='+', metavar='HEAD=W',
+                       help='weight of each head (default: 1 / number of heads)')
+    group.add_argument('--classify-views', choices=('both', 'first'), default='both',
+                       help='views that the heads learn from')
+
+
+def _add_views(group) -> None:
+    group.add_argument('--views', choices=('timm', 'simclr'), default='timm',
+                       help="recipe of a view: timm's flags below, or SimCLR's crop, flip, jitter, grayscale and blur")
+    group.add_argument('--scale', type=above_0, nargs=2, default=[0.08, 1.0], metavar='X', help='crop area range')
+    group.add_argument('--ratio', type=above_0, nargs=2, default=[3 / 4, 4 / 3], metavar='X', help='crop aspect range')
+    group.add_argument('--hflip', type=fraction, default=0.5, metavar='P', help='probability of a horizontal flip')
+    group.add_argument('--vflip', type=fraction, default=0.0, metavar='P', help='probability of a vertical flip')
+    group.add_argument('--train-interpolation', choices=('random', 'bilinear', 'bicubic'), default='random')
+    group.add_argument('--aa', metavar='POLICY', help='auto augment policy, e.g. rand-m9-mstd0.5')
+    group.add_argument('--color-jitter', type=at_least_0, nargs='+', metavar='X',
+                       help='brightness, contrast, saturation[, hue] (default: 0.4; off with --aa)')
+    group.add_argument('--color-jitter-prob', type=fraction, metavar='P', help='probability of color jitter')
+    group.add_argument('--grayscale-prob', type=fraction, metavar='P', help='probability of greyscale')
+    group.add_argument('--gaussian-blur-prob', type=fraction, metavar='P', help='probability of blur')
+    group.add_argument('--reprob', type=fraction, default=0.0, metavar='P', help='probability of random erasing')
+    group.add_argument('--remode', choices=('const', 'rand', 'pixel'), default='pixel', help='what erased areas hold')
+    group.add_argument('--recount', type=positive, default=1, metavar='N', help='erased areas an image')
+    group.add_argument('--interpolation', metavar='NAME', help="evaluation's resize (default: the model's own)")
+    group.add_argument('--crop-pct', type=above_0, metavar='X', help="evaluation's center crop share")
+    group.add_argument('--mixup', type=at_least_0, default=0.0, metavar='A', help='mixup alpha; needs -wls 0')
+    group.add_argument('--cutmix', type=at_least_0, default=0.0, metavar='A', help='cutmix alpha; needs -wls 0')
+    group.add_argument('--mixup-prob', type=fraction, default=1.0, metavar='P', help='probability of mixing')
+    group.add_argument('--mixup-switch-prob', type=fraction, default=0.5, metavar='P',
+                       help='probability of cutmix where both are on')
+    group.add_argument('--mixup-mode', choices=('batch', 'pair', 'elem'), default='batch')
+
+
+def _add_optimizer(group) -> None:
+    group.add_argument('--opt', default='sgd', metavar='NAME', help='any timm optimizer')
+    group.add_argument('--opt-eps', type=above_0, metavar='X', help='epsilon')
+    group.add_argument('--opt-betas', type=fraction, nargs='+', metavar='X', help='betas')
+    group.add_argument('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V',
+                       help='further arguments of the optimizer')
+    group.add_argument('--momentum', type=fraction, default=0.9, metavar='X', help='momentum')
+    group.add_argument('--weight-decay', type=at_least_0, default=2e-5, metavar='X', help='weight decay')
+    group.add_argument('--layer-decay', type=above_0, metavar='X',
+                       help="factor on the learning rate from each of the backbone's layers to the one below")
+    group.add_argument('--gradient-centralization', action=_SWITCH, default=None,
+                       help='center the updates of convolutions (default: with --opt adamp)')
+    group.add_argument('--clip-grad', type=above_0, metavar='X', help='clip gradients')
+    group.add_argument('--clip-mode', choices=('norm', 'value', 'agc'), default='norm', help='how to clip them')
+    group.add_argument('--grad-accum-steps', type=positive, default=1, metavar='N',
+                       help='batches an update; NT-Xent pairs within each of them')
+
+
+def _add_schedule(group) -> None:
+    group.add_argument('--sched', default='cosine', metavar='NAME', help='any timm schedule, e.g. cosine, step')
+    group.add_argument('--sched-on-updates', action=_SWITCH, default=False, help='step it every update, not epoch')
+    group.add_argument('--lr', type=above_0, default=0.05, metavar='X', help='learning rate')
+    group.add_argument('--epochs', type=positive, default=100, metavar='N', help='epochs, without the cooldown')
+    group.add_argument('--warmup-epochs', type=count, default=3, metavar='N', help='epochs of warm-up')
+    group.add_argument('--warmup-lr', type=at_least_0, default=1e-4, metavar='X', help='rate that warm-up starts at')
+    group.add_argument('--cooldown-epochs', type=count, default=10, metavar='N',
+                       help='epochs at the least rate, after the schedule')
+    group.add_argument('--min-lr', type=at_least_0, default=1e-5, metavar='X', help='least rate')
+    group.add_argument('--decay-epochs', type=above_0, default=30, metavar='X', help='epochs between decays (step)')
+    group.add_argument('--decay-milestones', type=positive, nargs='+', default=[30, 60], metavar='N',
+                       help='epochs of decay (multistep)')
+    group.add_argument('--decay-rate', type=above_0, default=0.1, metavar='X', help='factor of a decay')
+    group.add_argument('--patience-epochs', type=count, default=10, metavar='N', help='patience (plateau)')
+
+
+def _add_run(group) -> None:
+    group.add_argument('-b', '--batch-size', type=positive, default=128, metavar='N', help='images a GPU and step')
+    group.add_argument('-vb', '--validation-batch-size', type=positive, metavar='N', help='the same in evaluation')
+    group.add_argument('--device', metavar='NAME', help='cpu, cuda, cuda:1, mps (default: cuda where there is one)')
+    group.add_argument('--amp', action=_SWITCH, default=False, help='mixed precision')
+    group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'),
+                       help='its lower precision (default: float16 on CUDA, bfloat16 elsewhere)')
+    group.add_argument('--apex-amp', '--native-amp', dest='old_amp', action='store_true', help=argparse.SUPPRESS)
+    group.add_argument('--seed', type=number(int, least=0), default=42, metavar='N', help='makes a run repeatable')
+    group.add_argument('--output', default='output/train', metavar='DIR', help='where run folders go')
+    group.add_argument('--experiment', metavar='NAME', help='name of the run folder (default: time-model-size)')
+    group.add_argument('--resume', metavar='FILE', help='go on from a checkpoint, in its run folder')
+    group.add_argument('--eval-metric', default='top1', metavar='NAME',
+                       help='what makes a checkpoint the best: loss, top1, top5 or HEAD_top1 (default: top1)')
+    group.add_argument('--checkpoint-hist', type=positive, default=10, metavar='N', help='checkpoints kept')
+    group.add_argument('--log-interval', type=positive, default=50, metavar='N', help='steps between figures')
+    group.add_argument('--limit-steps', type=positive, metavar='N', help='end each epoch after N steps')

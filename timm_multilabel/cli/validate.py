@@ -1,0 +1,215 @@
+"""Score a checkpoint on a labelled split, head by head; model and classes come from the checkpoint."""
+import argparse
+import io
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.distributed as dist
+
+from timm_multilabel.cli.device import choose_precision, start_device
+from timm_multilabel.cli.flags import count, positive
+from timm_multilabel.data.loaders import MultiLabelDataset, create_eval_loader
+from timm_multilabel.data.table import Rows, Table, describe_unknown, encode_rows, read_table, unknown_labels
+from timm_multilabel.data.views import eval_view
+from timm_multilabel.distributed import world
+from timm_multilabel.errors import UserError
+from timm_multilabel.files import write_whole
+from timm_multilabel.metrics import MultiLabelEvaluator, class_metrics, mean_over_heads
+from timm_multilabel.reports.confusion import write_confusion
+from timm_multilabel.task import resolve_head_weights
+from timm_multilabel.training.checkpoint import Checkpoint, load_model, read_checkpoint
+from timm_multilabel.training.loop import evaluate
+from timm_multilabel.training.progress import Progress
+
+NAME = 'validate'
+HELP = 'score a checkpoint on a labelled split'
+
+_METRICS = ('top1', 'top5', 'balanced_accuracy', 'macro_f1', 'loss', 'labels')
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of validation to a parser."""
+    parser.add_argument('data_dir', metavar='DIR', help='folder with val.csv and the images')
+    parser.add_argument('--checkpoint', required=True, metavar='FILE', help='checkpoint of a run')
+    parser.add_argument('--model', metavar='NAME', help='stop if the checkpoint is of another model')
+    parser.add_argument('--split', default='val', metavar='NAME', help='val, test, ... or the path of a CSV')
+    parser.add_argument('--weights', choices=('best', 'plain', 'ema'), default='best',
+                        help='weights to score (default: those that made the checkpoint what it is)')
+    parser.add_argument('--image-column', metavar='NAME', help='column of the image paths (default: as in training)')
+    parser.add_argument('-b', '--batch-size', type=positive, default=128, metavar='N', help='images a batch')
+    parser.add_argument('-j', '--workers', type=count, default=4, metavar='N', help='loader processes')
+    parser.add_argument('--device', metavar='NAME', help='cpu, cuda, ... (default: cuda where there is one)')
+    parser.add_argument('--amp', action='store_true', help='mixed precision')
+    parser.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), help='its lower precision')
+    parser.add_argument('--channels-last', action='store_true', help='channels-last memory layout')
+    parser.add_argument('--results-file', metavar='FILE', help='write the figures as .json or .csv')
+    parser.add_argument('--confusion', nargs='?', const='', metavar='DIR',
+                        help="write each head's confusion matrix as CSV and picture (default: beside the checkpoint)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Validate."""
+    if args.results_file and Path(args.results_file).suffix not in ('.json', '.csv'):
+        raise UserError(f'--results-file {args.results_file}: name a .json or a .csv file')
+    checkpoint = read_checkpoint(args.checkpoint)
+    check_checkpoint(args, checkpoint)
+    device = start_device(args.device)
+    precision = choose_precision(device, args.amp, args.amp_dtype, args.channels_last)
+    rank, ranks = world()
+    say = print if rank == 0 else lambda line: None
+
+    rows = read_split(args, checkpoint, say)
+    weights = checkpoint.best_weights if args.weights == 'best' else args.weights
+    model = load_model(checkpoint, weights).to(device)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    say(f'{checkpoint.path}: {checkpoint.arch} of epoch {checkpoint.state["epoch"]}, {weights} weights'
+        + (' (those that made it the best)' if args.weights == 'best' else ''))
+
+    label_space = checkpoint.label_space
+    head_weights = resolve_head_weights(label_space.names, checkpoint.state['head_weights'])
+    evaluator = MultiLabelEvaluator(label_space, head_weights, device, keep_predictions=True)
+    loader = build_loader(checkpoint, rows, args, device)
+    started = time.perf_counter()
+    with Progress(f'Validate {rows.source.name}', len(loader), visible=rank == 0) as progress:
+        figures = evaluate(model, loader, evaluator, precision, progress)
+    seconds = time.perf_counter() - started
+    predictions = evaluator.predictions(distributed=ranks > 1)
+    if rank == 0:
+        results = gather_results(figures, predictions, head_weights)
+        results['images_per_second'] = len(rows) / seconds
+        results |= {'checkpoint': str(checkpoint.path), 'weights': weights, 'csv': str(rows.source)}
+        print(results_table(results))
+        print(f'{len(rows)} images, {results["images_per_second"]:.0f} images/s')
+        write_outputs(args, checkpoint, results, predictions)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def check_checkpoint(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Raise UserError where a checkpoint is not the one that the flags speak of, or has nothing to score."""
+    if args.model and args.model.split('.')[0] != checkpoint.arch.split('.')[0]:
+        raise UserError(
+            f'--model {args.model}: {checkpoint.path} is of {checkpoint.arch}; leave --model out or name another '
+            'checkpoint')
+    if not checkpoint.state['trained_heads']:
+        raise UserError(
+            f'{checkpoint.path}: trained with -wlc 0, so its heads have learnt nothing; train them from it with '
+            '--initial-checkpoint')
+
+
+def read_split(args: argparse.Namespace, checkpoint: Checkpoint, say) -> Rows:
+    """The rows to score; what cannot be scored is named."""
+    folder = Path(args.data_dir)
+    if args.split.endswith('.csv'):
+        path = Path(args.split)
+    elif not folder.is_dir():
+        raise UserError(f'{folder}: no such data directory')
+    else:
+        path = folder / f'{args.split}.csv'
+    table = read_table(path, args.image_column or checkpoint.state['image_column'])
+    absent = [name for name in checkpoint.label_space.names if name not in table.label_columns]
+    if len(absent) == len(checkpoint.label_space.names):
+        raise UserError(
+            f"{path}: none of the checkpoint's heads ({', '.join(absent)}) is a column "
+            f"(there are: {', '.join(table.frame.columns)})")
+    if absent:
+        say(f'{path}: no column for {", ".join(absent)}: not scored')
+    _say_unknown(table, checkpoint, say)
+    rows = encode_rows(table, checkpoint.label_space, ignore_unknown=True)
+    if not (rows.targets >= 0).any():
+        raise UserError(f'{path}: no row has a label that the checkpoint knows; there is nothing to score')
+    return rows
+
+
+def _say_unknown(table: Table, checkpoint: Checkpoint, say) -> None:
+    unknown = unknown_labels(table, checkpoint.label_space)
+    if unknown:
+        say(f'{table.path}: labels that the checkpoint does not know, not scored: {describe_unknown(unknown)}')
+
+
+def build_loader(checkpoint: Checkpoint, rows: Rows, args: argparse.Namespace, device: torch.device) -> Any:
+    """Batches of the rows, resized as in training's evaluation."""
+    config = checkpoint.data_config
+    view = eval_view(
+        tuple(config['input_size'][-2:]), config['interpolation'], config['crop_pct'], config['crop_mode'])
+    rank, ranks = world()
+    return create_eval_loader(
+        MultiLabelDataset(rows, view),
+        args.batch_size,
+        mean=tuple(config['mean']),
+        std=tuple(config['std']),
+        device=device,
+        workers=args.workers,
+        rank=rank,
+        ranks=ranks,
+    )
+
+
+def gather_results(
+        figures: dict[str, float],
+        predictions: dict[str, tuple[Any, Any]],
+        head_weights: dict[str, float],
+) -> dict[str, Any]:
+    """The figures of each head, and their weighted means."""
+    heads = {
+        name: {metric: figures[f'{name}_{metric}'] for metric in ('top1', 'top5', 'loss')} | class_metrics(*pair)
+        for name, pair in predictions.items()
+    }
+    mean = {
+        metric: mean_over_heads({name: values[metric] for name, values in heads.items()}, head_weights)
+        for metric in _METRICS if metric != 'labels'
+    }
+    return {'heads': heads, 'mean': mean}
+
+
+def results_table(results: dict[str, Any]) -> str:
+    """The figures as text, a line a head."""
+    rows = {**results['heads'], 'weighted mean': results['mean']}
+    width = max(len(name) for name in rows)
+    lines = [' ' * width + ''.join(f'{title:>19}' for title in _METRICS)]
+    for name, values in rows.items():
+        cells = []
+        for metric in _METRICS:
+            value = values.get(metric, '')
+            cells.append(f'{value:>19.3f}' if isinstance(value, float) else f'{value:>19}')
+        lines.append(f'{name:<{width}}' + ''.join(cells))
+    return '\n'.join(lines)
+
+
+def write_outputs(
+        args: argparse.Namespace,
+        checkpoint: Checkpoint,
+        results: dict[str, Any],
+        predictions: dict[str, tuple[Any, Any]],
+) -> None:
+    """Write the files that were asked for."""
+    if args.results_file:
+        path = Path(args.results_file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == '.json':
+            write_whole(path, json.dumps(_without_nan(results), indent=1) + '\n')
+        else:
+            rows = [{'head': name, **values} for name, values in results['heads'].items()]
+            table = io.StringIO()
+            pd.DataFrame([*rows, {'head': '', **results['mean']}]).to_csv(table, index=False)
+            write_whole(path, table.getvalue())
+        print(f'figures: {path}')
+    if args.confusion is not None:
+        folder = Path(args.confusion) if args.confusion else checkpoint.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        for head in checkpoint.label_space.heads:
+            if len(predictions[head.name][0]):
+                print('confusion:', *write_confusion(folder, head, *predictions[head.name]))
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN, which JSON has not, as null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,30 @@
+"""Collectives that the objective needs; each does nothing in a single process."""
+import torch
+import torch.distributed as dist
+from torch.distributed.nn.functional import all_gather
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of ranks) of this process."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensors of all ranks, concatenated in rank order: (N, ...) -> (ranks * N, ...).
+
+    Differentiable: the gradient at a rank's tensor is the sum of what flows back into its copy on every rank. All
+    ranks must give the same shape.
+    """
+    if world()[1] == 1:
+        return tensor
+    return torch.cat(all_gather(tensor))
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all ranks, as a new tensor without gradient."""
+    tensor = tensor.detach().clone()
+    if world()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor

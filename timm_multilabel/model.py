@@ -1,0 +1,111 @@
+"""A timm backbone with a head for each label, and the projector beside it."""
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import timm
+import torch
+from timm.models import resolve_model_input_args
+from torch import nn
+
+from timm_multilabel.errors import UserError
+from timm_multilabel.heads import CategoricalHead
+from timm_multilabel.labels import LabelSpace
+
+
+class MultiLabelModel(nn.Module):
+    """A backbone with pooled features and one head for each label: what is evaluated, saved and exported.
+
+    Args:
+        backbone: A timm model made with `num_classes=0`: images (B, 3, H, W) -> features (B, F).
+        label_space: The heads and their classes.
+        drop: Dropout rate of the heads.
+    """
+
+    def __init__(self, backbone: nn.Module, label_space: LabelSpace, drop: float = 0.0):
+        super().__init__()
+        self.backbone = backbone
+        self.label_space = label_space
+        self.num_features = backbone.head_hidden_size
+        # A list, not a dict by name: a column may be called 'type' or 'a.b', which no submodule can be.
+        self.heads = nn.ModuleList(
+            CategoricalHead(self.num_features, size, drop) for size in label_space.sizes)
+
+    def forward_heads(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Features (B, F) -> {head: logits (B, C)}."""
+        return {name: head(features) for name, head in zip(self.label_space.names, self.heads, strict=True)}
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Images (B, 3, H, W) -> {head: logits (B, C)}."""
+        return self.forward_heads(self.backbone(images))
+
+
+class Projector(nn.Sequential):
+    """The MLP that only NT-Xent sees (Chen et al. 2020, section 4.2): features (B, F) -> projections (B, D)."""
+
+    def __init__(self, in_features: int, dim: int):
+        super().__init__(
+            nn.Linear(in_features, in_features, bias=False),
+            nn.ReLU(),
+            nn.Linear(in_features, dim, bias=False),
+        )
+
+
+def create_backbone(
+        name: str,
+        *,
+        pretrained: bool = False,
+        pretrained_path: str | None = None,
+        input_size: dict[str, Any] | None = None,
+        drop_path: float | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Make a timm model without a classifier.
+
+    Args:
+        name: Any name that `timm.create_model` takes.
+        pretrained: Load timm's pretrained weights.
+        pretrained_path: Load the weights of this local file (timm checkpoint or safetensors) instead.
+        input_size: timm's `img_size` or `input_size` request, for models made for one size.
+        drop_path: Rate of stochastic depth (`drop_path_rate`).
+        model_kwargs: Further arguments of the model.
+
+    Raises:
+        UserError: The model is unknown, has no pooled features, does not take an argument, or weights cannot be had.
+    """
+    kwargs = dict(model_kwargs or {}, num_classes=0)
+    if drop_path is not None:
+        kwargs['drop_path_rate'] = drop_path
+    try:
+        kwargs = resolve_model_input_args(name, input_size, **kwargs)
+        if pretrained_path:
+            kwargs['pretrained_cfg_overlay'] = {'file': pretrained_path}
+        backbone = timm.create_model(**kwargs, pretrained=bool(pretrained or pretrained_path))
+    except Exception as error:  # timm, its models, safetensors and the hub each raise their own kinds
+        raise _explain(error, name, pretrained, pretrained_path) from error
+    if not getattr(backbone, 'head_hidden_size', None):
+        raise UserError(f"--model {name}: the model has no pooled features to put heads on; choose another")
+    return backbone
+
+
+def _explain(error: Exception, name: str, pretrained: bool, pretrained_path: str | None) -> Exception:
+    """What to tell the user about a model that could not be made; the error itself where nothing is known better."""
+    reason = ' '.join(str(error).split())
+    if 'Unknown model' in reason or 'has no source prefix' in reason:
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f'; did you mean {" or ".join(near)}?' if near else ''
+        return UserError(f'--model {name}: timm {timm.__version__} has no such model{hint}')
+    if pretrained_path:
+        return UserError(f'--pretrained-path {pretrained_path}: its weights do not load into {name} ({reason[:300]})')
+    if pretrained:
+        return UserError(
+            f'--pretrained: the weights of {name} could not be downloaded ({type(error).__name__}); '
+            'pass a local timm checkpoint or safetensors file with --pretrained-path FILE instead')
+    if isinstance(error, TypeError | ValueError | AssertionError):
+        return UserError(f'--model {name}: timm cannot make it so ({reason[:300]})')
+    return error
+
+
+def trainable_parameters(modules: Iterable[nn.Module]) -> int:
+    """The number of parameters that training changes."""
+    return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)

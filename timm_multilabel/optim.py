@@ -1,0 +1,171 @@
+"""timm's optimizers over backbone, heads and projector, and gradient centralization as the fork had it."""
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.optim import AdamP, create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.utils import unwrap_model
+from torch import nn
+
+from timm_multilabel.task import JointModule, JointTask
+
+
+def create_optimizer(
+        task: JointTask,
+        opt: str,
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        layer_decay: float | None = None,
+        gradient_centralization: bool | None = None,
+        **kwargs: Any,
+) -> torch.optim.Optimizer:
+    """Make an optimizer of timm's for what a task trains; call it before `prepare_distributed`.
+
+    Args:
+        task: The task.
+        opt: timm's name of the optimizer.
+        lr: Learning rate.
+        weight_decay: Weight decay of weights; biases, norms and what the backbone exempts have none.
+        layer_decay: Factor on the learning rate from each layer of the backbone to the one below it; heads and
+            projector have the whole rate.
+        gradient_centralization: Centralize updates (see `centralize_`); by default for 'adamp' only, as the fork.
+        kwargs: Further arguments of `timm.optim.create_optimizer_v2`.
+
+    Raises:
+        ValueError: timm knows no such optimizer.
+    """
+    if gradient_centralization is None:
+        gradient_centralization = opt.lower() == 'adamp'
+    module = unwrap_model(task.get_trainable_module())
+    groups = _parameter_groups(module, weight_decay, layer_decay)
+    optimizer = create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=weight_decay, **kwargs)
+    if opt.lower() == 'adamp':
+        return CentralizedAdamP(optimizer.param_groups, gradient_centralization)
+    if gradient_centralization:
+        centralize_updates(optimizer)
+    return optimizer
+
+
+def _parameter_groups(module: JointModule, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:
+    """timm's groups for the backbone, and plain ones for heads and projector, which no layer of it contains."""
+    backbone = module.model.backbone
+    exempt = getattr(backbone, 'no_weight_decay', set)()
+    others = nn.ModuleList([module.model.heads] + ([module.projector] if module.projector is not None else []))
+    if layer_decay is None:
+        groups = param_groups_weight_decay(backbone, weight_decay, no_weight_decay_list=exempt)
+    else:
+        groups = param_groups_layer_decay(
+            backbone, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
+    return groups + param_groups_weight_decay(others, weight_decay)
+
+
+def centralize_(update: torch.Tensor) -> torch.Tensor:
+    """Subtract, in place, the mean over all dimensions but the first from a tensor of more than 3 dimensions.
+
+    Gradient centralization (Yong et al. 2020, "Gradient Centralization: A New Optimization Technique for Deep Neural
+    Networks"), which the fork applied to the update, not to the gradient.
+    """
+    if update.ndim > 3:
+        update.sub_(update.mean(dim=tuple(range(1, update.ndim)), keepdim=True))
+    return update
+
+
+class CentralizedAdamP(AdamP):
+    """timm's AdamP, without its two host syncs a tensor and step, and with the projected update centralized on request.
+
+    AdamP: Heo et al. 2021, "AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights". The
+    state and the options of the groups are those of timm's class, so checkpoints of the two are the same.
+
+    Args:
+        param_groups: Groups that hold timm's options, as timm's AdamP has them.
+        centralize: Centralize the projected update just before the step.
+    """
+
+    def __init__(self, param_groups: list[dict[str, Any]], centralize: bool):
+        super().__init__(param_groups)
+        self.centralize = centralize
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group['params']:
+                if p.grad is not None:
+                    self._step_one(p, group)
+        return loss
+
+    def _step_one(self, p: torch.Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        state['step'] += 1
+        beta1, beta2 = group['betas']
+        mean = state['exp_avg'].lerp_(p.grad, 1 - beta1)
+        square = state['exp_avg_sq'].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+
+        denominator = (square / (1 - beta2 ** state['step'])).sqrt_().add_(group['eps'])
+        update = (mean.lerp(p.grad, 1 - beta1) if group['nesterov'] else mean) / denominator
+        decay = group['lr'] * group['weight_decay']
+        if p.ndim > 1:
+            update, projected = project(update, p, p.grad, group['delta'], group['eps'])
+            decay = torch.where(projected, decay * group['wd_ratio'], decay)
+        if group['weight_decay']:
+            p.mul_(1 - decay)
+        if self.centralize:
+            centralize_(update)
+        p.add_(update, alpha=-group['lr'] / (1 - beta1 ** state['step']))
+
+
+def project(
+        update: torch.Tensor,
+        p: torch.Tensor,
+        grad: torch.Tensor,
+        delta: float,
+        eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take out of an update what lies along a scale-invariant weight (Heo et al. 2021, algorithm 2).
+
+    A weight counts as scale-invariant in each of its output channels, or else as a whole, when its gradient is nearly
+    orthogonal to it there.
+
+    Returns:
+        The update, and whether it was projected (a scalar on the device, so that nothing waits for it).
+    """
+    result, projected = update, torch.zeros((), dtype=torch.bool, device=p.device)
+    for shape in ((1, -1), (len(p), -1)):  # the channels last, as they go before the whole
+        weight = p.reshape(shape)
+        cosine = F.cosine_similarity(grad.reshape(shape), weight, dim=1, eps=eps).abs().max()
+        invariant = cosine < delta / weight.shape[1] ** 0.5
+        direction = weight / weight.norm(dim=1, keepdim=True).add_(eps)
+        flat = update.reshape(shape)
+        orthogonal = flat - direction * (direction * flat).sum(dim=1, keepdim=True)
+        result = torch.where(invariant, orthogonal.reshape(p.shape), result)
+        projected = projected | invariant
+    return result, projected
+
+
+def centralize_updates(optimizer: torch.optim.Optimizer) -> None:
+    """Make every step of any optimizer change tensors of more than 3 dimensions by a centralized update.
+
+    The update is all that the step changes, weight decay included. It costs a copy of those tensors a step.
+    """
+    before: dict[nn.Parameter, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def remember(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            before.update((p, p.clone()) for p in group['params'] if p.grad is not None and p.ndim > 3)
+
+    @torch.no_grad()
+    def centralize(*_: Any) -> None:
+        for p, old in before.items():
+            p.copy_(old + centralize_(p - old))
+        before.clear()
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(centralize)

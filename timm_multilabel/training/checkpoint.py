@@ -1,0 +1,158 @@
+"""Checkpoints in timm's format that carry what is needed to use them: label space, model and input settings."""
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import clean_state_dict
+
+from timm_multilabel.errors import UserError
+from timm_multilabel.labels import LabelSpace
+from timm_multilabel.model import MultiLabelModel, create_backbone
+from timm_multilabel.task import JointTask
+
+WEIGHTS = {'plain': 'state_dict', 'ema': 'state_dict_ema'}
+"""The two kinds of weights that a checkpoint may hold, and their keys."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint file in memory, on the CPU."""
+    path: Path
+    state: dict[str, Any]
+    label_space: LabelSpace
+
+    @property
+    def arch(self) -> str:
+        """timm's name of the backbone."""
+        return self.state['arch']
+
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """Input size, normalisation and evaluation's resizing, as timm's `resolve_data_config` gives them."""
+        return self.state['data_config']
+
+    @property
+    def best_weights(self) -> str:
+        """'plain' or 'ema': the weights whose score made the checkpoint what it is."""
+        return self.state['best_weights']
+
+    def weights(self, kind: str) -> dict[str, torch.Tensor]:
+        """The weights of backbone and heads, 'plain' or 'ema'.
+
+        Raises:
+            UserError: The checkpoint has no such weights.
+        """
+        if self.state.get(WEIGHTS[kind]) is None:
+            raise UserError(f'{self.path}: holds no {kind} weights')
+        return clean_state_dict(self.state[WEIGHTS[kind]])
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint of this program without running anything that it contains.
+
+    Raises:
+        UserError: The file is missing, damaged, would run code, or comes from elsewhere.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f'{path}: no such checkpoint')
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = 'it holds more than weights and plain values' if 'weights_only' in str(error).lower() else 'damaged?'
+        raise UserError(f'{path}: cannot be loaded as a checkpoint ({reason})') from error
+    try:
+        label_space = LabelSpace.from_dict(state['label_space'])
+        checkpoint = Checkpoint(path, state, label_space)
+        _ = checkpoint.arch, checkpoint.data_config, checkpoint.best_weights, state['state_dict']
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(f'{path}: not a checkpoint of timm-multilabel (it carries no label space)') from error
+    return checkpoint
+
+
+def load_model(checkpoint: Checkpoint, weights: str) -> MultiLabelModel:
+    """The model of a checkpoint with its 'plain' or 'ema' weights, in evaluation mode."""
+    backbone = create_backbone(
+        checkpoint.arch,
+        input_size={'input_size': checkpoint.data_config['input_size']},
+        model_kwargs=checkpoint.state['model_kwargs'],
+    )
+    model = MultiLabelModel(backbone, checkpoint.label_space)
+    model.load_state_dict(checkpoint.weights(weights))
+    return model.eval()
+
+
+def start_from(task: JointTask, checkpoint: Checkpoint, weights: str) -> str:
+    """Take over what fits of a checkpoint: the backbone, heads of the same name and classes, the projector.
+
+    Returns:
+        A line on what was taken and what was not.
+
+    Raises:
+        UserError: The checkpoint is of another backbone.
+    """
+    module = task.get_trainable_module()
+    state = checkpoint.weights(weights)
+    backbone = {name.removeprefix('backbone.'): value for name, value in state.items() if name.startswith('backbone.')}
+    try:
+        module.model.backbone.load_state_dict(backbone)
+    except RuntimeError as error:
+        raise UserError(
+            f'{checkpoint.path}: a checkpoint of {checkpoint.arch}, whose backbone does not fit the model') from error
+    taken, left = ['backbone'], []
+    for head, layer in zip(task.label_space.heads, module.model.heads, strict=True):
+        if head in checkpoint.label_space.heads:
+            prefix = f'heads.{checkpoint.label_space.heads.index(head)}.'
+            layer.load_state_dict({
+                name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)})
+            taken.append(f"head '{head.name}'")
+        else:
+            left.append(f"head '{head.name}'")
+    projector = checkpoint.state.get('task_state' if weights == 'plain' else 'task_state_ema', {}).get('projector')
+    if module.projector is not None:
+        own = {name: value.shape for name, value in module.projector.state_dict().items()}
+        if projector and {name: value.shape for name, value in projector.items()} == own:
+            module.projector.load_state_dict(projector)
+            taken.append('projector')
+        else:
+            left.append('projector')
+    line = f'{checkpoint.path}: took {", ".join(taken)} ({weights} weights)'
+    return line + (f'; starts anew: {", ".join(left)}' if left else '')
+
+
+def resume(
+        checkpoint: Checkpoint,
+        task: JointTask,
+        optimizer: torch.optim.Optimizer,
+        scaler: Any | None,
+) -> int:
+    """Bring a run back to the end of the epoch that a checkpoint was written at.
+
+    Returns:
+        The epoch to go on with.
+
+    Raises:
+        UserError: The checkpoint is of other classes, another model or another optimizer.
+    """
+    state = checkpoint.state
+    if checkpoint.label_space != task.label_space:
+        raise UserError(
+            f'{checkpoint.path}: a checkpoint of other classes: {checkpoint.label_space}; the data has '
+            f'{task.label_space}; resume with the data it was trained on, or start anew with --initial-checkpoint')
+    try:
+        task.load_checkpoint_state(checkpoint.weights('plain'), state.get('task_state'))
+        if task.has_ema():
+            kind = 'ema' if state.get(WEIGHTS['ema']) is not None else 'plain'
+            projector = state.get('task_state_ema' if kind == 'ema' else 'task_state')
+            task.load_checkpoint_state(checkpoint.weights(kind), projector, ema=True)
+        optimizer.load_state_dict(state['optimizer'])
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = ' '.join(str(error).split())[:200]
+        raise UserError(
+            f'{checkpoint.path}: does not fit this run ({reason}); give the flags it was trained with '
+            '(-c args.yaml of its run folder)') from error
+    if scaler is not None and scaler.state_dict_key in state:
+        scaler.load_state_dict(state[scaler.state_dict_key])
+    return state['epoch'] + 1

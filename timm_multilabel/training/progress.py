@@ -1,0 +1,44 @@
+"""What a person sees of an epoch: a bar on a terminal, a line now and then elsewhere."""
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Progress over the steps of an epoch, silent where `visible` is false (all ranks but the first).
+
+    Args:
+        title: What is going on, e.g. 'Epoch 3/110'.
+        steps: Number of steps.
+        visible: Show anything.
+    """
+
+    def __init__(self, title: str, steps: int, visible: bool):
+        self.title, self.steps, self.visible = title, steps, visible
+        self.bar = tqdm(total=steps, desc=title, unit='step', leave=False, disable=None if visible else True)
+        self.started = time.perf_counter()
+
+    def __enter__(self) -> 'Progress':
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.close()
+
+    def advance(self) -> None:
+        """One step is done."""
+        self.bar.update()
+
+    def show(self, step: int, figures: str) -> None:
+        """Show figures after a step: beside the bar, or as a line of their own."""
+        if not self.bar.disable:
+            self.bar.set_postfix_str(figures)
+        elif self.visible:
+            elapsed = time.perf_counter() - self.started
+            left = tqdm.format_interval(elapsed / step * (self.steps - step))
+            print(f'{self.title}  step {step}/{self.steps}  {figures}  left {left}', flush=True)
+
+    def say(self, line: str) -> None:
+        """Print a line that stays."""
+        if self.visible:
+            tqdm.write(line)

@@ -1,0 +1,54 @@
+"""The folder of a run: settings, label space, one row of figures an epoch."""
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from timm.models import safe_model_name
+
+from timm_multilabel.errors import UserError
+from timm_multilabel.files import write_whole
+from timm_multilabel.labels import LabelSpace
+
+
+def run_folder_path(output: str, experiment: str | None, model: str, size: int) -> Path:
+    """Where a new run goes: `<output>/<experiment>`, by default `<output>/<stamp>-<model>-<size>`.
+
+    Raises:
+        UserError: The folder holds a run already.
+    """
+    name = experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(model)}-{size}'
+    path = Path(output) / name
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(
+            f'{path}: holds a run already; go on with it (--resume {path}/last.pth.tar), choose another --experiment, '
+            'or remove it')
+    if path.exists() and not path.is_dir():
+        raise UserError(f'{path}: is a file; choose another --experiment')
+    return path
+
+
+class RunFolder:
+    """A run's folder, written by the first rank only.
+
+    Args:
+        path: The folder; made where there is none.
+        args: The settings of the run.
+        label_space: Its heads.
+    """
+
+    def __init__(self, path: Path, args: dict[str, Any], label_space: LabelSpace):
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        write_whole(path / 'args.yaml', yaml.safe_dump(args, sort_keys=False, allow_unicode=True))
+        label_space.save(path / 'label_space.json')
+
+    def add_summary(self, row: dict[str, Any]) -> None:
+        """Add an epoch's figures to summary.csv, in place of those that an earlier try of this epoch left there."""
+        path = self.path / 'summary.csv'
+        rows = pd.DataFrame([row])
+        if path.is_file():
+            earlier = pd.read_csv(path)
+            rows = pd.concat([earlier[earlier['epoch'] < row['epoch']], rows])
+        write_whole(path, rows.to_csv(index=False))
