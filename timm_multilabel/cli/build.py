@@ -49,7 +49,7 @@ def model(args: argparse.Namespace, label_space: LabelSpace) -> tuple[MultiLabel
 
 def folder(args: argparse.Namespace, data_config: dict[str, Any], checkpoint: Checkpoint | None) -> Path:
     """The run folder: that of the checkpoint to resume from, or a new one."""
-    if checkpoint is not None and not args.experiment:
+    if checkpoint is not None:
         return checkpoint.path.parent
     return run_folder_path(args.output, args.experiment, args.model, data_config['input_size'][-1])
 
@@ -74,14 +74,14 @@ def task(
         temperature=args.temperature,
         projection_dim=args.projection_dim,
         smoothing=args.smoothing,
-        head_weights=dict(args.head_weights) if args.head_weights else None,
+        head_weights=args.head_weights,
         first_view_only=args.classify_views == 'first',
         metadata={
             'arch': args.model,
             'model_kwargs': args.model_kwargs,
             'data_config': data_config,
             'best_weights': 'plain',
-            'head_weights': dict(args.head_weights) if args.head_weights else None,
+            'head_weights': args.head_weights,
             'image_column': args.image_column,
             'trained_heads': bool(args.classification_loss_weight),
         },
@@ -251,6 +251,6 @@ def saver(
         decreasing=args.eval_metric.endswith('loss') or not args.classification_loss_weight,
         max_history=args.checkpoint_hist,
     )
-    if checkpoint is not None and checkpoint.path.parent == folder:
+    if checkpoint is not None:
         made.load_state_dict(checkpoint.state['saver'])
     return made

@@ -56,12 +56,20 @@ def fraction(text: str) -> float:
     return value
 
 
-def assignment(text: str) -> tuple[str, float]:
-    """A type for flags: NAME=NUMBER."""
-    name, equals, value = text.rpartition('=')
-    if not equals or not name:
-        raise argparse.ArgumentTypeError(f'{text!r} is not of the form NAME=NUMBER')
-    return name, at_least_0(value)
+class Assignments(argparse.Action):
+    """NAME=NUMBER words -> {name: number}, each number 0 or more."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        numbers = {}
+        for word in values:
+            name, _, value = word.rpartition('=')
+            if not name or name in numbers:
+                parser.error(f'argument {option_string}: {word!r} is not of the form NAME=NUMBER, a name once')
+            try:
+                numbers[name] = at_least_0(value)
+            except argparse.ArgumentTypeError as error:
+                parser.error(f'argument {option_string}: {word!r}: {error}')
+        setattr(namespace, self.dest, numbers)
 
 
 def parse_with_config(parser: Parser, argv: list[str]) -> argparse.Namespace:

@@ -1,16 +1,15 @@
 """`timm-multilabel SUBCOMMAND ...`, and the same for the scripts in the repository's root."""
-import logging
 import os
 import sys
 import time
 from collections.abc import Sequence
 from types import ModuleType
 
-from timm_multilabel.cli import train, validate
+from timm_multilabel.cli import sample, split, train, validate
 from timm_multilabel.cli.flags import Parser, parse_with_config
 from timm_multilabel.errors import UserError
 
-COMMANDS = (train, validate)
+COMMANDS = (train, validate, sample, split)
 
 
 def main() -> None:
@@ -25,7 +24,6 @@ def main() -> None:
 
 def run_command(command: ModuleType, prog: str, argv: Sequence[str]) -> None:
     """Run a subcommand; what the user can mend becomes one line on standard error and exit status 2."""
-    logging.basicConfig(format='%(levelname)s: %(message)s', level=logging.WARNING)
     parser = Parser(prog=prog, description=command.__doc__.split('\n')[0])
     command.add_flags(parser)
     try:

@@ -89,8 +89,6 @@ def check_flags(args: argparse.Namespace) -> None:
             'pass -wls 0 with them')
     if mixing and args.batch_size % 2:
         raise UserError(f'-b {args.batch_size}: --mixup and --cutmix mix pairs, so they need an even batch')
-    if args.head_weights and len(dict(args.head_weights)) != len(args.head_weights):
-        raise UserError('--head-weights names a head twice')
     timm_only = ('aa', 'color_jitter', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob')
     for name in timm_only if args.views == 'simclr' else ():
         if getattr(args, name) is not None:
@@ -132,7 +130,7 @@ def check_label_space(args: argparse.Namespace, label_space: LabelSpace) -> None
         UserError: A weight or a metric of a head that there is none of.
     """
     try:
-        weights = resolve_head_weights(label_space.names, dict(args.head_weights) if args.head_weights else None)
+        weights = resolve_head_weights(label_space.names, args.head_weights)
     except ValueError as error:
         raise UserError(f'--head-weights: {error}') from error
     metrics = ['loss', 'top1', 'top5']

@@ -3,7 +3,7 @@ import argparse
 
 from timm.utils import ParseKwargs
 
-from timm_multilabel.cli.flags import above_0, assignment, at_least_0, count, fraction, number, positive
+from timm_multilabel.cli.flags import Assignments, above_0, at_least_0, count, fraction, number, positive
 
 _SWITCH = argparse.BooleanOptionalAction
 
@@ -63,7 +63,7 @@ def _add_loss(group) -> None:
     group.add_argument('-t', '--temperature', type=above_0, default=0.5, metavar='T', help='temperature of NT-Xent')
     group.add_argument('--projection-dim', type=positive, default=64, metavar='N', help='width of the projections')
     group.add_argument('--smoothing', type=fraction, default=0.1, metavar='P', help='label smoothing')
-    group.add_argument('--head-weights', type=assignment, nargs='+', metavar='HEAD=W',
+    group.add_argument('--head-weights', action=Assignments, nargs='+', metavar='HEAD=W',
                        help='weight of each head (default: 1 / number of heads)')
     group.add_argument('--classify-views', choices=('both', 'first'), default='both',
                        help='views that the heads learn from')

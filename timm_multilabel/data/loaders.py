@@ -174,6 +174,7 @@ def create_train_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == 'cuda',
+        generator=torch.Generator(),  # else starting workers, once a run, would draw from the run's own generator
     )
     return PrefetchLoader(loader, mean, std, device=device, **random_erasing)
 
@@ -198,5 +199,6 @@ def create_eval_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == 'cuda',
+        generator=torch.Generator(),
     )
     return PrefetchLoader(loader, mean, std, device=device)

@@ -2,7 +2,6 @@
 import colorsys
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -51,7 +50,7 @@ def write_sample(
         train: Rows of train.csv, where 5 % of the label cells are empty.
         val: Rows of val.csv.
         test: Rows of test.csv.
-        unlabelled: Rows of unlabelled.csv, which has the column image_path only.
+        unlabelled: Rows of unlabelled.csv, which has the column image_path only; 0 for no such file.
         size: Width and height of the pictures.
         seed: The same seed gives the same bytes.
         force: Overwrite what is there.
@@ -64,11 +63,11 @@ def write_sample(
     tables = [directory / f'{name}.csv' for name in counts]
     taken = [path.name for path in (*tables, directory / 'preview.png', directory / 'images') if path.exists()]
     if taken and not force:
-        raise UserError(f'{directory} already holds {", ".join(taken)}: overwrite with --force or choose another DIR')
+        raise UserError(f'{directory} already holds {", ".join(taken)}; overwrite with --force or choose another DIR')
     try:
         (directory / 'images').mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f'{directory}: cannot make this folder ({error.strerror}), choose another DIR') from error
+        raise UserError(f'{directory}: cannot make this folder ({error.strerror}); choose another DIR') from error
     for path in tables:  # old tables must not describe new pictures if this run is killed
         path.unlink(missing_ok=True)
 
@@ -77,7 +76,7 @@ def write_sample(
     number = 0
     with tqdm(total=sum(counts.values()), unit='picture', disable=None) as progress:
         for name, count in counts.items():
-            truth = draw_labels(count, rng)
+            truth = pick_labels(count, rng)
             rows = empty_cells(truth, MISSING_SHARE, rng) if name == 'train' else truth
             splits[name] = []
             for labels, row in zip(truth, rows):
@@ -92,12 +91,14 @@ def write_sample(
                 progress.update()
     draw_preview(directory, splits['train'][:32]).save(directory / 'preview.png')
     for name, rows in splits.items():
+        if not rows:
+            continue
         columns = ['image_path'] if name == 'unlabelled' else ['image_path', *HEADS]
         table = pd.DataFrame(rows, columns=columns)
         write_whole(directory / f'{name}.csv', table.to_csv(index=False, lineterminator='\n'))
 
 
-def draw_labels(count: int, rng: np.random.Generator) -> list[dict[str, str]]:
+def pick_labels(count: int, rng: np.random.Generator) -> list[dict[str, str]]:
     """Labels of `count` pictures: heads independent of each other, classes of a head equally frequent."""
     columns = {
         head: [classes[index] for index in rng.permutation(np.arange(count) % len(classes))]
@@ -122,10 +123,10 @@ def draw_picture(color: str, shape: str, texture: str, size: int, rng: np.random
     picture = _draw_background(side, rng)
 
     mask = Image.new('L', (side, side))
-    ImageDraw.Draw(mask).polygon(_draw_outline(shape, side, rng), fill=255)
+    ImageDraw.Draw(mask).polygon(_outline(shape, side, rng), fill=255)
     contrast = rng.uniform(0.14, 0.32)
-    light = 1 + contrast * _draw_texture(texture, side, rng)
-    fill = np.multiply.outer(light, _draw_color(color, rng))
+    light = 1 + contrast * _pattern(texture, side, rng)
+    fill = np.multiply.outer(light, _pick_color(color, rng))
     picture.paste(_to_image(fill), mask=mask)
 
     pixels = np.asarray(picture.reduce(OVERSAMPLING), dtype=np.float32)
@@ -161,16 +162,16 @@ def _draw_background(side: int, rng: np.random.Generator) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     for _ in range(rng.integers(1, 5)):
         ends = [tuple(end) for end in rng.uniform(0, side, (2, 2)).tolist()]
-        draw.line(ends, fill=_draw_ink(rng), width=int(rng.integers(1, 1 + max(2, side // 28))))
+        draw.line(ends, fill=_pick_ink(rng), width=int(rng.integers(1, 1 + max(2, side // 28))))
     for _ in range(rng.integers(1, 6)):
         x, y = rng.uniform(0, side, 2)
         radius = side * rng.uniform(0.02, 0.07)
         box = (x - radius, y - radius, x + radius, y + radius)
-        (draw.ellipse if rng.random() < 0.5 else draw.rectangle)(box, fill=_draw_ink(rng))
+        (draw.ellipse if rng.random() < 0.5 else draw.rectangle)(box, fill=_pick_ink(rng))
     return picture
 
 
-def _draw_outline(shape: str, side: int, rng: np.random.Generator) -> list[tuple[float, float]]:
+def _outline(shape: str, side: int, rng: np.random.Generator) -> list[tuple[float, float]]:
     """The corners of a shape, somewhat stretched, turned, scaled and moved."""
     stretch = rng.uniform(0.9, 1.1)
     if shape == 'star':
@@ -195,12 +196,12 @@ def _draw_outline(shape: str, side: int, rng: np.random.Generator) -> list[tuple
     return [tuple(point) for point in (side * (center + radius * points)).tolist()]
 
 
-def _draw_texture(texture: str, side: int, rng: np.random.Generator) -> np.ndarray:
-    """A pattern of -1 and 1, at any angle, over the whole picture."""
+def _pattern(texture: str, side: int, rng: np.random.Generator) -> np.ndarray:
+    """A pattern of -1 and 1, at a slant, over the whole picture."""
     if texture == 'plain':
         return np.zeros((side, side), np.float32)
-    grid = np.arange(side, dtype=np.float32) * np.float32(2 * math.pi / (side * rng.uniform(0.16, 0.24)))
-    (cosine, sine), _ = _rotation(rng.uniform(0, 2 * math.pi)).astype(np.float32)
+    grid = np.arange(side, dtype=np.float32) * np.float32(2 * math.pi / (side * rng.uniform(0.14, 0.22)))
+    (cosine, sine), _ = _rotation(math.radians(rng.uniform(25, 65))).astype(np.float32)
     shift = rng.uniform(0, 2 * math.pi, 2).astype(np.float32)
     across = cosine * grid + sine * grid[:, None] + shift[0]
     if texture == 'stripes':
@@ -208,11 +209,11 @@ def _draw_texture(texture: str, side: int, rng: np.random.Generator) -> np.ndarr
     along = cosine * grid[:, None] - sine * grid + shift[1]
     if texture == 'checks':
         return np.sign(np.sin(across) * np.sin(along))
-    dots = np.cos(across) + np.cos(along) > 0.6
+    dots = np.cos(across) + np.cos(along) > 0.8
     return np.where(dots, 1, -1) * rng.choice([-1, 1])
 
 
-def _draw_color(color: str, rng: np.random.Generator) -> np.ndarray:
+def _pick_color(color: str, rng: np.random.Generator) -> np.ndarray:
     """Red, green and blue from 0 to 255 of a shade that goes by this name."""
     mean, spread = HUES[color]
     hue = rng.normal(mean, spread) / 360 % 1
@@ -220,7 +221,7 @@ def _draw_color(color: str, rng: np.random.Generator) -> np.ndarray:
     return 255 * np.array(colorsys.hsv_to_rgb(hue, saturation, rng.uniform(0.5, 0.95)), np.float32)
 
 
-def _draw_ink(rng: np.random.Generator) -> tuple[int, ...]:
+def _pick_ink(rng: np.random.Generator) -> tuple[int, ...]:
     return tuple(rng.integers(30, 226, 3).tolist())
 
 
@@ -234,5 +235,5 @@ def _rotation(angle: float) -> np.ndarray:
     return np.array([(cosine, sine), (-sine, cosine)])
 
 
-def _to_image(pixels: Any) -> Image.Image:
+def _to_image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))

@@ -1,0 +1,93 @@
+"""What the tests share: a tiny backbone, a tiny data directory, real processes that talk through gloo."""
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import nn
+
+from timm_multilabel.labels import LabelSet, LabelSpace
+from timm_multilabel.model import MultiLabelModel
+from timm_multilabel.task import JointTask
+
+SPACE = LabelSpace((LabelSet('color', ('blue', 'green', 'red')), LabelSet('shape', ('disc', 'ring'))))
+COLORS = {'red': (200, 30, 30), 'green': (30, 180, 60), 'blue': (40, 60, 210)}
+
+
+class TinyBackbone(nn.Module):
+    """A backbone without batch norm and dropout, so that a batch may be split without changing its gradient."""
+    head_hidden_size = 6
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.fc = nn.Linear(4, self.head_hidden_size)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.tanh(self.conv(images)).mean(dim=(2, 3)))
+
+
+def tiny_task(seed: int = 0, space: LabelSpace = SPACE, dtype: torch.dtype | None = None, **kwargs: Any) -> JointTask:
+    """A task on the tiny backbone, the same weights for the same seed."""
+    torch.manual_seed(seed)
+    task = JointTask(MultiLabelModel(TinyBackbone(), space), **{'projection_dim': 5, **kwargs})
+    return task if dtype is None else task.to(dtype)
+
+
+def write_data(folder: Path, train: int = 12, val: int = 6, size: int = 32) -> Path:
+    """A data directory with plain pictures: a column color (the picture's) and a column shape (any)."""
+    (folder / 'images').mkdir(parents=True)
+    number = 0
+    for split, rows in (('train', train), ('val', val)):
+        lines = ['image_path,color,shape']
+        for _ in range(rows):
+            color = list(COLORS)[number % 3]
+            Image.new('RGB', (size, size), COLORS[color]).save(folder / 'images' / f'{number}.png')
+            lines.append(f'images/{number}.png,{color},{("disc", "ring")[number % 2]}')
+            number += 1
+        (folder / f'{split}.csv').write_text('\n'.join(lines) + '\n')
+    return folder
+
+
+def run_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
+    """Call `function(rank, *args)` in `ranks` processes that form a gloo group; their results in rank order."""
+    # A server forks the processes, so that they start at once and without the state of this one.
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['timm_multilabel.task'])
+    queue = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=_rank_main, args=(function, rank, ranks, f'{folder}/store', queue, args))
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            results = dict(queue.get(timeout=120) for _ in processes)
+        finally:
+            for process in processes:
+                process.join(timeout=20)
+                process.kill()
+    for result in results.values():
+        if isinstance(result, str) and result.startswith('Traceback'):
+            raise AssertionError(result)
+    return [results[rank] for rank in range(ranks)]
+
+
+def _rank_main(function, rank: int, ranks: int, store: str, queue, args) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            'gloo', init_method=f'file://{store}', rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+        result = function(rank, *args)
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        result = traceback.format_exc()
+    queue.put((rank, result))

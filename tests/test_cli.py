@@ -1,0 +1,250 @@
+"""Command lines: bad input is one line and exit status 2, nothing half-written; flags; YAML files."""
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from timm_multilabel.cli import train, train_flags, validate
+from timm_multilabel.cli.flags import Parser, parse_with_config
+from timm_multilabel.cli.main import COMMANDS, run_command
+from timm_multilabel.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def fails(capsys, command, argv) -> str:
+    """Run a command that must end with one line on standard error and exit status 2; the line."""
+    with pytest.raises(SystemExit) as stop:
+        run_command(command, f'{command.NAME}.py', [str(word) for word in argv])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith(f'{command.NAME}.py: error: ') and error.count('\n') == 1
+    return error
+
+
+def train_line(capsys, data_dir, tmp_path, *flags) -> str:
+    """The line of a training that must fail before it writes anything."""
+    line = fails(capsys, train, [
+        data_dir, '--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0', '--device', 'cpu',
+        '--epochs', '1', '--cooldown-epochs', '0', '--output', tmp_path / 'out', *flags])
+    assert not (tmp_path / 'out').exists()
+    return line
+
+
+def replace(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
+
+
+BAD_FLAGS = [
+    (['-wls', '-0.1'], 'argument -wls/--simclr-loss-weight: -0.1 is out of range, expected 0 or more'),
+    (['-wlc', 'nan'], "'nan' is not a number"),
+    (['-wls', 'inf'], "'inf' is not a number"),
+    (['-t', '0'], 'argument -t/--temperature: 0 is out of range, expected more than 0'),
+    (['-t', 'warm'], "'warm' is not a number"),
+    (['-b', '1'], '-b 1: SimCLR contrasts'),
+    (['-b', '2.5'], "'2.5' is not a whole number"),
+    (['-wls', '0', '-wlc', '0'], 'nothing to train'),
+    (['--mixup', '0.2'], 'pass -wls 0'),
+    (['--cutmix', '1', '-wls', '0', '-b', '3'], 'even batch'),
+    (['--views', 'simclr', '--aa', 'rand-m9'], '--aa shapes timm'),
+    (['--color-jitter', '0.1', '0.2'], '1, 3 or 4 numbers'),
+    (['--aa', 'no-such-policy'], '--aa no-such-policy'),
+    (['--heads', 'colour'], r"train.csv: no label column 'colour' (there are: color, shape)"),
+    (['--head-weights', 'color=1'], "head 'shape' has no weight"),
+    (['--head-weights', 'color=1', 'shape=-1'], "'shape=-1': -1 is out of range"),
+    (['--head-weights', 'color=1', 'color=2'], 'a name once'),
+    (['--head-weights', 'color'], 'not of the form NAME=NUMBER'),
+    (['--image-column', 'file'], "no column 'file' (there are: image_path, color, shape)"),
+    (['--model', 'resnet51'], 'has no such model; did you mean'),
+    (['--opt', 'adamm'], '--opt adamm'),
+    (['--sched', 'cosin'], '--sched cosin'),
+    (['--eval-metric', 'top2'], 'no such figure'),
+    (['--pretrained-path', 'nowhere.safetensors'], '--pretrained-path nowhere.safetensors'),
+    (['--initial-checkpoint', 'nowhere.pth.tar'], 'nowhere.pth.tar: no such checkpoint'),
+    (['--resume', 'nowhere.pth.tar'], 'nowhere.pth.tar: no such checkpoint'),
+    (['--device', 'toaster'], '--device toaster'),
+    (['--amp', '--amp-dtype', 'float16'], 'needs CUDA'),
+    (['--sync-bn'], '--sync-bn needs CUDA'),
+    (['-b', '13'], '12 rows do not fill a batch of 13'),
+    (['--no-such-flag'], 'unrecognized arguments: --no-such-flag'),
+    (['-c', 'nowhere.yaml'], 'nowhere.yaml: cannot be read'),
+]
+
+
+@pytest.mark.parametrize('flags, message', BAD_FLAGS, ids=[' '.join(flags) for flags, _ in BAD_FLAGS])
+def test_bad_flags(capsys, data_dir, tmp_path, flags, message):
+    assert message in train_line(capsys, data_dir, tmp_path, *flags)
+
+
+def test_missing_data(capsys, data_dir, tmp_path):
+    assert 'nothing-here: no such data directory' in train_line(capsys, tmp_path / 'nothing-here', tmp_path)
+    (data_dir / 'val.csv').rename(data_dir / 'v.csv')
+    assert 'val.csv: no such file' in train_line(capsys, data_dir, tmp_path)
+    (data_dir / 'train.csv').unlink()
+    assert 'train.csv: no such file' in train_line(capsys, data_dir, tmp_path)
+
+
+def test_bad_tables(capsys, data_dir, tmp_path):
+    original = (data_dir / 'train.csv').read_text()
+    for text, message in [
+        (re.sub(',.*', '', original), "no label column beside 'image_path'"),
+        (re.sub(',[a-z]*$', ',', original, flags=re.M), 'row 1: column 3 has no name'),
+        (re.sub(',(disc|ring)', ',', original), "column 'shape' has no label in any row; leave it out with --heads"),
+        ('image_path,color,shape\n', 'the table has no rows'),
+        (original + 'images/77.png,red,disc\n', '1 of 13 images are missing on disk: images/77.png (row 14)'),
+    ]:
+        (data_dir / 'train.csv').write_text(text)
+        assert message in train_line(capsys, data_dir, tmp_path)
+
+
+def test_unknown_labels_in_val(capsys, data_dir, tmp_path):
+    replace(data_dir / 'val.csv', 'images/12.png,red', 'images/12.png,pink')
+    line = train_line(capsys, data_dir, tmp_path)
+    assert "val.csv: labels that training does not know: color 'pink' in 1 row (2)" in line
+    assert '--unknown-labels ignore' in line
+    run_command(train, 'train.py', [
+        str(data_dir), '--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0', '--device', 'cpu', '--epochs',
+        '1', '--cooldown-epochs', '0', '--output', str(tmp_path / 'out'), '--unknown-labels', 'ignore'])
+
+
+def test_head_missing_in_val(capsys, data_dir, tmp_path):
+    replace(data_dir / 'val.csv', 'shape', 'form')
+    assert "val.csv: no column 'shape', which is a head" in train_line(capsys, data_dir, tmp_path)
+
+
+@pytest.fixture
+def trained(data_dir, tmp_path):
+    run_command(train, 'train.py', [
+        str(data_dir), '--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0', '--device', 'cpu',
+        '--epochs', '1', '--cooldown-epochs', '0', '--output', str(tmp_path), '--experiment', 'run'])
+    return tmp_path / 'run' / 'last.pth.tar'
+
+
+def test_bad_image_met_in_training(capsys, data_dir, tmp_path):
+    Path(data_dir / 'images' / '3.png').write_bytes(b'x')
+    line = fails(capsys, train, [
+        data_dir, '--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '1', '--device', 'cpu', '--output',
+        tmp_path / 'out'])
+    assert 'images/3.png (' in line and 'train.csv row 5): cannot be decoded' in line
+
+
+def test_a_run_is_not_overwritten(capsys, data_dir, trained):
+    line = fails(capsys, train, [
+        data_dir, '--model', 'test_resnet', '-b', '4', '--device', 'cpu', '--output', trained.parent.parent,
+        '--experiment', 'run'])
+    assert f'{trained.parent}: holds a run already' in line and '--resume' in line
+
+
+def test_bad_checkpoints(capsys, data_dir, tmp_path, trained):
+    common = [data_dir, '-j', '0', '--device', 'cpu', '--checkpoint']
+    assert '--model resnet18: ' in fails(capsys, validate, [*common, trained, '--model', 'resnet18'])
+    assert 'val2.csv: no such file' in fails(capsys, validate, [*common, trained, '--split', 'val2'])
+    assert 'name a .json or a .csv file' in fails(capsys, validate, [*common, trained, '--results-file', 'x.txt'])
+    assert 'holds no ema weights' in fails(capsys, validate, [*common, trained, '--weights', 'ema'])
+    (tmp_path / 'half.pth.tar').write_bytes(trained.read_bytes()[:5000])
+    assert 'half.pth.tar: cannot be loaded' in fails(capsys, validate, [*common, tmp_path / 'half.pth.tar'])
+    torch.save({'state_dict': {}}, tmp_path / 'foreign.pth.tar')
+    assert 'not a checkpoint of timm-multilabel' in fails(capsys, validate, [*common, tmp_path / 'foreign.pth.tar'])
+    (data_dir / 'other.csv').write_text('image_path,size\nimages/0.png,big\n')
+    assert "none of the checkpoint's heads (color, shape)" in fails(capsys, validate, [
+        *common, trained, '--split', data_dir / 'other.csv'])
+    (data_dir / 'strange.csv').write_text('image_path,color\nimages/0.png,pink\n')
+    assert 'nothing to score' in fails(capsys, validate, [*common, trained, '--split', data_dir / 'strange.csv'])
+
+
+def test_resume_with_other_classes(capsys, data_dir, trained):
+    Image.new('RGB', (8, 8)).save(data_dir / 'images' / 'new.png')
+    (data_dir / 'train.csv').write_text((data_dir / 'train.csv').read_text() + 'images/new.png,purple,disc\n')
+    line = fails(capsys, train, [
+        data_dir, '--model', 'test_resnet', '--img-size', '32', '-b', '4', '--device', 'cpu', '--resume', trained])
+    assert 'a checkpoint of other classes: color (3), shape (2); the data has color (4), shape (2)' in line
+
+
+def test_resume_with_another_model(capsys, data_dir, trained):
+    line = fails(capsys, train, [
+        data_dir, '--model', 'test_vit', '-b', '4', '--device', 'cpu', '--resume', trained])
+    assert 'does not fit this run' in line and 'args.yaml' in line
+
+
+def parse(argv):
+    parser = Parser(prog='train.py')
+    train_flags.add_flags(parser)
+    return parse_with_config(parser, argv)
+
+
+def test_the_command_of_the_fork_means_the_same():
+    args = parse((
+        './fashion-product-images/ --model efficientnet_b0 -b 32 --sched cosine --epochs 100 --decay-epochs 2.4 '
+        '--decay-rate .97 --opt adamp --opt-eps .001 -j 8 --warmup-lr 1e-6 --weight-decay 1e-5 --drop 0.3 '
+        '--drop-connect 0.2 --model-ema --model-ema-decay 0.9999 --aa rand-m9-mstd0.5 --remode pixel --reprob 0.2 '
+        '--amp --lr .016 --pretrained -wls 0.1 -wlc 0.9').split())
+    assert (args.simclr_loss_weight, args.classification_loss_weight, args.temperature) == (0.1, 0.9, 0.5)
+    assert (args.drop, args.drop_path, args.smoothing, args.projection_dim) == (0.3, 0.2, 0.1, 64)
+    assert (args.cooldown_epochs, args.min_lr, args.warmup_epochs) == (10, 1e-5, 3)
+    assert args.amp and args.pretrained and args.model_ema and args.gradient_centralization is None
+
+
+@pytest.mark.parametrize('flag', ['--apex-amp', '--native-amp'])
+def test_old_names_of_amp(capsys, data_dir, tmp_path, flag):
+    run_command(train, 'train.py', [
+        str(data_dir), '--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0', '--device', 'cpu', '--epochs',
+        '1', '--cooldown-epochs', '0', '--output', str(tmp_path / 'out'), '--experiment', 'run', flag])
+    assert 'read as --amp' in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / 'out/run/args.yaml').read_text())['amp'] is True
+
+
+def test_yaml_sets_any_flag_and_the_command_line_goes_first(tmp_path):
+    settings = {
+        'data_dir': 'data', 'lr': 0.3, 'model-ema': True, 'amp': False, 'heads': ['color', 'type'], 'aa': None,
+        'head_weights': {'color': 1, 'type': 2}, 'input_size': [3, 64, 32], 'model_kwargs': {'depth': 3},
+        'simclr_loss_weight': 1}
+    (tmp_path / 'c.yaml').write_text(yaml.safe_dump(settings))
+    args = parse(['-c', str(tmp_path / 'c.yaml'), '-wls', '0.25', '--no-model-ema'])
+    assert (args.data_dir, args.lr, args.heads, args.input_size) == ('data', 0.3, ['color', 'type'], [3, 64, 32])
+    assert args.head_weights == {'color': 1.0, 'type': 2.0} and args.model_kwargs == {'depth': 3}
+    assert args.simclr_loss_weight == 0.25 and args.model_ema is False and args.amp is False
+
+
+@pytest.mark.parametrize('text, message', [
+    ('learning_rate: 1', "there is no flag 'learning_rate'"),
+    ('warmup_epoch: 1', "there is no flag 'warmup_epoch'; did you mean 'warmup_epochs'?"),
+    ('- lr', 'expected a mapping'),
+    ('lr: [', 'cannot be read as YAML'),
+    ('amp: 3', "'amp' is 3, expected true or false"),
+])
+def test_bad_yaml(tmp_path, text, message):
+    (tmp_path / 'c.yaml').write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse(['data', '-c', str(tmp_path / 'c.yaml')])
+
+
+def test_every_flag_is_used():
+    """A flag that does nothing is a defect: each one's name stands in the code that builds a run."""
+    parser = argparse.ArgumentParser()
+    train_flags.add_flags(parser)
+    code = ''.join((ROOT / 'timm_multilabel' / 'cli' / name).read_text() for name in ('train.py', 'build.py'))
+    names = {action.dest for action in parser._actions} - {'help', 'config'}
+    unused = {name for name in names if f'args.{name}' not in code and f"'{name}'" not in code}
+    assert not unused
+
+
+@pytest.mark.parametrize('command', COMMANDS, ids=lambda command: command.NAME)
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        run_command(command, command.NAME, ['--help'])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f'usage: {command.NAME}') and 'DIR' in out
+
+
+def test_installed_command_lists_its_subcommands():
+    out = subprocess.run([sys.executable, '-c', 'from timm_multilabel.cli.main import main; main()', '--help'],
+                         capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == 0
+    assert all(command.NAME in out.stdout for command in COMMANDS)

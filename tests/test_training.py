@@ -1,0 +1,210 @@
+"""Runs in one process: run folder, resume, EMA, checkpoints, what stops a run."""
+import json
+import math
+import os
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from common import write_data
+
+from timm_multilabel.cli import train, validate
+from timm_multilabel.cli.main import run_command
+from timm_multilabel.errors import UserError
+from timm_multilabel.labels import LabelSpace
+from timm_multilabel.training.checkpoint import load_model, read_checkpoint
+
+TINY = ['--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0', '--device', 'cpu', '--lr', '0.05',
+        '--warmup-epochs', '0', '--cooldown-epochs', '0', '--drop', '0.2', '--reprob', '0.3']
+
+
+def run(data_dir, output, *flags, epochs=2):
+    """Train; the run folder."""
+    run_command(train, 'train.py', [
+        str(data_dir), *TINY, '--epochs', str(epochs), '--output', str(output), '--experiment', 'run', *flags])
+    return output / 'run'
+
+
+def weights(path):
+    state = torch.load(path, weights_only=True)
+    flat = dict(state['state_dict'])
+    for part in ('state_dict_ema', 'task_state', 'task_state_ema'):
+        for name, value in state.get(part, {}).items():
+            flat.update({f'{part}.{name}.{k}': v for k, v in value.items()} if isinstance(value, dict)
+                        else {f'{part}.{name}': value})
+    return flat
+
+
+def assert_same_weights(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+def test_run_folder(data_dir, tmp_path, capsys):
+    folder = run(data_dir, tmp_path, '--model-ema', '--model-ema-decay', '0.5', '-wls', '0.2', '-wlc', '0.8')
+    assert {path.name for path in folder.iterdir()} == {
+        'args.yaml', 'label_space.json', 'summary.csv', 'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar', 'last.pth.tar',
+        'model_best.pth.tar'}
+    assert LabelSpace.load(folder / 'label_space.json').names == ('color', 'shape')
+    assert yaml.safe_load((folder / 'args.yaml').read_text())['simclr_loss_weight'] == 0.2
+
+    summary = pd.read_csv(folder / 'summary.csv')
+    assert summary['epoch'].tolist() == [0, 1]
+    total = summary['simclr_loss'] + summary['classification_loss']
+    assert summary['train_loss'].to_numpy() == pytest.approx(total.to_numpy(), rel=1e-6)
+    heads = 0.8 * (summary['train_color_loss'] + summary['train_shape_loss']) / 2
+    assert summary['classification_loss'].to_numpy() == pytest.approx(heads.to_numpy(), rel=1e-5)
+    for prefix in ('eval_', 'eval_ema_'):
+        for name in ('loss', 'top1', 'top5'):
+            mean = (summary[f'{prefix}color_{name}'] + summary[f'{prefix}shape_{name}']) / 2
+            assert summary[prefix + name].to_numpy() == pytest.approx(mean.to_numpy())
+    assert (summary['images_per_second'] > 0).all() and summary['lr'].tolist()[0] == 0.05
+
+    best = read_checkpoint(folder / 'model_best.pth.tar')
+    row = summary.iloc[best.state['epoch']]
+    scores = {'plain': row['eval_top1'], 'ema': row['eval_ema_top1']}
+    assert best.state['metric'] == pytest.approx(max(scores.values()))
+    assert scores[best.best_weights] == max(scores.values())
+    assert 'Epoch 2/2  loss' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('flags', [
+    ['--model-ema', '--model-ema-decay', '0.9', '--opt', 'adamp', '--aa', 'rand-m5'],
+    ['-wls', '0', '--grad-accum-steps', '2', '--clip-grad', '1', '--clip-mode', 'agc', '--sched-on-updates'],
+    ['-wlc', '0', '--views', 'simclr', '--opt', 'adamw', '--layer-decay', '0.7', '-j', '1'],
+    ['--amp', '--channels-last', '--grad-checkpointing', '--classify-views', 'first'],
+])
+def test_resumed_run_is_the_run_that_never_stopped(data_dir, tmp_path, flags):
+    whole = run(data_dir, tmp_path / 'whole', *flags, epochs=3)
+    part = run(data_dir, tmp_path / 'part', *flags, epochs=3)
+    # As if killed after the first epoch: its checkpoint is the last, later rows are not there.
+    for name in ('checkpoint-1.pth.tar', 'checkpoint-2.pth.tar', 'model_best.pth.tar', 'last.pth.tar'):
+        (part / name).unlink(missing_ok=True)
+    os.link(part / 'checkpoint-0.pth.tar', part / 'last.pth.tar')
+    run_command(train, 'train.py', ['-c', str(part / 'args.yaml'), '--resume', str(part / 'last.pth.tar')])
+    assert_same_weights(whole / 'last.pth.tar', part / 'last.pth.tar')
+    timing = ['images_per_second']
+    a, b = (pd.read_csv(folder / 'summary.csv').drop(columns=timing) for folder in (whole, part))
+    pd.testing.assert_frame_equal(a, b)
+
+
+def test_same_seed_same_run_and_workers_do_not_matter(data_dir, tmp_path):
+    flags = ['--aa', 'rand-m9-mstd0.5']
+    first = run(data_dir, tmp_path / 'a', *flags, epochs=1)
+    again = run(data_dir, tmp_path / 'b', *flags, '-j', '2', epochs=1)
+    other = run(data_dir, tmp_path / 'c', *flags, '--seed', '1', epochs=1)
+    assert_same_weights(first / 'last.pth.tar', again / 'last.pth.tar')
+    with pytest.raises(AssertionError):
+        assert_same_weights(first / 'last.pth.tar', other / 'last.pth.tar')
+
+
+def test_checkpoint_is_usable_by_itself(data_dir, tmp_path):
+    folder = run(data_dir, tmp_path, '--model-ema', epochs=1)
+    state = torch.load(folder / 'last.pth.tar', weights_only=True)
+    assert state['arch'] == 'test_resnet' and state['version'] == 2 and state['epoch'] == 0
+    assert not any('projector' in name for name in state['state_dict']) and 'projector' in state['task_state']
+    checkpoint = read_checkpoint(folder / 'last.pth.tar')
+    plain, ema = load_model(checkpoint, 'plain'), load_model(checkpoint, 'ema')
+    images = torch.randn(2, 3, 32, 32)
+    assert plain(images)['color'].shape == (2, 3)
+    assert not torch.equal(plain(images)['color'], ema(images)['color'])
+
+
+def test_initial_checkpoint_takes_what_fits(data_dir, tmp_path, capsys):
+    start = run(data_dir, tmp_path / 'a', epochs=1) / 'last.pth.tar'
+    text = (data_dir / 'train.csv').read_text() + 'images/0.png,purple,disc\n'
+    (data_dir / 'train.csv').write_text(text)
+    run(data_dir, tmp_path / 'b', '--initial-checkpoint', str(start), epochs=1)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(str(start)))
+    assert "took backbone, head 'shape', projector (plain weights); starts anew: head 'color'" in line
+
+
+def test_args_yaml_repeats_the_run(data_dir, tmp_path):
+    first = run(data_dir, tmp_path / 'a', '--aa', 'rand-m5', '--head-weights', 'color=0.7', 'shape=0.1', epochs=1)
+    run_command(train, 'train.py', ['-c', str(first / 'args.yaml'), '--output', str(tmp_path / 'b')])
+    assert_same_weights(first / 'last.pth.tar', tmp_path / 'b' / 'run' / 'last.pth.tar')
+
+
+@pytest.mark.parametrize('flags', [['--mixup', '0.5', '-wls', '0'], ['--cutmix', '1', '-wls', '0', '--mixup-mode', 'elem']])
+def test_mixing_trains(data_dir, tmp_path, flags):
+    summary = pd.read_csv(run(data_dir, tmp_path, *flags, epochs=1) / 'summary.csv')
+    assert summary['train_loss'].notna().all()
+
+
+def test_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(data_dir, tmp_path, capsys):
+    folder = run(data_dir, tmp_path, epochs=1)
+    before = (folder / 'last.pth.tar').read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        run_command(train, 'train.py', [
+            str(data_dir), *TINY, '--epochs', '3', '--lr', '1e30', '--opt', 'sgd', '--sched', 'constant',
+            '--resume', str(folder / 'last.pth.tar')])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count('\n') == 1 and 'loss is' in error and '--lr' in error
+    assert (folder / 'last.pth.tar').read_bytes() == before
+    assert len(pd.read_csv(folder / 'summary.csv')) == 1
+
+
+def validated(data_dir, folder, *flags):
+    results = folder / 'results.json'
+    run_command(validate, 'validate.py', [
+        str(data_dir), '--checkpoint', str(folder / 'model_best.pth.tar'), '-b', '4', '-j', '0', '--device', 'cpu',
+        '--results-file', str(results), *flags])
+    return json.loads(results.read_text())
+
+
+def test_validation_repeats_the_evaluation_of_training(data_dir, tmp_path, capsys):
+    folder = run(data_dir, tmp_path, '--model-ema', '--model-ema-decay', '0.5')
+    best = read_checkpoint(folder / 'model_best.pth.tar')
+    row = pd.read_csv(folder / 'summary.csv').iloc[best.state['epoch']]
+    for kind, prefix in (('best', {'plain': 'eval_', 'ema': 'eval_ema_'}[best.best_weights]),
+                         ('plain', 'eval_'), ('ema', 'eval_ema_')):
+        results = validated(data_dir, folder, '--weights', kind)
+        for metric in ('top1', 'top5', 'loss'):
+            assert results['mean'][metric] == pytest.approx(row[prefix + metric], rel=1e-5)
+            assert results['heads']['color'][metric] == pytest.approx(row[f'{prefix}color_{metric}'], rel=1e-5)
+        assert results['heads']['shape']['labels'] == 6
+    assert f'{best.best_weights} weights (those that made it the best)' in capsys.readouterr().out
+
+
+def test_validation_of_another_table_names_what_it_cannot_score(data_dir, tmp_path, capsys):
+    folder = run(data_dir, tmp_path, epochs=1)
+    (data_dir / 'odd.csv').write_text('image_path,color\nimages/0.png,pink\nimages/1.png,\nimages/2.png,blue\n')
+    results = validated(data_dir, folder, '--split', str(data_dir / 'odd.csv'), '--confusion', str(tmp_path / 'c'))
+    out = capsys.readouterr().out
+    assert "not scored: color 'pink' in 1 row (2)" in out and 'no column for shape: not scored' in out
+    assert results['heads']['color']['labels'] == 1
+    assert results['heads']['shape']['top1'] is None and math.isfinite(results['mean']['top1'])
+    table = pd.read_csv(tmp_path / 'c' / 'confusion-color.csv', index_col=0)
+    assert table.to_numpy().sum() == 1 and list(table.columns) == ['blue', 'green', 'red']
+    assert (tmp_path / 'c' / 'confusion-color.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_validation_needs_no_csv_of_training(data_dir, tmp_path):
+    folder = run(data_dir, tmp_path, epochs=1)
+    (data_dir / 'train.csv').unlink()
+    assert validated(data_dir, folder)['heads']['color']['labels'] == 6
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return (os.system, (f'touch {tmp_path}/harm',))
+    torch.save({'state_dict': {}, 'x': Hostile()}, tmp_path / 'x.pth.tar')
+    with pytest.raises(UserError, match='more than weights'):
+        read_checkpoint(tmp_path / 'x.pth.tar')
+    assert not (tmp_path / 'harm').exists()
+
+
+def test_simclr_alone_needs_no_labels_and_is_not_validated(tmp_path, capsys):
+    data_dir = write_data(tmp_path / 'data')
+    (data_dir / 'train.csv').write_text('image_path\n' + ''.join(f'images/{n}.png\n' for n in range(12)))
+    (data_dir / 'val.csv').unlink()
+    folder = run(data_dir, tmp_path, '-wlc', '0', epochs=1)
+    assert (folder / 'model_best.pth.tar').is_file()
+    assert pd.read_csv(folder / 'summary.csv')['classification_loss'].tolist() == [0]
+    with pytest.raises(SystemExit):
+        validated(data_dir, folder)
+    assert 'trained with -wlc 0' in capsys.readouterr().err

@@ -1,0 +1,170 @@
+"""One CSV of labels turned into all.csv, train.csv, val.csv and test.csv."""
+import csv
+import io
+import math
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from timm_multilabel.errors import UserError
+from timm_multilabel.files import write_whole
+
+SPLITS = ('train', 'val', 'test')
+
+
+def split_csv(
+        source: str | Path,
+        directory: str | Path,
+        *,
+        image: str,
+        heads: Sequence[tuple[str, str]],
+        image_column: str = 'image_path',
+        ratios: Sequence[float] = (80, 10, 10),
+        seed: int = 42,
+        force: bool = False,
+) -> dict[str, int]:
+    """Shuffle the rows of a CSV whose image exists into three disjoint splits.
+
+    Args:
+        source: CSV with a header and a row for each image.
+        directory: Folder for the four files, made if it is not there.
+        image: Pattern of the image's path with columns in braces, such as './images/{id}.jpg'. It is looked up from
+            the folder of the source, then from its parent, then from the working directory; the first of them that
+            holds any image counts for all rows.
+        heads: Name and source column of each head.
+        image_column: Name of the column of paths in the files written.
+        ratios: Shares of train, val and test, in any unit.
+        seed: The same seed gives the same splits.
+        force: Overwrite files of these names.
+
+    Returns:
+        The number of rows of 'all', 'train', 'val' and 'test', and of those left out for want of their image as
+        'missing'.
+
+    Raises:
+        UserError: Something is wrong with the source or the arguments; nothing has been written then.
+    """
+    source, directory = Path(source), Path(directory)
+    outputs = {name: directory / f'{name}.csv' for name in (*SPLITS, 'all')}
+    _check_ratios(ratios)
+    _check_outputs(source, list(outputs.values()), force)
+    names = [image_column, *(name for name, _ in heads)]
+    if not heads or len(set(names)) < len(names):
+        raise UserError(f'{", ".join(names)}: expected the image column and one or more heads, all named differently')
+
+    columns, numbered = read_rows(source)
+    unknown = [column for _, column in heads if column not in columns]
+    if unknown:
+        raise UserError(
+            f'{source}: no column {", ".join(unknown)} (there are: {", ".join(columns)}); name them as '
+            '--heads NAME=COLUMN'
+        )
+    paths = _fill(image, source, columns, numbered)
+    base = _find_base(source, paths)
+    # A reader finds images from the folder of its CSV, from its parent or from the working directory. Paths stay as
+    # they are where that leads to the same images.
+    homes = (directory.resolve(), directory.resolve().parent, Path.cwd())
+    moved = base.resolve() not in homes
+    table, seen = [], {}
+    for path, (number, row) in zip(paths, numbered):
+        if not os.path.isfile(base / path):
+            continue
+        if path in seen:  # it could land in two splits
+            raise UserError(
+                f'{source} row {number}: its image {path} is that of row {seen[path]} already; remove one of the two '
+                f'rows or mend --image {image}'
+            )
+        seen[path] = number
+        written = os.path.relpath(base.resolve() / path, directory.resolve()) if moved else path
+        table.append([written, *(row[column] for _, column in heads)])
+
+    order = list(range(len(table)))
+    random.Random(seed).shuffle(order)
+    train_end, val_end = (round(len(table) * sum(ratios[:count]) / sum(ratios)) for count in (1, 2))
+    chosen = {
+        'train': sorted(order[:train_end]),
+        'val': sorted(order[train_end:val_end]),
+        'test': sorted(order[val_end:]),
+        'all': range(len(table)),
+    }
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{directory}: cannot make this folder ({error.strerror}); choose another --out') from error
+    for name, indices in chosen.items():
+        text = io.StringIO()
+        csv.writer(text, lineterminator='\n').writerows([names, *(table[index] for index in indices)])
+        write_whole(outputs[name], text.getvalue())
+    return {'missing': len(numbered) - len(table), **{name: len(indices) for name, indices in chosen.items()}}
+
+
+def read_rows(source: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """The columns of a CSV and its rows, each with its number (the header is row 1). Every cell stays text."""
+    numbered, number = [], 1
+    try:
+        with open(source, encoding='utf-8-sig', newline='') as file:
+            # Not pandas: it refuses or cuts rows with more fields than the header, as in Kaggle's styles.csv, where
+            # the last column has commas without quotes.
+            reader = csv.reader(file)
+            columns = next(reader, [])
+            if not columns or len(set(columns)) < len(columns):
+                raise UserError(f'{source} row 1: no header, or one with a name twice; name each column once')
+            for number, fields in enumerate(reader, 2):
+                if not fields:
+                    continue
+                if len(fields) < len(columns):
+                    raise UserError(
+                        f'{source} row {number}: {len(fields)} cells for {len(columns)} columns; '
+                        'complete the row or remove it'
+                    )
+                last = len(columns) - 1
+                cells = [*fields[:last], ','.join(fields[last:])]
+                numbered.append((number, dict(zip(columns, cells))))
+    except OSError as error:
+        raise UserError(f'{source}: cannot be read ({error.strerror}); check the path') from error
+    except UnicodeDecodeError as error:
+        raise UserError(f'{source}: cannot be read as UTF-8 ({error.reason}); save it as that') from error
+    except csv.Error as error:
+        raise UserError(f'{source} row {number + 1}: {error}; mend the row or remove it') from error
+    if not numbered:
+        raise UserError(f'{source}: the table has no rows')
+    return columns, numbered
+
+
+def _check_ratios(ratios: Sequence[float]) -> None:
+    usable = all(math.isfinite(ratio) and ratio >= 0 for ratio in ratios)
+    if len(ratios) != 3 or not usable or sum(ratios) <= 0:
+        text = ' '.join(f'{ratio:g}' for ratio in ratios)
+        raise UserError(f'ratios {text}: expected three numbers of 0 or more that are not all 0, such as 80 10 10')
+
+
+def _check_outputs(source: Path, outputs: Sequence[Path], force: bool) -> None:
+    if any(path.resolve() == source.resolve() for path in outputs):
+        raise UserError(f'{source} would be overwritten by its own split; choose another folder with --out')
+    taken = [str(path) for path in outputs if path.exists()]
+    if taken and not force:
+        raise UserError(f'{", ".join(taken)}: already there; overwrite with --force or choose another --out')
+
+
+def _fill(image: str, source: Path, columns: list[str], numbered: list[tuple[int, dict[str, str]]]) -> list[str]:
+    """The path of each row's image."""
+    try:
+        return [image.format_map(row) for _, row in numbered]
+    except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
+        raise UserError(
+            f'--image {image} cannot be filled from {source} ({error}); put its columns in braces, such as '
+            f'{{{columns[0]}}} (there are: {", ".join(columns)})'
+        ) from error
+
+
+def _find_base(source: Path, paths: list[str]) -> Path:
+    bases = (source.absolute().parent, source.absolute().parent.parent, Path.cwd())
+    for base in bases:
+        if any(os.path.isfile(base / path) for path in paths):
+            return base
+    looked = ', '.join(dict.fromkeys(str(base) for base in bases))
+    raise UserError(
+        f'{source}: none of its {len(paths)} images is on disk: {paths[0]}, ...; looked in {looked}; put them there '
+        '(those of styles.csv: kaggle.com/datasets/paramaggarwal/fashion-product-images-small) or mend --image'
+    )
