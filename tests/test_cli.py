@@ -18,6 +18,10 @@ from timm_multilabel.errors import UserError
 ROOT = Path(__file__).parent.parent
 
 
+QUICK = ['--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0', '--device', 'cpu', '--epochs', '1',
+         '--cooldown-epochs', '0']
+
+
 def fails(capsys, command, argv) -> str:
     """Run a command that must end with one line on standard error and exit status 2; the line."""
     with pytest.raises(SystemExit) as stop:
@@ -30,9 +34,7 @@ def fails(capsys, command, argv) -> str:
 
 def train_line(capsys, data_dir, tmp_path, *flags) -> str:
     """The line of a training that must fail before it writes anything."""
-    line = fails(capsys, train, [
-        data_dir, '--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0', '--device', 'cpu',
-        '--epochs', '1', '--cooldown-epochs', '0', '--output', tmp_path / 'out', *flags])
+    line = fails(capsys, train, [data_dir, *QUICK, '--output', tmp_path / 'out', *flags])
     assert not (tmp_path / 'out').exists()
     return line
 
@@ -109,8 +111,7 @@ def test_unknown_labels_in_val(capsys, data_dir, tmp_path):
     assert "val.csv: labels that training does not know: color 'pink' in 1 row (2)" in line
     assert '--unknown-labels ignore' in line
     run_command(train, 'train.py', [
-        str(data_dir), '--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0', '--device', 'cpu', '--epochs',
-        '1', '--cooldown-epochs', '0', '--output', str(tmp_path / 'out'), '--unknown-labels', 'ignore'])
+        str(data_dir), *QUICK, '--output', str(tmp_path / 'out'), '--unknown-labels', 'ignore'])
 
 
 def test_head_missing_in_val(capsys, data_dir, tmp_path):
@@ -120,24 +121,18 @@ def test_head_missing_in_val(capsys, data_dir, tmp_path):
 
 @pytest.fixture
 def trained(data_dir, tmp_path):
-    run_command(train, 'train.py', [
-        str(data_dir), '--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0', '--device', 'cpu',
-        '--epochs', '1', '--cooldown-epochs', '0', '--output', str(tmp_path), '--experiment', 'run'])
+    run_command(train, 'train.py', [str(data_dir), *QUICK, '--output', str(tmp_path), '--experiment', 'run'])
     return tmp_path / 'run' / 'last.pth.tar'
 
 
 def test_bad_image_met_in_training(capsys, data_dir, tmp_path):
     Path(data_dir / 'images' / '3.png').write_bytes(b'x')
-    line = fails(capsys, train, [
-        data_dir, '--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '1', '--device', 'cpu', '--output',
-        tmp_path / 'out'])
+    line = fails(capsys, train, [data_dir, *QUICK, '-j', '1', '--output', tmp_path / 'out'])
     assert 'images/3.png (' in line and 'train.csv row 5): cannot be decoded' in line
 
 
 def test_a_run_is_not_overwritten(capsys, data_dir, trained):
-    line = fails(capsys, train, [
-        data_dir, '--model', 'test_resnet', '-b', '4', '--device', 'cpu', '--output', trained.parent.parent,
-        '--experiment', 'run'])
+    line = fails(capsys, train, [data_dir, *QUICK, '--output', trained.parent.parent, '--experiment', 'run'])
     assert f'{trained.parent}: holds a run already' in line and '--resume' in line
 
 
@@ -161,14 +156,12 @@ def test_bad_checkpoints(capsys, data_dir, tmp_path, trained):
 def test_resume_with_other_classes(capsys, data_dir, trained):
     Image.new('RGB', (8, 8)).save(data_dir / 'images' / 'new.png')
     (data_dir / 'train.csv').write_text((data_dir / 'train.csv').read_text() + 'images/new.png,purple,disc\n')
-    line = fails(capsys, train, [
-        data_dir, '--model', 'test_resnet', '--img-size', '32', '-b', '4', '--device', 'cpu', '--resume', trained])
+    line = fails(capsys, train, [data_dir, *QUICK, '--resume', trained])
     assert 'a checkpoint of other classes: color (3), shape (2); the data has color (4), shape (2)' in line
 
 
 def test_resume_with_another_model(capsys, data_dir, trained):
-    line = fails(capsys, train, [
-        data_dir, '--model', 'test_vit', '-b', '4', '--device', 'cpu', '--resume', trained])
+    line = fails(capsys, train, [data_dir, *QUICK, '--model', 'test_vit', '--resume', trained])
     assert 'does not fit this run' in line and 'args.yaml' in line
 
 
@@ -193,8 +186,7 @@ def test_the_command_of_the_fork_means_the_same():
 @pytest.mark.parametrize('flag', ['--apex-amp', '--native-amp'])
 def test_old_names_of_amp(capsys, data_dir, tmp_path, flag):
     run_command(train, 'train.py', [
-        str(data_dir), '--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0', '--device', 'cpu', '--epochs',
-        '1', '--cooldown-epochs', '0', '--output', str(tmp_path / 'out'), '--experiment', 'run', flag])
+        str(data_dir), *QUICK, '--output', str(tmp_path / 'out'), '--experiment', 'run', flag])
     assert 'read as --amp' in capsys.readouterr().out
     assert yaml.safe_load((tmp_path / 'out/run/args.yaml').read_text())['amp'] is True
 

@@ -35,7 +35,10 @@ def loader(data_dir, view=None, views=2, batch=4, workers=0, **kwargs):
 
 
 @pytest.mark.parametrize('view', [
-    timm_view((16, 24), auto_augment='rand-m9-mstd0.5'), simclr_view((16, 24)), eval_view((16, 24), 'bicubic', 0.9, 'center')])
+    timm_view((16, 24), auto_augment='rand-m9-mstd0.5'),
+    simclr_view((16, 24)),
+    eval_view((16, 24), 'bicubic', 0.9, 'center'),
+])
 def test_views_are_uint8_images_of_the_size(view):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
     made = view(image)

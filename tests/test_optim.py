@@ -12,7 +12,7 @@ SHAPES = [(8, 3, 3, 3), (16, 8), (5,), (4, 1, 3, 3)]
 
 
 def train(optimizer_of, steps=20):
-    """Parameters after steps on gradients half of which are orthogonal to the weight, as scale invariance makes them."""
+    """Parameters after steps; half of the gradients are orthogonal to the weight, as scale invariance makes them."""
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     optimizer = optimizer_of(parameters)

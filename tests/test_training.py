@@ -128,9 +128,9 @@ def test_args_yaml_repeats_the_run(data_dir, tmp_path):
     assert_same_weights(first / 'last.pth.tar', tmp_path / 'b' / 'run' / 'last.pth.tar')
 
 
-@pytest.mark.parametrize('flags', [['--mixup', '0.5', '-wls', '0'], ['--cutmix', '1', '-wls', '0', '--mixup-mode', 'elem']])
+@pytest.mark.parametrize('flags', [['--mixup', '0.5'], ['--cutmix', '1', '--mixup-mode', 'elem']])
 def test_mixing_trains(data_dir, tmp_path, flags):
-    summary = pd.read_csv(run(data_dir, tmp_path, *flags, epochs=1) / 'summary.csv')
+    summary = pd.read_csv(run(data_dir, tmp_path, '-wls', '0', *flags, epochs=1) / 'summary.csv')
     assert summary['train_loss'].notna().all()
 
 

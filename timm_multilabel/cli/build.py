@@ -10,6 +10,7 @@ from timm.layers import convert_sync_batchnorm
 from timm.scheduler import create_scheduler_v2
 from timm.utils import CheckpointSaver
 
+from timm_multilabel.cli.device import loader_workers
 from timm_multilabel.data.loaders import MixedBatches, MultiLabelDataset, create_eval_loader, create_train_loader
 from timm_multilabel.data.table import Rows
 from timm_multilabel.data.views import View, eval_view, simclr_view, timm_view
@@ -196,7 +197,7 @@ def loaders(
         'mean': tuple(data_config['mean']),
         'std': tuple(data_config['std']),
         'device': device,
-        'workers': args.workers,
+        'workers': loader_workers(args.workers),
         'rank': rank,
         'ranks': ranks,
     }

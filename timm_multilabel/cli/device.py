@@ -1,4 +1,6 @@
-"""The device of this process and the precision on it."""
+"""The device of this process, the precision on it, and the processes that load for it."""
+import os
+
 import torch
 from timm.utils.distributed import init_distributed_device_so
 
@@ -30,3 +32,8 @@ def choose_precision(device: torch.device, amp: bool, amp_dtype: str | None, cha
         if dtype is torch.float16 and device.type != 'cuda':
             raise UserError(f'--amp-dtype float16 needs CUDA, and the device is {device}; pass --amp-dtype bfloat16')
     return Precision(device, dtype, channels_last)
+
+
+def loader_workers(asked: int) -> int:
+    """The loader processes to start: those asked for, but no more than the machine has cores, which would be slower."""
+    return min(asked, os.cpu_count() or asked)

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
-from timm_multilabel.cli.device import choose_precision, start_device
+from timm_multilabel.cli.device import choose_precision, loader_workers, start_device
 from timm_multilabel.cli.flags import count, positive
 from timm_multilabel.data.loaders import MultiLabelDataset, create_eval_loader
 from timm_multilabel.data.table import Rows, Table, describe_unknown, encode_rows, read_table, unknown_labels
@@ -145,7 +145,7 @@ def build_loader(checkpoint: Checkpoint, rows: Rows, args: argparse.Namespace, d
         mean=tuple(config['mean']),
         std=tuple(config['std']),
         device=device,
-        workers=args.workers,
+        workers=loader_workers(args.workers),
         rank=rank,
         ranks=ranks,
     )

@@ -1,0 +1,98 @@
+"""The two commands that users of the fork have in their shell history, through the real scripts."""
+import csv
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from timm_multilabel.data.sample import write_sample
+
+ROOT = Path(__file__).parent.parent
+TRAIN = (
+    './distributed_train.sh 1 ./fashion-product-images/ --model efficientnet_b0 -b 32 --sched cosine --epochs 100 '
+    '--decay-epochs 2.4 --decay-rate .97 --opt adamp --opt-eps .001 -j 8 --warmup-lr 1e-6 --weight-decay 1e-5 '
+    '--drop 0.3 --drop-connect 0.2 --model-ema --model-ema-decay 0.9999 --aa rand-m9-mstd0.5 --remode pixel '
+    '--reprob 0.2 --amp --lr .016 --pretrained -wls 0.1 -wlc 0.9'
+)
+VALIDATE = (
+    'python validate.py ./fashion-product-images/ --model efficientnet_b0 --checkpoint '
+    './output/train/YOUR_SPECIFIC_FOLDER/model_best.pth.tar -b 32'
+)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A copy of what the root holds, with sample data as the photos, named as the fork's CSVs name them."""
+    for name in ('train.py', 'validate.py', 'distributed_train.sh'):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / 'timm_multilabel').symlink_to(ROOT / 'timm_multilabel')
+    data = tmp_path / 'fashion-product-images'
+    write_sample(data, train=64, val=16, test=8, unlabelled=0, size=32)
+    for split in ('train', 'val', 'test'):
+        table = pd.read_csv(data / f'{split}.csv', dtype=str, keep_default_na=False)
+        table['image_path'] = './fashion-product-images/' + table['image_path']
+        table.to_csv(data / f'{split}.csv', index=False, quoting=csv.QUOTE_MINIMAL)
+    return tmp_path
+
+
+def shell(command, cwd, **environment):
+    return subprocess.run(
+        command, shell=True, cwd=cwd, capture_output=True, text=True, timeout=300,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', **environment})
+
+
+def shortened(command):
+    """The command with a tiny model and fewer epochs, and without the weights that cannot be downloaded here."""
+    shorter = command.replace('efficientnet_b0', 'test_efficientnet').replace('--pretrained ', '')
+    return shorter + ' --epochs 2 --cooldown-epochs 0 --img-size 32'
+
+
+def test_the_two_commands(root):
+    done = shell(shortened(TRAIN), root)
+    assert done.returncode == 0, done.stderr
+    assert 'Epoch 2/2' in done.stdout and 'eval_ema' in done.stdout
+    assert 'Traceback' not in done.stderr
+    folder, = (root / 'output' / 'train').iterdir()
+    assert folder.name.endswith('-test_efficientnet-32')
+    assert len(pd.read_csv(folder / 'summary.csv')) == 2
+
+    command = VALIDATE.replace('efficientnet_b0', 'test_efficientnet').replace('YOUR_SPECIFIC_FOLDER', folder.name)
+    done = shell(command + ' --results-file results.json', root)
+    assert done.returncode == 0, done.stderr
+    assert 'weighted mean' in done.stdout and 'weights (those that made it the best)' in done.stdout
+    results = json.loads((root / 'results.json').read_text())
+    assert results['heads'].keys() == {'color', 'shape', 'texture'} and results['heads']['color']['labels'] == 16
+
+
+def test_two_processes_train_and_only_the_first_speaks(root):
+    done = shell(shortened(TRAIN).replace('sh 1', 'sh 2').replace('-b 32', '-b 16') + ' --epochs 1', root)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('Epoch 1/1  loss') == 1 and '2 x cpu, 1 epochs of 2 steps' in done.stdout
+    folder, = (root / 'output' / 'train').iterdir()
+    summary = pd.read_csv(folder / 'summary.csv')
+    assert len(summary) == 1 and summary['eval_top1'].notna().all()
+    for ranks in (1, 2):
+        validate = f'python -m timm_multilabel.cli.launch --standalone --nproc-per-node {ranks} validate.py'
+        done = shell(f'{validate} fashion-product-images --checkpoint {folder}/last.pth.tar -j 1 --weights plain '
+                     f'--results-file {ranks}.json', root)
+        assert done.returncode == 0, done.stderr
+    one, two = (json.loads((root / f'{ranks}.json').read_text()) for ranks in (1, 2))
+    assert one['heads']['color']['labels'] == two['heads']['color']['labels'] == 16
+    assert one['mean'] == pytest.approx(two['mean'])
+    assert two['mean']['top1'] == pytest.approx(summary['eval_top1'][0])
+
+
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_bad_input_through_torchrun_is_one_line_and_status_2(root, ranks):
+    done = shell(f'./distributed_train.sh {ranks} nowhere --model test_efficientnet', root)
+    assert done.returncode == 2
+    assert done.stderr.startswith('train.py: error: nowhere: no such data directory') and done.stderr.count('\n') == 1
+
+
+def test_script_without_a_number_of_processes(root):
+    done = shell('./distributed_train.sh ./fashion-product-images', root)
+    assert done.returncode == 2 and done.stderr.startswith('usage:')
