@@ -12,12 +12,23 @@ import yaml
 from timm_multilabel.errors import UserError
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Names the default of a flag, where it has one that says something and the help does not say it already."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=38, width=118)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ''
+        silent = action.default is None or action.default in (False, argparse.SUPPRESS, [], {}) or 'default' in text
+        return text if silent else f'{text} (default: %(default)s)'
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that says what is wrong in one line and ends with exit status 2."""
 
     def __init__(self, *args, **kwargs):
-        kwargs.setdefault('allow_abbrev', False)
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{'allow_abbrev': False, 'formatter_class': _HelpFormatter, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         print(f'{self.prog}: error: {message} (see {self.prog} --help)', file=sys.stderr)

@@ -26,6 +26,8 @@ def run_command(command: ModuleType, prog: str, argv: Sequence[str]) -> None:
     """Run a subcommand; what the user can mend becomes one line on standard error and exit status 2."""
     parser = Parser(prog=prog, description=command.__doc__.split('\n')[0])
     command.add_flags(parser)
+    positionals = [action.metavar for action in parser._actions if not action.option_strings]
+    parser.usage = ' '.join(['%(prog)s', *positionals, '[flags]'])
     try:
         command.run(parse_with_config(parser, list(argv)))
     except UserError as error:

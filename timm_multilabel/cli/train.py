@@ -1,4 +1,4 @@
-"""`timm-multilabel train`: from flags to a run."""
+"""Train a timm backbone on several labels at once, together with SimCLR."""
 import argparse
 from pathlib import Path
 from typing import Any

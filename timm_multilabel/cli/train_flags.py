@@ -73,10 +73,12 @@ def _add_views(group) -> None:
     group.add_argument('--views', choices=('timm', 'simclr'), default='timm',
                        help="recipe of a view: timm's flags below, or SimCLR's crop, flip, jitter, grayscale and blur")
     group.add_argument('--scale', type=above_0, nargs=2, default=[0.08, 1.0], metavar='X', help='crop area range')
-    group.add_argument('--ratio', type=above_0, nargs=2, default=[3 / 4, 4 / 3], metavar='X', help='crop aspect range')
+    group.add_argument('--ratio', type=above_0, nargs=2, default=[3 / 4, 4 / 3], metavar='X',
+                       help='crop aspect range (default: 3/4 4/3)')
     group.add_argument('--hflip', type=fraction, default=0.5, metavar='P', help='probability of a horizontal flip')
     group.add_argument('--vflip', type=fraction, default=0.0, metavar='P', help='probability of a vertical flip')
-    group.add_argument('--train-interpolation', choices=('random', 'bilinear', 'bicubic'), default='random')
+    group.add_argument('--train-interpolation', choices=('random', 'bilinear', 'bicubic'), default='random',
+                       help='resampling of the crop')
     group.add_argument('--aa', metavar='POLICY', help='auto augment policy, e.g. rand-m9-mstd0.5')
     group.add_argument('--color-jitter', type=at_least_0, nargs='+', metavar='X',
                        help='brightness, contrast, saturation[, hue] (default: 0.4; off with --aa)')
@@ -93,7 +95,8 @@ def _add_views(group) -> None:
     group.add_argument('--mixup-prob', type=fraction, default=1.0, metavar='P', help='probability of mixing')
     group.add_argument('--mixup-switch-prob', type=fraction, default=0.5, metavar='P',
                        help='probability of cutmix where both are on')
-    group.add_argument('--mixup-mode', choices=('batch', 'pair', 'elem'), default='batch')
+    group.add_argument('--mixup-mode', choices=('batch', 'pair', 'elem'), default='batch',
+                       help='one share for the batch, each pair or each image')
 
 
 def _add_optimizer(group) -> None:
