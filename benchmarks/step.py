@@ -1,7 +1,10 @@
 """How fast a joint step is, beside the bare backbone and beside the way the fork took its steps.
 
 `python -m benchmarks.step --help`. Everything is measured in turns in one process, on one batch that is on the device
-already: the ratios hold whatever else the machine does, the milliseconds do not. No data pipeline is measured.
+already, without a data pipeline. Ratios are of samples of one round, so slow changes of the machine's load drop out.
+
+On a CPU, glibc maps tensors of more than 32 MiB anew each time and two small passes may beat one large one; see what
+is left of that with `MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184` before the command.
 
 Variants:
     bare: forward and backward of the backbone alone on both views of all photos; 'bare again' shows the noise.

@@ -114,6 +114,14 @@ def test_unknown_labels_in_val(capsys, data_dir, tmp_path):
         str(data_dir), *QUICK, '--output', str(tmp_path / 'out'), '--unknown-labels', 'ignore'])
 
 
+def test_val_without_labels(capsys, data_dir, tmp_path):
+    original = (data_dir / 'val.csv').read_text()
+    (data_dir / 'val.csv').write_text(re.sub(',(disc|ring)', ',', original))
+    assert "val.csv has no label of 'shape'" in train_line(capsys, data_dir, tmp_path, '--eval-metric', 'shape_top1')
+    (data_dir / 'val.csv').write_text(re.sub(r'(\.png),.*', r'\1,,', original))
+    assert 'val.csv: no row has a label of a head' in train_line(capsys, data_dir, tmp_path)
+
+
 def test_head_missing_in_val(capsys, data_dir, tmp_path):
     replace(data_dir / 'val.csv', 'shape', 'form')
     assert "val.csv: no column 'shape', which is a head" in train_line(capsys, data_dir, tmp_path)

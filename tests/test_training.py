@@ -76,6 +76,7 @@ def test_run_folder(data_dir, tmp_path, capsys):
     ['-wls', '0', '--grad-accum-steps', '2', '--clip-grad', '1', '--clip-mode', 'agc', '--sched-on-updates'],
     ['-wlc', '0', '--views', 'simclr', '--opt', 'adamw', '--layer-decay', '0.7', '-j', '1'],
     ['--amp', '--channels-last', '--grad-checkpointing', '--classify-views', 'first'],
+    ['--torchcompile', 'eager', '--model-ema', '--model-ema-warmup'],
 ])
 def test_resumed_run_is_the_run_that_never_stopped(data_dir, tmp_path, flags):
     whole = run(data_dir, tmp_path / 'whole', *flags, epochs=3)

@@ -11,7 +11,7 @@ from timm_multilabel.cli.device import choose_precision, start_device
 from timm_multilabel.data.table import Rows, encode_rows, find_label_space, read_table
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
-from timm_multilabel.labels import LabelSpace
+from timm_multilabel.labels import MISSING, LabelSpace
 from timm_multilabel.task import resolve_head_weights
 from timm_multilabel.training.checkpoint import read_checkpoint, resume
 from timm_multilabel.training.loop import Fit
@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> None:
 
     label_space, train_rows, eval_rows = read_data(args)
     check_label_space(args, label_space)
+    if eval_rows is not None:
+        check_scored(args, label_space, eval_rows)
     check_batches(args, train_rows)
     checkpoint = read_checkpoint(args.resume) if args.resume else None
 
@@ -55,8 +57,16 @@ def run(args: argparse.Namespace) -> None:
     say(f'{args.model}, heads: {label_space}')
     say(f'{len(train_rows)} images to train on, {len(eval_rows) if eval_rows is not None else 0} to evaluate on, '
         f'{world()[1]} x {device}, {epochs} epochs of {steps} steps, run folder {folder}')
-    fit = Fit(updater, precision, train_loader, eval_loader, args.seed, args.eval_metric,
-              log_interval=args.log_interval)
+    fit = Fit(
+        updater,
+        precision,
+        train_loader,
+        eval_loader,
+        images_per_step=args.batch_size * world()[1],
+        seed=args.seed,
+        metric=args.eval_metric,
+        log_interval=args.log_interval,
+    )
     if world()[0] == 0:
         fit.run_folder = RunFolder(folder, settings(args), label_space)
         fit.saver = build.saver(task, updater, folder, checkpoint, args)
@@ -137,6 +147,19 @@ def check_label_space(args: argparse.Namespace, label_space: LabelSpace) -> None
     metrics += [f'{head}_{metric}' for head in weights for metric in metrics]
     if args.eval_metric not in metrics:
         raise UserError(f"--eval-metric '{args.eval_metric}': no such figure (there are: {', '.join(metrics)})")
+
+
+def check_scored(args: argparse.Namespace, label_space: LabelSpace, rows: Rows) -> None:
+    """Raise UserError where the evaluation has no label that the best checkpoint could be chosen by."""
+    labelled = (rows.targets != MISSING).any(dim=0).tolist()
+    weights = resolve_head_weights(label_space.names, args.head_weights)
+    scored = [name for name, found in zip(label_space.names, labelled, strict=True) if found and weights[name]]
+    if not scored:
+        raise UserError(f'{rows.source}: no row has a label of a head with a weight; there is nothing to score')
+    head = args.eval_metric.rpartition('_')[0]
+    if head and head not in scored:
+        raise UserError(
+            f"--eval-metric {args.eval_metric}: {rows.source} has no label of '{head}'; choose another figure")
 
 
 def steps_per_epoch(args: argparse.Namespace, rows: int) -> int:

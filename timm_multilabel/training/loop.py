@@ -173,6 +173,7 @@ class Fit:
         precision: How tensors are computed.
         train_loader: Training batches.
         eval_loader: Evaluation batches; None where no head is trained.
+        images_per_step: Photos of a step, over all ranks.
         seed: Seed of the run.
         metric: The figure of the evaluation that makes a checkpoint the best.
         run_folder: Where rows of figures go (first rank only, else None).
@@ -183,6 +184,7 @@ class Fit:
     precision: Precision
     train_loader: Any
     eval_loader: Any | None
+    images_per_step: int
     seed: int
     metric: str = 'top1'
     run_folder: RunFolder | None = None
@@ -207,11 +209,10 @@ class Fit:
         self.train_loader.sampler.set_epoch(epoch)
         lrs = [group['lr'] for group in self.updater.optimizer.param_groups]
         started = time.perf_counter()
-        with Progress(title, len(self.train_loader), visible=rank == 0) as progress:
+        with Progress(title, len(self.train_loader), rank == 0, self.images_per_step) as progress:
             row = train_epoch(
                 self.updater, self.train_loader, self.precision, epoch, progress, self.log_interval)
-        photos = len(self.train_loader.sampler) // self.batch_size * self.batch_size * ranks
-        images_per_second = photos / (time.perf_counter() - started)
+        images_per_second = len(self.train_loader) * self.images_per_step / (time.perf_counter() - started)
         if ranks > 1:
             for ema in (False, True):
                 module = self.task.get_trainable_module(ema=ema)
@@ -230,13 +231,6 @@ class Fit:
             self.task.metadata['best_weights'] = 'ema' if best.startswith('eval_ema_') else 'plain'
             self.saver.save_checkpoint(epoch, row[best])
         return row
-
-    @property
-    def batch_size(self) -> int:
-        loader = self.train_loader
-        while not hasattr(loader, 'batch_size'):
-            loader = loader.loader
-        return loader.batch_size
 
     def evaluate(self, title: str) -> dict[str, float]:
         """The evaluation's figures of the plain weights ('eval_...') and of the EMA ('eval_ema_...')."""

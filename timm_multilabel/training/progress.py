@@ -12,10 +12,11 @@ class Progress:
         title: What is going on, e.g. 'Epoch 3/110'.
         steps: Number of steps.
         visible: Show anything.
+        images_per_step: Images of a step, over all ranks.
     """
 
-    def __init__(self, title: str, steps: int, visible: bool):
-        self.title, self.steps, self.visible = title, steps, visible
+    def __init__(self, title: str, steps: int, visible: bool, images_per_step: int = 0):
+        self.title, self.steps, self.visible, self.images_per_step = title, steps, visible, images_per_step
         self.bar = tqdm(total=steps, desc=title, unit='step', leave=False, disable=None if visible else True)
         self.started = time.perf_counter()
 
@@ -30,11 +31,12 @@ class Progress:
         self.bar.update()
 
     def show(self, step: int, figures: str) -> None:
-        """Show figures after a step: beside the bar, or as a line of their own."""
+        """Show figures and speed after a step: beside the bar, or as a line of their own."""
+        elapsed = time.perf_counter() - self.started
+        figures += f'  {step * self.images_per_step / elapsed:.0f} images/s'
         if not self.bar.disable:
             self.bar.set_postfix_str(figures)
         elif self.visible:
-            elapsed = time.perf_counter() - self.started
             left = tqdm.format_interval(elapsed / step * (self.steps - step))
             print(f'{self.title}  step {step}/{self.steps}  {figures}  left {left}', flush=True)
 

@@ -20,7 +20,7 @@ def run_folder_path(output: str, experiment: str | None, model: str, size: int) 
     """
     name = experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(model)}-{size}'
     path = Path(output) / name
-    if path.is_dir() and any(path.iterdir()):
+    if (path / 'last.pth.tar').exists():
         raise UserError(
             f'{path}: holds a run already; go on with it (--resume {path}/last.pth.tar), choose another --experiment, '
             'or remove it')
