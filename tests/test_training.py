@@ -129,6 +129,19 @@ def test_args_yaml_repeats_the_run(data_dir, tmp_path):
     assert_same_weights(first / 'last.pth.tar', tmp_path / 'b' / 'run' / 'last.pth.tar')
 
 
+def test_learning_rates_of_the_forks_schedule(data_dir, tmp_path, capsys):
+    """Warm-up of 3 epochs from 1e-6, cosine to 1e-5 over 5 epochs, cooldown; never longer a warm-up than the run."""
+    common = ['--lr', '0.016', '--warmup-lr', '1e-6', '--sched', 'cosine']
+    lrs = pd.read_csv(run(data_dir, tmp_path / 'a', *common, '--warmup-epochs', '3', '--cooldown-epochs', '2',
+                          epochs=5) / 'summary.csv')['lr'].tolist()
+    warm = [1e-6 + (0.016 - 1e-6) * epoch / 3 for epoch in range(3)]
+    cosine = [1e-5 + (0.016 - 1e-5) * (1 + math.cos(math.pi * epoch / 5)) / 2 for epoch in (3, 4)]
+    assert lrs == pytest.approx([*warm, *cosine, 1e-5, 1e-5], rel=1e-6)
+    lrs = pd.read_csv(run(data_dir, tmp_path / 'b', *common, '--warmup-epochs', '3', epochs=1) / 'summary.csv')['lr']
+    assert lrs.tolist() == [0.016]
+    assert '--warmup-epochs 3 does not fit into --epochs 1: warms up for 0' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('flags', [['--mixup', '0.5'], ['--cutmix', '1', '--mixup-mode', 'elem']])
 def test_mixing_trains(data_dir, tmp_path, flags):
     summary = pd.read_csv(run(data_dir, tmp_path, '-wls', '0', *flags, epochs=1) / 'summary.csv')

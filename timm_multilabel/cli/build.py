@@ -100,7 +100,21 @@ def task(
     return made
 
 
-def updater(args: argparse.Namespace, task: JointTask, precision: Precision, steps: int) -> tuple[Updater, int]:
+def warmup_epochs(args: argparse.Namespace, say: Callable[[str], None]) -> int:
+    """The epochs of warm-up: those asked for, but fewer than the run has, which would else end before its real rate."""
+    epochs = min(args.warmup_epochs, args.epochs - 1)
+    if epochs < args.warmup_epochs:
+        say(f'--warmup-epochs {args.warmup_epochs} does not fit into --epochs {args.epochs}: warms up for {epochs}')
+    return epochs
+
+
+def updater(
+        args: argparse.Namespace,
+        task: JointTask,
+        precision: Precision,
+        steps: int,
+        say: Callable[[str], None],
+) -> tuple[Updater, int]:
     """The optimizer with what surrounds it, and the number of epochs that its schedule has.
 
     Args:
@@ -145,7 +159,7 @@ def updater(args: argparse.Namespace, task: JointTask, precision: Precision, ste
             decay_rate=args.decay_rate,
             min_lr=args.min_lr,
             warmup_lr=args.warmup_lr,
-            warmup_epochs=args.warmup_epochs,
+            warmup_epochs=warmup_epochs(args, say),
             plateau_mode='min' if decreasing else 'max',
             step_on_epochs=not args.sched_on_updates,
             updates_per_epoch=made.updates_per_epoch(steps),

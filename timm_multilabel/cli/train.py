@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     folder = build.folder(args, data_config, checkpoint)
     task = build.task(args, model, data_config, device, say)
     steps = steps_per_epoch(args, len(train_rows))
-    updater, epochs = build.updater(args, task, precision, steps)
+    updater, epochs = build.updater(args, task, precision, steps, say)
     first = resume(checkpoint, task, updater.optimizer, updater.scaler) if checkpoint else 0
     if updater.scheduler is not None and first:
         updater.scheduler.step(first)

@@ -13,7 +13,8 @@ def nt_xent_loss(view_a: torch.Tensor, view_b: torch.Tensor, temperature: float 
     Contrastive Learning of Visual Representations", eq. 1).
 
     With several ranks the loss is the mean over this rank's anchors, against the views of all ranks: its mean over
-    ranks is the loss of one process on the whole batch, and so is the gradient that DDP averages.
+    ranks is the loss of one process on the whole batch, and so is the gradient that DDP averages. All ranks must have
+    the same N.
 
     Args:
         view_a: Projections (N, D) of one view of each image; they need not be normalised.
@@ -37,15 +38,13 @@ def nt_xent_loss(view_a: torch.Tensor, view_b: torch.Tensor, temperature: float 
         # Columns are rank-major, so rank r's anchors are columns 2N * r to 2N * (r + 1).
         similarity = anchors @ gather(anchors).T
         n = len(view_a)
-        rows = torch.arange(2 * n, device=anchors.device)
-        itself = rows + 2 * n * world()[0]
-        positive = itself.roll(n)
+        column = torch.arange(similarity.shape[1], device=anchors.device)
+        itself = column[:2 * n, None] + 2 * n * world()[0]
+        positive = itself.roll(n, dims=0)
         # Relative to the positive pair the loss is softplus(logsumexp over negatives), which keeps its digits where
         # the pair is much closer than the rest and log(1 + tiny) would round to 0.
-        logits = (similarity - similarity[rows, positive, None]) / temperature
-        mask = torch.zeros_like(logits, dtype=torch.bool)
-        mask[rows, itself] = True
-        mask[rows, positive] = True
+        logits = (similarity - similarity.gather(1, positive)) / temperature
+        mask = (column == itself) | (column == positive)
         # A finite fill: with no negatives at all (one image) a row of -inf would give NaN gradients.
         negatives = logits.masked_fill(mask, torch.finfo(dtype).min).logsumexp(dim=1)
         return F.softplus(negatives, threshold=40).mean()
