@@ -211,6 +211,18 @@ def test_yaml_sets_any_flag_and_the_command_line_goes_first(tmp_path):
     assert args.simclr_loss_weight == 0.25 and args.model_ema is False and args.amp is False
 
 
+def test_yaml_and_the_data_directory(tmp_path, capsys):
+    (tmp_path / 'c.yaml').write_text('heads: [color]\n')
+    args = parse(['data', '-c', str(tmp_path / 'c.yaml')])
+    assert (args.data_dir, args.heads) == ('data', ['color'])
+    with pytest.raises(SystemExit):
+        parse(['-c', str(tmp_path / 'c.yaml')])
+    assert 'required: DIR' in capsys.readouterr().err
+    (tmp_path / 'c.yaml').write_text('data_dir: one\n')
+    assert parse(['-c', str(tmp_path / 'c.yaml')]).data_dir == 'one'
+    assert parse(['-c', str(tmp_path / 'c.yaml'), 'two']).data_dir == 'two'
+
+
 @pytest.mark.parametrize('text, message', [
     ('learning_rate: 1', "there is no flag 'learning_rate'"),
     ('warmup_epoch: 1', "there is no flag 'warmup_epoch'; did you mean 'warmup_epochs'?"),

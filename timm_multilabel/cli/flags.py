@@ -92,8 +92,19 @@ def parse_with_config(parser: Parser, argv: list[str]) -> argparse.Namespace:
     finder = Parser(add_help=False, prog=parser.prog)
     finder.add_argument('-c', '--config')
     path = finder.parse_known_args(argv)[0].config
-    flags = _flags_from_yaml(parser, Path(path)) if path else []
-    return parser.parse_args(flags + argv)
+    if path is None or not any(action.dest == 'config' for action in parser._actions):
+        return parser.parse_args(argv)
+    positionals = [action for action in parser._actions if not action.option_strings]
+    for action in positionals:
+        action.nargs = '?'  # the file may hold it
+    settings = parser.parse_args(_flags_from_yaml(parser, Path(path)))
+    for action in positionals:
+        action.default = getattr(settings, action.dest)
+    args = parser.parse_args(argv, settings)
+    for action in positionals:
+        if getattr(args, action.dest) is None:
+            parser.error(f'the following arguments are required: {action.metavar}')
+    return args
 
 
 def _flags_from_yaml(parser: Parser, path: Path) -> list[str]:

@@ -17,7 +17,14 @@ class Progress:
 
     def __init__(self, title: str, steps: int, visible: bool, images_per_step: int = 0):
         self.title, self.steps, self.visible, self.images_per_step = title, steps, visible, images_per_step
-        self.bar = tqdm(total=steps, desc=title, unit='step', leave=False, disable=None if visible else True)
+        self.bar = tqdm(
+            total=steps,
+            desc=title,
+            bar_format='{desc} {bar:12} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}',
+            dynamic_ncols=True,
+            leave=False,
+            disable=None if visible else True,  # None: only on a terminal
+        )
         self.started = time.perf_counter()
 
     def __enter__(self) -> 'Progress':
