@@ -26,4 +26,5 @@ def run(args: argparse.Namespace) -> None:
     write_sample(args.directory, **counts, size=args.size, seed=args.seed, force=args.force)
     described = ', '.join(f'{rows} {name}' for name, rows in counts.items())
     print(f'Wrote {sum(counts.values())} pictures ({described}) to {args.directory}, see preview.png there')
-    print(f'Next: ./distributed_train.sh 1 {args.directory} --model mobilenetv3_small_050 --img-size {args.size}')
+    print(f'Next: timm-multilabel train {args.directory} --model resnet10t --img-size {args.size} -b 64 '
+          '--opt adamw --lr 2e-3 --epochs 6 --cooldown-epochs 0')
