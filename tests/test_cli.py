@@ -73,6 +73,22 @@ BAD_FLAGS = [
     (['--device', 'toaster'], '--device toaster'),
     (['--amp', '--amp-dtype', 'float16'], 'needs CUDA'),
     (['--sync-bn'], '--sync-bn needs CUDA'),
+    (['--seed', '5000000000'], 'out of range'),
+    (['--opt', 'adamw', '--opt-betas', '0.9'], '--opt adamw'),
+    (['--opt-kwargs', 'foo'], 'not of the form NAME=VALUE'),
+    (['--mean', '0.5', '0.5'], '--mean takes 1 or 3 numbers'),
+    (['--std', '0'], 'out of range'),
+    (['--interpolation', 'foo'], 'invalid choice'),
+    (['--crop-pct', '1e-9'], 'out of range'),
+    (['--torchcompile', 'foo'], '--torchcompile foo'),
+    (['--device', 'meta'], '--device meta'),
+    (['--model', 'test_vit', '--img-size', '33'], '--model test_vit'),
+    (['--model-kwargs', 'in_chans=1'], 'does not take images of 3x32x32'),
+    (['--model-kwargs', 'global_pool='], 'no pooled features'),
+    (['--color-jitter', '.4', '.4', '.4', '.9'], 'hue'),
+    (['--aa', 'rand-m9', '--color-jitter', '.4'], 'pass one of them'),
+    (['--layer-decay', '0.7', '--sched', 'none'], '--sched constant'),
+    (['-wlc', '0', '--heads', 'color'], '--heads speaks of heads'),
     (['-b', '13'], '12 rows do not fill a batch of 13'),
     (['--no-such-flag'], 'unrecognized arguments: --no-such-flag'),
     (['-c', 'nowhere.yaml'], 'nowhere.yaml: cannot be read'),
@@ -144,6 +160,26 @@ def test_a_run_is_not_overwritten(capsys, data_dir, trained):
     assert f'{trained.parent}: holds a run already' in line and '--resume' in line
 
 
+def test_outputs_that_cannot_be_written(capsys, data_dir, tmp_path, trained):
+    (tmp_path / 'file').write_text('')
+    (tmp_path / 'r.json').mkdir()
+    assert 'file' in fails(capsys, train, [data_dir, *QUICK, '--output', tmp_path / 'file'])
+    for flags in (['--results-file', tmp_path / 'r.json'], ['--results-file', tmp_path / 'file' / 'r.json'],
+                  ['--confusion', tmp_path / 'file']):
+        fails(capsys, validate, [data_dir, '--checkpoint', trained, '-j', '0', '--device', 'cpu', *flags])
+
+
+def test_resume_with_another_optimizer(capsys, data_dir, trained):
+    line = fails(capsys, train, [data_dir, *QUICK, '--opt', 'adamp', '--resume', trained])
+    assert 'trained with --opt sgd, not adamp' in line
+
+
+def test_label_of_train_that_all_csv_lacks(capsys, data_dir, tmp_path):
+    (data_dir / 'all.csv').write_text((data_dir / 'train.csv').read_text().replace('red', 'blue'))
+    line = train_line(capsys, data_dir, tmp_path, '--unknown-labels', 'ignore')
+    assert "train.csv: labels that training does not know: color 'red'" in line and 'all.csv, or mend them' in line
+
+
 def test_bad_checkpoints(capsys, data_dir, tmp_path, trained):
     common = [data_dir, '-j', '0', '--device', 'cpu', '--checkpoint']
     assert '--model resnet18: ' in fails(capsys, validate, [*common, trained, '--model', 'resnet18'])
@@ -152,8 +188,14 @@ def test_bad_checkpoints(capsys, data_dir, tmp_path, trained):
     assert 'holds no ema weights' in fails(capsys, validate, [*common, trained, '--weights', 'ema'])
     (tmp_path / 'half.pth.tar').write_bytes(trained.read_bytes()[:5000])
     assert 'half.pth.tar: cannot be loaded' in fails(capsys, validate, [*common, tmp_path / 'half.pth.tar'])
-    torch.save({'state_dict': {}}, tmp_path / 'foreign.pth.tar')
-    assert 'not a checkpoint of timm-multilabel' in fails(capsys, validate, [*common, tmp_path / 'foreign.pth.tar'])
+    for content in ({'state_dict': {}}, torch.zeros(3), {'state_dict': {}, 'arch': 'x', 'label_space': 3}):
+        torch.save(content, tmp_path / 'foreign.pth.tar')
+        assert 'not a checkpoint of timm-multilabel' in fails(capsys, validate, [*common, tmp_path / 'foreign.pth.tar'])
+    (tmp_path / 'dot.pth.tar').write_bytes(b'.')
+    assert 'cannot be loaded' in fails(capsys, validate, [*common, tmp_path / 'dot.pth.tar'])
+    state = torch.load(trained, weights_only=True)
+    torch.save({**state, 'arch': 'test_vit'}, tmp_path / 'mixed.pth.tar')
+    assert 'do not fit its model' in fails(capsys, validate, [*common, tmp_path / 'mixed.pth.tar'])
     (data_dir / 'other.csv').write_text('image_path,size\nimages/0.png,big\n')
     assert "none of the checkpoint's heads (color, shape)" in fails(capsys, validate, [
         *common, trained, '--split', data_dir / 'other.csv'])
@@ -218,6 +260,9 @@ def test_yaml_and_the_data_directory(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse(['-c', str(tmp_path / 'c.yaml')])
     assert 'required: DIR' in capsys.readouterr().err
+    (tmp_path / 'c.yaml').write_text('heads: [a, b]\ndata_dir: one\ndrop-connect: 0.2\nnative_amp: true\n')
+    args = parse(['-c', str(tmp_path / 'c.yaml')])
+    assert (args.data_dir, args.heads, args.drop_path, args.old_amp) == ('one', ['a', 'b'], 0.2, True)
     (tmp_path / 'c.yaml').write_text('data_dir: one\n')
     assert parse(['-c', str(tmp_path / 'c.yaml')]).data_dir == 'one'
     assert parse(['-c', str(tmp_path / 'c.yaml'), 'two']).data_dir == 'two'
@@ -229,6 +274,7 @@ def test_yaml_and_the_data_directory(tmp_path, capsys):
     ('- lr', 'expected a mapping'),
     ('lr: [', 'cannot be read as YAML'),
     ('amp: 3', "'amp' is 3, expected true or false"),
+    ('lr: [1, 2]', "'lr' is [1, 2], expected one value"),
 ])
 def test_bad_yaml(tmp_path, text, message):
     (tmp_path / 'c.yaml').write_text(text)

@@ -46,7 +46,7 @@ def test_views_are_uint8_images_of_the_size(view):
 
 
 def test_simclr_recipe():
-    """Rates over many draws: flip 0.5, grayscale 0.2; the crop's area from 0.08 to 1."""
+    """Rates over many draws: flip 0.5, grayscale 0.2."""
     left_red = Image.fromarray(np.repeat([[[200, 60, 20]] * 16 + [[20, 60, 200]] * 16], 32, axis=0).astype(np.uint8))
     view = simclr_view((8, 8), strength=0.0, scale=(1.0, 1.0), ratio=(1.0, 1.0))
     random.seed(0), torch.manual_seed(0), np.random.seed(0)
@@ -55,6 +55,26 @@ def test_simclr_recipe():
     flipped = made[~grey, 0, :, 0].mean(1) < made[~grey, 0, :, -1].mean(1)
     assert grey.float().mean().item() == pytest.approx(0.2, abs=0.05)
     assert flipped.float().mean().item() == pytest.approx(0.5, abs=0.07)
+
+
+def drawn(view, image, count=40):
+    random.seed(0), torch.manual_seed(0), np.random.seed(0)
+    return torch.stack([view(image) for _ in range(count)]).float()
+
+
+def test_simclr_jitter_and_blur_and_crop():
+    """Each alone: what it changes, and in about the share of views that the paper says (0.8, 0.5, always)."""
+    whole = {'scale': (1.0, 1.0), 'ratio': (1.0, 1.0), 'hflip': 0.0, 'interpolation': 'bilinear'}
+    plain = Image.new('RGB', (32, 32), (200, 60, 20))
+    jittered = (drawn(simclr_view((32, 32), **whole), plain)[:, :, 0, 0] != torch.tensor([200, 60, 20])).any(1)
+    assert jittered.float().mean().item() == pytest.approx(0.84, abs=0.1)  # jitter or grayscale
+    dots = Image.fromarray(np.indices((40, 40)).sum(0).astype(np.uint8) % 2 * 255).convert('RGB')
+    spread = drawn(simclr_view((40, 40), strength=0.0, **whole), dots).std(dim=(1, 2, 3))
+    assert (spread < 120).float().mean().item() == pytest.approx(0.5, abs=0.2)
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None].repeat(256, 0)).convert('RGB')
+    widths = drawn(simclr_view((16, 16), strength=0.0, hflip=0.0), ramp, 200).amax(dim=(1, 2, 3)) - drawn(
+        simclr_view((16, 16), strength=0.0, hflip=0.0), ramp, 200).amin(dim=(1, 2, 3))
+    assert widths.min() < 90 and widths.max() > 230
 
 
 def test_batches_are_view_major_with_targets_repeated(data_dir):
@@ -108,8 +128,11 @@ def test_limit_steps(data_dir):
 def test_evaluation_counts_every_row_once(data_dir, ranks):
     dataset = MultiLabelDataset(rows(data_dir, 'val'), eval_view((8, 8), 'bilinear', 1.0, 'center'))
     loaders = [create_eval_loader(dataset, 4, rank=rank, ranks=ranks, workers=0, **PLAIN) for rank in range(ranks)]
-    seen = [image.sum().item() for each in loaders for images, _ in each for image in images]
-    assert len(seen) == len(dataset) == 6
+    expected = [dataset[index][0].float() / 255 for index in range(6)]
+    seen = [image for each in loaders for images, _ in each for image in images]
+    order = [index for rank in range(ranks) for index in range(rank, 6, ranks)]
+    for image, index in zip(seen, order, strict=True):
+        torch.testing.assert_close(image, expected[index])
 
 
 def test_random_erasing_happens_on_the_batch(data_dir):

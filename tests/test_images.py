@@ -17,6 +17,19 @@ def test_every_mode_comes_out_as_rgb(tmp_path, mode, suffix):
     assert np.asarray(image).min() >= 253
 
 
+def test_16_bit_greyscale_keeps_its_range(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(2, axis=0)
+    Image.fromarray(ramp).save(tmp_path / 'x.png')
+    image = np.asarray(read_image(str(tmp_path / 'x.png'), 'row 2'))
+    assert image[0, :, 0].tolist() == list(range(256))
+
+
+def test_float_pixels_are_refused(tmp_path):
+    Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / 'x.tiff')
+    with pytest.raises(UserError, match='pixels of mode F'):
+        read_image(str(tmp_path / 'x.tiff'), 'row 2')
+
+
 def test_transparent_pixels_become_white(tmp_path):
     Image.new('RGBA', (2, 2), (255, 0, 0, 0)).save(tmp_path / 'x.png')
     assert read_image(str(tmp_path / 'x.png'), 'row 2').getpixel((0, 0)) == (255, 255, 255)

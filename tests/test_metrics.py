@@ -43,7 +43,13 @@ def test_a_head_without_labels_stays_out_of_the_means():
     figures = evaluator.compute()
     assert math.isnan(figures['shape_top1']) and figures['top1'] == figures['color_top1'] == 25
     assert math.isnan(MultiLabelEvaluator(SPACE, WEIGHTS).compute()['top1'])
-    assert math.isnan(mean_over_heads({'a': float('nan')}, {'a': 1.0}))
+    assert math.isnan(mean_over_heads({}, {'a': 1.0}))
+
+
+def test_a_head_whose_loss_is_nan_is_not_passed_over():
+    evaluator = MultiLabelEvaluator(SPACE, WEIGHTS)
+    evaluator.update({'color': COLOR * float('nan'), 'shape': SHAPE}, TARGET)
+    assert math.isnan(evaluator.compute()['loss'])
 
 
 def test_padding_does_not_count():

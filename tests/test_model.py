@@ -58,7 +58,15 @@ def test_pretrained_path_takes_a_local_timm_file(tmp_path, kind):
         assert torch.equal(value, source.state_dict()[name])
 
 
+@pytest.mark.parametrize('name', ['test_byobnet', 'test_vit'])
+def test_pretrained_path_of_another_model_is_refused(tmp_path, name):
+    save_file(timm.create_model(name).state_dict(), path := str(tmp_path / 'w.safetensors'))
+    with pytest.raises(UserError, match='--pretrained-path .*(lacks|do not load)'):
+        create_backbone('test_resnet', pretrained_path=path)
+
+
 @pytest.mark.parametrize('kwargs, message', [
+    ({'name': 'local-dir:/nowhere'}, 'cannot be had'),
     ({'name': 'efficientnetb0'}, 'no such model; did you mean efficientnet_b0'),
     ({'name': 'org/some_model'}, 'no such model'),
     ({'name': 'test_resnet', 'pretrained_path': 'no/file.pth'}, '--pretrained-path no/file.pth'),

@@ -102,6 +102,13 @@ def test_groups_cover_everything_once_and_spare_what_the_backbone_spares():
         assert (lowest < 0.5) == (layer_decay is not None)
 
 
+def test_caution_is_left_to_timm():
+    optimizer = create_optimizer(tiny_task(), 'adamp', lr=0.1, caution=True)
+    assert type(optimizer) is not CentralizedAdamP and optimizer.param_groups[0]['caution']
+    zero = torch.zeros(4)
+    assert torch.allclose(step(tiny_task(), opt='adamp', lr=0.1, caution=True), zero, atol=1e-7)
+
+
 def test_unknown_optimizer():
     with pytest.raises(ValueError):
         create_optimizer(tiny_task(), 'adamm', lr=0.1)

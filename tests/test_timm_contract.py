@@ -9,10 +9,13 @@ from timm.optim import create_optimizer_v2
 from timm.task import evaluation_sample_limit, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver
 
+from timm_multilabel.cli import validate
+from timm_multilabel.cli.main import run_command
+
 README = (Path(__file__).parent.parent / 'README.md').read_text()
 
 
-def test_the_lines_of_the_readme_run_under_timm(data_dir, tmp_path):
+def test_the_lines_of_the_readme_run_under_timm(data_dir, tmp_path, capsys):
     section = README.split("## In timm's own training script")[1]
     code = re.search(r'```python\n(.*?)```', section, re.S)[1]
     lines = [line for line in code.splitlines() if line and 'import' not in line]
@@ -44,12 +47,16 @@ def test_the_lines_of_the_readme_run_under_timm(data_dir, tmp_path):
     metrics = evaluator.compute(distributed=False)
     assert evaluator.default_metric in metrics and set(evaluator.metric_names) <= set(metrics)
 
-    saver = CheckpointSaver(task.get_eval_model(), optimizer, task=task, checkpoint_dir=str(tmp_path))
+    flags = Namespace(model='test_resnet', img_size=32, mean=None, std=None)
+    saver = CheckpointSaver(task.get_eval_model(), optimizer, flags, task=task, checkpoint_dir=str(tmp_path))
     saver.save_checkpoint(0, metrics['top1'])
     weights = [p.clone() for p in task.get_trainable_module().parameters()]
     with torch.no_grad():
         for p in task.get_trainable_module().parameters():
             p.zero_()
     assert resume_task_checkpoint(task, str(tmp_path / 'last.pth.tar'), optimizer) == 1
+    run_command(validate, 'validate.py', [
+        str(data_dir), '--checkpoint', str(tmp_path / 'last.pth.tar'), '-j', '0', '--device', 'cpu'])
+    assert 'weighted mean' in capsys.readouterr().out
     load_task_ema_checkpoint(task, str(tmp_path / 'last.pth.tar'))
     assert all(torch.equal(a, b) for a, b in zip(weights, task.get_trainable_module().parameters(), strict=True))

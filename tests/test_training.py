@@ -105,7 +105,7 @@ def test_same_seed_same_run_and_workers_do_not_matter(data_dir, tmp_path):
 def test_checkpoint_is_usable_by_itself(data_dir, tmp_path):
     folder = run(data_dir, tmp_path, '--model-ema', epochs=1)
     state = torch.load(folder / 'last.pth.tar', weights_only=True)
-    assert state['arch'] == 'test_resnet' and state['version'] == 2 and state['epoch'] == 0
+    assert state['arch'] == 'test_resnet' and state['opt'] == 'sgd' and state['version'] == 2 and state['epoch'] == 0
     assert not any('projector' in name for name in state['state_dict']) and 'projector' in state['task_state']
     checkpoint = read_checkpoint(folder / 'last.pth.tar')
     plain, ema = load_model(checkpoint, 'plain'), load_model(checkpoint, 'ema')
@@ -180,7 +180,7 @@ def test_validation_repeats_the_evaluation_of_training(data_dir, tmp_path, capsy
             assert results['mean'][metric] == pytest.approx(row[prefix + metric], rel=1e-5)
             assert results['heads']['color'][metric] == pytest.approx(row[f'{prefix}color_{metric}'], rel=1e-5)
         assert results['heads']['shape']['labels'] == 6
-    assert f'{best.best_weights} weights (those that made it the best)' in capsys.readouterr().out
+    assert f'{best.best_weights} weights, the better ones of this checkpoint' in capsys.readouterr().out
 
 
 def test_validation_of_another_table_names_what_it_cannot_score(data_dir, tmp_path, capsys):

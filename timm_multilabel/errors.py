@@ -9,9 +9,9 @@ class UserError(Exception):
 
     @property
     def line(self) -> str:
-        """The message alone.
+        """The message alone, on one line whatever the names in it hold.
 
-        A DataLoader worker raises its error again in the main process with the worker's traceback put before the
-        message; the message is then the last line.
+        A DataLoader worker's error is raised again in the main process with the worker's traceback put before it.
         """
-        return str(self).strip().splitlines()[-1].removeprefix(f'{__name__}.{type(self).__name__}: ')
+        text = str(self).rpartition(f'{__name__}.{type(self).__name__}: ')[2]
+        return ''.join(letter if letter.isprintable() else ' ' for letter in text).strip()

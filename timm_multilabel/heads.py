@@ -1,4 +1,4 @@
-"""What a head is: its layer, its loss, its prediction."""
+"""What a head is: its layer and its loss."""
 import torch
 from torch import nn
 
@@ -28,8 +28,3 @@ class CategoricalHead(nn.Module):
         """The sum over the batch and the number of labels; `target` is (B,) indices or (B, C) mixed labels."""
         loss = index_cross_entropy if target.ndim == 1 else dense_cross_entropy
         return loss(logits, target, smoothing)
-
-    @staticmethod
-    def predict(logits: torch.Tensor) -> torch.Tensor:
-        """Class indices (B,)."""
-        return logits.argmax(dim=1)

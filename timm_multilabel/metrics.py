@@ -23,10 +23,9 @@ def _zeros(rows: int, heads: int, device: torch.device) -> torch.Tensor:
 
 
 def mean_over_heads(values: dict[str, float], weights: dict[str, float]) -> float:
-    """The weighted mean over the heads that have a value (the others are NaN); NaN when none has."""
-    scored = {name: value for name, value in values.items() if not np.isnan(value)}
-    total = sum(weights[name] for name in scored)
-    return sum(weights[name] * value for name, value in scored.items()) / total if total else float('nan')
+    """The weighted mean over the heads that have a value; NaN where no head with a weight has one."""
+    total = sum(weights[name] for name in values)
+    return float(sum(weights[name] * value for name, value in values.items()) / total) if total else float('nan')
 
 
 class MultiLabelEvaluator:
@@ -99,11 +98,12 @@ class MultiLabelEvaluator:
             f'{name}_{metric}': float(values[head])
             for head, name in enumerate(self.label_space.names) for metric, values in columns.items()
         }
+        labelled = [(head, name) for head, name in enumerate(self.label_space.names) if count[head]]
         means = {
-            metric: mean_over_heads(dict(zip(self.label_space.names, values, strict=True)), self.head_weights)
+            metric: mean_over_heads({name: values[head] for head, name in labelled}, self.head_weights)
             for metric, values in columns.items()
         }
-        return {**{metric: float(value) for metric, value in means.items()}, **heads}
+        return {**means, **heads}
 
     def summary(self) -> dict[str, float]:
         """The figures of this rank so far."""

@@ -79,18 +79,43 @@ def create_backbone(
     kwargs = dict(model_kwargs or {}, num_classes=0)
     if drop_path is not None:
         kwargs['drop_path_rate'] = drop_path
-    if pretrained and not pretrained_path:
+    if (pretrained and not pretrained_path) or name.startswith('hf-hub:'):
         _go_offline_if_cut_off()
     try:
         kwargs = resolve_model_input_args(name, input_size, **kwargs)
         if pretrained_path:
-            kwargs['pretrained_cfg_overlay'] = {'file': pretrained_path}
-        backbone = timm.create_model(**kwargs, pretrained=bool(pretrained or pretrained_path))
+            backbone = _create_from_file(kwargs, pretrained_path)
+        else:
+            backbone = timm.create_model(**kwargs, pretrained=pretrained)
+    except UserError:
+        raise
     except Exception as error:  # timm, its models, safetensors and the hub each raise their own kinds
         raise _explain(error, name, pretrained, pretrained_path) from error
     if not getattr(backbone, 'head_hidden_size', None):
         raise UserError(f"--model {name}: the model has no pooled features to put heads on; choose another")
     return backbone
+
+
+def _create_from_file(kwargs: dict[str, Any], path: str) -> nn.Module:
+    """A timm model with the weights of a local file, every one of them.
+
+    timm passes over weights that a file lacks, since it expects another classifier. Two models that are made from the
+    same random numbers, one without the file, tell which weights it brought.
+
+    Raises:
+        UserError: The file lacks weights of the model.
+    """
+    with torch.random.fork_rng():
+        untouched = timm.create_model(**kwargs)
+    loaded = timm.create_model(**kwargs, pretrained=True, pretrained_cfg_overlay={'file': path}).state_dict()
+    drawn = {name: value for name, value in untouched.named_parameters() if value.min() < value.max()}
+    lacking = [name for name, value in drawn.items() if torch.equal(value, loaded[name])]
+    if lacking:
+        raise UserError(
+            f'--pretrained-path {path}: lacks {len(lacking)} of the {len(drawn)} weights of {kwargs["model_name"]} '
+            f'({", ".join(lacking[:3])}, ...); name a file of that model, or with --initial-checkpoint one of a run')
+    untouched.load_state_dict(loaded)
+    return untouched
 
 
 def _explain(error: Exception, name: str, pretrained: bool, pretrained_path: str | None) -> Exception:
@@ -100,6 +125,8 @@ def _explain(error: Exception, name: str, pretrained: bool, pretrained_path: str
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f'; did you mean {" or ".join(near)}?' if near else ''
         return UserError(f'--model {name}: timm {timm.__version__} has no such model{hint}')
+    if ':' in name:
+        return UserError(f'--model {name}: cannot be had ({reason[:200]})')
     if pretrained_path:
         return UserError(f'--pretrained-path {pretrained_path}: its weights do not load into {name} ({reason[:300]})')
     if pretrained:

@@ -40,7 +40,7 @@ def create_optimizer(
     module = unwrap_model(task.get_trainable_module())
     groups = _parameter_groups(module, weight_decay, layer_decay)
     optimizer = create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=weight_decay, **kwargs)
-    if opt.lower() == 'adamp':
+    if opt.lower() == 'adamp' and not kwargs.get('caution'):
         return CentralizedAdamP(optimizer.param_groups, gradient_centralization)
     if gradient_centralization:
         centralize_updates(optimizer)

@@ -30,8 +30,8 @@ def model(args: argparse.Namespace, label_space: LabelSpace) -> tuple[MultiLabel
     size = {'img_size': args.img_size, 'input_size': args.input_size}
     backbone = create_backbone(
         args.model,
-        pretrained=args.pretrained,
-        pretrained_path=args.pretrained_path,
+        pretrained=args.pretrained and not args.resume,  # a checkpoint brings its own
+        pretrained_path=None if args.resume else args.pretrained_path,
         input_size=size,
         drop_path=args.drop_path,
         model_kwargs=args.model_kwargs,
@@ -41,11 +41,29 @@ def model(args: argparse.Namespace, label_space: LabelSpace) -> tuple[MultiLabel
             backbone.set_grad_checkpointing(enable=True)
         except (AttributeError, AssertionError) as error:
             raise UserError(f'--grad-checkpointing: {args.model} has none') from error
+    for name in ('mean', 'std'):
+        if getattr(args, name) and len(getattr(args, name)) not in (1, 3):
+            raise UserError(f'--{name} takes 1 or 3 numbers, not {len(getattr(args, name))}')
     wishes = {name: getattr(args, name) for name in ('mean', 'std', 'interpolation', 'crop_pct')}
     data_config = resolve_data_config({**size, **wishes}, model=backbone)
     for name in ('input_size', 'mean', 'std'):
         data_config[name] = list(data_config[name])  # as YAML and checkpoints hold it
+    try_out(args.model, backbone, data_config['input_size'])
     return MultiLabelModel(backbone, label_space, args.drop), data_config
+
+
+def try_out(name: str, backbone: torch.nn.Module, input_size: list[int]) -> None:
+    """Raise UserError unless a backbone gives pooled features for an image of the size."""
+    size = 'x'.join(map(str, input_size))
+    try:
+        with torch.no_grad():
+            features = backbone.eval()(torch.zeros(1, *input_size))
+        backbone.train()
+    except Exception as error:  # each model has its own ways to refuse a size
+        reason = ' '.join(str(error).split())[:200]
+        raise UserError(f'--model {name}: it does not take images of {size} ({reason}); see --img-size') from error
+    if not isinstance(features, torch.Tensor) or features.shape != (1, backbone.head_hidden_size):
+        raise UserError(f'--model {name}: no pooled features come out of it; choose another, or other --model-kwargs')
 
 
 def folder(args: argparse.Namespace, data_config: dict[str, Any], checkpoint: Checkpoint | None) -> Path:
@@ -80,23 +98,26 @@ def task(
         metadata={
             'arch': args.model,
             'model_kwargs': args.model_kwargs,
+            'opt': args.opt,
             'data_config': data_config,
             'best_weights': 'plain',
             'head_weights': args.head_weights,
             'image_column': args.image_column,
-            'trained_heads': bool(args.classification_loss_weight),
         },
         device=device,
     )
-    if args.initial_checkpoint:
+    if args.initial_checkpoint and not args.resume:
         start = read_checkpoint(args.initial_checkpoint)
         say(start_from(made, start, start.best_weights))
     if args.model_ema:
         made.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
     if args.torchcompile:
-        made.compile(backend=args.torchcompile)
-        if args.model_ema:
-            made.compile_ema(backend=args.torchcompile)
+        try:
+            made.compile(backend=args.torchcompile)
+            if args.model_ema:
+                made.compile_ema(backend=args.torchcompile)
+        except RuntimeError as error:
+            raise UserError(f'--torchcompile {args.torchcompile}: {" ".join(str(error).split())[:200]}') from error
     return made
 
 
@@ -136,7 +157,7 @@ def updater(
             gradient_centralization=args.gradient_centralization,
             **further,
         )
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError, LookupError) as error:
         raise UserError(f'--opt {args.opt}: {" ".join(str(error).split())}') from error
     made = Updater(
         task,
@@ -194,6 +215,8 @@ def train_view(args: argparse.Namespace, data_config: dict[str, Any]) -> View:
             mean=tuple(data_config['mean']),
         )
     except (AssertionError, ValueError, KeyError) as error:
+        if not args.aa:
+            raise
         raise UserError(f'--aa {args.aa}: timm knows no such policy') from error
 
 

@@ -16,8 +16,8 @@ def start_device(name: str | None) -> torch.device:
         if name.startswith('cuda') and not torch.cuda.is_available():
             raise UserError(f'--device {name}: this machine has no CUDA device; pass --device cpu')
         device = torch.device(init_distributed_device_so(name)['device'])
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=device).tolist()
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
         raise UserError(f'--device {name}: cannot be used ({" ".join(str(error).split())[:200]})') from error
     if device.type == 'cuda':
         torch.backends.cudnn.benchmark = True

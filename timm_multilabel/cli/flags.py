@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from timm.utils import ParseKwargs
 
 from timm_multilabel.errors import UserError
 
@@ -35,8 +36,13 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def number(kind: type = float, least: float = -math.inf, above: float = -math.inf) -> Callable[[str], float]:
-    """A type for flags: a finite number that is at least `least` and more than `above`."""
+def number(
+        kind: type = float,
+        least: float = -math.inf,
+        above: float = -math.inf,
+        most: float = math.inf,
+) -> Callable[[str], float]:
+    """A type for flags: a finite number that is at least `least`, more than `above` and at most `most`."""
 
     def parse(text: str) -> float:
         try:
@@ -45,8 +51,9 @@ def number(kind: type = float, least: float = -math.inf, above: float = -math.in
             value = math.nan
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f'{text!r} is not a {"whole " if kind is int else ""}number')
-        if value < least or value <= above:
+        if value < least or value <= above or value > most:
             bound = f'{least:g} or more' if above == -math.inf else f'more than {above:g}'
+            bound += f', {most:g} at most' if most < math.inf else ''
             raise argparse.ArgumentTypeError(f'{text} is out of range, expected {bound}')
         return value
 
@@ -57,14 +64,17 @@ at_least_0 = number(least=0)
 above_0 = number(above=0)
 count = number(int, least=0)
 positive = number(int, least=1)
+fraction = number(least=0, most=1)
 
 
-def fraction(text: str) -> float:
-    """A type for flags: a number from 0 to 1."""
-    value = at_least_0(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f'{text} is out of range, expected 0 to 1')
-    return value
+class Settings(ParseKwargs):
+    """timm's NAME=VALUE words -> {name: value}."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for word in values:
+            if not word.partition('=')[1]:
+                parser.error(f'argument {option_string}: {word!r} is not of the form NAME=VALUE')
+        super().__call__(parser, namespace, values, option_string)
 
 
 class Assignments(argparse.Action):
@@ -115,28 +125,38 @@ def _flags_from_yaml(parser: Parser, path: Path) -> list[str]:
         raise UserError(f'{path}: cannot be read as YAML ({" ".join(str(error).split())})') from error
     if not isinstance(settings, dict):
         raise UserError(f'{path}: expected a mapping of flags to values, such as "lr: 0.1"')
-    actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'config')}
-    words = []
+    actions = {}
+    for action in parser._actions:
+        for name in (action.dest, *action.option_strings):
+            actions[name.lstrip('-').replace('-', '_')] = action
+    for name in ('h', 'help', 'c', 'config'):
+        actions.pop(name, None)
+    positional, words = [], []
     for key, value in settings.items():
-        dest = str(key).replace('-', '_')
-        if dest not in actions:
-            near = difflib.get_close_matches(dest, actions, n=1)
+        name = str(key).lstrip('-').replace('-', '_')
+        if name not in actions:
+            near = difflib.get_close_matches(name, actions, n=1)
             raise UserError(f"{path}: there is no flag '{key}'" + (f"; did you mean '{near[0]}'?" if near else ''))
-        words += _words(path, actions[dest], value)
-    return words
+        # Positional words first, where no flag that takes several words can swallow them.
+        (words if actions[name].option_strings else positional).extend(_words(path, actions[name], value))
+    return positional + words
 
 
 def _words(path: Path, action: argparse.Action, value: Any) -> list[str]:
     """One setting of a YAML file as command-line words."""
     if value is None:
         return []
-    if isinstance(action, argparse.BooleanOptionalAction):
+    if action.nargs == 0:
         if not isinstance(value, bool):
             raise UserError(f"{path}: '{action.dest}' is {value!r}, expected true or false")
+        if not isinstance(action, argparse.BooleanOptionalAction):
+            return [action.option_strings[0]] if value else []
         return [action.option_strings[0 if value else -1]]
+    if isinstance(value, list | dict) and action.nargs in (None, '?'):
+        raise UserError(f"{path}: '{action.dest}' is {value!r}, expected one value")
     if isinstance(value, dict):
         value = [f'{name}={part}' for name, part in value.items()]
-    values = [str(part) for part in value] if isinstance(value, list | tuple) else [str(value)]
+    values = [str(part) for part in value] if isinstance(value, list) else [str(value)]
     if not action.option_strings:
         return values
     option = action.option_strings[-1]

@@ -3,6 +3,7 @@ import logging
 import os
 import sys
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
@@ -21,6 +22,8 @@ def main() -> None:
         if failure.exitcode < 0:
             print(f'launch: process {failure.global_rank} was ended by signal {-failure.exitcode}', file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
 
 
 if __name__ == '__main__':

@@ -30,11 +30,12 @@ def run_command(command: ModuleType, prog: str, argv: Sequence[str]) -> None:
     parser.usage = ' '.join(['%(prog)s', *positionals, '[flags]'])
     try:
         command.run(parse_with_config(parser, list(argv)))
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder that is a file, no permission
         if int(os.environ.get('RANK', 0)):
             # All ranks meet most errors alike. The first one has the word; it ends, and the launcher ends the others.
             time.sleep(3)
-        print(f'{prog}: error: {error.line}', file=sys.stderr, flush=True)
+        line = error.line if isinstance(error, UserError) else f'{error.filename}: {error.strerror}'
+        print(f'{prog}: error: {line}', file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f'{prog}: stopped', file=sys.stderr)

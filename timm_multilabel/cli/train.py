@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The flags as args.yaml and checkpoints hold them: what `-c` takes, without what names this one start."""
     return {key: value for key, value in vars(args).items()
-            if key not in ('run', 'command', 'config', 'old_amp', 'resume')}
+            if key not in ('config', 'old_amp', 'resume')}
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -104,8 +104,21 @@ def check_flags(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None:
             flag = '--' + name.replace('_', '-')
             raise UserError(f"{flag} shapes timm's views; leave it out with --views simclr, which has its own recipe")
-    if args.color_jitter and len(args.color_jitter) not in (1, 3, 4):
-        raise UserError(f'--color-jitter takes 1, 3 or 4 numbers, not {len(args.color_jitter)}')
+    if args.color_jitter and (len(args.color_jitter) not in (1, 3, 4) or max(args.color_jitter[3:], default=0) > 0.5):
+        raise UserError('--color-jitter takes 1, 3 or 4 numbers, the fourth (hue) 0.5 at most')
+    if args.aa and args.color_jitter and '3a' not in args.aa:
+        raise UserError('--aa has colors of its own, and timm then leaves --color-jitter out; pass one of them')
+    if args.layer_decay and args.sched == 'none':
+        raise UserError('--layer-decay works through the schedule; pass --sched constant in place of none')
+    of_heads = {
+        '--heads': args.heads,
+        '--head-weights': args.head_weights,
+        '--classify-views first': args.classify_views == 'first',
+        '--eval-metric': args.eval_metric != 'top1',
+    }
+    for flag, given in of_heads.items() if not args.classification_loss_weight else ():
+        if given:
+            raise UserError(f'{flag} speaks of heads, and -wlc 0 trains none; leave it out')
     if args.sched == 'plateau' and args.sched_on_updates:
         raise UserError('--sched plateau goes by epochs; leave --sched-on-updates out')
     if args.input_size and args.input_size[0] != 3:
@@ -119,9 +132,10 @@ def read_data(args: argparse.Namespace) -> tuple[LabelSpace, Rows, Rows | None]:
         raise UserError(f'{folder}: no such data directory; it holds train.csv, val.csv and the images')
     train = read_table(folder / 'train.csv', args.image_column)
     tables = [read_table(folder / 'all.csv', args.image_column)] if (folder / 'all.csv').is_file() else []
-    label_space = find_label_space([*tables, train], args.heads)
     if not args.classification_loss_weight:
-        return label_space, encode_rows(train, label_space, ignore_unknown=True), None
+        label_space = LabelSpace(())
+        return label_space, encode_rows(train, label_space), None
+    label_space = find_label_space([*tables, train], args.heads)
     if not label_space.heads:
         raise UserError(
             f"{train.path}: no label column beside '{args.image_column}'; add one, or pass -wlc 0 for SimCLR alone")
@@ -129,7 +143,7 @@ def read_data(args: argparse.Namespace) -> tuple[LabelSpace, Rows, Rows | None]:
     for name in label_space.names:
         if name not in val.label_columns:
             raise UserError(f"{val.path}: no column '{name}', which is a head; add it, or choose others with --heads")
-    train_rows = encode_rows(train, label_space)
+    train_rows = encode_rows(train, label_space, way_out=f'add rows with them to {folder / "all.csv"}, or mend them')
     return label_space, train_rows, encode_rows(val, label_space, args.unknown_labels == 'ignore')
 
 

@@ -1,9 +1,7 @@
 """The flags of training, named as timm's training script names them."""
 import argparse
 
-from timm.utils import ParseKwargs
-
-from timm_multilabel.cli.flags import Assignments, above_0, at_least_0, count, fraction, number, positive
+from timm_multilabel.cli.flags import Assignments, Settings, above_0, at_least_0, count, fraction, number, positive
 
 _SWITCH = argparse.BooleanOptionalAction
 
@@ -38,12 +36,12 @@ def _add_model(group) -> None:
                        help='start from what fits of a checkpoint of this program')
     group.add_argument('--img-size', type=positive, metavar='N', help="image size (default: the model's own)")
     group.add_argument('--input-size', type=positive, nargs=3, metavar='N', help='input size: 3 height width')
-    group.add_argument('--mean', type=float, nargs='+', metavar='X', help='mean to normalise with')
-    group.add_argument('--std', type=float, nargs='+', metavar='X', help='standard deviation to normalise with')
+    group.add_argument('--mean', type=number(), nargs='+', metavar='X', help='mean to normalise with')
+    group.add_argument('--std', type=above_0, nargs='+', metavar='X', help='standard deviation to normalise with')
     group.add_argument('--drop', type=fraction, default=0.0, metavar='P', help='dropout rate of the heads')
     group.add_argument('--drop-path', '--drop-connect', type=fraction, metavar='P',
                        help='stochastic depth rate of the backbone')
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V',
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=Settings, metavar='K=V',
                        help='further arguments of the model')
     group.add_argument('--grad-checkpointing', action=_SWITCH, default=False,
                        help='recompute activations in the backward pass to save memory')
@@ -88,8 +86,9 @@ def _add_views(group) -> None:
     group.add_argument('--reprob', type=fraction, default=0.0, metavar='P', help='probability of random erasing')
     group.add_argument('--remode', choices=('const', 'rand', 'pixel'), default='pixel', help='what erased areas hold')
     group.add_argument('--recount', type=positive, default=1, metavar='N', help='erased areas an image')
-    group.add_argument('--interpolation', metavar='NAME', help="evaluation's resize (default: the model's own)")
-    group.add_argument('--crop-pct', type=above_0, metavar='X', help="evaluation's center crop share")
+    group.add_argument('--interpolation', choices=('nearest', 'bilinear', 'bicubic', 'lanczos'),
+                       help="evaluation's resize (default: the model's own)")
+    group.add_argument('--crop-pct', type=number(least=0.1), metavar='X', help="evaluation's center crop share")
     group.add_argument('--mixup', type=at_least_0, default=0.0, metavar='A', help='mixup alpha; needs -wls 0')
     group.add_argument('--cutmix', type=at_least_0, default=0.0, metavar='A', help='cutmix alpha; needs -wls 0')
     group.add_argument('--mixup-prob', type=fraction, default=1.0, metavar='P', help='probability of mixing')
@@ -102,8 +101,8 @@ def _add_views(group) -> None:
 def _add_optimizer(group) -> None:
     group.add_argument('--opt', default='sgd', metavar='NAME', help='any timm optimizer')
     group.add_argument('--opt-eps', type=above_0, metavar='X', help='epsilon')
-    group.add_argument('--opt-betas', type=fraction, nargs='+', metavar='X', help='betas')
-    group.add_argument('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V',
+    group.add_argument('--opt-betas', type=number(least=0, most=0.999999), nargs='+', metavar='X', help='betas')
+    group.add_argument('--opt-kwargs', nargs='*', default={}, action=Settings, metavar='K=V',
                        help='further arguments of the optimizer')
     group.add_argument('--momentum', type=fraction, default=0.9, metavar='X', help='momentum')
     group.add_argument('--weight-decay', type=at_least_0, default=2e-5, metavar='X', help='weight decay')
@@ -142,7 +141,8 @@ def _add_run(group) -> None:
     group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'),
                        help='its lower precision (default: float16 on CUDA, bfloat16 elsewhere)')
     group.add_argument('--apex-amp', '--native-amp', dest='old_amp', action='store_true', help=argparse.SUPPRESS)
-    group.add_argument('--seed', type=number(int, least=0), default=42, metavar='N', help='makes a run repeatable')
+    group.add_argument('--seed', type=number(int, least=0, most=2 ** 31), default=42, metavar='N',
+                       help='makes a run repeatable')
     group.add_argument('--output', default='output/train', metavar='DIR', help='where run folders go')
     group.add_argument('--experiment', metavar='NAME', help='name of the run folder (default: time-model-size)')
     group.add_argument('--resume', metavar='FILE', help='go on from a checkpoint, in its run folder')

@@ -1,6 +1,5 @@
 """Score a checkpoint on a labelled split, head by head; model and classes come from the checkpoint."""
 import argparse
-import io
 import json
 import math
 import time
@@ -20,7 +19,7 @@ from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import write_whole
 from timm_multilabel.metrics import MultiLabelEvaluator, class_metrics, mean_over_heads
-from timm_multilabel.reports.confusion import write_confusion
+from timm_multilabel.reports.confusion import confusion_stems, write_confusion
 from timm_multilabel.task import resolve_head_weights
 from timm_multilabel.training.checkpoint import Checkpoint, load_model, read_checkpoint
 from timm_multilabel.training.loop import evaluate
@@ -54,10 +53,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Validate."""
-    if args.results_file and Path(args.results_file).suffix not in ('.json', '.csv'):
-        raise UserError(f'--results-file {args.results_file}: name a .json or a .csv file')
     checkpoint = read_checkpoint(args.checkpoint)
     check_checkpoint(args, checkpoint)
+    prepare_outputs(args)
     device = start_device(args.device)
     precision = choose_precision(device, args.amp, args.amp_dtype, args.channels_last)
     rank, ranks = world()
@@ -68,11 +66,11 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(checkpoint, weights).to(device)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    say(f'{checkpoint.path}: {checkpoint.arch} of epoch {checkpoint.state["epoch"]}, {weights} weights'
-        + (' (those that made it the best)' if args.weights == 'best' else ''))
+    say(f'{checkpoint.path}: {checkpoint.arch} after {checkpoint.state["epoch"] + 1} epochs, {weights} weights'
+        + (', the better ones of this checkpoint' if args.weights == 'best' else ''))
 
     label_space = checkpoint.label_space
-    head_weights = resolve_head_weights(label_space.names, checkpoint.state['head_weights'])
+    head_weights = resolve_head_weights(label_space.names, checkpoint.state.get('head_weights'))
     evaluator = MultiLabelEvaluator(label_space, head_weights, device, keep_predictions=True)
     loader = build_loader(checkpoint, rows, args, device)
     started = time.perf_counter()
@@ -97,10 +95,21 @@ def check_checkpoint(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
         raise UserError(
             f'--model {args.model}: {checkpoint.path} is of {checkpoint.arch}; leave --model out or name another '
             'checkpoint')
-    if not checkpoint.state['trained_heads']:
+    if not checkpoint.label_space.heads:
         raise UserError(
-            f'{checkpoint.path}: trained with -wlc 0, so its heads have learnt nothing; train them from it with '
+            f'{checkpoint.path}: trained with -wlc 0, so it has no heads to score; train some from it with '
             '--initial-checkpoint')
+
+
+def prepare_outputs(args: argparse.Namespace) -> None:
+    """Find out that a file could not be written before the work, not after it."""
+    if args.results_file:
+        path = Path(args.results_file)
+        if path.suffix not in ('.json', '.csv') or path.is_dir():
+            raise UserError(f'--results-file {path}: name a .json or a .csv file')
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if args.confusion:
+        Path(args.confusion).mkdir(parents=True, exist_ok=True)
 
 
 def read_split(args: argparse.Namespace, checkpoint: Checkpoint, say) -> Rows:
@@ -112,7 +121,7 @@ def read_split(args: argparse.Namespace, checkpoint: Checkpoint, say) -> Rows:
         raise UserError(f'{folder}: no such data directory')
     else:
         path = folder / f'{args.split}.csv'
-    table = read_table(path, args.image_column or checkpoint.state['image_column'])
+    table = read_table(path, args.image_column or checkpoint.state.get('image_column', 'image_path'))
     absent = [name for name in checkpoint.label_space.names if name not in table.label_columns]
     if len(absent) == len(checkpoint.label_space.names):
         raise UserError(
@@ -161,8 +170,9 @@ def gather_results(
         name: {metric: figures[f'{name}_{metric}'] for metric in ('top1', 'top5', 'loss')} | class_metrics(*pair)
         for name, pair in predictions.items()
     }
+    labelled = {name: values for name, values in heads.items() if values['labels']}
     mean = {
-        metric: mean_over_heads({name: values[metric] for name, values in heads.items()}, head_weights)
+        metric: mean_over_heads({name: values[metric] for name, values in labelled.items()}, head_weights)
         for metric in _METRICS if metric != 'labels'
     }
     return {'heads': heads, 'mean': mean}
@@ -191,21 +201,19 @@ def write_outputs(
     """Write the files that were asked for."""
     if args.results_file:
         path = Path(args.results_file)
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == '.json':
             write_whole(path, json.dumps(_without_nan(results), indent=1) + '\n')
         else:
             rows = [{'head': name, **values} for name, values in results['heads'].items()]
-            table = io.StringIO()
-            pd.DataFrame([*rows, {'head': '', **results['mean']}]).to_csv(table, index=False)
-            write_whole(path, table.getvalue())
+            table = pd.DataFrame([*rows, {'head': '', **results['mean']}]).astype({'labels': 'Int64'})
+            write_whole(path, table.to_csv(index=False))
         print(f'figures: {path}')
     if args.confusion is not None:
-        folder = Path(args.confusion) if args.confusion else checkpoint.path.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        for head in checkpoint.label_space.heads:
+        folder = Path(args.confusion or checkpoint.path.parent)
+        stems = confusion_stems(checkpoint.label_space.names)
+        for stem, head in zip(stems, checkpoint.label_space.heads, strict=True):
             if len(predictions[head.name][0]):
-                print('confusion:', *write_confusion(folder, head, *predictions[head.name]))
+                print('confusion:', *write_confusion(folder, stem, head, *predictions[head.name]))
 
 
 def _without_nan(value: Any) -> Any:

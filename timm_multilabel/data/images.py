@@ -1,4 +1,5 @@
 """Image file -> upright RGB."""
+import numpy as np
 from PIL import Image, ImageOps
 
 from timm_multilabel.errors import UserError
@@ -17,14 +18,22 @@ def read_image(path: str, where: str) -> Image.Image:
     try:
         with Image.open(path) as file:
             return to_rgb(ImageOps.exif_transpose(file))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # each decoder of Pillow raises its own kinds
         reason = ' '.join(str(error).split())
         raise UserError(
             f'{path} ({where}): cannot be decoded as an image ({reason}); replace it or remove the row') from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode (greyscale, palette, CMYK, transparent) to RGB."""
+    """Convert an image of any mode (greyscale of 8 or 16 bits, palette, CMYK, transparent) to RGB.
+
+    Raises:
+        ValueError: A mode whose range of values is unknown (32-bit integers, floats).
+    """
+    if image.mode.startswith('I;16'):
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))  # Pillow would clip at 255
+    if image.mode in ('I', 'F'):
+        raise ValueError(f'pixels of mode {image.mode}')
     if image.has_transparency_data:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)

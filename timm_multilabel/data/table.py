@@ -1,4 +1,5 @@
 """CSV -> rows: image paths that exist and class indices, or one clear line about what is wrong."""
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def find_images(table: Table) -> list[str]:
     texts = table.frame[table.image_column]
     for rule in rules.values():
         paths = [rule(text) for text in texts]
-        exists = [path.is_file() for path in paths]
+        exists = [os.path.isfile(path) for path in paths]
         if any(exists):
             break
     if all(exists):
@@ -135,6 +136,9 @@ def find_label_space(tables: list[Table], heads: list[str] | None) -> LabelSpace
     """
     source, train = tables[0], tables[-1]
     names = train.label_columns if heads is None else heads
+    for name in names:
+        if name == 'ema' or name.startswith('ema_'):  # summary.csv names the figures of EMA weights so
+            raise UserError(f"{train.path}: a label column may not be called '{name}'; rename it")
     for table in tables:
         for name in names:
             if name not in table.label_columns:
@@ -170,11 +174,21 @@ def describe_unknown(unknown: dict[str, dict[str, list[int]]]) -> str:
     return '; '.join(parts[:2 * _EXAMPLES]) + (f'; and {more} more labels' if more > 0 else '')
 
 
-def encode_rows(table: Table, label_space: LabelSpace, ignore_unknown: bool = False) -> Rows:
+def encode_rows(
+        table: Table,
+        label_space: LabelSpace,
+        ignore_unknown: bool = False,
+        way_out: str = 'mend them, or take them as missing with --unknown-labels ignore',
+) -> Rows:
     """Find a table's images and turn its labels into class indices.
 
-    A head that the table has no column for is missing in every row. A label that is no class is an error, or counts
-    as missing with `ignore_unknown`.
+    A head that the table has no column for is missing in every row.
+
+    Args:
+        table: The table.
+        label_space: Heads and classes.
+        ignore_unknown: Take a label that is no class as missing.
+        way_out: What to advise where such a label is an error.
 
     Raises:
         UserError: Images are missing, or a label is unknown.
@@ -182,8 +196,7 @@ def encode_rows(table: Table, label_space: LabelSpace, ignore_unknown: bool = Fa
     unknown = unknown_labels(table, label_space)
     if unknown and not ignore_unknown:
         raise UserError(
-            f'{table.path}: labels that training does not know: {describe_unknown(unknown)}; '
-            'mend them, or take them as missing with --unknown-labels ignore')
+            f'{table.path}: labels that training does not know: {describe_unknown(unknown)}; {way_out}')
     columns = [
         head.encode(table.frame[head.name]) if head.name in table.frame else np.full(len(table.frame), MISSING)
         for head in label_space.heads

@@ -1,6 +1,8 @@
 """The confusion matrix of a head, as a CSV and as a picture."""
 import io
 import re
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +17,30 @@ _READABLE = 20  # classes of which a matrix is legible
 _PAIRS = 25  # confused pairs shown of more classes than that
 
 
-def write_confusion(folder: Path, head: LabelSet, true: np.ndarray, predicted: np.ndarray) -> list[Path]:
-    """Write `confusion-<head>.csv` (rows: label, columns: prediction, counts) and `.png`.
+def confusion_stems(names: Sequence[str]) -> list[str]:
+    """A file name without suffix for each head: `confusion-<head>`, with a number where two would be the same."""
+    stems = []
+    for name in names:
+        stem = 'confusion-' + re.sub(r'[^\w.-]+', '_', name)[:100]
+        taken = sum(other.rpartition('~')[0] == stem or other == stem for other in stems)
+        stems.append(f'{stem}~{taken + 1}' if taken else stem)
+    return stems
+
+
+def write_confusion(
+        folder: Path,
+        stem: str,
+        head: LabelSet,
+        true: np.ndarray,
+        predicted: np.ndarray,
+) -> list[Path]:
+    """Write `<stem>.csv` (rows: label, columns: prediction, counts) and `<stem>.png`.
 
     The picture shows the matrix; of more than 20 classes, the pairs most often confused.
 
     Args:
         folder: Where; it must exist.
+        stem: Name of the files without suffix.
         head: The head's classes.
         true: Class indices (N,).
         predicted: Class indices (N,).
@@ -30,12 +49,13 @@ def write_confusion(folder: Path, head: LabelSet, true: np.ndarray, predicted: n
         The files.
     """
     matrix = confusion_matrix(true, predicted, labels=range(len(head.classes)))
-    stem = 'confusion-' + re.sub(r'[^\w.-]+', '_', head.name)
     table = pd.DataFrame(matrix, index=pd.Index(head.classes, name='label \\ prediction'), columns=head.classes)
     write_whole(folder / f'{stem}.csv', table.to_csv())
     figure = _matrix(head, matrix) if len(head.classes) <= _READABLE else _pairs(head, matrix)
     picture = io.BytesIO()
-    figure.savefig(picture, format='png', dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing')  # the fonts at hand may lack a script
+        figure.savefig(picture, format='png', dpi=120)
     write_whole(folder / f'{stem}.png', picture.getvalue())
     return [folder / f'{stem}.csv', folder / f'{stem}.png']
 
@@ -48,14 +68,15 @@ def _matrix(head: LabelSet, matrix: np.ndarray) -> Figure:
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
     ticks = range(len(head.classes))
-    axes.set_xticks(ticks, head.classes, rotation=90)
-    axes.set_yticks(ticks, head.classes)
+    names = [_plain(name) for name in head.classes]
+    axes.set_xticks(ticks, names, rotation=90)
+    axes.set_yticks(ticks, names)
     for row in ticks:
         for column in ticks:
             if matrix[row, column]:
                 color = 'white' if share[row, column] > 0.5 else 'black'
                 axes.text(column, row, matrix[row, column], ha='center', va='center', color=color, fontsize=8)
-    axes.set(xlabel='prediction', ylabel='label', title=f'{head.name}: {_accuracy(matrix)}')
+    axes.set(xlabel='prediction', ylabel='label', title=f'{_plain(head.name)}: {_accuracy(matrix)}')
     return figure
 
 
@@ -71,15 +92,21 @@ def _pairs(head: LabelSet, matrix: np.ndarray) -> Figure:
     bars = axes.barh(range(len(pairs)), counts, color='#4477aa')
     of_label = matrix.sum(axis=1)
     axes.bar_label(bars, [f'{wrong[pair]} of {of_label[pair[0]]}' for pair in pairs], padding=3, fontsize=8)
-    axes.set_yticks(range(len(pairs)), [f'{head.classes[row]} \u2192 {head.classes[column]}' for row, column in pairs])
+    names = [_plain(f'{head.classes[row]} \u2192 {head.classes[column]}') for row, column in pairs]
+    axes.set_yticks(range(len(pairs)), names)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.spines[['top', 'right']].set_visible(False)
     axes.set(
         xlabel='images', ylabel='label \u2192 prediction',
-        title=f'{head.name}: {_accuracy(matrix)}; the pairs most often confused, of {len(head.classes)} classes')
+        title=f'{_plain(head.name)}: {_accuracy(matrix)}; the most frequent confusions of {len(head.classes)} classes')
     return figure
 
 
 def _accuracy(matrix: np.ndarray) -> str:
     return f'{100 * np.trace(matrix) / max(matrix.sum(), 1):.1f} % of {matrix.sum()} right'
+
+
+def _plain(text: str) -> str:
+    """A text as matplotlib shows it literally: a dollar sign would start a formula."""
+    return text.replace('$', r'\$')

@@ -1,10 +1,12 @@
 """Checkpoints in timm's format that carry what is needed to use them: label space, model and input settings."""
-import pickle
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 
 from timm_multilabel.errors import UserError
@@ -30,13 +32,19 @@ class Checkpoint:
 
     @property
     def data_config(self) -> dict[str, Any]:
-        """Input size, normalisation and evaluation's resizing, as timm's `resolve_data_config` gives them."""
-        return self.state['data_config']
+        """Input size, normalisation and evaluation's resizing, as timm's `resolve_data_config` gives them.
+
+        A checkpoint of timm's own training script has its flags instead.
+        """
+        if 'data_config' in self.state:
+            return self.state['data_config']
+        flags = vars(self.state.get('args', Namespace()))
+        return resolve_data_config(flags, pretrained_cfg=timm.get_pretrained_cfg(self.arch).to_dict())
 
     @property
     def best_weights(self) -> str:
         """'plain' or 'ema': the weights whose score made the checkpoint what it is."""
-        return self.state['best_weights']
+        return self.state.get('best_weights') or ('ema' if WEIGHTS['ema'] in self.state else 'plain')
 
     def weights(self, kind: str) -> dict[str, torch.Tensor]:
         """The weights of backbone and heads, 'plain' or 'ema'.
@@ -59,28 +67,36 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise UserError(f'{path}: no such checkpoint')
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        with torch.serialization.safe_globals([Namespace]):  # timm's script saves its flags; a Namespace runs nothing
+            state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # damaged files make it raise nearly anything
         reason = 'it holds more than weights and plain values' if 'weights_only' in str(error).lower() else 'damaged?'
         raise UserError(f'{path}: cannot be loaded as a checkpoint ({reason})') from error
+    foreign = UserError(f'{path}: not a checkpoint of timm-multilabel (no weights with a label space and a model name)')
+    if not isinstance(state, dict) or not isinstance(state.get('state_dict'), dict) or 'arch' not in state:
+        raise foreign
     try:
-        label_space = LabelSpace.from_dict(state['label_space'])
-        checkpoint = Checkpoint(path, state, label_space)
-        _ = checkpoint.arch, checkpoint.data_config, checkpoint.best_weights, state['state_dict']
-    except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f'{path}: not a checkpoint of timm-multilabel (it carries no label space)') from error
-    return checkpoint
+        return Checkpoint(path, state, LabelSpace.from_dict(state.get('label_space')))
+    except ValueError as error:
+        raise foreign from error
 
 
 def load_model(checkpoint: Checkpoint, weights: str) -> MultiLabelModel:
-    """The model of a checkpoint with its 'plain' or 'ema' weights, in evaluation mode."""
+    """The model of a checkpoint with its 'plain' or 'ema' weights, in evaluation mode.
+
+    Raises:
+        UserError: The checkpoint has no such weights, or they do not fit its model.
+    """
     backbone = create_backbone(
         checkpoint.arch,
         input_size={'input_size': checkpoint.data_config['input_size']},
-        model_kwargs=checkpoint.state['model_kwargs'],
+        model_kwargs=checkpoint.state.get('model_kwargs'),
     )
     model = MultiLabelModel(backbone, checkpoint.label_space)
-    model.load_state_dict(checkpoint.weights(weights))
+    try:
+        model.load_state_dict(checkpoint.weights(weights))
+    except RuntimeError as error:
+        raise UserError(f'{checkpoint.path}: its {weights} weights do not fit its model and heads') from error
     return model.eval()
 
 
@@ -141,6 +157,11 @@ def resume(
         raise UserError(
             f'{checkpoint.path}: a checkpoint of other classes: {checkpoint.label_space}; the data has '
             f'{task.label_space}; resume with the data it was trained on, or start anew with --initial-checkpoint')
+    theirs, ours = state.get('opt'), task.metadata.get('opt')
+    if theirs != ours:
+        raise UserError(
+            f'{checkpoint.path}: trained with --opt {theirs}, not {ours}; resume with that, or start anew with '
+            '--initial-checkpoint')
     try:
         task.load_checkpoint_state(checkpoint.weights('plain'), state.get('task_state'))
         if task.has_ema():

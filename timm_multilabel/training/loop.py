@@ -132,7 +132,7 @@ def check_finite(value: float, what: str) -> None:
     """Raise UserError unless a loss is a finite number."""
     if not math.isfinite(value):
         raise UserError(
-            f'{what}: stopped, and the checkpoint of the epoch before is kept; lower --lr, clip with --clip-grad 1, '
+            f'{what}: stopped, and the checkpoints of earlier epochs are kept; lower --lr, clip with --clip-grad 1, '
             'or leave --amp out')
 
 
@@ -228,7 +228,7 @@ class Fit:
         progress.say(epoch_line(title, row, self.task.label_space.names))
         if self.run_folder is not None:
             self.run_folder.add_summary(row)
-            self.task.metadata['best_weights'] = 'ema' if best.startswith('eval_ema_') else 'plain'
+            self.task.metadata['best_weights'] = 'ema' if best == 'eval_ema_' + self.metric else 'plain'
             self.saver.save_checkpoint(epoch, row[best])
         return row
 
@@ -250,7 +250,7 @@ class Fit:
         """The column that this epoch is ranked by: of the plain or of the EMA weights, whichever is better."""
         if self.eval_loader is None:
             return 'simclr_loss'
-        columns = [name for name in ('eval_' + self.metric, 'eval_ema_' + self.metric) if name in row]
+        columns = ['eval_' + self.metric] + (['eval_ema_' + self.metric] if self.task.has_ema() else [])
         return min(columns, key=row.get) if self.metric.endswith('loss') else max(columns, key=row.get)
 
 

@@ -1,4 +1,5 @@
 """The folder of a run: settings, label space, one row of figures an epoch."""
+import itertools
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,12 @@ def run_folder_path(output: str, experiment: str | None, model: str, size: int) 
     Raises:
         UserError: The folder holds a run already.
     """
-    name = experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(model)}-{size}'
-    path = Path(output) / name
+    if not experiment:
+        # timm counts on where two runs of one second meet.
+        name = f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(model)}-{size}'
+        tries = (Path(output) / (f'{name}-{number}' if number else name) for number in itertools.count())
+        return next(path for path in tries if not path.exists())
+    path = Path(output) / experiment
     if (path / 'last.pth.tar').exists():
         raise UserError(
             f'{path}: holds a run already; go on with it (--resume {path}/last.pth.tar), choose another --experiment, '

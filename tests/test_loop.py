@@ -1,0 +1,162 @@
+"""What happens between a loss and the weights: accumulation, clipping, precision, EMA, batch norm, ranking."""
+import pandas as pd
+import pytest
+import torch
+from common import SPACE, run_ranks, tiny_task
+from torch import nn
+
+from timm_multilabel.cli import train as train_command
+from timm_multilabel.cli import train_flags
+from timm_multilabel.cli.build import model as build_model
+from timm_multilabel.cli.flags import Parser
+from timm_multilabel.cli.main import run_command
+from timm_multilabel.model import MultiLabelModel
+from timm_multilabel.task import JointTask
+from timm_multilabel.training.checkpoint import read_checkpoint
+from timm_multilabel.training.loop import Fit, Precision, Updater, make_scaler, train_epoch
+from timm_multilabel.training.progress import Progress
+
+CPU = Precision(torch.device('cpu'))
+
+
+def batches(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.tensor([[0, 1], [2, 0], [1, -1]]).repeat(2, 1)
+    return [(torch.randn(6, 3, 8, 8, generator=generator), target) for _ in range(count)]
+
+
+def train(task, loader, precision=CPU, epoch=0, **updater):
+    optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.1)
+    return train_epoch(Updater(task, optimizer, **updater), loader, precision, epoch, Progress('', len(loader), False))
+
+
+def weights(task):
+    return [p.detach().clone() for p in task.trainable_module.parameters()]
+
+
+def test_accumulated_gradients_are_means_and_the_last_group_is_smaller():
+    task, loader = tiny_task(), batches(5)
+    train(task, loader, accumulate=2)
+
+    by_hand = tiny_task()
+    optimizer = torch.optim.SGD(by_hand.trainable_module.parameters(), lr=0.1)
+    for group in (loader[:2], loader[2:4], loader[4:]):
+        optimizer.zero_grad()
+        torch.stack([by_hand(*batch)['loss'] for batch in group]).mean().backward()
+        optimizer.step()
+    for mine, theirs in zip(weights(task), weights(by_hand), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_clipping_bounds_the_step():
+    task = tiny_task()
+    before = weights(task)
+    train(task, batches(1), clip_grad=0.01)
+    moved = torch.cat([(a - b).flatten() for a, b in zip(before, weights(task), strict=True)]).norm()
+    assert moved.item() == pytest.approx(0.1 * 0.01, rel=1e-3)  # learning rate times norm
+
+
+def test_autocast_reaches_the_heads_and_float16_alone_is_scaled():
+    seen = []
+    task = tiny_task()
+    task.trainable_module.model.heads[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    train(task, batches(1), Precision(torch.device('cpu'), torch.bfloat16))
+    train(task, batches(1))
+    assert seen == [torch.bfloat16, torch.float32]
+    assert make_scaler(Precision(torch.device('cpu'), torch.bfloat16)) is None
+    assert make_scaler(Precision(torch.device('cpu'), torch.float16)) is not None
+
+
+def test_channels_last_reaches_the_backbone():
+    seen = []
+    task = tiny_task()
+    task.trainable_module.model.backbone.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last)))
+    train(task, batches(1), Precision(torch.device('cpu'), channels_last=True))
+    assert seen == [True]
+
+
+def test_ema_follows_its_formula():
+    """timm counts updates from 1: the first copies the weights, the following ones average."""
+    task, loader = tiny_task(), batches(3)
+    task.setup_ema(decay=0.75)
+    history = []
+    task.trainable_module.register_forward_pre_hook(lambda module, inputs: history.append(weights(task)[0]))
+    train(task, loader)
+    after_1, after_2, after_3 = history[1], history[2], weights(task)[0]
+    expected = 0.75 * (0.75 * after_1 + 0.25 * after_2) + 0.25 * after_3
+    torch.testing.assert_close(next(task.get_trainable_module(ema=True).parameters()), expected)
+
+
+def test_updates_are_counted_over_epochs():
+    task, seen = tiny_task(), []
+    task.update_ema = lambda step: seen.append(step)
+    for epoch in range(2):
+        train(task, batches(5), epoch=epoch, accumulate=2)
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize('metric, best', [('top1', 'eval_ema_top1'), ('loss', 'eval_loss')])
+def test_the_better_of_plain_and_ema_ranks_an_epoch(metric, best):
+    task = tiny_task()
+    task.setup_ema()
+    fit = Fit(Updater(task, None), CPU, None, eval_loader=[], images_per_step=1, seed=0, metric=metric)
+    row = {'eval_top1': 50.0, 'eval_ema_top1': 60.0, 'eval_loss': 1.0, 'eval_ema_loss': 2.0}
+    assert fit.score(row) == best
+
+
+def test_lower_losses_are_better_checkpoints(data_dir, tmp_path):
+    run_command(train_command, 'train.py', [
+        str(data_dir), '--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0', '--device', 'cpu',
+        '--epochs', '3', '--cooldown-epochs', '0', '--warmup-epochs', '0', '--eval-metric', 'loss', '--lr', '0.2',
+        '--output', str(tmp_path), '--experiment', 'run', '--mean', '0.1', '--std', '0.3', '--crop-pct', '0.5',
+        '--interpolation', 'nearest', '--opt', 'adamw', '--opt-betas', '0.5', '0.6', '--opt-eps', '0.01'])
+    losses = pd.read_csv(tmp_path / 'run' / 'summary.csv')['eval_loss']
+    best = read_checkpoint(tmp_path / 'run' / 'model_best.pth.tar')
+    assert losses.nunique() == 3 and best.state['epoch'] == losses.idxmin()
+    config = best.data_config
+    assert (config['mean'], config['std'], config['crop_pct'], config['interpolation']) == (
+        [0.1] * 3, [0.3] * 3, 0.5, 'nearest')
+    group = best.state['optimizer']['param_groups'][0]
+    assert (tuple(group['betas']), group['eps']) == ((0.5, 0.6), 0.01)
+
+
+class Normed(nn.Module):
+    head_hidden_size = 4
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, images):
+        return self.norm(images.mean(dim=(2, 3)).repeat(1, 2)[:, :4])
+
+
+class Loader(list):
+    sampler = type('Sampler', (), {'set_epoch': lambda self, epoch: None})()
+
+
+def _train_rank(rank):
+    torch.manual_seed(0)
+    task = JointTask(MultiLabelModel(Normed(), SPACE), projection_dim=3)
+    task.setup_ema(decay=0.5)
+    task.prepare_distributed()
+    updater = Updater(task, torch.optim.SGD(task.trainable_module.parameters(), lr=0.1))
+    Fit(updater, CPU, Loader(batches(3, seed=rank)), None, images_per_step=6, seed=0).run_epoch(0, '')
+    return [{name: value.tolist() for name, value in task.get_trainable_module(ema).state_dict().items()}
+            for ema in (False, True)]
+
+
+def test_ranks_end_an_epoch_with_the_same_weights_and_batch_norm_statistics():
+    first, second = run_ranks(_train_rank, 2)
+    assert first == second
+    assert any('running_mean' in name for name in first[0])
+
+
+def test_gradient_checkpointing_and_image_sizes_reach_the_backbone():
+    parser = Parser()
+    train_flags.add_flags(parser)
+    args = parser.parse_args('data --model test_vit --img-size 64 --grad-checkpointing --drop 0.4'.split())
+    model, config = build_model(args, SPACE)
+    assert model.backbone.grad_checkpointing and model.heads[0].drop.p == 0.4
+    assert config['input_size'] == [3, 64, 64] and model(torch.zeros(1, 3, 64, 64))['color'].shape == (1, 3)
