@@ -1,7 +1,8 @@
 """Collectives that the objective needs; each does nothing in a single process."""
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from torch.distributed.nn.functional import all_gather
 
 
 def world() -> tuple[int, int]:
@@ -19,7 +20,23 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     """
     if world()[1] == 1:
         return tensor
-    return torch.cat(all_gather(tensor))
+    return _Gather.apply(tensor)
+
+
+class _Gather(torch.autograd.Function):
+    """`gather`'s two directions."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(world()[1])]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        rank, ranks = world()
+        return sum_over_ranks(gradient).chunk(ranks)[rank]
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.optim import AdamP, create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import unwrap_model
 from torch import nn
@@ -136,17 +135,21 @@ def project(
     Returns:
         The update, and whether it was projected (a scalar on the device, so that nothing waits for it).
     """
-    result, projected = update, torch.zeros((), dtype=torch.bool, device=p.device)
-    for shape in ((1, -1), (len(p), -1)):  # the channels last, as they go before the whole
-        weight = p.reshape(shape)
-        cosine = F.cosine_similarity(grad.reshape(shape), weight, dim=1, eps=eps).abs().max()
-        invariant = cosine < delta / weight.shape[1] ** 0.5
-        direction = weight / weight.norm(dim=1, keepdim=True).add_(eps)
-        flat = update.reshape(shape)
-        orthogonal = flat - direction * (direction * flat).sum(dim=1, keepdim=True)
-        result = torch.where(invariant, orthogonal.reshape(p.shape), result)
+    weight, gradient, flat = (tensor.flatten(1) for tensor in (p, grad, update))
+    # Of each channel; the whole tensor's dot products and squared norms are the sums of these.
+    weight_square, gradient_square = weight.square().sum(1, keepdim=True), gradient.square().sum(1, keepdim=True)
+    weight_gradient, weight_update = (weight * gradient).sum(1, keepdim=True), (weight * flat).sum(1, keepdim=True)
+
+    along, projected = torch.zeros_like(weight_square), torch.zeros((), dtype=torch.bool, device=p.device)
+    for whole in (True, False):  # the channels last, as they go before the whole
+        parts = (weight_gradient, weight_square, gradient_square, weight_update)
+        dot, square, its_square, length = (part.sum(0, keepdim=True) if whole else part for part in parts)
+        norm, its_norm = square.sqrt(), its_square.sqrt()
+        cosine = dot.abs() / (norm.clamp(min=eps) * its_norm.clamp(min=eps))
+        invariant = cosine.max() < delta / (p.numel() if whole else weight.shape[1]) ** 0.5
+        along = torch.where(invariant, length / (norm + eps).square(), along)
         projected = projected | invariant
-    return result, projected
+    return (flat - weight * along).view_as(p), projected
 
 
 def centralize_updates(optimizer: torch.optim.Optimizer) -> None:
