@@ -41,7 +41,7 @@ class _Gather(torch.autograd.Function):
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over all ranks, as a new tensor without gradient."""
-    tensor = tensor.detach().clone()
+    tensor = tensor.detach().clone(memory_format=torch.contiguous_format)  # as NCCL wants it
     if world()[1] > 1:
         dist.all_reduce(tensor)
     return tensor

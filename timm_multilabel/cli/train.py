@@ -131,10 +131,10 @@ def read_data(args: argparse.Namespace) -> tuple[LabelSpace, Rows, Rows | None]:
     if not folder.is_dir():
         raise UserError(f'{folder}: no such data directory; it holds train.csv, val.csv and the images')
     train = read_table(folder / 'train.csv', args.image_column)
-    tables = [read_table(folder / 'all.csv', args.image_column)] if (folder / 'all.csv').is_file() else []
     if not args.classification_loss_weight:
         label_space = LabelSpace(())
         return label_space, encode_rows(train, label_space), None
+    tables = [read_table(folder / 'all.csv', args.image_column)] if (folder / 'all.csv').is_file() else []
     label_space = find_label_space([*tables, train], args.heads)
     if not label_space.heads:
         raise UserError(
