@@ -93,6 +93,15 @@ def test_bad_input_through_torchrun_is_one_line_and_status_2(root, ranks):
     assert done.stderr.startswith('train.py: error: nowhere: no such data directory') and done.stderr.count('\n') == 1
 
 
+def test_a_bad_image_on_one_of_two_ranks_is_one_line_and_status_2(root):
+    image = pd.read_csv(root / 'fashion-product-images' / 'train.csv')['image_path'][5]
+    (root / image).write_bytes(b'nothing')
+    done = shell(shortened(TRAIN).replace('sh 1', 'sh 2').replace('-b 32', '-b 16').replace('-j 8', '-j 1'), root)
+    assert done.returncode == 2
+    assert done.stderr.startswith('train.py: error: ') and done.stderr.count('\n') == 1
+    assert 'train.csv row 7): cannot be decoded' in done.stderr
+
+
 def test_script_without_a_number_of_processes(root):
     done = shell('./distributed_train.sh ./fashion-product-images', root)
     assert done.returncode == 2 and done.stderr.startswith('usage:')

@@ -40,3 +40,8 @@ def run_command(command: ModuleType, prog: str, argv: Sequence[str]) -> None:
     except KeyboardInterrupt:
         print(f'{prog}: stopped', file=sys.stderr)
         sys.exit(130)
+    except Exception:
+        if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+            # Where another rank has ended, its error is the one to read: the launcher ends this one while it waits.
+            time.sleep(5)
+        raise

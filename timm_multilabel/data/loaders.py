@@ -71,7 +71,7 @@ class MultiLabelDataset(Dataset):
 
     def __getitem__(self, item: int | Draw) -> tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor]:
         index = item.index if isinstance(item, Draw) else item
-        image = read_image(self.rows.images[index], self.rows.where(index))
+        image = read_image(str(self.rows.images[index]), self.rows.where(index))
         if isinstance(item, Draw):
             with seeded(item.seed):
                 views = tuple(self.transform(image) for _ in range(self.views))
