@@ -11,17 +11,34 @@ from timm_multilabel.training.loop import Precision
 def start_device(name: str | None) -> torch.device:
     """Join the other processes, if torchrun started some, and pick this one's device."""
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if name.startswith('cuda') and not torch.cuda.is_available():
+        raise UserError(f'--device {name}: this machine has no CUDA device; pass --device cpu')
     try:
         torch.device(name)
-        if name.startswith('cuda') and not torch.cuda.is_available():
-            raise UserError(f'--device {name}: this machine has no CUDA device; pass --device cpu')
+    except RuntimeError as error:
+        raise _unusable(name, error) from error
+    try:
         device = torch.device(init_distributed_device_so(name)['device'])
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f'the processes of this run cannot join ({_one_line(error)}); start them with ./distributed_train.sh, or '
+            'unset WORLD_SIZE and SLURM_NTASKS for one process') from error
+    try:
+        # Only now: before, every process of a machine would take memory of its first GPU.
         torch.empty(0, device=device).tolist()
-    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
-        raise UserError(f'--device {name}: cannot be used ({" ".join(str(error).split())[:200]})') from error
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # the last: 'meta', which holds no numbers
+        raise _unusable(name, error) from error
     if device.type == 'cuda':
         torch.backends.cudnn.benchmark = True
     return device
+
+
+def _unusable(name: str, error: Exception) -> UserError:
+    return UserError(f'--device {name}: cannot be used ({_one_line(error)})')
+
+
+def _one_line(error: Exception) -> str:
+    return ' '.join(str(error).split())[:200]
 
 
 def choose_precision(device: torch.device, amp: bool, amp_dtype: str | None, channels_last: bool) -> Precision:

@@ -165,17 +165,7 @@ def create_train_loader(
     """
     limit = None if limit_steps is None else limit_steps * batch_size
     sampler = ShuffledSampler(len(dataset), seed, rank, ranks, limit)
-    loader = DataLoader(
-        dataset,
-        batch_size,
-        sampler=sampler,
-        drop_last=True,
-        collate_fn=fast_collate,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=device.type == 'cuda',
-        generator=torch.Generator(),  # else starting workers, once a run, would draw from the run's own generator
-    )
+    loader = _create_loader(dataset, batch_size, sampler, device, workers, drop_last=True)
     return PrefetchLoader(loader, mean, std, device=device, **random_erasing)
 
 
@@ -191,14 +181,26 @@ def create_eval_loader(
         ranks: int = 1,
 ) -> PrefetchLoader:
     """Every row once and in order, each rank its share; shares differ by one row at most."""
-    loader = DataLoader(
+    loader = _create_loader(dataset, batch_size, range(rank, len(dataset), ranks), device, workers, drop_last=False)
+    return PrefetchLoader(loader, mean, std, device=device)
+
+
+def _create_loader(
+        dataset: MultiLabelDataset,
+        batch_size: int,
+        sampler: Sampler | range,
+        device: torch.device,
+        workers: int,
+        drop_last: bool,
+) -> DataLoader:
+    return DataLoader(
         dataset,
         batch_size,
-        sampler=range(rank, len(dataset), ranks),
+        sampler=sampler,
+        drop_last=drop_last,
         collate_fn=fast_collate,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == 'cuda',
-        generator=torch.Generator(),
+        generator=torch.Generator(),  # else starting workers, once a run, would draw from the run's own generator
     )
-    return PrefetchLoader(loader, mean, std, device=device)

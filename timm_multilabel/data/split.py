@@ -79,15 +79,7 @@ def split_csv(
         written = os.path.relpath(base.resolve() / path, directory.resolve()) if moved else path
         table.append([written, *(row[column] for _, column in heads)])
 
-    order = list(range(len(table)))
-    random.Random(seed).shuffle(order)
-    train_end, val_end = (round(len(table) * sum(ratios[:count]) / sum(ratios)) for count in (1, 2))
-    chosen = {
-        'train': sorted(order[:train_end]),
-        'val': sorted(order[train_end:val_end]),
-        'test': sorted(order[val_end:]),
-        'all': range(len(table)),
-    }
+    chosen = _draw(len(table), ratios, seed)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -97,6 +89,19 @@ def split_csv(
         csv.writer(text, lineterminator='\n').writerows([names, *(table[index] for index in indices)])
         write_whole(outputs[name], text.getvalue())
     return {'missing': len(numbered) - len(table), **{name: len(indices) for name, indices in chosen.items()}}
+
+
+def _draw(length: int, ratios: Sequence[float], seed: int) -> dict[str, Sequence[int]]:
+    """The rows of each split, and of 'all', in the order of the source."""
+    order = list(range(length))
+    random.Random(seed).shuffle(order)
+    train_end, val_end = (round(length * sum(ratios[:count]) / sum(ratios)) for count in (1, 2))
+    return {
+        'train': sorted(order[:train_end]),
+        'val': sorted(order[train_end:val_end]),
+        'test': sorted(order[val_end:]),
+        'all': range(length),
+    }
 
 
 def read_rows(source: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
