@@ -57,7 +57,7 @@ class Steps:
         model = MultiLabelModel(backbone, label_space).to(device=device, memory_format=layout)
         self.task = JointTask(model, device=device)
         self.task.train()
-        self.meter = TrainingMeter(label_space, device)
+        self.meter = TrainingMeter(self.task.terms, self.task.heads, device)
         self.images = torch.randn(2 * args.photos, 3, args.img_size, args.img_size, device=device)
         # The joint step lays the loader's images out by itself; the bare backbone need not.
         self.laid_out = precision.layout(self.images)

@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from timm_multilabel.heads import CategoricalHead
+from timm_multilabel.heads import SoftmaxHead
+from timm_multilabel.labels import LabelSet
 from timm_multilabel.losses import dense_cross_entropy, index_cross_entropy
 
 
@@ -63,5 +64,6 @@ def test_mixed_labels_mix_the_losses(smoothing):
 def test_head_takes_either_form_of_target():
     logits, target = torch.randn(2, 3), torch.tensor([1, -1])
     one_hot = torch.tensor([[0., 1., 0.], [0., 0., 0.]])
-    by_index, by_mass = (CategoricalHead.loss(logits, form, 0.1) for form in (target, one_hot))
+    head = SoftmaxHead(LabelSet('x', ('a', 'b', 'c')), 4, smoothing=0.1)
+    by_index, by_mass = (head.loss(logits, form) for form in (target, one_hot))
     torch.testing.assert_close(by_index, by_mass)

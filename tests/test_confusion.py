@@ -12,7 +12,7 @@ def test_small_and_large_heads_and_awkward_names(tmp_path):
         head = LabelSet('price $', names)
         rng = np.random.default_rng(0)
         true, predicted = rng.integers(classes, size=(2, 500))
-        files = write_confusion(tmp_path, f'confusion-{classes}', head, true, predicted)
+        files = write_confusion(tmp_path, f'confusion-{classes}', head, true[:, None], predicted[:, None])
         assert [path.name for path in files] == [f'confusion-{classes}.csv', f'confusion-{classes}.png']
         table = pd.read_csv(files[0], index_col=0)
         assert tuple(table.columns) == tuple(table.index) == names

@@ -1,6 +1,7 @@
 """The label space."""
 import json
 
+import pandas as pd
 import pytest
 
 from timm_multilabel.errors import UserError
@@ -16,7 +17,9 @@ def test_classes_are_sorted_texts_and_empty_is_no_class():
 
 def test_encode():
     head = LabelSet('color', ('Blue', 'NA'))
-    assert head.encode(['NA', '', 'Pink', 'Blue']).tolist() == [1, MISSING, UNKNOWN, 0]
+    cells = pd.DataFrame({'color': ['NA', '', 'Pink', 'Blue']}, index=[2, 3, 4, 7])
+    assert head.encode(cells).tolist() == [[1], [MISSING], [UNKNOWN], [0]]
+    assert head.unknown(cells) == {'Pink': [4]}
 
 
 def test_column_without_labels_is_refused():

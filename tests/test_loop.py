@@ -1,4 +1,6 @@
 """What happens between a loss and the weights: accumulation, clipping, precision, EMA, batch norm, ranking."""
+from argparse import Namespace
+
 import pandas as pd
 import pytest
 import torch
@@ -10,6 +12,7 @@ from timm_multilabel.cli import train_flags
 from timm_multilabel.cli.build import model as build_model
 from timm_multilabel.cli.flags import Parser
 from timm_multilabel.cli.main import run_command
+from timm_multilabel.heads import KINDS
 from timm_multilabel.model import MultiLabelModel
 from timm_multilabel.task import JointTask
 from timm_multilabel.training.checkpoint import read_checkpoint
@@ -133,7 +136,8 @@ class Normed(nn.Module):
 
 
 class Loader(list):
-    sampler = type('Sampler', (), {'set_epoch': lambda self, epoch: None})()
+    def set_epoch(self, epoch):
+        pass
 
 
 def _train_rank(rank):
@@ -157,6 +161,7 @@ def test_gradient_checkpointing_and_image_sizes_reach_the_backbone():
     parser = Parser()
     train_flags.add_flags(parser)
     args = parser.parse_args('data --model test_vit --img-size 64 --grad-checkpointing --drop 0.4'.split())
-    model, config = build_model(args, SPACE)
+    data = Namespace(label_space=SPACE, kinds=KINDS)
+    model, config = build_model(args, data, {})
     assert model.backbone.grad_checkpointing and model.heads[0].drop.p == 0.4
     assert config['input_size'] == [3, 64, 64] and model(torch.zeros(1, 3, 64, 64))['color'].shape == (1, 3)

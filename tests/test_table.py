@@ -112,7 +112,7 @@ def test_label_space_comes_from_all_csv_and_heads_from_train(tmp_path):
     whole = read_table(write(tmp_path / 'all.csv', 'image_path,id,color\n1.jpg,1,red\n2.jpg,2,blue\n3.jpg,3,NA\n'))
     train = read_table(write(tmp_path / 'train.csv', 'image_path,color\n1.jpg,red\n'))
     space = find_label_space([whole, train], None)
-    assert space.to_dict() == {'heads': [{'name': 'color', 'classes': ['NA', 'blue', 'red']}]}
+    assert space.to_dict() == {'heads': [{'name': 'color', 'classes': ['NA', 'blue', 'red'], 'kind': 'classes'}]}
     with pytest.raises(UserError, match=r"train.csv: no label column 'id' \(there are: color\)"):
         find_label_space([whole, train], ['id'])
 

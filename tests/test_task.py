@@ -53,7 +53,7 @@ def test_first_view_only_classifies_the_first_views():
     result = tiny_task(first_view_only=True)(images, target)
     alone = tiny_task(simclr_weight=0, classification_weight=1)(images[:6], target[:6])
     torch.testing.assert_close(result['head_losses'], alone['head_losses'])
-    assert result['target'].shape == (6, 2) and len(result['output']['color']) == 6
+    assert len(result['target']['shape']) == len(result['output']['color']) == 6
 
 
 def test_without_simclr_there_is_no_projector_and_one_view():

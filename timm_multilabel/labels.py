@@ -1,4 +1,8 @@
-"""The label space: which heads there are, which classes each has, and text <-> index."""
+"""The label space: which heads there are, what each one's labels are, and text <-> numbers.
+
+Three kinds of labels: one class an image (`LabelSet`), several tags an image (`TagSet`), a number (`Quantity`). A row
+of targets holds the columns of all heads side by side, in float32, which holds class indices up to 2^24 exactly.
+"""
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -7,51 +11,242 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import torch
 
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import write_whole
 
 MISSING = -1
-"""The class index of a label that is not there: nothing is learnt from it and nothing is scored on it."""
+"""The class index, or the 0/1 of a tag, of a label that is not there: nothing is learnt from it or scored on it."""
 
 UNKNOWN = -2
-"""What `LabelSet.encode` gives for a text that is no class; never leaves the data code."""
+"""What `encode` gives for a text that is no class; never leaves the data code."""
+
+TAG_SEPARATOR = '|'
+"""Between the tags of a cell."""
+
+
+class BadCell(ValueError):
+    """A cell that cannot be read.
+
+    Args:
+        message: What is wrong with it.
+        column: Its column.
+        row: Its label in the table's index.
+    """
+
+    def __init__(self, message: str, column: str, row: Any):
+        super().__init__(message)
+        self.column, self.row = column, row
 
 
 @dataclass(frozen=True)
 class LabelSet:
-    """The labels of one head: a column of the table and its classes, in index order."""
+    """One class an image: a column of the table and its classes, in index order."""
     name: str
     classes: tuple[str, ...]
+
+    kind = 'classes'
+    width = 1
+
+    @classmethod
+    def from_cells(cls, name: str, cells: pd.DataFrame) -> 'LabelSet':
+        """The classes that occur in a column, sorted by text; an empty text is a missing label, not a class."""
+        return cls(name, _sorted_texts(name, cells.iloc[:, 0]))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @property
+    def outputs(self) -> int:
+        return len(self.classes)
 
     @cached_property
     def _index(self) -> dict[str, int]:
         return {'': MISSING, **{text: index for index, text in enumerate(self.classes)}}
 
-    def encode(self, texts: Iterable[str]) -> np.ndarray:
-        """Class indices (int64) of label texts: MISSING for an empty text, UNKNOWN for one that is no class."""
-        return np.fromiter((self._index.get(text, UNKNOWN) for text in texts), dtype=np.int64)
+    def encode(self, cells: pd.DataFrame) -> np.ndarray:
+        """Class indices (N, 1): MISSING for an empty text, UNKNOWN for one that is no class."""
+        index = (self._index.get(text, UNKNOWN) for text in cells.iloc[:, 0])
+        return np.fromiter(index, dtype=np.float32)[:, None]
+
+    def unknown(self, cells: pd.DataFrame) -> dict[str, list[Any]]:
+        """The texts that are no classes, with their rows."""
+        return _group((row, text) for row, text in cells.iloc[:, 0].items() if text not in self._index)
+
+    def known(self, target: torch.Tensor) -> torch.Tensor:
+        """Which rows (B,) of class indices (B,), or of mixed labels (B, C), have a label."""
+        return target != MISSING if target.ndim == 1 else target.sum(dim=1) > 0
+
+    def __str__(self) -> str:
+        return f'{self.name} ({len(self.classes)})'
+
+
+@dataclass(frozen=True)
+class TagSet:
+    """Several tags an image: `a|b` in one column, or a group of 0/1 columns, one a tag.
+
+    `group` holds the columns of a group, which are the tags; without it the head's name is the column.
+    """
+    name: str
+    classes: tuple[str, ...]
+    group: tuple[str, ...] = ()
+
+    kind = 'tags'
+
+    @classmethod
+    def from_cells(cls, name: str, cells: pd.DataFrame) -> 'TagSet':
+        """The tags that occur in a column, sorted by text, or the columns of a group."""
+        if list(cells.columns) != [name]:
+            found = cls(name, tuple(cells.columns), tuple(cells.columns))
+            if not (found.encode(cells) != MISSING).any():
+                raise ValueError(f"the columns of '{name}' have no label in any row")
+            return found
+        texts = cells.iloc[:, 0]
+        return cls(name, _sorted_texts(name, (tag for text in texts for tag in _tags(text))))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.group or (self.name,)
+
+    @property
+    def width(self) -> int:
+        return len(self.classes)
+
+    outputs = width
+
+    def encode(self, cells: pd.DataFrame) -> np.ndarray:
+        """0, 1 or MISSING for each tag (N, C); unknown tags are passed over, and a cell without a tag is all missing.
+
+        Raises:
+            BadCell: A cell of a group that is not 0, 1 or empty.
+        """
+        if self.group:
+            values = {'0': 0, '1': 1, '': MISSING}
+            for name in cells.columns:
+                for row, text in cells[name].items():
+                    if text not in values:
+                        raise BadCell(f"'{text}' is neither 0 nor 1", name, row)
+            return cells.replace(values).to_numpy(dtype=np.float32)
+        index = {tag: position for position, tag in enumerate(self.classes)}
+        encoded = np.zeros((len(cells), len(self.classes)), dtype=np.float32)
+        for row, text in zip(encoded, cells.iloc[:, 0]):
+            tags = [index[tag] for tag in _tags(text) if tag in index]
+            row[tags] = 1
+            if not tags:
+                row[:] = MISSING
+        return encoded
+
+    def unknown(self, cells: pd.DataFrame) -> dict[str, list[Any]]:
+        """The tags that training does not know, with their rows."""
+        if self.group:
+            return {}
+        known = set(self.classes)
+        return _group((row, tag) for row, text in cells.iloc[:, 0].items() for tag in _tags(text) if tag not in known)
+
+    def known(self, target: torch.Tensor) -> torch.Tensor:
+        """Which rows (B,) of tags (B, C) have any label."""
+        return (target != MISSING).any(dim=1)
+
+    def __str__(self) -> str:
+        return f'{self.name} ({len(self.classes)} tags)'
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number an image; targets are standardised with the mean and the standard deviation of the training rows."""
+    name: str
+    mean: float
+    std: float
+
+    kind = 'number'
+    width = 1
+    outputs = 1
+
+    @classmethod
+    def from_cells(cls, name: str, cells: pd.DataFrame) -> 'Quantity':
+        """Mean and standard deviation of a column's numbers.
+
+        Raises:
+            BadCell: A cell is no number.
+            ValueError: There is no number at all.
+        """
+        values = _numbers(name, cells.iloc[:, 0])
+        values = values[~np.isnan(values)]
+        if not len(values):
+            raise ValueError(f"column '{name}' has no label in any row")
+        return cls(name, float(values.mean()), float(values.std()) or 1.0)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def encode(self, cells: pd.DataFrame) -> np.ndarray:
+        """Standardised numbers (N, 1), NaN where the cell is empty.
+
+        Raises:
+            BadCell: A cell is no number.
+        """
+        return ((_numbers(self.name, cells.iloc[:, 0]) - self.mean) / self.std).astype(np.float32)[:, None]
+
+    def unknown(self, cells: pd.DataFrame) -> dict[str, list[Any]]:
+        return {}
+
+    def known(self, target: torch.Tensor) -> torch.Tensor:
+        """Which rows (B,) of numbers (B,) have one."""
+        return ~target.isnan()
+
+    def __str__(self) -> str:
+        return f'{self.name} (number)'
+
+
+Labels = LabelSet | TagSet | Quantity
+
+
+def _sorted_texts(name: str, texts: Iterable[str]) -> tuple[str, ...]:
+    found = tuple(sorted(set(texts) - {''}))
+    if not found:
+        raise ValueError(f"column '{name}' has no label in any row")
+    return found
+
+
+def _tags(text: str) -> list[str]:
+    return [tag for tag in map(str.strip, text.split(TAG_SEPARATOR)) if tag]
+
+
+def _numbers(name: str, texts: pd.Series) -> np.ndarray:
+    """Numbers (N,) in float64, NaN for an empty text."""
+    numbers = pd.to_numeric(texts.replace('', '0'), errors='coerce').to_numpy(dtype=np.float64)
+    wrong = ~np.isfinite(numbers)
+    if wrong.any():
+        row = texts.index[wrong][0]
+        raise BadCell(f"'{texts[row]}' is no number", name, row)
+    numbers[(texts == '').to_numpy()] = np.nan
+    return numbers
+
+
+def _group(pairs: Iterable[tuple[Any, str]]) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for row, text in pairs:
+        found.setdefault(text, []).append(row)
+    return dict(sorted(found.items()))
 
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """All heads, in the order of their columns; classes are sorted by text, so the order never depends on the rows."""
-    heads: tuple[LabelSet, ...]
+    """All heads' labels, in the order of their columns; classes are sorted by text, whatever the order of rows."""
+    heads: tuple[Labels, ...]
 
     @classmethod
     def from_columns(cls, columns: Mapping[str, Iterable[str]]) -> 'LabelSpace':
-        """The label space of label texts by column. An empty text is a missing label, not a class.
+        """The label space of class texts by column, each column a `LabelSet`.
 
         Raises:
             ValueError: A column without any label.
         """
-        heads = []
-        for name, texts in columns.items():
-            classes = tuple(sorted(set(texts) - {''}))
-            if not classes:
-                raise ValueError(f"column '{name}' has no label in any row")
-            heads.append(LabelSet(name, classes))
-        return cls(tuple(heads))
+        return cls(tuple(LabelSet(name, _sorted_texts(name, texts)) for name, texts in columns.items()))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -59,15 +254,35 @@ class LabelSpace:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The number of classes of each head."""
-        return tuple(len(head.classes) for head in self.heads)
+        """The number of outputs of each head: its classes, its tags, or 1."""
+        return tuple(head.outputs for head in self.heads)
+
+    def split(self, targets: torch.Tensor) -> list[torch.Tensor]:
+        """Targets (B, W) as each head takes them.
+
+        Class indices (B,) as int64, tags (B, C), numbers (B,); or, where all heads have classes and the targets are of
+        Mixup or CutMix, (B, C) each.
+        """
+        widths = [head.width for head in self.heads]
+        if targets.shape[1] != sum(widths):
+            return list(targets.split(self.sizes, dim=1))
+        columns = targets.split(widths, dim=1)
+        return [_as_taken(head, column) for head, column in zip(self.heads, columns, strict=True)]
+
+    def labelled(self, targets: torch.Tensor) -> torch.Tensor:
+        """Which labels are there: (B, H) for targets (B, W)."""
+        known = [head.known(column) for head, column in zip(self.heads, self.split(targets), strict=True)]
+        return torch.stack(known, dim=1) if known else torch.zeros(len(targets), 0, dtype=torch.bool)
 
     def __str__(self) -> str:
-        return ', '.join(f'{head.name} ({len(head.classes)})' for head in self.heads) or 'no heads'
+        return ', '.join(map(str, self.heads)) or 'no heads'
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and strings, for JSON and for checkpoints that load with `weights_only=True`."""
-        return {'heads': [{'name': head.name, 'classes': list(head.classes)} for head in self.heads]}
+        """Plain lists, strings and numbers, for JSON and for checkpoints that load with `weights_only=True`."""
+        return {'heads': [
+            {key: list(value) if isinstance(value, tuple) else value for key, value in vars(head).items()
+             if key in head.__dataclass_fields__} | {'kind': head.kind}
+            for head in self.heads]}
 
     @classmethod
     def from_dict(cls, data: Any) -> 'LabelSpace':
@@ -77,14 +292,9 @@ class LabelSpace:
             ValueError: The data is not that of a label space.
         """
         try:
-            heads = tuple(LabelSet(head['name'], tuple(head['classes'])) for head in data['heads'])
-        except (TypeError, KeyError) as error:
+            heads = tuple(_labels_from_dict(head) for head in data['heads'])
+        except (TypeError, KeyError, AttributeError) as error:
             raise ValueError('not a label space') from error
-        for head in heads:
-            if not isinstance(head.name, str) or not all(isinstance(text, str) and text for text in head.classes):
-                raise ValueError('not a label space')
-            if not head.classes or len(set(head.classes)) != len(head.classes):
-                raise ValueError(f"head '{head.name}' has no classes or has one twice")
         if len({head.name for head in heads}) != len(heads):
             raise ValueError('two heads have the same name')
         return cls(heads)
@@ -104,3 +314,28 @@ class LabelSpace:
             return cls.from_dict(json.loads(Path(path).read_text(encoding='utf-8')))
         except (OSError, ValueError) as error:
             raise UserError(f'{path}: cannot be read as a label space ({error})') from error
+
+
+def _as_taken(head: Labels, column: torch.Tensor) -> torch.Tensor:
+    if isinstance(head, TagSet):
+        return column
+    return column[:, 0].long() if isinstance(head, LabelSet) else column[:, 0]
+
+
+def _labels_from_dict(data: dict[str, Any]) -> Labels:
+    data = dict(data)
+    kind, name = data.pop('kind', LabelSet.kind), data['name']
+    if kind == Quantity.kind:
+        made = Quantity(name, float(data['mean']), float(data['std']))
+        texts = (name,)
+    elif kind == TagSet.kind:
+        made = TagSet(name, tuple(data['classes']), tuple(data['group']))
+        texts = (name, *made.classes, *made.group)
+    else:
+        made = LabelSet(name, tuple(data['classes']))
+        texts = (name, *made.classes)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError('not a label space')
+    if made.kind != Quantity.kind and (not made.classes or len(set(made.classes)) != len(made.classes)):
+        raise ValueError(f"head '{name}' has no classes or has one twice")
+    return made

@@ -1,25 +1,27 @@
 """One evaluator for every head, and the running figures of a training epoch.
 
-Both add up on the device, without a host sync a batch, and talk to the other ranks once, at the end. Accuracies are
+Both gather on the device, without a host sync a batch, and talk to the other ranks once, at the end. Accuracies are
 percentages.
 """
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from sklearn.metrics import f1_score, recall_score
 
 from timm_multilabel.distributed import sum_over_ranks
-from timm_multilabel.labels import MISSING, LabelSpace
+from timm_multilabel.heads import Head
+from timm_multilabel.labels import MISSING, LabelSet, LabelSpace
 
-_LOSS, _TOP1, _TOP5, _COUNT = range(4)
+MEANS = ('loss', 'score', 'top1', 'top5')
+"""The figures that have a mean over heads: over those that have the figure."""
 
 
-def _zeros(rows: int, heads: int, device: torch.device) -> torch.Tensor:
+def _zeros(*shape: int, device: torch.device) -> torch.Tensor:
     """Running totals: float64 where the device has it."""
-    return torch.zeros(rows, heads, dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
+    return torch.zeros(*shape, dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
 
 
 def mean_over_heads(values: dict[str, float], weights: dict[str, float]) -> float:
@@ -28,155 +30,185 @@ def mean_over_heads(values: dict[str, float], weights: dict[str, float]) -> floa
     return float(sum(weights[name] * value for name, value in values.items()) / total) if total else float('nan')
 
 
-class MultiLabelEvaluator:
-    """Loss and accuracy of each head over its labelled rows, and their weighted mean.
+def default_metric(heads: Iterable[Head]) -> str:
+    """The figure that ranks checkpoints: 'top1', or 'score' where not every head has a top-1 accuracy."""
+    return 'top1' if all(head.figures[0] == 'top1' for head in heads) else 'score'
 
-    It answers timm's evaluator contract (`timm.task.ClassificationEvaluator`).
+
+class MultiLabelEvaluator:
+    """Loss and figures of each head over its labelled rows, and their weighted means.
+
+    It answers timm's evaluator contract (`timm.task.ClassificationEvaluator`). What each head keeps of a row
+    (`Head.measure`) stays on the device until the end.
 
     Args:
-        label_space: The heads.
+        heads: The heads by name.
         head_weights: Weight of each head in the means.
         device: Where outputs and targets are.
         max_samples: Rows after these are padding and do not count.
-        keep_predictions: Keep what was predicted for each row (needed by `predictions`).
     """
-
-    default_metric = 'top1'
-    metric_names = ('loss', 'top1', 'top5')
 
     def __init__(
             self,
-            label_space: LabelSpace,
+            heads: Mapping[str, Head],
             head_weights: dict[str, float],
             device: torch.device | str = 'cpu',
             max_samples: int | None = None,
-            keep_predictions: bool = False,
     ):
-        self.label_space = label_space
+        self.heads = dict(heads)
+        self.label_space = LabelSpace(tuple(head.labels for head in heads.values()))
         self.head_weights = head_weights
         self.device = torch.device(device)
         self.max_samples = max_samples
-        self.keep_predictions = keep_predictions
+        self.default_metric = default_metric(heads.values())
+        self.metric_names = tuple(dict.fromkeys(('loss', self.default_metric)))
         self.reset()
 
     def reset(self) -> None:
         self.samples = 0
-        self.sums = _zeros(4, len(self.label_space.heads), self.device)
-        self.kept: list[torch.Tensor] = []
+        self.sums = _zeros(2, len(self.heads), device=self.device)
+        self.targets: list[torch.Tensor] = []
+        self.measured: list[torch.Tensor] = []
 
     @torch.no_grad()
     def update(self, output: dict[str, torch.Tensor], target: torch.Tensor) -> None:
-        """Add a batch: {head: logits (B, C)} and class indices (B, H), MISSING for no label."""
+        """Add a batch: {head: output} and targets (B, W)."""
         if self.max_samples is not None:
             left = max(0, self.max_samples - self.samples)
-            output, target = {name: logits[:left] for name, logits in output.items()}, target[:left]
+            output, target = {name: values[:left] for name, values in output.items()}, target[:left]
         self.samples += len(target)
         if not len(target):
             return
-        best = []
-        for head, column in enumerate(target.unbind(1)):
-            logits = output[self.label_space.names[head]].float()
-            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-            hits = ranked == column[:, None]  # a missing label equals no class
-            self.sums[_LOSS, head] += F.cross_entropy(logits, column, ignore_index=MISSING, reduction='sum')
-            self.sums[_TOP1, head] += hits[:, 0].sum()
-            self.sums[_TOP5, head] += hits.sum()
-            self.sums[_COUNT, head] += (column != MISSING).sum()
-            best.append(ranked[:, 0])
-        if self.keep_predictions:
-            self.kept.append(torch.stack([target, torch.stack(best, dim=1)]))
+        measured = []
+        for column, ((name, head), of_head) in enumerate(
+                zip(self.heads.items(), self.label_space.split(target), strict=True)):
+            values = output[name].float()
+            self.sums[:, column] += torch.stack(head.eval_loss(values, of_head))
+            measured.append(head.measure(values))
+        self.targets.append(target)
+        if measured:
+            self.measured.append(torch.cat(measured, dim=1))
+            self.widths = [part.shape[1] for part in measured]
 
     def compute(self, distributed: bool = False) -> dict[str, float]:
-        """'loss', 'top1' and 'top5' as means over heads, then '<head>_loss', '<head>_top1', '<head>_top5'.
+        """'loss' and others of `MEANS` as means over heads, then '<head>_loss' and '<head>_<figure>' of each head.
 
-        A head without any label has NaN and stays out of the means.
+        'score', the mean of the heads' main figures, is there where not every head's is 'top1'. A head without any
+        label has NaN and stays out of the means.
         """
-        loss, top1, top5, count = (sum_over_ranks(self.sums) if distributed else self.sums).cpu().numpy()
-        with np.errstate(invalid='ignore'):
-            columns = {'loss': loss / count, 'top1': 100 * top1 / count, 'top5': 100 * top5 / count}
-        heads = {
-            f'{name}_{metric}': float(values[head])
-            for head, name in enumerate(self.label_space.names) for metric, values in columns.items()
-        }
-        labelled = [(head, name) for head, name in enumerate(self.label_space.names) if count[head]]
-        means = {
-            metric: mean_over_heads({name: values[head] for head, name in labelled}, self.head_weights)
-            for metric, values in columns.items()
-        }
-        return {**means, **heads}
+        loss, count = (sum_over_ranks(self.sums) if distributed else self.sums).cpu().numpy()
+        figures, labelled = {}, {}
+        for column, (name, (target, measured)) in enumerate(self.predictions(distributed).items()):
+            head = self.heads[name]
+            if len(target):
+                of_head = head.metrics(target, measured)
+                labelled[name] = {'loss': loss[column] / count[column], 'score': of_head[head.figures[0]], **of_head}
+                figures[name] = {'loss': labelled[name]['loss'], **of_head}
+            else:
+                figures[name] = dict.fromkeys(('loss', *head.figures), np.nan)
+        means = {}
+        for metric in MEANS:
+            having = {name: float(values[metric]) for name, values in labelled.items() if metric in values}
+            if metric == 'score' and self.default_metric == 'top1':
+                continue
+            if having or metric in ('loss', self.default_metric):
+                means[metric] = mean_over_heads(having, self.head_weights)
+        return means | {
+            f'{name}_{metric}': float(value) for name, of_head in figures.items() for metric, value in of_head.items()}
 
     def summary(self) -> dict[str, float]:
         """The figures of this rank so far."""
         return self.compute(distributed=False)
 
     def predictions(self, distributed: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """{head: (classes, predicted classes)} of the labelled rows of all ranks."""
-        empty = torch.empty(2, 0, len(self.label_space.heads), dtype=torch.int64)
-        kept = torch.cat([rows.cpu() for rows in self.kept] or [empty], dim=1).numpy()
-        if distributed:
-            parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, kept)
-            kept = np.concatenate(parts, axis=1)
+        """{head: (targets (N, W), what the head kept (N, K))} of the labelled rows of all ranks."""
+        mine = self._predictions()
+        if not distributed:
+            return mine
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
         found = {}
-        for head, name in enumerate(self.label_space.names):
-            true, predicted = kept[..., head]
-            found[name] = true[true != MISSING], predicted[true != MISSING]
+        for name in mine:  # a rank may have had no row, and then knows no K
+            pairs = [part[name] for part in parts if len(part[name][0])] or [mine[name]]
+            found[name] = tuple(np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
+        return found
+
+    def _predictions(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """The same of this rank."""
+        if not self.measured:
+            return {name: (np.empty((0, 1)), np.empty((0, 1))) for name in self.heads}
+        targets = self.label_space.split(torch.cat(self.targets).cpu())
+        measured = torch.cat(self.measured).cpu().split(self.widths, dim=1)
+        found = {}
+        for (name, head), target, kept in zip(self.heads.items(), targets, measured, strict=True):
+            known = head.labels.known(target)
+            found[name] = target[known].reshape(-1, head.labels.width).numpy(), kept[known].numpy()
         return found
 
 
 def class_metrics(true: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
-    """Figures that weigh classes alike, as percentages, and the number of labels.
+    """Figures that weigh classes alike, as percentages.
 
     'balanced_accuracy' is the mean recall of the classes that occur among the labels; 'macro_f1' the mean F1 of the
     classes that occur among labels or predictions.
     """
     if not len(true):
-        return {'balanced_accuracy': float('nan'), 'macro_f1': float('nan'), 'labels': 0}
+        return {'balanced_accuracy': float('nan'), 'macro_f1': float('nan')}
     recall = recall_score(true, predicted, labels=np.unique(true), average='macro', zero_division=0)
     f1 = f1_score(true, predicted, average='macro', zero_division=0)
-    return {'balanced_accuracy': 100 * float(recall), 'macro_f1': 100 * float(f1), 'labels': len(true)}
+    return {'balanced_accuracy': 100 * float(recall), 'macro_f1': 100 * float(f1)}
 
 
 class TrainingMeter:
     """Losses and accuracies of the steps of an epoch, added up on the device.
 
     Args:
-        label_space: The heads.
+        terms: Names of the objective's terms.
+        heads: The heads by name.
         device: Where the task is.
     """
 
-    def __init__(self, label_space: LabelSpace, device: torch.device):
-        self.names = label_space.names
-        self.losses = _zeros(1, 3 + len(self.names), device)[0]
-        self.hits = _zeros(2, len(self.names), device)
+    def __init__(self, terms: tuple[str, ...], heads: Mapping[str, Head], device: torch.device):
+        self.terms, self.heads = terms, dict(heads)
+        self.totals = _zeros(1 + len(terms), device=device)
+        self.losses = _zeros(len(heads), device=device)
+        self.hits = _zeros(2, len(heads), device=device)
+        self.shares = _zeros(len(heads), device=device)
         self.steps = 0
 
     @torch.no_grad()
     def update(self, result: dict[str, Any]) -> None:
         """Add a step: what `JointTask` returned."""
-        totals = torch.stack([result['loss'].detach(), result['simclr_loss'], result['classification_loss']])
-        self.losses += torch.cat([totals, result['head_losses']])
+        self.totals += torch.stack([result['loss'].detach(), *(result[f'{term}_loss'] for term in self.terms)])
+        self.losses += result['head_losses']
+        if 'pseudo_label_shares' in result:
+            self.shares += result['pseudo_label_shares']
         self.steps += 1
-        target = result['target']
-        sizes = [logits.shape[1] for logits in result['output'].values()]
-        columns = target.split(sizes, dim=1) if target.is_floating_point() else target.unbind(1)
-        for head, logits in enumerate(result['output'].values()):
-            column = columns[head]
-            if column.ndim == 2:  # mixed labels: score the larger share
-                column = torch.where(column.sum(dim=1) > 0, column.argmax(dim=1), MISSING)
-            self.hits[0, head] += (logits.argmax(dim=1) == column).sum()
-            self.hits[1, head] += (column != MISSING).sum()
+        for column, (name, target) in enumerate(result['target'].items()):
+            head = self.heads[name]
+            if not isinstance(head.labels, LabelSet):
+                continue
+            if target.ndim == 2:  # mixed labels: score the larger share
+                target = torch.where(target.sum(dim=1) > 0, target.argmax(dim=1), MISSING)
+            self.hits[0, column] += (head.predict(result['output'][name]) == target).sum()
+            self.hits[1, column] += (target != MISSING).sum()
 
     def compute(self, distributed: bool = False) -> dict[str, float]:
-        """'train_loss', its weighted parts, 'train_<head>_loss' and 'train_<head>_top1'; reads from the device."""
-        losses, hits, ranks = self.losses, self.hits, 1
+        """'train_loss', its weighted terms '<term>_loss', 'train_<head>_loss', of classes 'train_<head>_top1', and with
+        pseudo-labels 'train_<head>_pseudo_labelled', the percentage that passes; reads from the device.
+        """
+        tensors, ranks = [self.totals, self.losses, self.hits, self.shares], 1
         if distributed:
-            losses, hits, ranks = sum_over_ranks(losses), sum_over_ranks(hits), dist.get_world_size()
+            tensors, ranks = [sum_over_ranks(tensor) for tensor in tensors], dist.get_world_size()
         steps = max(self.steps, 1) * ranks
-        total, simclr, classification, *heads = (losses / steps).tolist()
-        figures = {'train_loss': total, 'simclr_loss': simclr, 'classification_loss': classification}
-        correct, labels = hits.tolist()
-        for name, loss, hit, count in zip(self.names, heads, correct, labels, strict=True):
-            figures[f'train_{name}_loss'] = loss
-            figures[f'train_{name}_top1'] = 100 * hit / count if count else float('nan')
+        (total, *terms), losses, (correct, labels), shares = (tensor.tolist() for tensor in tensors)
+        figures = {'train_loss': total / steps}
+        figures |= {f'{name}_loss': value / steps for name, value in zip(self.terms, terms, strict=True)}
+        for column, (name, head) in enumerate(self.heads.items()):
+            figures[f'train_{name}_loss'] = losses[column] / steps
+            if isinstance(head.labels, LabelSet):
+                figures[f'train_{name}_top1'] = (
+                    100 * correct[column] / labels[column] if labels[column] else float('nan'))
+            if 'pseudo_label' in self.terms:
+                figures[f'train_{name}_pseudo_labelled'] = 100 * shares[column] / steps
         return figures

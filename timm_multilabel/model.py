@@ -1,6 +1,7 @@
-"""A timm backbone with a head for each label, and the projector beside it."""
+"""A timm backbone with a head for each label, and the projector."""
 import difflib
 import socket
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -12,39 +13,12 @@ from timm.models import resolve_model_input_args
 from torch import nn
 
 from timm_multilabel.errors import UserError
-from timm_multilabel.heads import CategoricalHead
+from timm_multilabel.heads import KINDS, Head, create_head
 from timm_multilabel.labels import LabelSpace
 
 
-class MultiLabelModel(nn.Module):
-    """A backbone with pooled features and one head for each label: what is evaluated, saved and exported.
-
-    Args:
-        backbone: A timm model made with `num_classes=0`: images (B, 3, H, W) -> features (B, F).
-        label_space: The heads and their classes.
-        drop: Dropout rate of the heads.
-    """
-
-    def __init__(self, backbone: nn.Module, label_space: LabelSpace, drop: float = 0.0):
-        super().__init__()
-        self.backbone = backbone
-        self.label_space = label_space
-        self.num_features = backbone.head_hidden_size
-        # A list, not a dict by name: a column may be called 'type' or 'a.b', which no submodule can be.
-        self.heads = nn.ModuleList(
-            CategoricalHead(self.num_features, size, drop) for size in label_space.sizes)
-
-    def forward_heads(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Features (B, F) -> {head: logits (B, C)}."""
-        return {name: head(features) for name, head in zip(self.label_space.names, self.heads, strict=True)}
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Images (B, 3, H, W) -> {head: logits (B, C)}."""
-        return self.forward_heads(self.backbone(images))
-
-
 class Projector(nn.Sequential):
-    """The MLP that only NT-Xent sees (Chen et al. 2020, section 4.2): features (B, F) -> projections (B, D)."""
+    """The MLP before NT-Xent (Chen et al. 2020, section 4.2): features (B, F) -> projections (B, D)."""
 
     def __init__(self, in_features: int, dim: int):
         super().__init__(
@@ -52,6 +26,82 @@ class Projector(nn.Sequential):
             nn.ReLU(),
             nn.Linear(in_features, dim, bias=False),
         )
+
+
+class MultiLabelModel(nn.Module):
+    """A backbone with pooled features and one head for each label: what is evaluated, saved and exported.
+
+    It has a projector only where a head reads projections; else the projector is the task's.
+
+    Args:
+        backbone: A timm model made with `num_classes=0`: images (B, 3, H, W) -> features (B, F).
+        label_space: The heads and their labels.
+        drop: Dropout rate of the heads.
+        smoothing: Label smoothing of the heads.
+        head_options: Options of heads by name: 'loss' (the kind), 'input' ('features' or 'projection') and those that
+            the kind has.
+        kinds: The kinds of heads by name.
+        projection_dim: Width of the projections.
+
+    Raises:
+        ValueError: Options of a head that there is none of, or that do not fit it.
+    """
+
+    def __init__(
+            self,
+            backbone: nn.Module,
+            label_space: LabelSpace,
+            drop: float = 0.0,
+            smoothing: float = 0.1,
+            head_options: Mapping[str, Mapping[str, Any]] | None = None,
+            kinds: Mapping[str, type[Head]] = KINDS,
+            projection_dim: int = 64,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.label_space = label_space
+        self.num_features = backbone.head_hidden_size
+        options = dict(head_options or {})
+        for name in options:
+            if name not in label_space.names:
+                raise ValueError(f"there is no head '{name}' (there are: {', '.join(label_space.names)})")
+        self.inputs = [_input_of(name, options.get(name, {})) for name in label_space.names]
+        self.projector = Projector(self.num_features, projection_dim) if 'projection' in self.inputs else None
+        heads = []
+        for labels, read in zip(label_space.heads, self.inputs, strict=True):
+            width = projection_dim if read == 'projection' else self.num_features
+            try:
+                heads.append(create_head(
+                    labels, width, options.get(labels.name, {}), {'drop': drop, 'smoothing': smoothing}, kinds))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"head '{labels.name}': {error}") from error
+        # A list, not a dict by name: a column may be called 'type' or 'a.b', which no submodule can be.
+        self.heads = nn.ModuleList(heads)
+
+    @property
+    def named_heads(self) -> dict[str, Head]:
+        """The heads by name, in the order of the label space."""
+        return dict(zip(self.label_space.names, self.heads, strict=True))
+
+    def forward_heads(self, features: torch.Tensor, projections: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Features (B, F) and, where they are known already, their projections (B, D) -> {head: output}."""
+        if projections is None and self.projector is not None:
+            projections = self.projector(features)
+        return {
+            name: head(projections if read == 'projection' else features)
+            for (name, head), read in zip(self.named_heads.items(), self.inputs, strict=True)
+        }
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Images (B, 3, H, W) -> {head: output}: logits (B, C), or (B,) of a number."""
+        return self.forward_heads(self.backbone(images))
+
+
+def _input_of(name: str, options: Mapping[str, Any]) -> str:
+    read = options.get('input', 'features')
+    if read not in ('features', 'projection'):
+        raise ValueError(f"head '{name}': input is '{read}', expected features or projection")
+    return read
 
 
 def create_backbone(

@@ -50,7 +50,8 @@ def _parameter_groups(module: JointModule, weight_decay: float, layer_decay: flo
     """timm's groups for the backbone, and plain ones for heads and projector, which no layer of it contains."""
     backbone = module.model.backbone
     exempt = getattr(backbone, 'no_weight_decay', set)()
-    others = nn.ModuleList([module.model.heads] + ([module.projector] if module.projector is not None else []))
+    projectors = (module.projector, module.model.projector)
+    others = nn.ModuleList([module.model.heads, *(each for each in projectors if each is not None)])
     if layer_decay is None:
         groups = param_groups_weight_decay(backbone, weight_decay, no_weight_decay_list=exempt)
     else:

@@ -1,4 +1,6 @@
 """The joint objective as a `timm.task.TrainingTask`."""
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,55 +10,111 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_multilabel.distributed import sum_over_ranks, world
+from timm_multilabel.heads import Head
 from timm_multilabel.losses import nt_xent_loss
 from timm_multilabel.metrics import MultiLabelEvaluator
 from timm_multilabel.model import MultiLabelModel, Projector
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What a batch holds of unlabelled images, and what the heads learn from them.
+
+    Args:
+        batch_size: Unlabelled images of a batch; they come last in each view.
+        entropy_weight: Weight of the mean entropy of the heads' predictions, on all views.
+        entropy_ramp_up: Epochs over which that weight grows from 0.
+        marginal_entropy_weight: Weight of the reward for the entropy of the mean prediction; it ramps up alike.
+        pseudo_label_weight: Weight of the pseudo-labels' cross-entropy; the first view is then the weak one.
+        pseudo_label_threshold: Least probability of a pseudo-label.
+    """
+    batch_size: int = 0
+    entropy_weight: float = 0.0
+    entropy_ramp_up: int = 0
+    marginal_entropy_weight: float = 0.0
+    pseudo_label_weight: float = 0.0
+    pseudo_label_threshold: float = 0.95
+
+    def __post_init__(self):
+        weights = (self.entropy_weight, self.marginal_entropy_weight, self.pseudo_label_weight)
+        if any(weights) and not self.batch_size:
+            raise ValueError('entropy and pseudo-labels are of unlabelled images, and there are none')
 
 
 class JointModule(nn.Module):
     """Everything that is trained: the model, and the projector where NT-Xent is on.
 
     One forward takes all views through the backbone together.
+
+    Args:
+        model: Backbone and heads.
+        projector: The projector, where the model has none of its own and NT-Xent needs one.
+        classify: Call the heads.
+        project: Give projections.
+        freeze_backbone: Leave the backbone as it is, batch norm statistics included.
     """
 
-    def __init__(self, model: MultiLabelModel, projector: Projector | None, classify: bool, first_view_only: bool):
+    def __init__(
+            self,
+            model: MultiLabelModel,
+            projector: Projector | None,
+            classify: bool,
+            project: bool,
+            freeze_backbone: bool,
+    ):
         super().__init__()
         self.model = model
         self.projector = projector
-        self.classify = classify
-        self.first_view_only = first_view_only
+        self.classify, self.project, self.freeze_backbone = classify, project, freeze_backbone
+
+    def train(self, mode: bool = True) -> 'JointModule':
+        super().train(mode)
+        if self.freeze_backbone:
+            self.model.backbone.eval()
+        return self
 
     def forward(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """View-major images (V * B, 3, H, W) -> ({head: logits}, projections (V * B, D) or None)."""
-        features = self.model.backbone(images)
-        classified = features.chunk(2)[0] if self.first_view_only else features
-        logits = self.model.forward_heads(classified) if self.classify else {}
-        return logits, self.projector(features) if self.projector is not None else None
+        """View-major images (V * B, 3, H, W) -> ({head: output}, projections (V * B, D) or None)."""
+        with torch.no_grad() if self.freeze_backbone else nullcontext():
+            features = self.model.backbone(images)
+        projector = self.projector if self.projector is not None else self.model.projector
+        projections = projector(features) if projector is not None else None
+        outputs = self.model.forward_heads(features, projections) if self.classify else {}
+        return outputs, projections if self.project else None
 
 
 class JointTask(TrainingTask):
-    """`simclr_weight * NT-Xent(two views) + classification_weight * sum over heads of w_h * cross-entropy_h`.
+    """The joint objective: a weighted sum of terms, each over the global batch.
 
-    Without SimCLR (weight 0) there is no projector and batches have one view; without classification (weight 0) the
-    heads stay as they are. With several ranks every term is that of the global batch: NT-Xent sees all pairs, and a
-    head's loss divides by the number of labels of all ranks, so that DDP's averaged gradient is that of one process.
+    - simclr: NT-Xent between the two views of every image, labelled or not.
+    - classification: the sum over heads of w_h times the mean of the head's loss over the labels that are there.
+    - entropy: over the unlabelled images, the sum over heads of w_h times the mean entropy of its prediction.
+    - marginal_entropy: minus the entropy of the mean prediction there, likewise over heads.
+    - pseudo_label: likewise, the mean over them of the loss of the second view against what the first view, seen by the
+      EMA weights where there are any, is taken for; images below the threshold count as zero.
+
+    Terms of weight 0 are not computed. Without SimCLR there is no projector (but where a head reads projections) and,
+    without pseudo-labels too, batches have one view; without classification the heads stay as they are. With several
+    ranks NT-Xent sees all pairs, and a head's loss divides by the number of labels of all ranks, so that DDP's averaged
+    gradient is that of one process.
 
     Args:
         model: Backbone and heads.
         simclr_weight: Weight of NT-Xent.
         classification_weight: Weight of the heads' losses.
         temperature: Temperature of NT-Xent.
-        projection_dim: Width of the projections.
-        smoothing: Label smoothing of the heads.
+        projection_dim: Width of the projections, where the model has no projector of its own.
         head_weights: Weights w_h by head; 1 / H each when None.
         first_view_only: Classify the first view only (not both).
+        pool: The unlabelled images.
+        freeze_backbone: Train the heads alone.
         metadata: Plain values for the checkpoint, beside the weights.
         device: Device for task tensors.
         dtype: Dtype for task tensors.
         verbose: As in timm; unused.
 
     Raises:
-        ValueError: Both weights are 0, or a head weight is missing, unknown or negative.
+        ValueError: Nothing is left to train, or a head weight is missing, unknown or negative.
     """
 
     def __init__(
@@ -66,9 +124,10 @@ class JointTask(TrainingTask):
             classification_weight: float = 0.5,
             temperature: float = 0.5,
             projection_dim: int = 64,
-            smoothing: float = 0.1,
             head_weights: dict[str, float] | None = None,
             first_view_only: bool = False,
+            pool: Pool = Pool(),  # noqa: B008 (frozen)
+            freeze_backbone: bool = False,
             metadata: dict[str, Any] | None = None,
             device: torch.device | None = None,
             dtype: torch.dtype | None = None,
@@ -77,12 +136,15 @@ class JointTask(TrainingTask):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         if not simclr_weight and not classification_weight:
             raise ValueError('the weights of SimCLR and of classification are both 0: there is nothing to train')
+        if freeze_backbone and simclr_weight:
+            raise ValueError('SimCLR trains the backbone, which is frozen')
         self.label_space = model.label_space
         self.simclr_weight = simclr_weight
         self.classification_weight = classification_weight
         self.temperature = temperature
-        self.smoothing = smoothing
-        self.views = 2 if simclr_weight else 1
+        self.pool = pool
+        self.ramp = 1.0
+        self.views = 2 if simclr_weight or pool.pseudo_label_weight else 1
         self.first_view_only = first_view_only and self.views == 2
         self.metadata = metadata if metadata is not None else {}
         self.metadata['label_space'] = self.label_space.to_dict()
@@ -91,11 +153,39 @@ class JointTask(TrainingTask):
         self.register_buffer('_weights', weights, persistent=False)
 
         projector = None
-        if simclr_weight:
+        if simclr_weight and model.projector is None:
             projector = Projector(model.num_features, projection_dim).to(self.device, self.dtype)
         if not classification_weight:
             model.heads.requires_grad_(False)  # no loss reaches them, which DDP and weight decay must know
-        self.trainable_module = JointModule(model, projector, bool(classification_weight), self.first_view_only)
+        if freeze_backbone:
+            model.backbone.requires_grad_(False)
+        self.trainable_module = JointModule(
+            model, projector, bool(classification_weight), bool(simclr_weight), freeze_backbone)
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The names of the terms: SimCLR and classification, and of the others those that are on."""
+        weights = {
+            'entropy': self.pool.entropy_weight,
+            'marginal_entropy': self.pool.marginal_entropy_weight,
+            'pseudo_label': self.pool.pseudo_label_weight,
+        }
+        return 'simclr', 'classification', *(name for name, weight in weights.items() if weight)
+
+    @property
+    def heads(self) -> dict[str, Head]:
+        """The heads by name."""
+        return unwrap_model(self.trainable_module).model.named_heads
+
+    def start_epoch(self, epoch: int) -> None:
+        """Set what changes with the epoch (from 0): the ramp of the entropies."""
+        self.ramp = min(1.0, epoch / self.pool.entropy_ramp_up) if self.pool.entropy_ramp_up else 1.0
+
+    def train(self, mode: bool = True) -> 'JointTask':
+        super().train(mode)
+        if self.has_ema():
+            self.get_trainable_module(ema=True).eval()  # it only teaches
+        return self
 
     def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> 'JointTask':
         """Wrap what is trained in DistributedDataParallel."""
@@ -118,7 +208,8 @@ class JointTask(TrainingTask):
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
         """All that is trained; for adaptive clipping (`exclude_head`) not the heads, of which there are several."""
         trainable = unwrap_model(self.trainable_module)
-        modules = [trainable.model.backbone, trainable.projector] if exclude_head else [trainable]
+        rest = [trainable.model.backbone, trainable.projector, trainable.model.projector]
+        modules = rest if exclude_head else [trainable]
         return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
@@ -146,50 +237,89 @@ class JointTask(TrainingTask):
         return state if ema else {**self.metadata, **state}
 
     def create_evaluator(self, **kwargs: Any) -> MultiLabelEvaluator:
-        return MultiLabelEvaluator(self.label_space, self.head_weights, device=self.device, **kwargs)
+        return MultiLabelEvaluator(self.heads, self.head_weights, device=self.device, **kwargs)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
         """Compute the objective.
 
         Args:
-            input: View-major images (V * B, 3, H, W), V = 2 with SimCLR and 1 without.
-            target: Class indices (V * B, H), MISSING for no label; or mixed labels (V * B, C) of all heads in a row.
+            input: View-major images (V * B, 3, H, W); the last images of each view are the pool's.
+            target: Targets (V * B, W) as `LabelSpace.split` takes them.
 
         Returns:
-            'loss', its two weighted parts 'simclr_loss' and 'classification_loss' (zero where off), 'head_losses'
-            (H,) unweighted, 'output' {head: logits} and the 'target' of the classified rows.
+            'loss', its weighted terms '<term>_loss' (see `terms`; zero where off), 'head_losses' (H,) unweighted,
+            'output' and 'target' of the classified rows by head, and with pseudo-labels 'pseudo_label_shares' (H,).
         """
-        logits, projections = self.trainable_module(input)
-        zero = torch.zeros((), device=input.device)
-        simclr_loss, classification_loss, head_losses = zero, zero, zero.expand(len(self.label_space.heads))
+        outputs, projections = self.trainable_module(input)
+        losses = {term: torch.zeros((), device=input.device) for term in self.terms}
+        result: dict[str, Any] = {'head_losses': losses['simclr'].expand(len(self.label_space.heads))}
         if projections is not None:
-            simclr_loss = self.simclr_weight * nt_xent_loss(*projections.chunk(2), self.temperature)
+            losses['simclr'] = self.simclr_weight * nt_xent_loss(*projections.chunk(2), self.temperature)
+        result['output'] = {name: self._classified(output) for name, output in outputs.items()}
+        result['target'] = {}
         if self.classification_weight:
-            target = target.chunk(2)[0] if self.first_view_only else target
-            head_losses = self._head_losses(logits, target)
-            classification_loss = self.classification_weight * (head_losses * self._weights).sum()
-        return {
-            'loss': simclr_loss + classification_loss,
-            'simclr_loss': simclr_loss.detach(),
-            'classification_loss': classification_loss.detach(),
-            'head_losses': head_losses.detach(),
-            'output': logits,
-            'target': target,
-        }
+            columns = self.label_space.split(self._classified(target))
+            result['target'] = dict(zip(self.label_space.names, columns, strict=True))
+            head_losses = self._head_losses(result['output'], result['target'])
+            losses['classification'] = self.classification_weight * (head_losses * self._weights).sum()
+            result['head_losses'] = head_losses.detach()
+            if self.pool.batch_size:
+                losses |= self._entropies(outputs)
+            if self.pool.pseudo_label_weight:
+                losses['pseudo_label'], result['pseudo_label_shares'] = self._pseudo_labels(input, outputs)
+        result['loss'] = sum(losses.values())
+        return result | {f'{term}_loss': loss.detach() for term, loss in losses.items()}
 
-    def _head_losses(self, logits: dict[str, torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+    def _classified(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of rows of all views, those that the heads learn from: the labelled images, of both views or of the first."""
+        views = rows.chunk(self.views)[:1 if self.first_view_only else None]
+        labelled = [view[:len(view) - self.pool.batch_size] for view in views]
+        return torch.cat(labelled) if self.pool.batch_size else rows[:sum(map(len, labelled))]
+
+    def _unlabelled(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Of rows of all views, the pool's, for each view."""
+        return [view[len(view) - self.pool.batch_size:] for view in rows.chunk(self.views)]
+
+    def _head_losses(self, outputs: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> torch.Tensor:
         """The mean loss of each head over the labels of all ranks (H,), scaled so that DDP's average is exact."""
-        heads = unwrap_model(self.trainable_module).model.heads
-        mixed = target.is_floating_point()
-        columns = target.split(self.label_space.sizes, dim=1) if mixed else target.unbind(1)
-        losses = [
-            head.loss(output, column, self.smoothing)
-            for head, output, column in zip(heads, logits.values(), columns, strict=True)
-        ]
+        losses = [head.loss(outputs[name], target[name]) for name, head in self.heads.items()]
         sums, counts = (torch.stack(values) for values in zip(*losses, strict=True))
         # A head without a label anywhere gives 0 / 1e-6 = 0, with a gradient of zero for every parameter.
         labels = sum_over_ranks(counts).clamp(min=1e-6)
         return sums * (world()[1] / labels)
+
+    def _entropies(self, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The terms of the entropy and of the marginal entropy, where they are on."""
+        weights = {'entropy': self.pool.entropy_weight, 'marginal_entropy': -self.pool.marginal_entropy_weight}
+        losses = {}
+        for term in (term for term in weights if term in self.terms):
+            total = self._weights.new_zeros(())
+            for weight, (name, head) in zip(self._weights, self.heads.items(), strict=True):
+                entropy = getattr(head, term)(torch.cat(self._unlabelled(outputs[name])))
+                if entropy is not None:  # of a number there is none
+                    total = total + weight * entropy.mean()
+            losses[term] = self.ramp * weights[term] * total
+        return losses
+
+    def _pseudo_labels(
+            self,
+            images: torch.Tensor,
+            outputs: dict[str, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The term of the pseudo-labels, and the share of the pool's images that passes (H,)."""
+        teacher = self.get_trainable_module(ema=True)
+        taught = {}
+        if teacher is not None:
+            with torch.no_grad():
+                taught = unwrap_model(teacher).model(self._unlabelled(images)[0])
+        total, shares = self._weights.new_zeros(()), []
+        for weight, (name, head) in zip(self._weights, self.heads.items(), strict=True):
+            weak, strong = self._unlabelled(outputs[name])
+            found = head.pseudo_label_loss(strong, taught.get(name, weak), self.pool.pseudo_label_threshold)
+            loss, passed = found if found is not None else (total.new_zeros(()), total.new_zeros(()))
+            total = total + weight * loss / self.pool.batch_size
+            shares.append(passed / self.pool.batch_size)
+        return self.pool.pseudo_label_weight * total, torch.stack(shares)
 
 
 def resolve_head_weights(names: tuple[str, ...], weights: dict[str, float] | None) -> dict[str, float]:
@@ -208,6 +338,6 @@ def resolve_head_weights(names: tuple[str, ...], weights: dict[str, float] | Non
             raise ValueError(f"head '{name}' has no weight; name one for each of: {', '.join(names)}")
         if not 0 <= weights[name] < float('inf'):
             raise ValueError(f"the weight of head '{name}' is {weights[name]}, expected 0 or more")
-    if not sum(weights.values()):
+    if names and not sum(weights.values()):
         raise ValueError('the weights of all heads are 0')
     return {name: float(weights[name]) for name in names}

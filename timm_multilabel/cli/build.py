@@ -10,28 +10,39 @@ from timm.layers import convert_sync_batchnorm
 from timm.scheduler import create_scheduler_v2
 from timm.utils import CheckpointSaver
 
+from timm_multilabel.cli import head_options
+from timm_multilabel.cli.data import Data
 from timm_multilabel.cli.device import loader_workers
 from timm_multilabel.data.loaders import MixedBatches, MultiLabelDataset, create_eval_loader, create_train_loader
-from timm_multilabel.data.table import Rows
-from timm_multilabel.data.views import View, eval_view, simclr_view, timm_view
+from timm_multilabel.data.views import View, eval_view, simclr_view, timm_view, weak_view
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
-from timm_multilabel.labels import LabelSpace
 from timm_multilabel.model import MultiLabelModel, create_backbone
 from timm_multilabel.optim import create_optimizer
-from timm_multilabel.task import JointTask
-from timm_multilabel.training.checkpoint import Checkpoint, read_checkpoint, start_from
+from timm_multilabel.task import JointTask, Pool
+from timm_multilabel.training.checkpoint import Checkpoint
 from timm_multilabel.training.loop import Precision, Updater, make_scaler
-from timm_multilabel.training.run_folder import run_folder_path
 
 
-def model(args: argparse.Namespace, label_space: LabelSpace) -> tuple[MultiLabelModel, dict[str, Any]]:
-    """The model, on the CPU, and timm's data config: input size, normalisation, resizing in evaluation."""
+def model(
+        args: argparse.Namespace,
+        data: Data,
+        options: head_options.Options,
+        fresh: bool = True,
+) -> tuple[MultiLabelModel, dict[str, Any]]:
+    """The model, on the CPU, and timm's data config: input size, normalisation, resizing in evaluation.
+
+    Args:
+        args: The flags.
+        data: The rows.
+        options: Options of the heads.
+        fresh: Load pretrained weights as asked for; not where a checkpoint or an earlier phase brings its own.
+    """
     size = {'img_size': args.img_size, 'input_size': args.input_size}
     backbone = create_backbone(
         args.model,
-        pretrained=args.pretrained and not args.resume,  # a checkpoint brings its own
-        pretrained_path=None if args.resume else args.pretrained_path,
+        pretrained=args.pretrained and fresh,
+        pretrained_path=args.pretrained_path if fresh else None,
         input_size=size,
         drop_path=args.drop_path,
         model_kwargs=args.model_kwargs,
@@ -49,7 +60,12 @@ def model(args: argparse.Namespace, label_space: LabelSpace) -> tuple[MultiLabel
     for name in ('input_size', 'mean', 'std'):
         data_config[name] = list(data_config[name])  # as YAML and checkpoints hold it
     try_out(args.model, backbone, data_config['input_size'])
-    return MultiLabelModel(backbone, label_space, args.drop), data_config
+    try:
+        made = MultiLabelModel(
+            backbone, data.label_space, args.drop, args.smoothing, options, data.kinds, args.projection_dim)
+    except ValueError as error:
+        raise UserError(f'--head: {error}') from error
+    return made, data_config
 
 
 def try_out(name: str, backbone: torch.nn.Module, input_size: list[int]) -> None:
@@ -66,49 +82,57 @@ def try_out(name: str, backbone: torch.nn.Module, input_size: list[int]) -> None
         raise UserError(f'--model {name}: no pooled features come out of it; choose another, or other --model-kwargs')
 
 
-def folder(args: argparse.Namespace, data_config: dict[str, Any], checkpoint: Checkpoint | None) -> Path:
-    """The run folder: that of the checkpoint to resume from, or a new one."""
-    if checkpoint is not None:
-        return checkpoint.path.parent
-    return run_folder_path(args.output, args.experiment, args.model, data_config['input_size'][-1])
-
-
 def task(
         args: argparse.Namespace,
         model: MultiLabelModel,
+        data: Data,
         data_config: dict[str, Any],
+        options: head_options.Options,
+        head_weights: dict[str, float] | None,
         device: torch.device,
-        say: Callable[[str], None],
 ) -> JointTask:
-    """The task on its device, with first weights, EMA, compilation and synchronised batch norm as asked for."""
+    """The task on its device."""
     if args.sync_bn:
         if device.type != 'cuda':
             raise UserError(f'--sync-bn needs CUDA, and the device is {device}; leave it out')
         model = convert_sync_batchnorm(model)
     model.to(device=device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
-    made = JointTask(
+    return JointTask(
         model,
         simclr_weight=args.simclr_loss_weight,
         classification_weight=args.classification_loss_weight,
         temperature=args.temperature,
         projection_dim=args.projection_dim,
-        smoothing=args.smoothing,
-        head_weights=args.head_weights,
+        head_weights=head_weights,
         first_view_only=args.classify_views == 'first',
+        pool=Pool(
+            data.pool_batch_size,
+            args.entropy_weight,
+            args.entropy_ramp_up,
+            args.marginal_entropy_weight,
+            args.pseudo_label_weight,
+            args.pseudo_label_threshold,
+        ) if data.pool_rows is not None else Pool(),
+        freeze_backbone=args.freeze_backbone,
         metadata={
             'arch': args.model,
             'model_kwargs': args.model_kwargs,
             'opt': args.opt,
             'data_config': data_config,
             'best_weights': 'plain',
-            'head_weights': args.head_weights,
+            'head_weights': head_weights,
+            'head_options': options,
+            'projection_dim': args.projection_dim,
             'image_column': args.image_column,
+            'separator': args.separator,
+            'missing_value': args.missing_value,
         },
         device=device,
     )
-    if args.initial_checkpoint and not args.resume:
-        start = read_checkpoint(args.initial_checkpoint)
-        say(start_from(made, start, start.best_weights))
+
+
+def surround(args: argparse.Namespace, made: JointTask) -> None:
+    """EMA and compilation of a task that has its first weights."""
     if args.model_ema:
         made.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
     if args.torchcompile:
@@ -118,7 +142,6 @@ def task(
                 made.compile_ema(backend=args.torchcompile)
         except RuntimeError as error:
             raise UserError(f'--torchcompile {args.torchcompile}: {" ".join(str(error).split())[:200]}') from error
-    return made
 
 
 def warmup_epochs(args: argparse.Namespace, say: Callable[[str], None]) -> int:
@@ -167,7 +190,6 @@ def updater(
         clip_grad=args.clip_grad,
         clip_mode=args.clip_mode,
     )
-    decreasing = args.eval_metric.endswith('loss') or not args.classification_loss_weight
     try:
         made.scheduler, epochs = create_scheduler_v2(
             optimizer,
@@ -181,7 +203,7 @@ def updater(
             min_lr=args.min_lr,
             warmup_lr=args.warmup_lr,
             warmup_epochs=warmup_epochs(args, say),
-            plateau_mode='min' if decreasing else 'max',
+            plateau_mode='min' if decreasing(args) else 'max',
             step_on_epochs=not args.sched_on_updates,
             updates_per_epoch=made.updates_per_epoch(steps),
         )
@@ -198,6 +220,7 @@ def train_view(args: argparse.Namespace, data_config: dict[str, Any]) -> View:
         'ratio': args.ratio,
         'hflip': args.hflip,
         'vflip': args.vflip,
+        'rotation': args.rotation,
         'interpolation': args.train_interpolation,
     }
     if args.views == 'simclr':
@@ -223,10 +246,9 @@ def train_view(args: argparse.Namespace, data_config: dict[str, Any]) -> View:
 def loaders(
         args: argparse.Namespace,
         task: JointTask,
+        data: Data,
         data_config: dict[str, Any],
         device: torch.device,
-        train_rows: Rows,
-        eval_rows: Rows | None,
 ) -> tuple[Any, Any]:
     """Training batches, and evaluation batches or None."""
     rank, ranks = world()
@@ -238,14 +260,23 @@ def loaders(
         'rank': rank,
         'ranks': ranks,
     }
+    view, pool, size = train_view(args, data_config), None, tuple(data_config['input_size'][-2:])
+    if data.pool_rows is not None:
+        weak = None
+        if args.pseudo_label_weight:
+            weak = weak_view(size, args.hflip, args.train_interpolation, args.vflip)
+        pool = MultiLabelDataset(data.pool_rows, view, task.views, first_transform=weak)
     train_loader = create_train_loader(
-        MultiLabelDataset(train_rows, train_view(args, data_config), task.views),
-        args.batch_size,
+        MultiLabelDataset(data.train_rows, view, task.views),
+        data.batch_size,
         seed=args.seed,
-        limit_steps=args.limit_steps,
+        steps=data.steps,
+        pool=pool,
+        pool_batch_size=data.pool_batch_size,
         re_prob=args.reprob,
         re_mode=args.remode,
         re_count=args.recount,
+        re_num_splits=2 if args.pseudo_label_weight else 0,  # the first, weak views stay whole
         **common,
     )
     if args.mixup or args.cutmix:
@@ -260,24 +291,20 @@ def loaders(
             multi_label=True,  # targets are one-hot rows of all heads
         )
         train_loader = MixedBatches(train_loader, mixup, task.label_space)
-    if eval_rows is None:
+    if data.eval_rows is None:
         return train_loader, None
-    view = eval_view(
-        tuple(data_config['input_size'][-2:]),
-        data_config['interpolation'],
-        data_config['crop_pct'],
-        data_config['crop_mode'],
-    )
+    eval_transform = eval_view(
+        size, data_config['interpolation'], data_config['crop_pct'], data_config['crop_mode'])
     batch_size = args.validation_batch_size or args.batch_size
-    return train_loader, create_eval_loader(MultiLabelDataset(eval_rows, view), batch_size, **common)
+    return train_loader, create_eval_loader(MultiLabelDataset(data.eval_rows, eval_transform), batch_size, **common)
 
 
 def saver(
+        args: argparse.Namespace,
         task: JointTask,
         updater: Updater,
         folder: Path,
         checkpoint: Checkpoint | None,
-        args: argparse.Namespace,
 ) -> CheckpointSaver:
     """timm's checkpoint saver, with the history of the run that goes on."""
     made = CheckpointSaver(
@@ -286,9 +313,14 @@ def saver(
         optimizer=updater.optimizer,
         amp_scaler=updater.scaler,
         checkpoint_dir=str(folder),
-        decreasing=args.eval_metric.endswith('loss') or not args.classification_loss_weight,
+        decreasing=decreasing(args),
         max_history=args.checkpoint_hist,
     )
     if checkpoint is not None:
         made.load_state_dict(checkpoint.state['saver'])
     return made
+
+
+def decreasing(args: argparse.Namespace) -> bool:
+    """Whether less is better of the figure that ranks checkpoints."""
+    return not args.classification_loss_weight or (args.eval_metric or '').endswith(('loss', '_mae'))

@@ -1,7 +1,9 @@
 """What the command lines share: the parser, types of values, YAML files of flags, groups of flags."""
 import argparse
 import difflib
+import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -93,8 +95,32 @@ class Assignments(argparse.Action):
         setattr(namespace, self.dest, numbers)
 
 
+class HeadOptions(argparse.Action):
+    """HEAD:NAME=VALUE,NAME=VALUE words -> {head: {name: text}}; several flags add up, a head's last word counts.
+
+    A word in JSON, as a YAML file becomes one, holds {head: {name: value}}.
+    """
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        heads = dict(getattr(namespace, self.dest) or {})
+        for word in values:
+            if word.startswith('{'):
+                heads.update(json.loads(word))
+                continue
+            head, _, text = word.partition(':')
+            options = [part.partition('=') for part in text.split(',')]
+            if not head or not all(name and mark for name, mark, _ in options):
+                parser.error(f'argument {option_string}: {word!r} is not of the form HEAD:NAME=VALUE,NAME=VALUE')
+            heads[head] = {name.strip().replace('-', '_'): value.strip() for name, _, value in options}
+        setattr(namespace, self.dest, heads)
+
+
 def parse_with_config(parser: Parser, argv: list[str]) -> argparse.Namespace:
     """Parse a command line in which `-c FILE.yaml` may set any flag; what the line itself says goes first.
+
+    Where the parser has a default for `phases`, the file may be a recipe with a list of them: mappings of flags that go
+    before those of the file. They come as `phases`, a namespace each, with `phase` (its name) and `given` (the flags
+    that its mapping sets).
 
     Raises:
         UserError: The file is missing or no mapping of flags, or names a flag that there is none of.
@@ -104,56 +130,103 @@ def parse_with_config(parser: Parser, argv: list[str]) -> argparse.Namespace:
     path = finder.parse_known_args(argv)[0].config
     if path is None or not any(action.dest == 'config' for action in parser._actions):
         return parser.parse_args(argv)
+    settings = _read_yaml(Path(path))
+    phases = settings.pop('phases', None) if parser.get_default('phases') is not None else None
+    args = _parse_over(parser, argv, _flags(parser, path, settings))
+    if phases is None:
+        return args
+    if not isinstance(phases, list) or not phases or not all(isinstance(phase, dict) for phase in phases):
+        raise UserError(f"{path}: 'phases' is no list of mappings, such as '- {{name: pretrain, epochs: 100}}'")
+    args.phases = []
+    for number, phase in enumerate(phases, 1):
+        name = str(phase.pop('name', number))
+        where = f"{path}, phase '{name}'"
+        if not re.fullmatch(r'[\w.-]+', name) or name in (other.phase for other in args.phases):
+            raise UserError(f'{where}: a name is of letters, digits, ., - and _, and no other phase has it')
+        if isinstance(settings.get('head'), dict) and isinstance(phase.get('head'), dict):
+            phase['head'] = {**settings['head'], **phase['head']}
+        given = {_action(parser, where, key).dest for key in phase}
+        words = _flags(parser, where, {**settings, **phase})
+        parsed = _parse_over(parser, argv, words)
+        parsed.phase, parsed.given = name, given
+        args.phases.append(parsed)
+    return args
+
+
+def _parse_over(parser: Parser, argv: list[str], words: list[str]) -> argparse.Namespace:
+    """Parse the words of a file, then the command line over them."""
     positionals = [action for action in parser._actions if not action.option_strings]
+    nargs, defaults = [action.nargs for action in positionals], [action.default for action in positionals]
     for action in positionals:
         action.nargs = '?'  # the file may hold it
-    settings = parser.parse_args(_flags_from_yaml(parser, Path(path)))
+    settings = parser.parse_args(words)
     for action in positionals:
         action.default = getattr(settings, action.dest)
     args = parser.parse_args(argv, settings)
-    for action in positionals:
+    for action, its_nargs, default in zip(positionals, nargs, defaults):
+        action.nargs, action.default = its_nargs, default
         if getattr(args, action.dest) is None:
             parser.error(f'the following arguments are required: {action.metavar}')
     return args
 
 
-def _flags_from_yaml(parser: Parser, path: Path) -> list[str]:
-    """A YAML file as command-line words, so that its values are read and checked as those of the command line are."""
+def _read_yaml(path: Path) -> dict[Any, Any]:
     try:
         settings = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f'{path}: cannot be read as YAML ({" ".join(str(error).split())})') from error
     if not isinstance(settings, dict):
         raise UserError(f'{path}: expected a mapping of flags to values, such as "lr: 0.1"')
+    return settings
+
+
+def _action(parser: Parser, where: str, key: Any) -> argparse.Action:
+    """The flag that a key of a YAML file names.
+
+    Raises:
+        UserError: There is no such flag.
+    """
     actions = {}
     for action in parser._actions:
         for name in (action.dest, *action.option_strings):
             actions[name.lstrip('-').replace('-', '_')] = action
     for name in ('h', 'help', 'c', 'config'):
         actions.pop(name, None)
+    name = str(key).lstrip('-').replace('-', '_')
+    if name not in actions:
+        near = difflib.get_close_matches(name, actions, n=1)
+        raise UserError(f"{where}: there is no flag '{key}'" + (f"; did you mean '{near[0]}'?" if near else ''))
+    return actions[name]
+
+
+def _flags(parser: Parser, where: str, settings: dict[Any, Any]) -> list[str]:
+    """Settings of a YAML file as command-line words, so that they are read and checked as the command line is."""
     positional, words = [], []
     for key, value in settings.items():
-        name = str(key).lstrip('-').replace('-', '_')
-        if name not in actions:
-            near = difflib.get_close_matches(name, actions, n=1)
-            raise UserError(f"{path}: there is no flag '{key}'" + (f"; did you mean '{near[0]}'?" if near else ''))
+        action = _action(parser, where, key)
         # Positional words first, where no flag that takes several words can swallow them.
-        (words if actions[name].option_strings else positional).extend(_words(path, actions[name], value))
+        (words if action.option_strings else positional).extend(_words(where, action, value))
     return positional + words
 
 
-def _words(path: Path, action: argparse.Action, value: Any) -> list[str]:
+def _words(where: str, action: argparse.Action, value: Any) -> list[str]:
     """One setting of a YAML file as command-line words."""
     if value is None:
         return []
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise UserError(f"{path}: '{action.dest}' is {value!r}, expected true or false")
+            raise UserError(f"{where}: '{action.dest}' is {value!r}, expected true or false")
         if not isinstance(action, argparse.BooleanOptionalAction):
             return [action.option_strings[0]] if value else []
         return [action.option_strings[0 if value else -1]]
     if isinstance(value, list | dict) and action.nargs in (None, '?'):
-        raise UserError(f"{path}: '{action.dest}' is {value!r}, expected one value")
+        raise UserError(f"{where}: '{action.dest}' is {value!r}, expected one value")
+    if isinstance(action, HeadOptions):
+        if not isinstance(value, dict) or not all(isinstance(options, dict) for options in value.values()):
+            raise UserError(f"{where}: '{action.dest}' is {value!r}, expected heads with their options")
+        named = {str(head): {str(name).replace('-', '_'): part for name, part in options.items()}
+                 for head, options in value.items()}
+        return [action.option_strings[0], json.dumps(named)] if named else []
     if isinstance(value, dict):
         value = [f'{name}={part}' for name, part in value.items()]
     values = [str(part) for part in value] if isinstance(value, list) else [str(value)]

@@ -1,17 +1,30 @@
 """The flags of training, named as timm's training script names them."""
 import argparse
 
-from timm_multilabel.cli.flags import Assignments, Settings, above_0, at_least_0, count, fraction, number, positive
+from timm_multilabel.cli.flags import (
+    Assignments,
+    HeadOptions,
+    Settings,
+    above_0,
+    at_least_0,
+    count,
+    fraction,
+    number,
+    positive,
+)
 
 _SWITCH = argparse.BooleanOptionalAction
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add all flags of training to a parser."""
-    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file that sets any of the flags below')
+    parser.add_argument('-c', '--config', metavar='FILE',
+                        help='YAML file that sets any of the flags below, or a recipe of phases')
+    parser.set_defaults(phases=())
     _add_data(parser.add_argument_group('data'))
     _add_model(parser.add_argument_group('model'))
     _add_loss(parser.add_argument_group('objective'))
+    _add_pool(parser.add_argument_group('unlabelled images'))
     _add_views(parser.add_argument_group('views and augmentation'))
     _add_optimizer(parser.add_argument_group('optimizer'))
     _add_schedule(parser.add_argument_group('learning rate schedule'))
@@ -21,10 +34,27 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def _add_data(group) -> None:
     group.add_argument('data_dir', metavar='DIR', help='folder with train.csv, val.csv and perhaps all.csv')
     group.add_argument('--image-column', default='image_path', metavar='NAME', help='column of the image paths')
+    group.add_argument('--train-split', default='train', metavar='NAME', help='train, ... or the path of a CSV')
+    group.add_argument('--val-split', default='val', metavar='NAME', help='val, ... or the path of a CSV')
+    group.add_argument('--separator', type=separator, metavar='CHAR',
+                       help="what is between cells: a character or 'tab' (default: what the header has)")
+    group.add_argument('--missing-value', metavar='TEXT', help='a cell that means no label, beside the empty one')
     group.add_argument('--heads', nargs='+', metavar='NAME', help='label columns to learn (default: all)')
+    group.add_argument('--head', action=HeadOptions, nargs='+', default={}, metavar='HEAD:NAME=VALUE,...',
+                       help='options of a head: loss=softmax|arcface|tags|numeric, weight, input=features|projection, '
+                            'drop, smoothing, class_weights=balanced, scale, margin, columns=a+b (0/1 columns of tags)')
+    group.add_argument('--head-module', metavar='FILE', help='Python file with kinds of heads of your own')
     group.add_argument('--unknown-labels', choices=('error', 'ignore'), default='error',
                        help='labels of val.csv that training does not know: stop, or take them as missing')
     group.add_argument('-j', '--workers', type=count, default=4, metavar='N', help='loader processes a GPU')
+
+
+def separator(text: str) -> str:
+    """A type for flags: one character."""
+    text = {'tab': '\t', '\\t': '\t', 'space': ' '}.get(text, text)
+    if len(text) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one character, 'tab' or 'space'")
+    return text
 
 
 def _add_model(group) -> None:
@@ -43,6 +73,8 @@ def _add_model(group) -> None:
                        help='stochastic depth rate of the backbone')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=Settings, metavar='K=V',
                        help='further arguments of the model')
+    group.add_argument('--freeze-backbone', action=_SWITCH, default=False,
+                       help='train the heads alone, batch norm statistics frozen too; needs -wls 0')
     group.add_argument('--grad-checkpointing', action=_SWITCH, default=False,
                        help='recompute activations in the backward pass to save memory')
     group.add_argument('--channels-last', action=_SWITCH, default=False, help='channels-last memory layout')
@@ -67,6 +99,24 @@ def _add_loss(group) -> None:
                        help='views that the heads learn from')
 
 
+def _add_pool(group) -> None:
+    group.add_argument('--unlabelled', metavar='SOURCE',
+                       help='a CSV, a folder, or the name of a split; rows without any label join it')
+    group.add_argument('--unlabelled-batch-size', type=positive, metavar='N',
+                       help='unlabelled images a GPU and step (default: as -b)')
+    group.add_argument('--epoch-by', choices=('larger', 'labelled', 'unlabelled'), default='larger',
+                       help='whose images an epoch is one pass over; the others start again')
+    group.add_argument('--entropy-weight', type=at_least_0, default=0.0, metavar='W',
+                       help="weight of the heads' mean entropy; it may collapse, see the next two")
+    group.add_argument('--entropy-ramp-up', type=count, default=0, metavar='N', help='epochs it grows over')
+    group.add_argument('--marginal-entropy-weight', type=at_least_0, default=0.0, metavar='W',
+                       help='weight of the reward for the entropy of the mean prediction')
+    group.add_argument('--pseudo-label-weight', type=at_least_0, default=0.0, metavar='W',
+                       help='weight of the loss of a strong view against the class that a weak one is taken for')
+    group.add_argument('--pseudo-label-threshold', type=fraction, default=0.95, metavar='P',
+                       help='least probability of such a class')
+
+
 def _add_views(group) -> None:
     group.add_argument('--views', choices=('timm', 'simclr'), default='timm',
                        help="recipe of a view: timm's flags below, or SimCLR's crop, flip, jitter, grayscale and blur")
@@ -75,6 +125,8 @@ def _add_views(group) -> None:
                        help='crop aspect range (default: 3/4 4/3)')
     group.add_argument('--hflip', type=fraction, default=0.5, metavar='P', help='probability of a horizontal flip')
     group.add_argument('--vflip', type=fraction, default=0.0, metavar='P', help='probability of a vertical flip')
+    group.add_argument('--rotation', type=number(least=0, most=180), default=0.0, metavar='DEG',
+                       help='random rotation, to either side')
     group.add_argument('--train-interpolation', choices=('random', 'bilinear', 'bicubic'), default='random',
                        help='resampling of the crop')
     group.add_argument('--aa', metavar='POLICY', help='auto augment policy, e.g. rand-m9-mstd0.5')
@@ -145,9 +197,10 @@ def _add_run(group) -> None:
                        help='makes a run repeatable')
     group.add_argument('--output', default='output/train', metavar='DIR', help='where run folders go')
     group.add_argument('--experiment', metavar='NAME', help='name of the run folder (default: time-model-size)')
-    group.add_argument('--resume', metavar='FILE', help='go on from a checkpoint, in its run folder')
-    group.add_argument('--eval-metric', default='top1', metavar='NAME',
-                       help='what makes a checkpoint the best: loss, top1, top5 or HEAD_top1 (default: top1)')
+    group.add_argument('--resume', metavar='FILE', help='go on from a checkpoint, in its run folder and phase')
+    group.add_argument('--eval-metric', metavar='NAME',
+                       help='what makes a checkpoint the best: loss, top1, HEAD_top1, HEAD_map, ... (default: top1, or '
+                            "score, the mean of the heads' main figures, where a head has tags or numbers)")
     group.add_argument('--checkpoint-hist', type=positive, default=10, metavar='N', help='checkpoints kept')
     group.add_argument('--log-interval', type=positive, default=50, metavar='N', help='steps between figures')
     group.add_argument('--limit-steps', type=positive, metavar='N', help='end each epoch after N steps')

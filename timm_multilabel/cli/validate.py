@@ -18,7 +18,9 @@ from timm_multilabel.data.views import eval_view
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import write_whole
-from timm_multilabel.metrics import MultiLabelEvaluator, class_metrics, mean_over_heads
+from timm_multilabel.heads import Head, load_kinds
+from timm_multilabel.labels import LabelSet
+from timm_multilabel.metrics import MEANS, MultiLabelEvaluator, class_metrics, mean_over_heads
 from timm_multilabel.reports.confusion import confusion_stems, write_confusion
 from timm_multilabel.task import resolve_head_weights
 from timm_multilabel.training.checkpoint import Checkpoint, load_model, read_checkpoint
@@ -27,9 +29,6 @@ from timm_multilabel.training.progress import Progress
 
 NAME = 'validate'
 HELP = 'score a checkpoint on a labelled split'
-
-_METRICS = ('top1', 'top5', 'balanced_accuracy', 'macro_f1', 'loss', 'labels')
-
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of validation to a parser."""
@@ -40,6 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--weights', choices=('best', 'plain', 'ema'), default='best',
                         help='weights to score (default: those that made the checkpoint what it is)')
     parser.add_argument('--image-column', metavar='NAME', help='column of the image paths (default: as in training)')
+    parser.add_argument('--head-module', metavar='FILE', help='Python file with the kinds of heads of your own')
     parser.add_argument('-b', '--batch-size', type=positive, default=128, metavar='N', help='images a batch')
     parser.add_argument('-j', '--workers', type=count, default=4, metavar='N', help='loader processes')
     parser.add_argument('--device', metavar='NAME', help='cpu, cuda, ... (default: cuda where there is one)')
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
 
     rows = read_split(args, checkpoint, say)
     weights = checkpoint.best_weights if args.weights == 'best' else args.weights
-    model = load_model(checkpoint, weights).to(device)
+    model = load_model(checkpoint, weights, load_kinds(args.head_module)).to(device)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     say(f'{checkpoint.path}: {checkpoint.arch} after {checkpoint.state["epoch"] + 1} epochs, {weights} weights'
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
 
     label_space = checkpoint.label_space
     head_weights = resolve_head_weights(label_space.names, checkpoint.state.get('head_weights'))
-    evaluator = MultiLabelEvaluator(label_space, head_weights, device, keep_predictions=True)
+    evaluator = MultiLabelEvaluator(model.named_heads, head_weights, device)
     loader = build_loader(checkpoint, rows, args, device)
     started = time.perf_counter()
     with Progress(f'Validate {rows.source.name}', len(loader), visible=rank == 0) as progress:
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - started
     predictions = evaluator.predictions(distributed=ranks > 1)
     if rank == 0:
-        results = gather_results(figures, predictions, head_weights)
+        results = gather_results(model.named_heads, figures, predictions, head_weights)
         results['images_per_second'] = len(rows) / seconds
         results |= {'checkpoint': str(checkpoint.path), 'weights': weights, 'csv': str(rows.source)}
         print(results_table(results))
@@ -121,8 +121,11 @@ def read_split(args: argparse.Namespace, checkpoint: Checkpoint, say) -> Rows:
         raise UserError(f'{folder}: no such data directory')
     else:
         path = folder / f'{args.split}.csv'
-    table = read_table(path, args.image_column or checkpoint.state.get('image_column', 'image_path'))
-    absent = [name for name in checkpoint.label_space.names if name not in table.label_columns]
+    state = checkpoint.state
+    table = read_table(
+        path, args.image_column or state.get('image_column', 'image_path'), state.get('separator'),
+        state.get('missing_value'))
+    absent = [head.name for head in checkpoint.label_space.heads if not set(head.columns) <= set(table.label_columns)]
     if len(absent) == len(checkpoint.label_space.names):
         raise UserError(
             f"{path}: none of the checkpoint's heads ({', '.join(absent)}) is a column "
@@ -131,7 +134,7 @@ def read_split(args: argparse.Namespace, checkpoint: Checkpoint, say) -> Rows:
         say(f'{path}: no column for {", ".join(absent)}: not scored')
     _say_unknown(table, checkpoint, say)
     rows = encode_rows(table, checkpoint.label_space, ignore_unknown=True)
-    if not (rows.targets >= 0).any():
+    if not checkpoint.label_space.labelled(rows.targets).any():
         raise UserError(f'{path}: no row has a label that the checkpoint knows; there is nothing to score')
     return rows
 
@@ -161,32 +164,40 @@ def build_loader(checkpoint: Checkpoint, rows: Rows, args: argparse.Namespace, d
 
 
 def gather_results(
+        heads: dict[str, Head],
         figures: dict[str, float],
         predictions: dict[str, tuple[Any, Any]],
         head_weights: dict[str, float],
 ) -> dict[str, Any]:
     """The figures of each head, and their weighted means."""
-    heads = {
-        name: {metric: figures[f'{name}_{metric}'] for metric in ('top1', 'top5', 'loss')} | class_metrics(*pair)
-        for name, pair in predictions.items()
-    }
-    labelled = {name: values for name, values in heads.items() if values['labels']}
-    mean = {
-        metric: mean_over_heads({name: values[metric] for name, values in labelled.items()}, head_weights)
-        for metric in _METRICS if metric != 'labels'
-    }
-    return {'heads': heads, 'mean': mean}
+    results = {}
+    for name, head in heads.items():
+        target, measured = predictions[name]
+        results[name] = {figure: figures[f'{name}_{figure}'] for figure in head.figures}
+        if isinstance(head.labels, LabelSet):
+            results[name] |= class_metrics(target[:, 0].astype(int), measured[:, 0].astype(int))
+        results[name] |= {'loss': figures[f'{name}_loss'], 'labels': len(target)}
+    mean = {}
+    for figure in (*MEANS, 'balanced_accuracy', 'macro_f1'):
+        having = {name: values[figure] for name, values in results.items() if figure in values and values['labels']}
+        if having:
+            mean[figure] = mean_over_heads(having, head_weights)
+    if 'score' in figures:
+        mean['score'] = figures['score']
+    return {'heads': results, 'mean': mean}
 
 
 def results_table(results: dict[str, Any]) -> str:
     """The figures as text, a line a head."""
     rows = {**results['heads'], 'weighted mean': results['mean']}
+    titles = list(dict.fromkeys(title for values in rows.values() for title in values))
+    titles.sort(key=('loss', 'labels').count)  # these two last; others as they come
     width = max(len(name) for name in rows)
-    lines = [' ' * width + ''.join(f'{title:>19}' for title in _METRICS)]
+    lines = [' ' * width + ''.join(f'{title:>19}' for title in titles)]
     for name, values in rows.items():
         cells = []
-        for metric in _METRICS:
-            value = values.get(metric, '')
+        for title in titles:
+            value = values.get(title, '')
             cells.append(f'{value:>19.3f}' if isinstance(value, float) else f'{value:>19}')
         lines.append(f'{name:<{width}}' + ''.join(cells))
     return '\n'.join(lines)
@@ -211,9 +222,10 @@ def write_outputs(
     if args.confusion is not None:
         folder = Path(args.confusion or checkpoint.path.parent)
         stems = confusion_stems(checkpoint.label_space.names)
-        for stem, head in zip(stems, checkpoint.label_space.heads, strict=True):
-            if len(predictions[head.name][0]):
-                print('confusion:', *write_confusion(folder, stem, head, *predictions[head.name]))
+        for stem, labels in zip(stems, checkpoint.label_space.heads, strict=True):
+            target, measured = predictions[labels.name]
+            if len(target):
+                print('confusion:', *write_confusion(folder, stem, labels, target, measured))
 
 
 def _without_nan(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """CSV -> rows: image paths that exist and class indices, or one clear line about what is wrong."""
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pandas as pd
 import torch
 
 from timm_multilabel.errors import UserError
-from timm_multilabel.labels import MISSING, UNKNOWN, LabelSpace
+from timm_multilabel.labels import MISSING, UNKNOWN, BadCell, Labels, LabelSet, LabelSpace, Quantity
 
 _EXAMPLES = 3  # rows, files or labels named in a message
 
@@ -31,26 +32,52 @@ class Table:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one split, ready to load.
+    """Images with their targets, ready to load.
 
-    `images` are paths (N,), `targets` class indices (N, H) with MISSING for no label, `numbers` the rows' numbers in
-    the file `source` (N,).
+    `images` are paths (N,), `targets` (N, W) as `LabelSpace.split` takes them, `numbers` the rows' numbers in their
+    files (N,), 0 for an image that was found in a folder. `sources` are the files or folders, the first of them the one
+    that messages name, and `which` says which of them a row is of (N,).
     """
-    source: Path
     images: np.ndarray
     targets: torch.Tensor
     numbers: np.ndarray
+    sources: tuple[Path, ...]
+    which: np.ndarray
+
+    @property
+    def source(self) -> Path:
+        return self.sources[0]
 
     def __len__(self) -> int:
         return len(self.images)
 
     def where(self, index: int) -> str:
         """Name a row as messages do."""
-        return f'{self.source} row {self.numbers[index]}'
+        source, number = self.sources[self.which[index]], self.numbers[index]
+        return f'{source} row {number}' if number else f'in {source}'
+
+    def select(self, mask: np.ndarray) -> 'Rows':
+        """The rows where a mask (N,) is true."""
+        # Unlabelled rows share the memory of one row, and keep doing so.
+        shared = len(self.targets) and self.targets.stride(0) == 0
+        targets = self.targets[:mask.sum()] if shared else self.targets[torch.from_numpy(mask)]
+        return replace(
+            self, images=self.images[mask], targets=targets, numbers=self.numbers[mask], which=self.which[mask])
 
 
-def read_table(path: str | Path, image_column: str = 'image_path') -> Table:
+def read_table(
+        path: str | Path,
+        image_column: str = 'image_path',
+        separator: str | None = None,
+        missing_value: str | None = None,
+) -> Table:
     """Read a CSV as text, so that `NA` stays a label; only an empty (or blank) cell is a missing one.
+
+    Args:
+        path: The file.
+        image_column: The column of the image paths.
+        separator: What is between cells; by default a comma if the header has one, else a tab, `;` or `|` that it has.
+        missing_value: A further text that means a missing label.
 
     Raises:
         UserError: The file is missing, unreadable, empty, has no image column, an unnamed or a repeated column, or a
@@ -62,7 +89,8 @@ def read_table(path: str | Path, image_column: str = 'image_path') -> Table:
     try:
         # The header is read as a row: pandas would rename repeated columns and take surplus cells for an index.
         cells = pd.read_csv(
-            path, header=None, dtype=str, keep_default_na=False, skip_blank_lines=False, encoding='utf-8-sig')
+            path, sep=separator or _find_separator(path), header=None, dtype=str, keep_default_na=False,
+            skip_blank_lines=False, encoding='utf-8-sig')
     except (ValueError, OSError) as error:  # pandas' parser errors and wrong encodings are ValueErrors
         reason = ' '.join(str(error).split())
         raise UserError(f'{path}: cannot be read as a CSV in UTF-8 ({reason})') from error
@@ -86,7 +114,16 @@ def read_table(path: str | Path, image_column: str = 'image_path') -> Table:
     without = frame.index[frame[image_column] == '']
     if len(without):
         raise UserError(f"{path} row {without[0]}: no image in column '{image_column}'; name one or remove the row")
+    if missing_value is not None:
+        labels = [column for column in header if column != image_column]
+        frame = frame.assign(**{column: frame[column].mask(frame[column] == missing_value, '') for column in labels})
     return Table(path, frame, image_column)
+
+
+def _find_separator(path: Path) -> str:
+    with open(path, encoding='utf-8-sig') as file:
+        header = file.readline()
+    return next((mark for mark in ',\t;|' if mark in header), ',')
 
 
 def find_images(table: Table) -> list[str]:
@@ -124,43 +161,78 @@ def find_images(table: Table) -> list[str]:
         'add them or remove their rows')
 
 
-def find_label_space(tables: list[Table], heads: list[str] | None) -> LabelSpace:
-    """The label space of a data directory: its heads from the last table, their classes from the first.
+def find_label_space(
+        tables: list[Table],
+        heads: list[str] | None,
+        readers: Mapping[str, type[Labels]] | None = None,
+        groups: Mapping[str, tuple[str, ...]] | None = None,
+) -> LabelSpace:
+    """The label space of a data directory: its heads from the last table, their classes and tags from the first.
 
     Args:
         tables: all.csv, where there is one, and train.csv.
-        heads: The columns to learn; every column but the image's when None.
+        heads: The heads to learn; when None, every column but the image's and those of groups, and every group.
+        readers: What a head's labels are, by its name; classes where not named.
+        groups: The 0/1 columns of a head of tags, by its name.
 
     Raises:
-        UserError: A head that is no column, or a column without labels.
+        UserError: A head that is no column, a column without labels, or a cell that cannot be read.
     """
-    source, train = tables[0], tables[-1]
-    names = train.label_columns if heads is None else heads
+    train, readers, groups = tables[-1], readers or {}, groups or {}
+    grouped = {column: name for name, columns in groups.items() for column in columns}
+    names = heads
+    if names is None:  # a group stands where its first column does
+        names = list(dict.fromkeys(grouped.get(column, column) for column in train.label_columns))
+    found = []
     for name in names:
         if name == 'ema' or name.startswith('ema_'):  # summary.csv names the figures of EMA weights so
             raise UserError(f"{train.path}: a label column may not be called '{name}'; rename it")
-    for table in tables:
-        for name in names:
-            if name not in table.label_columns:
-                raise UserError(
-                    f"{table.path}: no label column '{name}' (there are: {', '.join(table.label_columns) or 'none'}); "
-                    'choose columns with --heads')
-    try:
-        return LabelSpace.from_columns({name: source.frame[name] for name in names})
-    except ValueError as error:
-        raise UserError(f'{source.path}: {error}; leave it out with --heads') from error
+        columns = list(groups.get(name, (name,)))
+        for table in tables:
+            for column in columns:
+                if column not in table.label_columns:
+                    raise UserError(
+                        f"{table.path}: no label column '{column}' (there are: "
+                        f"{', '.join(table.label_columns) or 'none'}); choose columns with --heads")
+        reader = readers.get(name, LabelSet)
+        # A mean over validation and test rows too would tell the model of them.
+        source = train if reader is Quantity else tables[0]
+        try:
+            found.append(reader.from_cells(name, source.frame[columns]))
+        except BadCell as error:
+            raise _bad_cell(source, error) from error
+        except ValueError as error:
+            raise UserError(f'{source.path}: {error}; leave it out with --heads') from error
+    return LabelSpace(tuple(found))
+
+
+def _bad_cell(table: Table, error: BadCell) -> UserError:
+    return UserError(f"{table.path} row {error.row}, column '{error.column}': {error}; mend it, or leave it empty")
+
+
+def check_single_class(table: Table, name: str) -> None:
+    """Raise UserError where cells of a column hold several tags."""
+    several = table.frame.index[table.frame[name].str.contains('|', regex=False)]
+    if len(several):
+        raise UserError(
+            f"{table.path} row {several[0]}: column '{name}' holds several tags ('{table.frame[name][several[0]]}'), "
+            f'and ArcFace takes one class an image; for tags, --head {name}:loss=tags')
 
 
 def unknown_labels(table: Table, label_space: LabelSpace) -> dict[str, dict[str, list[int]]]:
     """The labels of a table that are no classes: {head: {label: rows}}, without the heads that have none."""
     found = {}
     for head in label_space.heads:
-        if head.name in table.frame:
-            column = table.frame[head.name]
-            strange = column[head.encode(column) == UNKNOWN]
-            if len(strange):
-                found[head.name] = {label: list(rows) for label, rows in strange.groupby(strange).groups.items()}
+        cells = _cells(table, head)
+        if cells is not None and (strange := head.unknown(cells)):
+            found[head.name] = strange
     return found
+
+
+def _cells(table: Table, head: Labels) -> pd.DataFrame | None:
+    """The columns of a head, or None where the table has not all of them."""
+    columns = list(head.columns)
+    return table.frame[columns] if set(columns) <= set(table.frame.columns) else None
 
 
 def describe_unknown(unknown: dict[str, dict[str, list[int]]]) -> str:
@@ -180,7 +252,7 @@ def encode_rows(
         ignore_unknown: bool = False,
         way_out: str = 'mend them, or take them as missing with --unknown-labels ignore',
 ) -> Rows:
-    """Find a table's images and turn its labels into class indices.
+    """Find a table's images and turn its labels into targets.
 
     A head that the table has no column for is missing in every row.
 
@@ -191,20 +263,33 @@ def encode_rows(
         way_out: What to advise where such a label is an error.
 
     Raises:
-        UserError: Images are missing, or a label is unknown.
+        UserError: Images are missing, a label is unknown, or a cell cannot be read.
     """
     unknown = unknown_labels(table, label_space)
     if unknown and not ignore_unknown:
         raise UserError(
             f'{table.path}: labels that training does not know: {describe_unknown(unknown)}; {way_out}')
-    columns = [
-        head.encode(table.frame[head.name]) if head.name in table.frame else np.full(len(table.frame), MISSING)
-        for head in label_space.heads
-    ]
-    targets = np.stack(columns, axis=1) if columns else np.empty((len(table.frame), 0), dtype=np.int64)
+    targets = missing_targets(label_space, len(table.frame)).numpy().copy()
+    left = 0
+    for head in label_space.heads:
+        cells = _cells(table, head)
+        if cells is not None:
+            try:
+                encoded = head.encode(cells)
+            except BadCell as error:
+                raise _bad_cell(table, error) from error
+            targets[:, left:left + head.width] = np.where(encoded == UNKNOWN, MISSING, encoded)
+        left += head.width
     return Rows(
-        source=table.path,
         images=np.array(find_images(table)),
-        targets=torch.from_numpy(np.where(targets == UNKNOWN, MISSING, targets)),
+        targets=torch.from_numpy(targets),
         numbers=table.frame.index.to_numpy(),
+        sources=(table.path,),
+        which=np.zeros(len(table.frame), dtype=np.int8),
     )
+
+
+def missing_targets(label_space: LabelSpace, rows: int) -> torch.Tensor:
+    """Targets (N, W) of images without any label; they take the memory of one row."""
+    row = [np.nan if isinstance(head, Quantity) else MISSING for head in label_space.heads for _ in range(head.width)]
+    return torch.tensor(row, dtype=torch.float32).expand(rows, len(row))

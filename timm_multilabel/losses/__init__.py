@@ -1,5 +1,32 @@
-"""The losses, each a pure function on tensors."""
-from timm_multilabel.losses.classification import dense_cross_entropy, index_cross_entropy
-from timm_multilabel.losses.nt_xent import nt_xent_loss
+"""The losses, each a pure function on tensors.
 
-__all__ = ['dense_cross_entropy', 'index_cross_entropy', 'nt_xent_loss']
+Those over labels come as a sum and the number of labels that it is over, so that a missing label weighs nothing, a
+batch without labels gives zero, and several ranks divide by their common number of labels.
+"""
+from timm_multilabel.losses.arcface import arcface_logits
+from timm_multilabel.losses.classification import binary_cross_entropy, dense_cross_entropy, index_cross_entropy
+from timm_multilabel.losses.nt_xent import nt_xent_loss
+from timm_multilabel.losses.regression import smooth_l1
+from timm_multilabel.losses.unlabelled import (
+    binary_entropy,
+    binary_marginal_entropy,
+    binary_pseudo_label_loss,
+    categorical_entropy,
+    marginal_entropy,
+    pseudo_label_loss,
+)
+
+__all__ = [
+    'arcface_logits',
+    'binary_cross_entropy',
+    'binary_entropy',
+    'binary_marginal_entropy',
+    'binary_pseudo_label_loss',
+    'categorical_entropy',
+    'dense_cross_entropy',
+    'index_cross_entropy',
+    'marginal_entropy',
+    'nt_xent_loss',
+    'pseudo_label_loss',
+    'smooth_l1',
+]

@@ -1,18 +1,20 @@
-"""Cross-entropy of one head, as a sum and the number of labels that it is over.
-
-Sums and counts, not means, so that a missing label weighs nothing, a batch without labels gives zero, and several
-ranks divide by their common number of labels.
-"""
+"""Cross-entropy of one head, as a sum and the mass of labels that it is over."""
 import torch
 import torch.nn.functional as F
 
 from timm_multilabel.labels import MISSING
 
 
+def _float32(logits: torch.Tensor) -> torch.Tensor:
+    """The logits in float32 at least, whatever the autocast gave."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def index_cross_entropy(
         logits: torch.Tensor,
         target: torch.Tensor,
         smoothing: float = 0.0,
+        class_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy with label smoothing (Szegedy et al. 2016, "Rethinking the Inception Architecture").
 
@@ -20,19 +22,24 @@ def index_cross_entropy(
         logits: (B, C); the loss is computed in float32 at least.
         target: Class indices (B,), MISSING for no label.
         smoothing: Share of a label's mass that is spread evenly over all classes.
+        class_weights: A weight for each class (C,), as in `torch.nn.CrossEntropyLoss`.
 
     Returns:
-        The sum over labelled rows and their number, both scalars.
+        The sum over labelled rows and their number (the sum of their classes' weights), both scalars.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(logits, target, ignore_index=MISSING, label_smoothing=smoothing, reduction='sum')
-    return total, (target != MISSING).sum().to(logits.dtype)
+    logits = _float32(logits)
+    weights = None if class_weights is None else class_weights.to(logits.dtype)
+    total = F.cross_entropy(
+        logits, target, weight=weights, ignore_index=MISSING, label_smoothing=smoothing, reduction='sum')
+    labelled = (target != MISSING).to(logits.dtype)
+    return total, (labelled if weights is None else labelled * weights[target.clamp(min=0)]).sum()
 
 
 def dense_cross_entropy(
         logits: torch.Tensor,
         target: torch.Tensor,
         smoothing: float = 0.0,
+        class_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy against mixed labels (Mixup, CutMix).
 
@@ -41,11 +48,39 @@ def dense_cross_entropy(
         target: (B, C), each row the shares of the mixed images' classes: it sums to 1, to less where one of the mixed
             images has no label, to 0 where none has.
         smoothing: Share of a label's mass that is spread evenly over all classes.
+        class_weights: A weight for each class (C,).
 
     Returns:
-        The sum over rows and the labels' mass, both scalars.
+        The sum over rows and the labels' (weighted) mass, both scalars.
     """
-    log_probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=1)
+    log_probabilities = _float32(logits).log_softmax(dim=1)
     mass = target.sum(dim=1, keepdim=True)
     smooth = target * (1 - smoothing) + mass * (smoothing / target.shape[1])
-    return -(smooth * log_probabilities).sum(), mass.sum().to(log_probabilities.dtype)
+    if class_weights is not None:
+        smooth, target = smooth * class_weights, target * class_weights
+    return -(smooth * log_probabilities).sum(), target.sum().to(log_probabilities.dtype)
+
+
+def binary_cross_entropy(
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        smoothing: float = 0.0,
+        positive_weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Binary cross-entropy of tags.
+
+    Args:
+        logits: (B, C); the loss is computed in float32 at least.
+        target: (B, C) of 0, 1 or MISSING.
+        smoothing: Half of this share of a label goes to its opposite.
+        positive_weights: A weight for the ones of each tag (C,), as in `torch.nn.BCEWithLogitsLoss`.
+
+    Returns:
+        The sum over the labels that are there and their number, both scalars.
+    """
+    logits = _float32(logits)
+    known = (target != MISSING).to(logits.dtype)
+    smooth = target.clamp(min=0).to(logits.dtype) * (1 - smoothing) + smoothing / 2
+    weights = None if positive_weights is None else positive_weights.to(logits.dtype)
+    losses = F.binary_cross_entropy_with_logits(logits, smooth, pos_weight=weights, reduction='none')
+    return (losses * known).sum(), known.sum()

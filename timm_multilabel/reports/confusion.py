@@ -1,4 +1,4 @@
-"""The confusion matrix of a head, as a CSV and as a picture."""
+"""What a head takes for what, as a CSV and as a picture."""
 import io
 import re
 import warnings
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
 
 from timm_multilabel.files import write_whole
-from timm_multilabel.labels import LabelSet
+from timm_multilabel.labels import Labels, LabelSet, Quantity, TagSet
 
 _READABLE = 20  # classes of which a matrix is legible
 _PAIRS = 25  # confused pairs shown of more classes than that
@@ -30,34 +30,82 @@ def confusion_stems(names: Sequence[str]) -> list[str]:
 def write_confusion(
         folder: Path,
         stem: str,
-        head: LabelSet,
-        true: np.ndarray,
-        predicted: np.ndarray,
+        labels: Labels,
+        target: np.ndarray,
+        measured: np.ndarray,
 ) -> list[Path]:
-    """Write `<stem>.csv` (rows: label, columns: prediction, counts) and `<stem>.png`.
+    """Write what a head takes for what as `<stem>.csv` and `<stem>.png`.
 
-    The picture shows the matrix; of more than 20 classes, the pairs most often confused.
+    Of classes the matrix (rows: label, columns: prediction, counts); the picture of more than 20 shows the pairs most
+    often confused. Of tags, how often each is rightly found, missed and wrongly found at a probability of 0.5. Of
+    numbers, label and prediction of each image.
 
     Args:
         folder: Where; it must exist.
         stem: Name of the files without suffix.
-        head: The head's classes.
-        true: Class indices (N,).
-        predicted: Class indices (N,).
+        labels: The head's labels.
+        target: What they encode, of the labelled rows (N, W).
+        measured: What the head kept of each row, the prediction first (N, K).
 
     Returns:
         The files.
     """
-    matrix = confusion_matrix(true, predicted, labels=range(len(head.classes)))
-    table = pd.DataFrame(matrix, index=pd.Index(head.classes, name='label \\ prediction'), columns=head.classes)
+    if isinstance(labels, TagSet):
+        table, figure = _tags(labels, target, measured)
+    elif isinstance(labels, Quantity):
+        table, figure = _numbers(labels, target[:, 0], measured[:, 0])
+    else:
+        matrix = confusion_matrix(target[:, 0], measured[:, 0], labels=range(len(labels.classes)))
+        table = pd.DataFrame(
+            matrix, index=pd.Index(labels.classes, name='label \\ prediction'), columns=labels.classes)
+        figure = _matrix(labels, matrix) if len(labels.classes) <= _READABLE else _pairs(labels, matrix)
     write_whole(folder / f'{stem}.csv', table.to_csv())
-    figure = _matrix(head, matrix) if len(head.classes) <= _READABLE else _pairs(head, matrix)
     picture = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph .* missing')  # the fonts at hand may lack a script
         figure.savefig(picture, format='png', dpi=120)
     write_whole(folder / f'{stem}.png', picture.getvalue())
     return [folder / f'{stem}.csv', folder / f'{stem}.png']
+
+
+def _tags(labels: TagSet, target: np.ndarray, measured: np.ndarray) -> tuple[pd.DataFrame, Figure]:
+    """Found, missed and wrong counts of each tag; the picture shows those that occur most."""
+    found = measured[:, :target.shape[1]] >= 0.5
+    table = pd.DataFrame({
+        'found': ((target == 1) & found).sum(axis=0),
+        'missed': ((target == 1) & ~found).sum(axis=0),
+        'wrong': ((target == 0) & found).sum(axis=0),
+        'rightly not found': ((target == 0) & ~found).sum(axis=0),
+    }, index=pd.Index(labels.classes, name='tag'))
+    shown = table.loc[(table['found'] + table['missed']).sort_values(ascending=False, kind='stable').index[:_PAIRS]]
+    figure = Figure(figsize=(9, 2 + 0.28 * len(shown)), layout='constrained')
+    axes = figure.subplots()
+    left = np.zeros(len(shown))
+    for name, color in (('found', '#4477aa'), ('missed', '#bbbbbb'), ('wrong', '#ee6677')):
+        axes.barh(range(len(shown)), shown[name], left=left, color=color, label=name)
+        left = left + shown[name].to_numpy()
+    axes.set_yticks(range(len(shown)), [_plain(name) for name in shown.index])
+    axes.invert_yaxis()
+    axes.legend(frameon=False)
+    axes.spines[['top', 'right']].set_visible(False)
+    more = f'; the {len(shown)} most frequent of {len(table)} tags' if len(shown) < len(table) else ''
+    axes.set(xlabel='images', ylabel='tag', title=f'{_plain(labels.name)}: tags at a probability of 0.5{more}')
+    return table, figure
+
+
+def _numbers(labels: Quantity, target: np.ndarray, measured: np.ndarray) -> tuple[pd.DataFrame, Figure]:
+    """Label and prediction of each image, in the column's unit."""
+    table = pd.DataFrame({'label': target, 'prediction': measured}).astype(float) * labels.std + labels.mean
+    table.index.name = 'image'
+    figure = Figure(figsize=(5, 5), layout='constrained')
+    axes = figure.subplots()
+    axes.scatter(table['label'], table['prediction'], s=8, color='#4477aa', alpha=0.5)
+    ends = [table.min().min(), table.max().max()]
+    axes.plot(ends, ends, color='black', linewidth=0.8)
+    axes.spines[['top', 'right']].set_visible(False)
+    error = (table['label'] - table['prediction']).abs().mean()
+    axes.set(xlabel='label', ylabel='prediction', title=f'{_plain(labels.name)}: mean absolute error {error:.3g}')
+    return table, figure
 
 
 def _matrix(head: LabelSet, matrix: np.ndarray) -> Figure:

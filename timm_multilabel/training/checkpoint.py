@@ -1,5 +1,6 @@
 """Checkpoints in timm's format that carry what is needed to use them: label space, model and input settings."""
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 
 from timm_multilabel.errors import UserError
+from timm_multilabel.heads import KINDS, Head
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.model import MultiLabelModel, create_backbone
 from timm_multilabel.task import JointTask
@@ -81,18 +83,27 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise foreign from error
 
 
-def load_model(checkpoint: Checkpoint, weights: str) -> MultiLabelModel:
+def load_model(checkpoint: Checkpoint, weights: str, kinds: Mapping[str, type[Head]] = KINDS) -> MultiLabelModel:
     """The model of a checkpoint with its 'plain' or 'ema' weights, in evaluation mode.
 
     Raises:
-        UserError: The checkpoint has no such weights, or they do not fit its model.
+        UserError: The checkpoint has no such weights, they do not fit its model, or a head is of an unknown kind.
     """
     backbone = create_backbone(
         checkpoint.arch,
         input_size={'input_size': checkpoint.data_config['input_size']},
         model_kwargs=checkpoint.state.get('model_kwargs'),
     )
-    model = MultiLabelModel(backbone, checkpoint.label_space)
+    try:
+        model = MultiLabelModel(
+            backbone,
+            checkpoint.label_space,
+            head_options=checkpoint.state.get('head_options'),
+            kinds=kinds,
+            projection_dim=checkpoint.state.get('projection_dim', 64),
+        )
+    except ValueError as error:
+        raise UserError(f'{checkpoint.path}: {error}') from error
     try:
         model.load_state_dict(checkpoint.weights(weights))
     except RuntimeError as error:
@@ -101,7 +112,7 @@ def load_model(checkpoint: Checkpoint, weights: str) -> MultiLabelModel:
 
 
 def start_from(task: JointTask, checkpoint: Checkpoint, weights: str) -> str:
-    """Take over what fits of a checkpoint: the backbone, heads of the same name and classes, the projector.
+    """Take over what fits of a checkpoint: the backbone, heads of the same labels and kind, the projector.
 
     Returns:
         A line on what was taken and what was not.
@@ -111,31 +122,45 @@ def start_from(task: JointTask, checkpoint: Checkpoint, weights: str) -> str:
     """
     module = task.get_trainable_module()
     state = checkpoint.weights(weights)
-    backbone = {name.removeprefix('backbone.'): value for name, value in state.items() if name.startswith('backbone.')}
     try:
-        module.model.backbone.load_state_dict(backbone)
+        module.model.backbone.load_state_dict(_below(state, 'backbone.'))
     except RuntimeError as error:
         raise UserError(
             f'{checkpoint.path}: a checkpoint of {checkpoint.arch}, whose backbone does not fit the model') from error
+    parts = {}
+    for name, head in module.model.named_heads.items():
+        theirs = {}
+        if head.labels in checkpoint.label_space.heads:
+            theirs = _below(state, f'heads.{checkpoint.label_space.heads.index(head.labels)}.')
+        parts[f"head '{name}'"] = head, theirs
+    projector = module.projector if module.projector is not None else module.model.projector
+    if projector is not None:
+        of_task = checkpoint.state.get('task_state' if weights == 'plain' else 'task_state_ema') or {}
+        parts['projector'] = projector, of_task.get('projector') or _below(state, 'projector.')
     taken, left = ['backbone'], []
-    for head, layer in zip(task.label_space.heads, module.model.heads, strict=True):
-        if head in checkpoint.label_space.heads:
-            prefix = f'heads.{checkpoint.label_space.heads.index(head)}.'
-            layer.load_state_dict({
-                name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)})
-            taken.append(f"head '{head.name}'")
+    for name, (part, theirs) in parts.items():
+        if _shapes(part.state_dict()) == _shapes(theirs):
+            part.load_state_dict(theirs)
+            taken.append(name)
         else:
-            left.append(f"head '{head.name}'")
-    projector = checkpoint.state.get('task_state' if weights == 'plain' else 'task_state_ema', {}).get('projector')
-    if module.projector is not None:
-        own = {name: value.shape for name, value in module.projector.state_dict().items()}
-        if projector and {name: value.shape for name, value in projector.items()} == own:
-            module.projector.load_state_dict(projector)
-            taken.append('projector')
-        else:
-            left.append('projector')
+            left.append(name)
     line = f'{checkpoint.path}: took {", ".join(taken)} ({weights} weights)'
     return line + (f'; starts anew: {", ".join(left)}' if left else '')
+
+
+def _below(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The part of a state dict under a prefix."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}
+
+
+def of_task(task: JointTask, name: str) -> Checkpoint:
+    """A task's weights as they are now, as a checkpoint in memory that another task can start from."""
+    state = {**task.get_checkpoint_state(), **task.get_checkpoint_state(ema=True)}
+    return Checkpoint(Path(name), state, task.label_space)
 
 
 def resume(

@@ -12,7 +12,7 @@ from torch import nn
 
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
-from timm_multilabel.metrics import MultiLabelEvaluator, TrainingMeter
+from timm_multilabel.metrics import MultiLabelEvaluator, TrainingMeter, default_metric
 from timm_multilabel.task import JointTask
 from timm_multilabel.training.progress import Progress
 from timm_multilabel.training.run_folder import RunFolder
@@ -104,8 +104,9 @@ def train_epoch(
         UserError: The loss is no longer a finite number.
     """
     task = updater.task
+    task.start_epoch(epoch)
     task.train()
-    meter = TrainingMeter(task.label_space, precision.device)
+    meter = TrainingMeter(task.terms, task.heads, precision.device)
     steps = len(loader)
     updates = epoch * updater.updates_per_epoch(steps)
     for step, (images, target) in enumerate(loader):
@@ -124,7 +125,7 @@ def train_epoch(
         if (step + 1) % log_interval == 0 or step + 1 == steps:
             figures = meter.compute()
             check_finite(figures['train_loss'], f'the training loss is {figures["train_loss"]} at step {step + 1}')
-            progress.show(step + 1, training_line(figures, task.label_space.names))
+            progress.show(step + 1, training_line(figures, task))
     return meter.compute(distributed=world()[1] > 1)
 
 
@@ -136,13 +137,15 @@ def check_finite(value: float, what: str) -> None:
             'or leave --amp out')
 
 
-def training_line(figures: dict[str, float], heads: tuple[str, ...]) -> str:
+def training_line(figures: dict[str, float], task: JointTask) -> str:
     """The figures of a progress line."""
     parts = [f'loss {figures["train_loss"]:.3f}']
-    parts += [f'{name} {figures[f"{name}_loss"]:.3f}' for name in ('simclr', 'classification')]
-    parts += [
-        f'{head} {figures[f"train_{head}_top1"]:.1f}%' for head in heads
-        if not math.isnan(figures[f'train_{head}_top1'])]
+    parts += [f'{term} {figures[f"{term}_loss"]:.3f}' for term in task.terms]
+    for name in task.heads:
+        accuracy = figures.get(f'train_{name}_top1', math.nan)
+        passed = figures.get(f'train_{name}_pseudo_labelled')
+        if not math.isnan(accuracy):
+            parts.append(f'{name} {accuracy:.1f}%' + (f' ({passed:.0f}% pass)' if passed is not None else ''))
     return '  '.join(parts)
 
 
@@ -176,6 +179,7 @@ class Fit:
         images_per_step: Photos of a step, over all ranks.
         seed: Seed of the run.
         metric: The figure of the evaluation that makes a checkpoint the best.
+        phase: Name of the phase, where the run has phases.
         run_folder: Where rows of figures go (first rank only, else None).
         saver: Writes checkpoints (first rank only, else None).
         log_interval: Steps between figures.
@@ -187,6 +191,7 @@ class Fit:
     images_per_step: int
     seed: int
     metric: str = 'top1'
+    phase: str | None = None
     run_folder: RunFolder | None = None
     saver: CheckpointSaver | None = None
     log_interval: int = 50
@@ -198,7 +203,7 @@ class Fit:
     def run(self, first: int, epochs: int) -> None:
         """Train the epochs `first` to `epochs - 1`."""
         for epoch in range(first, epochs):
-            self.run_epoch(epoch, f'Epoch {epoch + 1}/{epochs}')
+            self.run_epoch(epoch, (f'{self.phase}: ' if self.phase else '') + f'Epoch {epoch + 1}/{epochs}')
 
     def run_epoch(self, epoch: int, title: str) -> dict[str, Any]:
         """Train an epoch, evaluate it, write its row and its checkpoint."""
@@ -206,7 +211,7 @@ class Fit:
         # What is random in an epoch depends on (seed, epoch, rank) alone, so that a run resumed at its start is the
         # run that never stopped.
         random_seed(self.seed + epoch * ranks, rank)
-        self.train_loader.sampler.set_epoch(epoch)
+        self.train_loader.set_epoch(epoch)
         lrs = [group['lr'] for group in self.updater.optimizer.param_groups]
         started = time.perf_counter()
         with Progress(title, len(self.train_loader), rank == 0, self.images_per_step) as progress:
@@ -218,17 +223,17 @@ class Fit:
                 module = self.task.get_trainable_module(ema=ema)
                 if module is not None:
                     distribute_bn(module, ranks, reduce=True)
-        row = {'epoch': epoch, **row}
+        row = {**({'phase': self.phase} if self.phase else {}), 'epoch': epoch, **row}
         if self.eval_loader is not None:
             row |= self.evaluate(title)
         row |= {'lr': sum(lrs) / len(lrs), 'images_per_second': images_per_second}
         best = self.score(row)
         if self.updater.scheduler is not None:
             self.updater.scheduler.step(epoch + 1, row[best])
-        progress.say(epoch_line(title, row, self.task.label_space.names))
+        progress.say(epoch_line(title, row, self.task))
+        self.task.metadata['best_weights'] = 'ema' if best == 'eval_ema_' + self.metric else 'plain'
         if self.run_folder is not None:
             self.run_folder.add_summary(row)
-            self.task.metadata['best_weights'] = 'ema' if best == 'eval_ema_' + self.metric else 'plain'
             self.saver.save_checkpoint(epoch, row[best])
         return row
 
@@ -251,16 +256,21 @@ class Fit:
         if self.eval_loader is None:
             return 'simclr_loss'
         columns = ['eval_' + self.metric] + (['eval_ema_' + self.metric] if self.task.has_ema() else [])
-        return min(columns, key=row.get) if self.metric.endswith('loss') else max(columns, key=row.get)
+        return min(columns, key=row.get) if self.metric.endswith(('loss', '_mae')) else max(columns, key=row.get)
 
 
-def epoch_line(title: str, row: dict[str, Any], heads: tuple[str, ...]) -> str:
+def epoch_line(title: str, row: dict[str, Any], task: JointTask) -> str:
     """The line that stays of an epoch."""
-    parts = [title, f'loss {row["train_loss"]:.3f}']
+    terms = [f'{term} {row[f"{term}_loss"]:.3f}' for term in task.terms if row[f'{term}_loss']]
+    parts = [title, f'loss {row["train_loss"]:.3f}' + (f' ({", ".join(terms)})' if len(terms) > 1 else '')]
+    mean = default_metric(task.heads.values())
     for prefix in ('eval_', 'eval_ema_'):
-        if prefix + 'top1' in row:
-            scores = '  '.join(f'{head} {row[f"{prefix}{head}_top1"]:.1f}%' for head in heads)
-            parts.append(f'{prefix.strip("_")} {row[prefix + "top1"]:.2f}%  ({scores})')
+        if prefix + mean in row:
+            scores = '  '.join(
+                f'{name} {row[f"{prefix}{name}_{head.figures[0]}"]:.1f}%'
+                + ('' if head.figures[0] == 'top1' else f' {head.figures[0]}')
+                for name, head in task.heads.items())
+            parts.append(f'{prefix.strip("_")} {row[prefix + mean]:.2f}%  ({scores})')
     parts.append(f'lr {row["lr"]:.2g}  {row["images_per_second"]:.0f} images/s')
     return '  '.join(parts)
 

@@ -1,5 +1,6 @@
 """The folder of a run: settings, label space, one row of figures an epoch."""
 import itertools
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,18 @@ def run_folder_path(output: str, experiment: str | None, model: str, size: int) 
         tries = (Path(output) / (f'{name}-{number}' if number else name) for number in itertools.count())
         return next(path for path in tries if not path.exists())
     path = Path(output) / experiment
-    if (path / 'last.pth.tar').exists():
+    last = next(iter([*path.glob('last.pth.tar'), *sorted(path.glob('*/last.pth.tar'), reverse=True)]), None)
+    if last is not None:
         raise UserError(
-            f'{path}: holds a run already; go on with it (--resume {path}/last.pth.tar), choose another --experiment, '
-            'or remove it')
+            f'{path}: holds a run already; go on with it (--resume {last}), choose another --experiment, or remove it')
     if path.exists() and not path.is_dir():
         raise UserError(f'{path}: is a file; choose another --experiment')
     return path
+
+
+def phase_folder(run: Path, phases: Sequence[str], phase: int) -> Path:
+    """Where a phase's checkpoints go: the last one's into the run folder itself, others' into folders of their own."""
+    return run if phase == len(phases) - 1 else run / f'{phase + 1}-{phases[phase]}'
 
 
 class RunFolder:
@@ -41,19 +47,29 @@ class RunFolder:
         path: The folder; made where there is none.
         args: The settings of the run.
         label_space: Its heads.
+        phases: The names of its phases, where it has some.
     """
 
-    def __init__(self, path: Path, args: dict[str, Any], label_space: LabelSpace):
+    def __init__(self, path: Path, args: dict[str, Any], label_space: LabelSpace, phases: Sequence[str] = ()):
         self.path = path
+        self.phases = list(phases)
         path.mkdir(parents=True, exist_ok=True)
         write_whole(path / 'args.yaml', yaml.safe_dump(args, sort_keys=False, allow_unicode=True))
         label_space.save(path / 'label_space.json')
 
     def add_summary(self, row: dict[str, Any]) -> None:
-        """Add an epoch's figures to summary.csv, in place of those that an earlier try of this epoch left there."""
+        """Add an epoch's figures to summary.csv, in place of what an earlier try left of this epoch and later ones.
+
+        With phases, `row` names its own as 'phase'.
+        """
         path = self.path / 'summary.csv'
         rows = pd.DataFrame([row])
         if path.is_file():
             earlier = pd.read_csv(path)
-            rows = pd.concat([earlier[earlier['epoch'] < row['epoch']], rows])
+            before = earlier['epoch'] < row['epoch']
+            if self.phases:
+                order = earlier['phase'].astype(str).map(self.phases.index)
+                phase = self.phases.index(row['phase'])
+                before = (order < phase) | ((order == phase) & before)
+            rows = pd.concat([earlier[before], rows])
         write_whole(path, rows.to_csv(index=False))

@@ -1,0 +1,138 @@
+"""What is refused before anything is trained."""
+import argparse
+from collections.abc import Iterable
+
+from timm_multilabel.cli.data import Data, wants_pool
+from timm_multilabel.errors import UserError
+from timm_multilabel.heads import Head
+from timm_multilabel.metrics import MEANS, default_metric
+from timm_multilabel.task import resolve_head_weights
+
+_RUN_WIDE = ('output', 'experiment', 'resume', 'initial_checkpoint', 'device', 'seed')
+
+
+def check_phases(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The flags of each phase, or of the one that a run without phases is.
+
+    Raises:
+        UserError: A phase without epochs or with a flag of the whole run, or flags that do not go together.
+    """
+    if not args.phases:
+        check_flags(args)
+        return [args]
+    for phase in args.phases:
+        where = f"{args.config}, phase '{phase.phase}'"
+        if 'epochs' not in phase.given:
+            raise UserError(f"{where}: it has no epochs; add 'epochs: N'")
+        for name in _RUN_WIDE:
+            if name in phase.given:
+                raise UserError(f"{where}: '{name}' is of the whole run; put it above the phases")
+        try:
+            check_flags(phase)
+        except UserError as error:
+            raise UserError(f'{where}: {error}') from error
+    return args.phases
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse what contradicts itself, before anything is read.
+
+    Raises:
+        UserError: Flags that do not go together.
+    """
+    if not args.simclr_loss_weight and not args.classification_loss_weight:
+        raise UserError('-wls 0 with -wlc 0 leaves nothing to train; make one of them more than 0')
+    pool = wants_pool(args)
+    terms = {
+        '--entropy-weight': args.entropy_weight,
+        '--marginal-entropy-weight': args.marginal_entropy_weight,
+        '--pseudo-label-weight': args.pseudo_label_weight,
+    }
+    images = args.batch_size + (args.unlabelled_batch_size or args.batch_size if pool else 0)
+    if args.simclr_loss_weight and images == 1:
+        raise UserError('-b 1: SimCLR contrasts the images of a batch, so it needs 2 or more; raise -b, or pass -wls 0')
+    if pool and not args.simclr_loss_weight and not any(terms.values()):
+        raise UserError(
+            f'nothing would learn from unlabelled images with -wls 0; give a weight to one of -wls, {", ".join(terms)}')
+    for flag, weight in terms.items() if not args.classification_loss_weight else ():
+        if weight:
+            raise UserError(f'{flag} speaks of heads, and -wlc 0 trains none; leave it out')
+    if args.entropy_ramp_up and not (args.entropy_weight or args.marginal_entropy_weight):
+        raise UserError('--entropy-ramp-up: there is no --entropy-weight to ramp up')
+    if args.freeze_backbone and args.simclr_loss_weight:
+        raise UserError('--freeze-backbone trains the heads alone, and SimCLR the backbone: pass -wls 0 with it')
+    mixing = args.mixup or args.cutmix
+    if mixing and (pool or any(options.get('loss', 'softmax') != 'softmax' for options in args.head.values())):
+        raise UserError('--mixup and --cutmix mix the labels of classes; leave them out with other heads or a pool')
+    if mixing and args.simclr_loss_weight:
+        raise UserError(
+            '--mixup and --cutmix make one picture of two photos, which SimCLR would take for one photo: '
+            'pass -wls 0 with them')
+    if mixing and args.batch_size % 2:
+        raise UserError(f'-b {args.batch_size}: --mixup and --cutmix mix pairs, so they need an even batch')
+    timm_only = ('aa', 'color_jitter', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob')
+    for name in timm_only if args.views == 'simclr' else ():
+        if getattr(args, name) is not None:
+            flag = '--' + name.replace('_', '-')
+            raise UserError(f"{flag} shapes timm's views; leave it out with --views simclr, which has its own recipe")
+    if args.color_jitter and (len(args.color_jitter) not in (1, 3, 4) or max(args.color_jitter[3:], default=0) > 0.5):
+        raise UserError('--color-jitter takes 1, 3 or 4 numbers, the fourth (hue) 0.5 at most')
+    if args.aa and args.color_jitter and '3a' not in args.aa:
+        raise UserError('--aa has colors of its own, and timm then leaves --color-jitter out; pass one of them')
+    if args.layer_decay and args.sched == 'none':
+        raise UserError('--layer-decay works through the schedule; pass --sched constant in place of none')
+    of_heads = {
+        '--heads': args.heads,
+        '--head': args.head,
+        '--head-weights': args.head_weights,
+        '--classify-views first': args.classify_views == 'first',
+        '--eval-metric': args.eval_metric,
+    }
+    for flag, given in of_heads.items() if not args.classification_loss_weight else ():
+        if given:
+            raise UserError(f'{flag} speaks of heads, and -wlc 0 trains none; leave it out')
+    if args.sched == 'plateau' and args.sched_on_updates:
+        raise UserError('--sched plateau goes by epochs; leave --sched-on-updates out')
+    if args.input_size and args.input_size[0] != 3:
+        raise UserError(f'--input-size {args.input_size[0]} ...: images are RGB, so the first number is 3')
+
+
+def resolve_weights(args: argparse.Namespace, data: Data, weights: dict[str, float]) -> dict[str, float]:
+    """The weight of each head: `--head-weights`, or 1 / H each, and over them what `--head` says.
+
+    Raises:
+        UserError: A weight is missing or of a head that there is none of, or all are 0.
+    """
+    try:
+        resolved = resolve_head_weights(data.label_space.names, args.head_weights)
+        return resolve_head_weights(data.label_space.names, {**resolved, **weights})
+    except ValueError as error:
+        raise UserError(f'--head-weights: {error}') from error
+
+
+def check_metric(args: argparse.Namespace, data: Data, heads: Iterable[Head], weights: dict[str, float]) -> str:
+    """The figure that ranks checkpoints.
+
+    Raises:
+        UserError: There is no such figure, or the evaluation has no label that it could be of.
+    """
+    heads = list(heads)
+    metric = args.eval_metric or default_metric(heads)
+    if data.eval_rows is None:
+        return metric
+    of_head = {head.labels.name: ('loss', *head.figures) for head in heads}
+    known = [mean for mean in MEANS if mean in ('loss', default_metric(heads))
+             or any(mean in figures for figures in of_head.values())]
+    known += [f'{name}_{figure}' for name, figures in of_head.items() for figure in figures]
+    if metric not in known:
+        raise UserError(f"--eval-metric '{metric}': no such figure (there are: {', '.join(known)})")
+    labelled = data.label_space.labelled(data.eval_rows.targets).any(dim=0).tolist()
+    scored = [name for name, found in zip(data.label_space.names, labelled, strict=True) if found and weights[name]]
+    if not scored:
+        raise UserError(
+            f'{data.eval_rows.source}: no row has a label of a head with a weight; there is nothing to score')
+    for name, figures in of_head.items():
+        if name not in scored and metric in (f'{name}_{figure}' for figure in figures):
+            raise UserError(
+                f"--eval-metric {metric}: {data.eval_rows.source} has no label of '{name}'; choose another figure")
+    return metric

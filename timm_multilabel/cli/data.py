@@ -1,0 +1,177 @@
+"""From the flags of training to its rows: labelled, unlabelled, evaluation."""
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from timm_multilabel.cli import head_options
+from timm_multilabel.data.pool import join_rows, rows_of_folder, rows_of_table, split_labelled, without_images_of
+from timm_multilabel.data.table import (
+    Rows,
+    Table,
+    check_single_class,
+    encode_rows,
+    find_label_space,
+    read_table,
+)
+from timm_multilabel.distributed import world
+from timm_multilabel.errors import UserError
+from timm_multilabel.heads import Head, load_kinds
+from timm_multilabel.labels import LabelSpace
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run, or a phase of it, learns from.
+
+    Args:
+        label_space: The heads.
+        kinds: The kinds of heads there are.
+        train_rows: The rows of the (labelled) batches.
+        pool_rows: The rows of the unlabelled batches, or None.
+        eval_rows: The rows that are scored; None where no head is trained.
+        batch_size: Images of a batch of `train_rows`, on each rank.
+        pool_batch_size: Images of a batch of `pool_rows`, on each rank.
+        steps: Batches of an epoch.
+    """
+    label_space: LabelSpace
+    kinds: Mapping[str, type[Head]]
+    train_rows: Rows
+    pool_rows: Rows | None
+    eval_rows: Rows | None
+    batch_size: int
+    pool_batch_size: int
+    steps: int
+
+    def __str__(self) -> str:
+        pool = f' and {len(self.pool_rows)} without labels' if self.pool_rows is not None else ''
+        scored = f', {len(self.eval_rows)} to evaluate on' if self.eval_rows is not None else ''
+        return f'{len(self.train_rows)} images to train on{pool}{scored}'
+
+
+def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
+    """Read what the flags name.
+
+    Raises:
+        UserError: Something is missing, cannot be read, or is too small for its batches.
+    """
+    folder = Path(args.data_dir)
+    if not folder.is_dir():
+        raise UserError(f'{folder}: no such data directory; it holds train.csv, val.csv and the images')
+    kinds = load_kinds(args.head_module)
+    train = _read(args, split_path(folder, args.train_split))
+    if not args.classification_loss_weight:
+        return _without_heads(args, folder, train, kinds, say)
+
+    all_path = folder / 'all.csv'
+    tables = [_read(args, all_path)] if all_path.is_file() else []
+    readers = head_options.readers(args.head, kinds)
+    label_space = find_label_space([*tables, train], args.heads, readers, head_options.groups(args.head))
+    if not label_space.heads:
+        raise UserError(
+            f"{train.path}: no label column beside '{args.image_column}'; add one, or pass -wlc 0 for SimCLR alone")
+    for name, options in args.head.items():
+        if options.get('loss') == 'arcface' and name in label_space.names:
+            check_single_class(train, name)
+    val = _read(args, split_path(folder, args.val_split))
+    for head in label_space.heads:
+        for column in head.columns:
+            if column not in val.label_columns:
+                raise UserError(
+                    f"{val.path}: no column '{column}', which is a head; add it, or choose others with --heads")
+    train_rows = encode_rows(train, label_space, way_out=f'add rows with them to {all_path}, or mend them')
+    eval_rows = encode_rows(val, label_space, args.unknown_labels == 'ignore')
+    pool_rows = None
+    if wants_pool(args):
+        train_rows, pool_rows = split_labelled(train_rows, label_space)
+        if not len(train_rows):
+            raise UserError(f'{train.path}: no row has a label; pass -wlc 0 for SimCLR alone')
+        parts = [pool_rows] if len(pool_rows) else []
+        if args.unlabelled:
+            parts.append(_read_unlabelled(args, folder, label_space))
+        if not parts:
+            raise UserError(
+                f'{train.path}: every row has a label, so there is no unlabelled image; name some with --unlabelled')
+        pool_rows = _leave_out(join_rows(parts, label_space), [train_rows, eval_rows], say)
+    return _fill_batches(args, Data(
+        label_space, kinds, train_rows, pool_rows, eval_rows, args.batch_size,
+        (args.unlabelled_batch_size or args.batch_size) if pool_rows is not None else 0, 0))
+
+
+def _without_heads(
+        args: argparse.Namespace,
+        folder: Path,
+        train: Table,
+        kinds: Mapping[str, type[Head]],
+        say: Callable[[str], None],
+) -> Data:
+    """SimCLR alone: no image has a label that counts, so all of them are one set."""
+    label_space = LabelSpace(())
+    rows = rows_of_table(train, label_space)
+    if args.unlabelled:
+        rows = join_rows([rows, _read_unlabelled(args, folder, label_space)], label_space)
+        val = split_path(folder, args.val_split)
+        if val.is_file():
+            rows = _leave_out(rows, [rows_of_table(_read(args, val), label_space)], say)
+    batch_size = args.unlabelled_batch_size or args.batch_size
+    return _fill_batches(args, Data(label_space, kinds, rows, None, None, batch_size, 0, 0))
+
+
+def wants_pool(args: argparse.Namespace) -> bool:
+    """Whether batches hold unlabelled images of their own."""
+    return bool(args.unlabelled or args.unlabelled_batch_size or args.entropy_weight or args.marginal_entropy_weight
+                or args.pseudo_label_weight)
+
+
+def split_path(folder: Path, name: str) -> Path:
+    """The file of a split: NAME.csv or NAME in the data directory, or a path."""
+    candidates = [folder / f'{name}.csv', folder / name, Path(name)]
+    return next((path for path in candidates if path.is_file()), candidates[0])
+
+
+def _read(args: argparse.Namespace, path: Path) -> Table:
+    return read_table(path, args.image_column, args.separator, args.missing_value)
+
+
+def _read_unlabelled(args: argparse.Namespace, folder: Path, label_space: LabelSpace) -> Rows:
+    path = split_path(folder, args.unlabelled)
+    if path.is_file():
+        return rows_of_table(_read(args, path), label_space)
+    for place in (Path(args.unlabelled), folder / args.unlabelled):
+        if place.is_dir():
+            return rows_of_folder(place, label_space)
+    raise UserError(
+        f'--unlabelled {args.unlabelled}: no such CSV, folder or split; looked for {path}, {path.with_suffix("")} and '
+        f'{args.unlabelled}')
+
+
+def _leave_out(rows: Rows, others: list[Rows], say: Callable[[str], None]) -> Rows:
+    """Rows whose images are not among the labelled or the evaluated ones, which would be counted or known twice."""
+    left = without_images_of(rows, others)
+    if len(left) < len(rows):
+        names = ' or '.join(str(other.source) for other in others)
+        say(f'{rows.source}: {len(rows) - len(left)} of {len(rows)} unlabelled images are in {names} too: left out')
+    return left
+
+
+def _fill_batches(args: argparse.Namespace, data: Data) -> Data:
+    """Set the number of steps.
+
+    Raises:
+        UserError: Rows do not fill a batch.
+    """
+    ranks = world()[1]
+    labelled = len(data.train_rows) // ranks // data.batch_size
+    if not labelled:
+        raise UserError(
+            f'{data.train_rows.source}: {len(data.train_rows)} rows do not fill a batch of {data.batch_size} on each '
+            f'of {ranks} processes; lower -b')
+    steps = labelled
+    if data.pool_rows is not None:
+        unlabelled = len(data.pool_rows) // ranks // data.pool_batch_size
+        if not unlabelled:
+            raise UserError(
+                f'{data.pool_rows.source}: {len(data.pool_rows)} unlabelled images do not fill a batch of '
+                f'{data.pool_batch_size} on each of {ranks} processes; lower --unlabelled-batch-size')
+        steps = {'labelled': labelled, 'unlabelled': unlabelled, 'larger': max(labelled, unlabelled)}[args.epoch_by]
+    return replace(data, steps=steps if args.limit_steps is None else min(steps, args.limit_steps))

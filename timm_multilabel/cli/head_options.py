@@ -1,0 +1,113 @@
+"""`--head`: from texts to the options of heads."""
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from timm_multilabel.cli.flags import at_least_0
+from timm_multilabel.errors import UserError
+from timm_multilabel.heads import COMMON_OPTIONS, Head, default_kind, options_of
+from timm_multilabel.labels import Labels, LabelSpace, TagSet
+
+Options = dict[str, dict[str, Any]]
+
+
+def readers(given: Options, kinds: Mapping[str, type[Head]]) -> dict[str, type[Labels]]:
+    """The labels that each head reads, where its kind is named.
+
+    Raises:
+        UserError: There is no such kind.
+    """
+    found = {}
+    for name, options in given.items():
+        loss = options.get('loss', 'tags' if 'columns' in options else 'softmax')
+        if loss not in kinds:
+            raise UserError(
+                f"--head {name}:loss={loss}: there is no such loss (there are: {', '.join(kinds)}); --head-module "
+                'brings your own')
+        if 'columns' in options and kinds[loss].reads is not TagSet:
+            raise UserError(f"--head {name}: columns are of tags, and '{loss}' reads {kinds[loss].reads.kind}")
+        found[name] = kinds[loss].reads
+    return found
+
+
+def groups(given: Options) -> dict[str, tuple[str, ...]]:
+    """The 0/1 columns of heads of tags."""
+    return {name: tuple(_list(options['columns'])) for name, options in given.items() if 'columns' in options}
+
+
+def resolve(
+        given: Options,
+        kinds: Mapping[str, type[Head]],
+        label_space: LabelSpace,
+        targets: list[Any],
+) -> tuple[Options, dict[str, float]]:
+    """The options of heads as `MultiLabelModel` and checkpoints take them, and the weights among them.
+
+    Args:
+        given: What `--head` says.
+        kinds: The kinds of heads.
+        label_space: The heads.
+        targets: The training targets of each head, for balanced class weights.
+
+    Raises:
+        UserError: A head or an option that there is none of, or a value that it does not take.
+    """
+    resolved, weights = {}, {}
+    labels = {head.name: (head, target) for head, target in zip(label_space.heads, targets, strict=True)}
+    for name, options in given.items():
+        if name not in labels:
+            raise UserError(f"--head {name}: there is no such head (there are: {', '.join(label_space.names)})")
+        head, target = labels[name]
+        kind = kinds[options.get('loss', default_kind(head))]
+        known = options_of(kind)
+        made = resolved[name] = {}
+        for key, value in options.items():
+            if key not in COMMON_OPTIONS and key not in known:
+                raise UserError(
+                    f"--head {name}:{key}={value}: '{kind.kind}' has no such option (it has: "
+                    f"{', '.join([*COMMON_OPTIONS, *known])})")
+            try:
+                if key == 'weight':
+                    weights[name] = at_least_0(str(value))
+                elif key == 'class_weights':
+                    made[key] = _class_weights(value, kind, head, target)
+                elif key in known:
+                    made[key] = _typed(value, known[key])
+                elif key != 'columns':  # they are in the label space
+                    made[key] = value
+            except Exception as error:
+                raise UserError(f'--head {name}:{key}={value}: {error}') from error
+    return resolved, weights
+
+
+def _typed(value: Any, parameter: inspect.Parameter) -> Any:
+    """A text as its parameter's annotation (or default) says; a value of a YAML file as it is, where that fits."""
+    annotation = parameter.annotation
+    if annotation is parameter.empty:
+        annotation = type(parameter.default)
+    if annotation is list or 'list' in str(annotation):
+        return _list(value)
+    if annotation is bool:
+        if str(value).lower() not in ('true', 'false'):
+            raise ValueError('expected true or false')
+        return str(value).lower() == 'true'
+    if annotation in (int, float):
+        return annotation(value)
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else str(value).split('+')
+
+
+def _class_weights(value: Any, kind: type[Head], labels: Labels, target: Any) -> list[float]:
+    """'balanced', {class: weight} or CLASS:WEIGHT+CLASS:WEIGHT; other classes weigh 1."""
+    if value == 'balanced':
+        return kind.balance(target, labels)
+    if not isinstance(value, dict):
+        value = dict(part.rpartition(':')[::2] for part in str(value).split('+'))
+    for name in value:
+        if name not in labels.classes:
+            raise ValueError(f"there is no class '{name}'; expected balanced or CLASS:WEIGHT+CLASS:WEIGHT")
+    return [at_least_0(str(value.get(name, 1))) for name in labels.classes]
+

@@ -1,0 +1,79 @@
+"""The unlabelled images: from a CSV, a folder, or rows of the training table that have no label."""
+import os
+from pathlib import Path
+
+import numpy as np
+from timm.data import get_img_extensions
+
+from timm_multilabel.data.table import Rows, Table, find_images, missing_targets
+from timm_multilabel.errors import UserError
+from timm_multilabel.labels import LabelSpace
+
+
+def rows_of_table(table: Table, label_space: LabelSpace) -> Rows:
+    """All images of a table, whatever labels it has.
+
+    Raises:
+        UserError: Images are missing.
+    """
+    images = np.array(find_images(table))
+    return Rows(
+        images=images,
+        targets=missing_targets(label_space, len(images)),
+        numbers=table.frame.index.to_numpy(),
+        sources=(table.path,),
+        which=np.zeros(len(images), dtype=np.int8),
+    )
+
+
+def rows_of_folder(folder: Path, label_space: LabelSpace) -> Rows:
+    """All images in a folder and those below it, in the order of their names.
+
+    Raises:
+        UserError: There is none.
+    """
+    endings = get_img_extensions(as_set=True)
+    images = sorted(
+        os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names
+        if os.path.splitext(name)[1].lower() in endings)
+    if not images:
+        raise UserError(f'{folder}: no images in this folder (files that end in {", ".join(sorted(endings))})')
+    return Rows(
+        images=np.array(images),
+        targets=missing_targets(label_space, len(images)),
+        numbers=np.zeros(len(images), dtype=np.int64),
+        sources=(folder,),
+        which=np.zeros(len(images), dtype=np.int8),
+    )
+
+
+def split_labelled(rows: Rows, label_space: LabelSpace) -> tuple[Rows, Rows]:
+    """The rows that have a label, and those that have none."""
+    labelled = label_space.labelled(rows.targets).any(dim=1).numpy()
+    return rows.select(labelled), rows.select(~labelled)
+
+
+def join_rows(parts: list[Rows], label_space: LabelSpace) -> Rows:
+    """The rows of several parts as unlabelled ones; an image that comes twice is taken once."""
+    images = np.concatenate([part.images for part in parts])
+    offsets = np.cumsum([0] + [len(part.sources) for part in parts])
+    joined = Rows(
+        images=images,
+        targets=missing_targets(label_space, len(images)),
+        numbers=np.concatenate([part.numbers for part in parts]),
+        sources=sum((part.sources for part in parts), ()),
+        which=np.concatenate([part.which + offset for part, offset in zip(parts, offsets)]),
+    )
+    first = np.zeros(len(images), dtype=bool)
+    first[np.unique(absolute_paths(joined), return_index=True)[1]] = True
+    return joined.select(first)
+
+
+def without_images_of(rows: Rows, others: list[Rows]) -> Rows:
+    """The rows whose image is in none of the others."""
+    taken = [absolute_paths(other) for other in others]
+    return rows.select(~np.isin(absolute_paths(rows), np.concatenate(taken))) if taken else rows
+
+
+def absolute_paths(rows: Rows) -> np.ndarray:
+    return np.array([os.path.abspath(path) for path in rows.images], dtype=object).astype(str)

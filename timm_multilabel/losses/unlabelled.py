@@ -1,0 +1,90 @@
+"""What a head can learn from images without labels: to be sure, to be even, to agree with itself.
+
+All take logits without a margin and compute in float32 at least.
+"""
+import torch
+import torch.nn.functional as F
+
+from timm_multilabel.distributed import gather
+
+
+def _float32(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def categorical_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats (B,) of the softmax of logits (B, C).
+
+    Entropy minimisation: Grandvalet & Bengio 2004, "Semi-supervised Learning by Entropy Minimization".
+
+    As a loss it collapses easily: giving every image the same class has an entropy of 0 too. It happens when the weight
+    is large while the predictions still mean little, or when few labels hold against many unlabelled images. Let the
+    weight ramp up, so that labels come first, and reward the entropy of the mean prediction (`marginal_entropy`), which
+    is 0 for the collapsed one; and watch whether the loss falls while the validation accuracy does too.
+    """
+    log_probabilities = _float32(logits).log_softmax(dim=1)
+    return -(log_probabilities.exp() * log_probabilities).sum(dim=1)
+
+
+def binary_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Mean entropy in nats over tags (B,) of the sigmoids of logits (B, C); see `categorical_entropy`."""
+    logits = _float32(logits)
+    p = logits.sigmoid()
+    return (p * F.softplus(-logits) + (1 - p) * F.softplus(logits)).mean(dim=1)
+
+
+def marginal_entropy(probabilities: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats, a scalar, of the mean over all rows of all ranks of probabilities (B, C), each row summing to 1.
+
+    Krause et al. 2010, "Discriminative Clustering by Regularized Information Maximization". Differentiable; every rank
+    has the same value, and DDP's average of the ranks' gradients is that of one process. Ranks must have the same B.
+    """
+    return _entropy(_mean_over_ranks(probabilities))
+
+
+def binary_marginal_entropy(probabilities: torch.Tensor) -> torch.Tensor:
+    """The mean over tags of the entropy of each one's mean probability; probabilities are (B, C), see above."""
+    mean = _mean_over_ranks(probabilities)
+    return _entropy(torch.stack([mean, 1 - mean])) / len(mean)
+
+
+def _mean_over_ranks(rows: torch.Tensor) -> torch.Tensor:
+    return gather(rows.mean(dim=0, keepdim=True)).mean(dim=0)
+
+
+def _entropy(p: torch.Tensor) -> torch.Tensor:
+    return -torch.special.xlogy(p, p.clamp(min=torch.finfo(p.dtype).tiny)).sum()
+
+
+def pseudo_label_loss(
+        strong: torch.Tensor,
+        weak: torch.Tensor,
+        threshold: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Consistency with confident predictions (Sohn et al. 2020, "FixMatch", eq. 4).
+
+    Args:
+        strong: Logits (B, C) of the strongly augmented views, which learn.
+        weak: Logits (B, C) of the weakly augmented views, which teach; no gradient flows into them.
+        threshold: Least probability of a class to be taken as the label.
+
+    Returns:
+        The sum over rows that pass of the cross-entropy, and the number that pass, both scalars.
+    """
+    confidence, label = _float32(weak.detach()).softmax(dim=1).max(dim=1)
+    passed = (confidence >= threshold).to(confidence.dtype)
+    losses = F.cross_entropy(_float32(strong), label, reduction='none')
+    return (losses * passed).sum(), passed.sum()
+
+
+def binary_pseudo_label_loss(
+        strong: torch.Tensor,
+        weak: torch.Tensor,
+        threshold: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`pseudo_label_loss` for tags: each passes by itself, as there or as not there, and weighs 1 / C of a row."""
+    probability = _float32(weak.detach()).sigmoid()
+    passed = (torch.maximum(probability, 1 - probability) >= threshold).to(probability.dtype)
+    losses = F.binary_cross_entropy_with_logits(_float32(strong), (probability > 0.5).to(probability.dtype),
+                                                reduction='none')
+    return (losses * passed).mean(dim=1).sum(), passed.mean(dim=1).sum()
