@@ -218,7 +218,7 @@ def _tags(text: str) -> list[str]:
 
 def _numbers(name: str, texts: pd.Series) -> np.ndarray:
     """Numbers (N,) in float64, NaN for an empty text."""
-    numbers = pd.to_numeric(texts.replace('', '0'), errors='coerce').to_numpy(dtype=np.float64)
+    numbers = pd.to_numeric(texts.replace('', '0'), errors='coerce').to_numpy(dtype=np.float64, copy=True)
     wrong = ~np.isfinite(numbers)
     if wrong.any():
         row = texts.index[wrong][0]

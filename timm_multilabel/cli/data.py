@@ -93,6 +93,10 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
             raise UserError(
                 f'{train.path}: every row has a label, so there is no unlabelled image; name some with --unlabelled')
         pool_rows = _leave_out(join_rows(parts, label_space), [train_rows, eval_rows], say)
+    elif not args.simclr_loss_weight:
+        train_rows, without = split_labelled(train_rows, label_space)
+        if len(without):
+            say(f'{train.path}: {len(without)} rows have no label, and nothing learns from them with -wls 0: left out')
     return _fill_batches(args, Data(
         label_space, kinds, train_rows, pool_rows, eval_rows, args.batch_size,
         (args.unlabelled_batch_size or args.batch_size) if pool_rows is not None else 0, 0))

@@ -1,0 +1,127 @@
+"""Kinds of heads: losses with weights and missing labels, figures, options, files of the user's own."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from common import TinyBackbone
+
+from timm_multilabel.errors import UserError
+from timm_multilabel.heads import (
+    KINDS,
+    ArcFaceHead,
+    NumericHead,
+    SoftmaxHead,
+    TagsHead,
+    create_head,
+    load_kinds,
+    options_of,
+)
+from timm_multilabel.labels import LabelSet, LabelSpace, Quantity, TagSet
+from timm_multilabel.losses import binary_cross_entropy, dense_cross_entropy, index_cross_entropy, smooth_l1
+from timm_multilabel.model import MultiLabelModel
+
+CLASSES, TAGS, NUMBER = LabelSet('c', ('x', 'y', 'z')), TagSet('t', ('a', 'b')), Quantity('n', 10.0, 4.0)
+NAN = float('nan')
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+def test_class_weights_are_those_of_torch(smoothing):
+    torch.manual_seed(0)
+    logits, target = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 2, -1, 2, 1])
+    weights = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+    total, count = index_cross_entropy(logits, target, smoothing, weights)
+    expected = torch.nn.CrossEntropyLoss(weights, ignore_index=-1, label_smoothing=smoothing)(logits, target)
+    assert (total / count).item() == pytest.approx(expected.item(), rel=1e-12)
+    dense = F.one_hot(target.clamp(min=0), 3).double() * (target >= 0)[:, None]
+    mixed = dense_cross_entropy(logits, dense, 0.0, weights)
+    assert [each.item() for each in mixed] == pytest.approx(
+        [each.item() for each in index_cross_entropy(logits, target, 0.0, weights)])
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.2])
+def test_binary_cross_entropy_over_the_tags_that_are_known(smoothing):
+    torch.manual_seed(0)
+    logits = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)
+    weights = torch.tensor([2.0, 5.0], dtype=torch.float64)
+    total, count = binary_cross_entropy(logits, target, smoothing, weights)
+    expected = 0.0
+    for row, column in ((0, 0), (0, 1), (1, 1)):
+        t = target[row, column].item() * (1 - smoothing) + smoothing / 2
+        p = logits[row, column].sigmoid()
+        expected = expected - weights[column] * t * p.log() - (1 - t) * (1 - p).log()
+    assert (total.item(), count.item()) == (pytest.approx(expected.item(), rel=1e-12), 3)
+    total.backward()
+    assert (logits.grad[2] == 0).all() and logits.grad[1, 0] == 0
+
+
+def test_smooth_l1_leaves_missing_numbers_out():
+    output = torch.tensor([0.5, 3.0, 7.0, -0.2], dtype=torch.float64, requires_grad=True)
+    total, count = smooth_l1(output, torch.tensor([0.0, 0.0, NAN, NAN], dtype=torch.float64))
+    assert (total.item(), count.item()) == (pytest.approx(0.125 + 2.5), 2)
+    total.backward()
+    assert output.grad.tolist() == [0.5, 1, 0, 0]
+
+
+def test_balanced_weights():
+    counts = torch.tensor([0, 0, 0, 1, -1])
+    assert SoftmaxHead.balance(counts, CLASSES) == pytest.approx([4 / 9, 4 / 3, 1.0])
+    tags = torch.tensor([[1.0, 0], [0, 0], [0, -1]])
+    assert TagsHead.balance(tags, TAGS) == [2.0, 1.0]
+
+
+def test_figures_of_tags():
+    head = TagsHead(TAGS, 4)
+    target = np.array([[1, 0], [0, 1], [1, -1], [0, 1]], dtype=float)
+    measured = np.array([[.9, .8], [.6, .7], [.4, .1], [.1, .2]])
+    figures = head.metrics(target, measured)
+    # a: ranked 1, 0, 1, 0: (1 + 2/3) / 2; b: ranked 0, 1, 1: (1/2 + 2/3) / 2
+    assert figures['map'] == pytest.approx(100 * ((1 + 2 / 3) / 2 + (1 / 2 + 2 / 3) / 2) / 2)
+    assert figures['f1'] == pytest.approx(100 * (0.5 + 0.5) / 2)
+    assert figures['micro_f1'] == pytest.approx(50) and set(figures) == set(TagsHead.figures)
+
+
+def test_figures_of_numbers_are_in_the_columns_unit():
+    target, measured = np.array([[-1.0], [0.0], [1.0]]), np.array([[-1.0], [0.5], [1.0]])
+    figures = NumericHead(NUMBER, 4).metrics(target, measured)
+    assert figures['mae'] == pytest.approx(4 * 0.5 / 3) and figures['r2'] == pytest.approx(100 * (1 - 0.25 / 2))
+
+
+def test_options_are_those_of_the_constructor():
+    assert set(options_of(ArcFaceHead)) == {'drop', 'smoothing', 'class_weights', 'scale', 'margin'}
+    made = create_head(CLASSES, 4, {'loss': 'arcface', 'scale': 9.0}, {'drop': 0.3, 'smoothing': 0.1}, KINDS)
+    assert (made.scale, made.drop.p, made.smoothing) == (9.0, 0.3, 0.0)
+    assert create_head(CLASSES, 4, {}, {'drop': 0.3, 'smoothing': 0.1}, KINDS).smoothing == 0.1
+    assert isinstance(create_head(TAGS, 4, {}, {}, KINDS), TagsHead)
+    for labels, options, message in [
+        (CLASSES, {'loss': 'hinge'}, "no loss 'hinge' .there are: softmax, arcface, tags, numeric"),
+        (TAGS, {'loss': 'arcface'}, "'arcface' reads classes, and the head has tags"),
+        (NUMBER, {'smoothing': 0.1}, "'numeric' has no option 'smoothing' .there are: loss, weight, input.*drop"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            create_head(labels, 4, options, {}, KINDS)
+
+
+def test_every_kind_in_one_model():
+    space = LabelSpace((CLASSES, TAGS, NUMBER, LabelSet('d', ('p', 'q'))))
+    options = {'d': {'loss': 'arcface', 'input': 'projection'}}
+    model = MultiLabelModel(TinyBackbone(), space, head_options=options, projection_dim=7)
+    output = model(torch.zeros(2, 3, 8, 8))
+    assert {name: tuple(values.shape) for name, values in output.items()} == {
+        'c': (2, 3), 't': (2, 2), 'n': (2,), 'd': (2, 2)}
+    assert model.named_heads['d'].weight.shape == (2, 7) and model.projector is not None
+    with pytest.raises(ValueError, match="head 'd': input is 'pixels'"):
+        MultiLabelModel(TinyBackbone(), space, head_options={'d': {'input': 'pixels'}})
+
+
+@pytest.mark.parametrize('text, message', [
+    (None, 'no such file'),
+    ('import nowhere_at_all', 'fails with ModuleNotFoundError'),
+    ('x = 1', "no subclass of timm_multilabel.heads.Head with a 'kind'"),
+    ('from timm_multilabel.heads import Head\nclass Mine(Head):\n    kind = "softmax"\n', 'a kind of ours'),
+])
+def test_head_modules_are_checked(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / 'mine.py').write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_kinds(str(tmp_path / 'mine.py'))

@@ -1,0 +1,255 @@
+"""Unlabelled images: where they come from, their batches, their terms of the objective."""
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from common import run_ranks, tiny_task
+
+from timm_multilabel.data.loaders import JoinedBatches, MultiLabelDataset, ShuffledBatches, create_train_loader
+from timm_multilabel.data.pool import join_rows, rows_of_folder, rows_of_table, split_labelled, without_images_of
+from timm_multilabel.data.table import encode_rows, read_table
+from timm_multilabel.data.views import eval_view
+from timm_multilabel.errors import UserError
+from timm_multilabel.labels import LabelSet, LabelSpace, Quantity, TagSet
+from timm_multilabel.losses import categorical_entropy, marginal_entropy, nt_xent_loss
+from timm_multilabel.task import Pool
+
+SPACE = LabelSpace((LabelSet('color', ('blue', 'green', 'red')), LabelSet('shape', ('disc', 'ring'))))
+MIXED = LabelSpace((
+    LabelSet('color', ('blue', 'green', 'red')), LabelSet('article', ('a', 'b')), TagSet('style', ('x', 'y')),
+    Quantity('price', 10.0, 2.0)))
+NAN = float('nan')
+
+
+def test_rows_of_a_folder_of_a_table_and_of_the_training_table(data_dir):
+    found = rows_of_folder(data_dir / 'images', SPACE)
+    assert len(found) == 18 and found.targets.unique().tolist() == [-1] and found.where(0) == f'in {data_dir}/images'
+    (data_dir / 'pool.csv').write_text('image_path,extra\nimages/3.png,x\nimages/4.png,\n')
+    pool = rows_of_table(read_table(data_dir / 'pool.csv'), SPACE)
+    (data_dir / 'train.csv').write_text('image_path,color,shape\nimages/3.png,,\nimages/5.png,red,\nimages/6.png,,\n')
+    labelled, unlabelled = split_labelled(encode_rows(read_table(data_dir / 'train.csv'), SPACE), SPACE)
+    assert [Path(path).name for path in labelled.images] == ['5.png'] and len(unlabelled) == 2
+    joined = join_rows([unlabelled, pool, found], SPACE)
+    names = [Path(path).name for path in joined.images]
+    assert len(names) == len(set(names)) == 18 and names[:3] == ['3.png', '6.png', '4.png']
+    assert joined.where(2) == f'{data_dir}/pool.csv row 3' and joined.where(1) == f'{data_dir}/train.csv row 4'
+    assert len(without_images_of(joined, [labelled])) == 17
+    assert joined.targets.stride(0) == 0  # the memory of one row
+
+
+def test_a_folder_without_images(tmp_path):
+    (tmp_path / 'notes.txt').write_text('')
+    with pytest.raises(UserError, match='no images in this folder .files that end in .jpeg, .jpg, .png'):
+        rows_of_folder(tmp_path, SPACE)
+
+
+@pytest.mark.parametrize('ranks', [1, 2, 3])
+def test_the_smaller_part_starts_again_reshuffled_and_no_image_comes_twice_in_a_pass(ranks):
+    passes = []
+    for rank in range(ranks):
+        batches = list(ShuffledBatches(13, 2, 0, rank, ranks, steps=7, part=1))
+        assert len(batches) == 7 and all(draw.part == 1 for batch in batches for draw in batch)
+        per_pass = 13 // ranks // 2
+        passes.append([sum(batches[at:at + per_pass], []) for at in range(0, 7, per_pass)])
+    for of_ranks in zip(*passes, strict=True):
+        seen = [draw.index for draws in of_ranks for draw in draws]
+        assert len(seen) == len(set(seen))
+    first, second = passes[0][:2]
+    assert first[:len(second)] != second[:len(first)] and {d.seed for d in first}.isdisjoint(d.seed for d in second)
+
+
+def test_parts_draw_apart_and_an_epoch_is_as_long_as_the_shorter():
+    labelled, pool = ShuffledBatches(8, 2, 0, steps=3), ShuffledBatches(8, 2, 0, steps=3, part=1)
+    joined = JoinedBatches([labelled, pool])
+    joined.set_epoch(4)
+    batches = list(joined)
+    assert len(joined) == len(batches) == 3 and all([d.part for d in batch] == [0, 0, 1, 1] for batch in batches)
+    assert [d.index for b in batches for d in b[:2]] != [d.index for b in batches for d in b[2:]]
+    assert labelled.epoch == pool.epoch == 4
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_batches_hold_the_pool_last_in_each_view(data_dir, workers):
+    view = eval_view((8, 8), 'bilinear', 1.0, 'center')
+    dark = lambda image: view(image) // 2  # noqa: E731
+    rows = encode_rows(read_table(data_dir / 'train.csv'), SPACE)
+    pool = rows_of_table(read_table(data_dir / 'val.csv'), SPACE)
+    loader = create_train_loader(
+        MultiLabelDataset(rows, view, 2), 4, seed=0, mean=(0.,) * 3, std=(1.,) * 3, device=torch.device('cpu'),
+        workers=workers, steps=3, pool=MultiLabelDataset(pool, view, 2, first_transform=dark), pool_batch_size=2)
+    batches = list(loader)
+    assert len(batches) == 3
+    for images, targets in batches:
+        assert images.shape == (12, 3, 8, 8) and targets.shape == (12, 2)
+        first, second = images.chunk(2)
+        assert torch.equal(first[:4], second[:4]) and (first[4:] < 0.51 * second[4:].amax()).all()
+        assert (targets.chunk(2)[0][:4] >= 0).all() and (targets.chunk(2)[0][4:] == -1).all()
+
+
+def batch(space=SPACE, labelled=3, pool=2, views=2):
+    """Labels are missing unevenly; the pool's targets must not matter, so they are wild."""
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(views * (labelled + pool), 3, 8, 8, generator=generator)
+    if space is SPACE:
+        target = torch.tensor([[0, 1], [2, -1], [-1, -1], [1, 1], [2, 0], [0, 0]])[:labelled]
+    else:
+        target = torch.tensor([
+            [0, 1, 1, 0, 0.5], [2, -1, -1, 1, NAN], [-1, -1, -1, -1, NAN], [1, 0, -1, -1, -1.5], [-1, -1, 1, 1, NAN],
+            [-1, 0, -1, -1, 2.0]])[:labelled]
+    wild = torch.ones(pool, target.shape[1])
+    return images, torch.cat([target, wild]).repeat(views, 1)
+
+
+def test_terms_of_the_pool_by_hand():
+    pool = Pool(2, entropy_weight=0.7, marginal_entropy_weight=0.3)
+    task = tiny_task(simclr_weight=0.4, classification_weight=0.6, pool=pool, smoothing=0.1)
+    images, target = batch()
+    result = task(images, target)
+    module = task.trainable_module
+    features = module.model.backbone(images)
+    rows, unlabelled = [0, 1, 2, 5, 6, 7], [3, 4, 8, 9]
+    simclr = nt_xent_loss(*module.projector(features).chunk(2), 0.5)
+    classification = entropy = marginal = 0
+    for head, column in zip(module.model.heads, target[rows].unbind(1), strict=True):
+        logits = head(features)
+        classification += 0.5 * F.cross_entropy(logits[rows], column.long(), ignore_index=-1, label_smoothing=0.1)
+        entropy += 0.5 * categorical_entropy(logits[unlabelled]).mean()
+        marginal += 0.5 * marginal_entropy(logits[unlabelled].softmax(1))
+    expected = {'simclr': 0.4 * simclr, 'classification': 0.6 * classification, 'entropy': 0.7 * entropy,
+                'marginal_entropy': -0.3 * marginal}
+    assert task.terms == tuple(expected)
+    for term, value in expected.items():
+        torch.testing.assert_close(result[f'{term}_loss'], value)
+    torch.testing.assert_close(result['loss'], sum(expected.values()))
+    assert len(result['output']['color']) == len(result['target']['color']) == 6
+
+
+def test_entropy_ramps_up_over_epochs():
+    task = tiny_task(pool=Pool(2, entropy_weight=1.0, entropy_ramp_up=4))
+    losses = []
+    for epoch in (0, 1, 4, 9):
+        task.start_epoch(epoch)
+        losses.append(task(*batch())['entropy_loss'].item())
+    assert losses == pytest.approx([0, losses[2] / 4, losses[2], losses[2]]) and losses[2] > 0
+
+
+@pytest.mark.parametrize('ema', [False, True])
+def test_pseudo_labels_come_from_the_first_view_by_the_ema_where_there_is_one(ema):
+    task = tiny_task(simclr_weight=0, classification_weight=1,
+                     pool=Pool(2, pseudo_label_weight=2.0, pseudo_label_threshold=0.4))
+    assert task.views == 2 and task.trainable_module.projector is None
+    model = task.trainable_module.model
+    teacher = model
+    if ema:
+        task.setup_ema(decay=0.5)
+        teacher = task.get_trainable_module(ema=True).module.model
+        with torch.no_grad():
+            for p in teacher.heads.parameters():
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)))
+    images, target = batch()
+    task.train()
+    result = task(images, target)
+    total, shares = 0, []
+    for name in ('color', 'shape'):
+        p = teacher(images[[3, 4]])[name].softmax(1)
+        passed = p.amax(1) >= 0.4
+        losses = F.cross_entropy(model(images[[8, 9]])[name], p.argmax(1), reduction='none')
+        total = total + 0.5 * (losses * passed).sum() / 2
+        shares.append(passed.float().mean())
+    torch.testing.assert_close(result['pseudo_label_loss'], 2 * total)
+    torch.testing.assert_close(result['pseudo_label_shares'], torch.stack(shares))
+    assert not ema or not teacher.training
+
+
+def test_first_view_only_still_minimises_entropy_on_both():
+    images, target = batch()
+    pool = Pool(2, entropy_weight=1.0)
+    both, first = tiny_task(pool=pool)(images, target), tiny_task(pool=pool, first_view_only=True)(images, target)
+    assert len(first['output']['color']) == 3
+    torch.testing.assert_close(both['entropy_loss'], first['entropy_loss'])
+
+
+def test_terms_without_a_pool_are_refused():
+    with pytest.raises(ValueError, match='there are none'):
+        Pool(entropy_weight=1.0)
+
+
+TERMS = {'entropy_weight': 0.3, 'marginal_entropy_weight': 0.2, 'pseudo_label_weight': 0.5,
+         'pseudo_label_threshold': 0.3}
+OPTIONS = {
+    'article': {'loss': 'arcface', 'input': 'projection', 'scale': 4.0}, 'color': {'class_weights': [1., 3., 2.]}}
+
+
+def _take(views, rank, ranks, labelled, pool):
+    """A rank's labelled and unlabelled part of a view-major batch."""
+    parts = []
+    for view in views.chunk(2):
+        parts += [view[:labelled].chunk(ranks)[rank], view[labelled:].chunk(ranks)[rank]]
+    return torch.cat(parts)
+
+
+def _rank(rank):
+    ranks = torch.distributed.get_world_size()
+    task = tiny_task(space=MIXED, dtype=torch.float64, head_options=OPTIONS, pool=Pool(4 // ranks, **TERMS))
+    task.prepare_distributed()
+    images, target = batch(MIXED, labelled=6, pool=4)
+    losses = []
+    optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.1)
+    for _ in range(2):
+        result = task(_take(images.double(), rank, ranks, 6, 4), _take(target, rank, ranks, 6, 4))
+        optimizer.zero_grad()
+        result['loss'].backward()
+        optimizer.step()
+        losses.append({term: result[f'{term}_loss'].item() for term in task.terms})
+    return losses, {name: p.tolist() for name, p in task.trainable_module.module.named_parameters()}
+
+
+def test_two_ranks_train_every_kind_of_head_and_term_as_one_process():
+    """Labels are missing unevenly: the first rank has two of the three prices, the second most of the tags."""
+    task = tiny_task(space=MIXED, dtype=torch.float64, head_options=OPTIONS, pool=Pool(4, **TERMS))
+    images, target = batch(MIXED, labelled=6, pool=4)
+    optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.1)
+    expected = []
+    for _ in range(2):
+        result = task(images.double(), target)
+        optimizer.zero_grad()
+        result['loss'].backward()
+        optimizer.step()
+        expected.append({term: result[f'{term}_loss'].item() for term in task.terms})
+    assert set(expected[0]) == {'simclr', 'classification', 'entropy', 'marginal_entropy', 'pseudo_label'}
+    assert all(value for value in expected[0].values())
+    results = run_ranks(_rank, 2)
+    for step in range(2):
+        for term, value in expected[step].items():
+            assert np.mean([losses[step][term] for losses, _ in results]) == pytest.approx(value, rel=1e-9), term
+    for _, weights in results:
+        for name, p in task.trainable_module.named_parameters():
+            torch.testing.assert_close(torch.tensor(weights[name], dtype=torch.float64), p.detach(),
+                                       rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_frozen_backbone_keeps_weights_and_statistics():
+    from test_loop import Normed
+
+    from timm_multilabel.model import MultiLabelModel
+    from timm_multilabel.task import JointTask
+    task = JointTask(MultiLabelModel(Normed(), SPACE), simclr_weight=0, classification_weight=1, freeze_backbone=True)
+    before = {name: value.clone() for name, value in task.trainable_module.state_dict().items()}
+    task.train()
+    assert not task.trainable_module.model.backbone.training and task.trainable_module.model.heads.training
+    optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=0.1)
+    images, target = batch(pool=0, views=1)
+    task(images, target)['loss'].backward()
+    optimizer.step()
+    for name, value in task.trainable_module.state_dict().items():
+        assert torch.equal(value, before[name]) == ('backbone' in name), name
+    with pytest.raises(ValueError, match='frozen'):
+        JointTask(MultiLabelModel(Normed(), SPACE), freeze_backbone=True)
+
+
+def test_a_pool_that_is_a_copy_of_the_folder_is_read_once(data_dir, tmp_path):
+    shutil.copytree(data_dir / 'images', tmp_path / 'more')
+    assert len(rows_of_folder(tmp_path / 'more', SPACE)) == 18
