@@ -169,6 +169,69 @@ def test_outputs_that_cannot_be_written(capsys, data_dir, tmp_path, trained):
         fails(capsys, validate, [data_dir, '--checkpoint', trained, '-j', '0', '--device', 'cpu', *flags])
 
 
+BAD_POOLS_AND_HEADS = [
+    (['--unlabelled', 'nowhere'], '--unlabelled nowhere: no such CSV, folder or split; looked for'),
+    (['--unlabelled', 'empty'], 'empty: no images in this folder'),
+    (['--unlabelled', 'train'], 'all of its images have labels elsewhere'),
+    (['--unlabelled-batch-size', '2'], 'every row has a label, so there is no unlabelled image'),
+    (['--entropy-weight', '1'], 'every row has a label, so there is no unlabelled image'),
+    (['--unlabelled', 'few', '--unlabelled-batch-size', '3'],
+     'few.csv: 2 unlabelled images do not fill a batch of 3 on each of 1 processes; lower --unlabelled-batch-size'),
+    (['-wlc', '0', '--entropy-weight', '1'], '--entropy-weight speaks of heads'),
+    (['--entropy-ramp-up', '3'], 'no --entropy-weight to ramp up'),
+    (['--pseudo-label-threshold', '1.5'], 'out of range'),
+    (['--freeze-backbone'], 'pass -wls 0 with it'),
+    (['--separator', 'xx'], "'xx' is not one character"),
+    (['--head', 'color'], "'color' is not of the form HEAD:NAME=VALUE"),
+    (['--head', 'colour:weight=2'], '--head colour: there is no such head (there are: color, shape)'),
+    (['--head', 'color:loss=hinge'], 'there is no such loss (there are: softmax, arcface, tags, numeric)'),
+    (['--head', 'color:scale=3'], "'softmax' has no such option (it has: loss, weight, input, columns, drop, "
+                                  'smoothing, class_weights)'),
+    (['--head', 'color:loss=arcface,margin=big'], "--head color:margin=big: could not convert string to float: 'big'"),
+    (['--head', 'color:loss=arcface,margin=9'], "head 'color': margin is 9, expected an angle from 0 to pi"),
+    (['--head', 'color:weight=-1'], '--head color:weight=-1: -1 is out of range'),
+    (['--head', 'color:class_weights=pink:3'], "there is no class 'pink'; expected balanced or CLASS:WEIGHT"),
+    (['--head', 'color:input=pixels'], "head 'color': input is 'pixels', expected features or projection"),
+    (['--head', 'color:columns=a+b'], "no label column 'a'"),
+    (['--head', 'color:loss=arcface,columns=a+b'], "columns are of tags, and 'arcface' reads classes"),
+    (['--head', 'color:loss=tags', '--mixup', '0.2', '-wls', '0'], 'leave them out with other heads or a pool'),
+    (['--head', 'color:loss=numeric'], "train.csv row 2, column 'color': 'red' is no number; mend it"),
+    (['--head', 'style:loss=tags,columns=color+shape'], "train.csv row 2, column 'color': 'red' is neither 0 nor 1"),
+    (['--head-module', 'nowhere.py'], '--head-module nowhere.py: no such file'),
+    (['--eval-metric', 'color_mae'], 'no such figure (there are: loss, top1, top5, color_loss, color_top1'),
+    (['--train-split', 'train2'], 'train2.csv: no such file'),
+]
+
+
+@pytest.mark.parametrize(
+    'flags, message', BAD_POOLS_AND_HEADS, ids=[' '.join(flags) for flags, _ in BAD_POOLS_AND_HEADS])
+def test_bad_pools_and_heads(capsys, data_dir, tmp_path, flags, message):
+    (data_dir / 'empty').mkdir()
+    for number in (50, 51):
+        Image.new('RGB', (8, 8)).save(data_dir / 'images' / f'{number}.png')
+    (data_dir / 'few.csv').write_text('image_path\nimages/50.png\nimages/51.png\n')
+    assert message in train_line(capsys, data_dir, tmp_path, *flags)
+
+
+def test_cells_that_a_kind_of_head_cannot_take(capsys, data_dir, tmp_path):
+    replace(data_dir / 'train.csv', 'images/3.png,red', 'images/3.png,red|blue')
+    line = train_line(capsys, data_dir, tmp_path, '--head', 'color:loss=arcface')
+    assert "train.csv row 5: column 'color' holds several tags ('red|blue'), and ArcFace takes one class" in line
+    assert '--head color:loss=tags' in line
+    for split, rows in (('train', 12), ('val', 6)):
+        first = 0 if split == 'train' else 12
+        (data_dir / f'{split}.csv').write_text('image_path,price\n' + ''.join(
+            f'images/{first + n}.png,{n}\n' for n in range(rows)))
+    replace(data_dir / 'val.csv', 'images/14.png,2', 'images/14.png,cheap')
+    line = train_line(capsys, data_dir, tmp_path, '--head', 'price:loss=numeric')
+    assert "val.csv row 4, column 'price': 'cheap' is no number" in line
+
+
+def test_initial_checkpoint_of_another_backbone(capsys, data_dir, tmp_path, trained):
+    line = train_line(capsys, data_dir, tmp_path, '--model', 'test_vit', '--initial-checkpoint', trained)
+    assert 'a checkpoint of test_resnet, whose backbone does not fit the model' in line
+
+
 def test_resume_with_another_optimizer(capsys, data_dir, trained):
     line = fails(capsys, train, [data_dir, *QUICK, '--opt', 'adamp', '--resume', trained])
     assert 'trained with --opt sgd, not adamp' in line

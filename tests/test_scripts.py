@@ -86,6 +86,48 @@ def test_two_processes_train_and_only_the_first_speaks(root):
     assert two['mean']['top1'] == pytest.approx(summary['eval_top1'][0])
 
 
+def test_two_processes_run_phases_with_a_pool_and_resume(root):
+    """Three images of train.csv have no label; with pool.csv they make eleven, of which each rank has a share."""
+    data = root / 'fashion-product-images'
+    table = pd.read_csv(data / 'train.csv', dtype=str, keep_default_na=False)
+    table.iloc[40:48][['image_path']].to_csv(data / 'pool.csv', index=False)
+    table = table.drop(range(40, 48))
+    table.iloc[:3, 1:] = ''
+    table.to_csv(data / 'train.csv', index=False)
+    (root / 'recipe.yaml').write_text("""
+model: test_efficientnet
+img_size: 32
+workers: 1
+warmup_epochs: 0
+cooldown_epochs: 0
+unlabelled: pool
+phases:
+- {name: pretrain, wlc: 0, batch_size: 8, epochs: 1}
+- {name: joint, batch_size: 4, unlabelled_batch_size: 5, epochs: 2, model_ema: true, entropy_weight: 0.1,
+   marginal_entropy_weight: 0.1, pseudo_label_weight: 0.5, pseudo_label_threshold: 0.2,
+   head: {shape: {loss: arcface, input: projection}}}
+""")
+    command = './distributed_train.sh 2 fashion-product-images -c recipe.yaml --experiment'
+    done = shell(f'{command} run', root)
+    assert done.returncode == 0, done.stderr
+    assert '53 images to train on and 11 without labels' in done.stdout
+    folder = root / 'output' / 'train' / 'run'
+    summary = pd.read_csv(folder / 'summary.csv')
+    assert summary['phase'].tolist() == ['pretrain', 'joint', 'joint']
+    for term in ('simclr', 'classification', 'entropy', 'marginal_entropy', 'pseudo_label'):
+        assert summary[f'{term}_loss'][1:].notna().all(), term
+    assert summary['train_color_pseudo_labelled'][1:].between(0, 100).all()
+
+    again = root / 'output' / 'train' / 'again'
+    shutil.copytree(folder, again)
+    (again / 'checkpoint-0.pth.tar').replace(again / 'last.pth.tar')
+    done = shell(f'{command} again --resume {again}/last.pth.tar', root)
+    assert done.returncode == 0, done.stderr
+    resumed = pd.read_csv(again / 'summary.csv')
+    pd.testing.assert_frame_equal(
+        resumed.drop(columns='images_per_second'), summary.drop(columns='images_per_second'))
+
+
 @pytest.mark.parametrize('ranks', [1, 2])
 def test_bad_input_through_torchrun_is_one_line_and_status_2(root, ranks):
     done = shell(f'./distributed_train.sh {ranks} nowhere --model test_efficientnet', root)

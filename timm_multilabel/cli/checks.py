@@ -51,9 +51,6 @@ def check_flags(args: argparse.Namespace) -> None:
     images = args.batch_size + (args.unlabelled_batch_size or args.batch_size if pool else 0)
     if args.simclr_loss_weight and images == 1:
         raise UserError('-b 1: SimCLR contrasts the images of a batch, so it needs 2 or more; raise -b, or pass -wls 0')
-    if pool and not args.simclr_loss_weight and not any(terms.values()):
-        raise UserError(
-            f'nothing would learn from unlabelled images with -wls 0; give a weight to one of -wls, {", ".join(terms)}')
     for flag, weight in terms.items() if not args.classification_loss_weight else ():
         if weight:
             raise UserError(f'{flag} speaks of heads, and -wlc 0 trains none; leave it out')

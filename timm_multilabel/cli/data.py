@@ -27,6 +27,7 @@ class Data:
     Args:
         label_space: The heads.
         kinds: The kinds of heads there are.
+        head: What `--head` says, by head.
         train_rows: The rows of the (labelled) batches.
         pool_rows: The rows of the unlabelled batches, or None.
         eval_rows: The rows that are scored; None where no head is trained.
@@ -36,6 +37,7 @@ class Data:
     """
     label_space: LabelSpace
     kinds: Mapping[str, type[Head]]
+    head: head_options.Options
     train_rows: Rows
     pool_rows: Rows | None
     eval_rows: Rows | None
@@ -65,17 +67,18 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
 
     all_path = folder / 'all.csv'
     tables = [_read(args, all_path)] if all_path.is_file() else []
-    readers = head_options.readers(args.head, kinds)
-    label_space = find_label_space([*tables, train], args.heads, readers, head_options.groups(args.head))
+    head = head_options.expand(args.head, train.label_columns, args.heads)
+    label_space = find_label_space(
+        [*tables, train], args.heads, head_options.readers(head, kinds), head_options.groups(head))
     if not label_space.heads:
         raise UserError(
             f"{train.path}: no label column beside '{args.image_column}'; add one, or pass -wlc 0 for SimCLR alone")
-    for name, options in args.head.items():
+    for name, options in head.items():
         if options.get('loss') == 'arcface' and name in label_space.names:
             check_single_class(train, name)
     val = _read(args, split_path(folder, args.val_split))
-    for head in label_space.heads:
-        for column in head.columns:
+    for labels in label_space.heads:
+        for column in labels.columns:
             if column not in val.label_columns:
                 raise UserError(
                     f"{val.path}: no column '{column}', which is a head; add it, or choose others with --heads")
@@ -86,19 +89,14 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
         train_rows, pool_rows = split_labelled(train_rows, label_space)
         if not len(train_rows):
             raise UserError(f'{train.path}: no row has a label; pass -wlc 0 for SimCLR alone')
-        parts = [pool_rows] if len(pool_rows) else []
-        if args.unlabelled:
-            parts.append(_read_unlabelled(args, folder, label_space))
-        if not parts:
-            raise UserError(
-                f'{train.path}: every row has a label, so there is no unlabelled image; name some with --unlabelled')
-        pool_rows = _leave_out(join_rows(parts, label_space), [train_rows, eval_rows], say)
+        pool_rows = _find_pool(args, folder, label_space, pool_rows, [train_rows, eval_rows], say)
     elif not args.simclr_loss_weight:
         train_rows, without = split_labelled(train_rows, label_space)
-        if len(without):
-            say(f'{train.path}: {len(without)} rows have no label, and nothing learns from them with -wls 0: left out')
+        if len(without) or args.unlabelled:
+            say(f'{train.path}: with -wls 0 and without entropy or pseudo-labels nothing learns from images without '
+                'labels: left out')
     return _fill_batches(args, Data(
-        label_space, kinds, train_rows, pool_rows, eval_rows, args.batch_size,
+        label_space, kinds, head, train_rows, pool_rows, eval_rows, args.batch_size,
         (args.unlabelled_batch_size or args.batch_size) if pool_rows is not None else 0, 0))
 
 
@@ -118,13 +116,13 @@ def _without_heads(
         if val.is_file():
             rows = _leave_out(rows, [rows_of_table(_read(args, val), label_space)], say)
     batch_size = args.unlabelled_batch_size or args.batch_size
-    return _fill_batches(args, Data(label_space, kinds, rows, None, None, batch_size, 0, 0))
+    return _fill_batches(args, Data(label_space, kinds, {}, rows, None, None, batch_size, 0, 0))
 
 
 def wants_pool(args: argparse.Namespace) -> bool:
-    """Whether batches hold unlabelled images of their own."""
-    return bool(args.unlabelled or args.unlabelled_batch_size or args.entropy_weight or args.marginal_entropy_weight
-                or args.pseudo_label_weight)
+    """Whether batches hold unlabelled images of their own: a flag asks for them, and a term learns from them."""
+    terms = args.entropy_weight or args.marginal_entropy_weight or args.pseudo_label_weight
+    return bool(terms or args.simclr_loss_weight and (args.unlabelled or args.unlabelled_batch_size))
 
 
 def split_path(folder: Path, name: str) -> Path:
@@ -135,6 +133,27 @@ def split_path(folder: Path, name: str) -> Path:
 
 def _read(args: argparse.Namespace, path: Path) -> Table:
     return read_table(path, args.image_column, args.separator, args.missing_value)
+
+
+def _find_pool(
+        args: argparse.Namespace,
+        folder: Path,
+        label_space: LabelSpace,
+        unlabelled: Rows,
+        others: list[Rows],
+        say: Callable[[str], None],
+) -> Rows:
+    """The unlabelled images: rows of the training table, and what `--unlabelled` names, without those of other rows."""
+    parts = [unlabelled] if len(unlabelled) else []
+    if args.unlabelled:
+        parts.append(_read_unlabelled(args, folder, label_space))
+    if not parts:
+        raise UserError(
+            f'{unlabelled.source}: every row has a label, so there is no unlabelled image; name some with --unlabelled')
+    pool = _leave_out(join_rows(parts, label_space), others, say)
+    if not len(pool):
+        raise UserError(f'{pool.source}: all of its images have labels elsewhere; name others with --unlabelled')
+    return pool
 
 
 def _read_unlabelled(args: argparse.Namespace, folder: Path, label_space: LabelSpace) -> Rows:

@@ -11,6 +11,21 @@ from timm_multilabel.labels import Labels, LabelSpace, TagSet
 Options = dict[str, dict[str, Any]]
 
 
+def expand(given: Options, columns: list[str], heads: list[str] | None) -> Options:
+    """What '*' says, said of every head that has no options of its own.
+
+    Args:
+        given: What `--head` says.
+        columns: The label columns.
+        heads: The heads that are learnt; all when None.
+    """
+    grouped = {column for group in groups(given).values() for column in group}
+    names = heads if heads is not None else [column for column in columns if column not in grouped]
+    every = given.get('*')
+    named = {name: options for name, options in given.items() if name != '*'}
+    return named if every is None else {name: dict(every) for name in names if name not in named} | named
+
+
 def readers(given: Options, kinds: Mapping[str, type[Head]]) -> dict[str, type[Labels]]:
     """The labels that each head reads, where its kind is named.
 
@@ -82,18 +97,17 @@ def resolve(
 
 def _typed(value: Any, parameter: inspect.Parameter) -> Any:
     """A text as its parameter's annotation (or default) says; a value of a YAML file as it is, where that fits."""
-    annotation = parameter.annotation
-    if annotation is parameter.empty:
-        annotation = type(parameter.default)
-    if annotation is list or 'list' in str(annotation):
+    annotation = type(parameter.default) if parameter.annotation is parameter.empty else parameter.annotation
+    kind = annotation if isinstance(annotation, str) else getattr(annotation, '__name__', str(annotation))
+    if kind.startswith('list'):
         return _list(value)
-    if annotation is bool:
+    if kind == 'bool':
         if str(value).lower() not in ('true', 'false'):
             raise ValueError('expected true or false')
         return str(value).lower() == 'true'
-    if annotation in (int, float):
-        return annotation(value)
-    return value
+    if kind == 'int':
+        return int(str(value))
+    return float(value) if kind == 'float' else value
 
 
 def _list(value: Any) -> list[Any]:

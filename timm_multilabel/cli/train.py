@@ -92,7 +92,7 @@ class Phase:
         args, data = self.args, self.data
         random_seed(args.seed, 0)  # the same first weights on every rank
         targets = data.label_space.split(data.train_rows.targets)
-        options, weights = head_options.resolve(args.head, data.kinds, data.label_space, targets)
+        options, weights = head_options.resolve(data.head, data.kinds, data.label_space, targets)
         weights = resolve_weights(args, data, weights)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always', UserWarning)

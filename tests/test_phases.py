@@ -1,0 +1,215 @@
+"""Recipes of phases: one run folder, what each starts from, killed and resumed, and the recipes that are there."""
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from common import write_data
+
+from timm_multilabel.cli import train, train_flags, validate
+from timm_multilabel.cli.checks import check_phases
+from timm_multilabel.cli.flags import Parser, parse_with_config
+from timm_multilabel.cli.main import run_command
+from timm_multilabel.data.sample import write_sample
+from timm_multilabel.errors import UserError
+from timm_multilabel.training import loop
+
+RECIPES = Path(__file__).parent.parent / 'recipes'
+RECIPE = {
+    'model': 'test_resnet', 'img_size': 32, 'batch_size': 4, 'workers': 0, 'device': 'cpu', 'lr': 0.05, 'drop': 0.2,
+    'warmup_epochs': 0, 'cooldown_epochs': 0, 'reprob': 0.3,
+    'phases': [
+        {'name': 'pretrain', 'wlc': 0, 'epochs': 2, 'unlabelled': 'pool'},
+        {'name': 'joint', 'epochs': 3, 'lr': 0.02, 'unlabelled': 'pool', 'unlabelled_batch_size': 3,
+         'entropy_weight': 0.2, 'entropy_ramp_up': 2, 'model_ema': True,
+         'head': {'shape': {'loss': 'arcface', 'input': 'projection'}}},
+        {'name': 'heads', 'epochs': 1, 'wls': 0, 'wlc': 1, 'freeze_backbone': True, 'heads': ['color']},
+    ],
+}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A data directory with a pool, and a recipe for it."""
+    data = write_data(tmp_path / 'data', train=8, val=6)
+    rows = (data / 'train.csv').read_text().splitlines()
+    pool = write_data(tmp_path / 'more', train=7, val=1)
+    (pool / 'images').rename(data / 'pool-images')
+    (data / 'pool.csv').write_text('image_path\n' + ''.join(f'pool-images/{n}.png\n' for n in range(7)))
+    rows[3] = rows[3].split(',')[0] + ',,'
+    (data / 'train.csv').write_text('\n'.join(rows) + '\n')
+    path = tmp_path / 'recipe.yaml'
+    path.write_text(yaml.safe_dump({'data_dir': str(data), 'output': str(tmp_path), 'experiment': 'run', **RECIPE}))
+    return path
+
+
+def go(*argv):
+    run_command(train, 'train.py', [str(word) for word in argv])
+
+
+def state(path):
+    return torch.load(path, weights_only=True)
+
+
+def flat(path):
+    loaded = state(path)
+    return {f'{part}.{name}': value for part in ('state_dict', 'state_dict_ema') for name, value in
+            loaded.get(part, {}).items()} | {
+        f'projector.{name}': value for name, value in loaded.get('task_state', {}).get('projector', {}).items()}
+
+
+def test_phases_run_in_order_in_one_folder(recipe, tmp_path, capsys):
+    go('-c', recipe)
+    folder, out = tmp_path / 'run', capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} == {
+        'args.yaml', 'label_space.json', 'summary.csv', '1-pretrain', '2-joint', 'last.pth.tar', 'model_best.pth.tar',
+        'checkpoint-0.pth.tar'}
+    summary = pd.read_csv(folder / 'summary.csv')
+    assert summary['phase'].tolist() == ['pretrain'] * 2 + ['joint'] * 3 + ['heads']
+    assert summary['epoch'].tolist() == [0, 1, 0, 1, 2, 0]
+    assert summary['lr'][[0, 2]].tolist() == pytest.approx([0.05, 0.02])
+    assert summary['eval_top1'].notna().tolist() == [False] * 2 + [True] * 4
+    assert summary['entropy_loss'].notna().tolist() == [False] * 2 + [True] * 3 + [False]
+    assert summary['entropy_loss'][2] == 0 and summary['entropy_loss'][4] > summary['entropy_loss'][3] > 0
+    assert "phase 'pretrain': took backbone, projector (plain weights); starts anew: head 'color', head 'shape'" in out
+    assert "phase 'joint': took backbone, head 'color' (" in out
+    assert '15 images to train on, 1 x cpu, 2 epochs of 3 steps' in out
+    assert '7 images to train on and 8 without labels, 6 to evaluate on, 1 x cpu, 3 epochs of 2 steps' in out
+    joint, last = state(folder / '2-joint' / 'last.pth.tar'), state(folder / 'last.pth.tar')
+    kind = 'state_dict_ema' if joint['best_weights'] == 'ema' else 'state_dict'
+    for name, value in joint[kind].items():  # the backbone is frozen, its statistics too
+        if name.startswith('backbone'):
+            assert torch.equal(last['state_dict'][name], value)
+    assert not torch.equal(last['state_dict']['heads.0.fc.weight'], joint[kind]['heads.0.fc.weight'])
+    run_command(validate, 'validate.py', [
+        str(tmp_path / 'data'), '--checkpoint', str(folder / '2-joint' / 'model_best.pth.tar'), '-j', '0'])
+    assert 'weighted mean' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('stop_after', [1, 2, 3, 5])
+def test_a_killed_run_resumes_in_its_phase_to_the_same_result(recipe, tmp_path, monkeypatch, stop_after):
+    """Stopped inside a phase (1, 3) and between two (2, 5), each epoch counted over the whole run."""
+    go('-c', recipe, '--experiment', 'whole')
+    epochs = []
+    run_epoch = loop.Fit.run_epoch
+
+    def interrupted(self, epoch, title):
+        if len(epochs) == stop_after:
+            raise KeyboardInterrupt
+        epochs.append(title)
+        return run_epoch(self, epoch, title)
+
+    monkeypatch.setattr(loop.Fit, 'run_epoch', interrupted)
+    with pytest.raises(SystemExit):
+        go('-c', recipe)
+    monkeypatch.setattr(loop.Fit, 'run_epoch', run_epoch)
+    last = max((tmp_path / 'run').glob('*/last.pth.tar'), key=os.path.getmtime)
+    go('-c', tmp_path / 'run' / 'args.yaml', '--resume', last)
+    for name in ('1-pretrain', '2-joint', '.'):
+        a, b = (flat(tmp_path / run / name / 'last.pth.tar') for run in ('whole', 'run'))
+        assert a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items()), name
+    a, b = (pd.read_csv(tmp_path / run / 'summary.csv').drop(columns='images_per_second') for run in ('whole', 'run'))
+    pd.testing.assert_frame_equal(a, b)
+
+
+def test_args_yaml_of_phases_repeats_the_run(recipe, tmp_path):
+    go('-c', recipe, '--limit-steps', '1')
+    saved = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())
+    assert [phase['name'] for phase in saved['phases']] == ['pretrain', 'joint', 'heads'] and saved['img_size'] == 32
+    go('-c', tmp_path / 'run' / 'args.yaml', '--experiment', 'again')
+    a, b = (flat(tmp_path / run / 'last.pth.tar') for run in ('run', 'again'))
+    assert all(torch.equal(value, b[key]) for key, value in a.items())
+
+
+def parse(path, *argv):
+    parser = Parser(prog='train.py')
+    train_flags.add_flags(parser)
+    return parse_with_config(parser, [*argv, '-c', str(path)])
+
+
+def test_what_goes_first(tmp_path):
+    path = tmp_path / 'r.yaml'
+    path.write_text(yaml.safe_dump({
+        'data_dir': 'd', 'lr': 0.1, 'aa': 'rand-m5', 'head': {'a': {'scale': 3}, 'b': {'weight': 1}},
+        'phases': [{'epochs': 5}, {'name': 'x', 'epochs': 6, 'lr': 0.2, 'aa': None, 'head': {'b': {'weight': 2}}}]}))
+    first, second = parse(path, '--momentum', '0.5').phases
+    assert (first.phase, second.phase) == ('1', 'x') and (first.epochs, second.epochs) == (5, 6)
+    assert (first.lr, second.lr, first.momentum, second.momentum) == (0.1, 0.2, 0.5, 0.5)
+    assert (first.aa, second.aa) == ('rand-m5', None)
+    assert first.head == {'a': {'scale': 3}, 'b': {'weight': 1}}
+    assert second.head == {'a': {'scale': 3}, 'b': {'weight': 2}}
+    assert [phase.epochs for phase in parse(path, '--epochs', '1').phases] == [1, 1]
+
+
+@pytest.mark.parametrize('phases, message', [
+    ([{'name': 'a', 'lr': 0.1}], "r.yaml, phase 'a': it has no epochs; add 'epochs: N'"),
+    ([{'name': 'a', 'epochs': 1, 'learning_rate': 1}], "r.yaml, phase 'a': there is no flag 'learning_rate'"),
+    ([{'name': 'a', 'epochs': 1, 'warmup_epoch': 1}], "did you mean 'warmup_epochs'?"),
+    ([{'name': 'a', 'epochs': 1, 'output': 'x'}], "phase 'a': 'output' is of the whole run"),
+    ([{'name': 'a', 'epochs': 1, 'wls': 0, 'wlc': 0}], "phase 'a': -wls 0 with -wlc 0 leaves nothing to train"),
+    ([{'name': 'a', 'epochs': 1}, {'name': 'a', 'epochs': 1}], 'no other phase has it'),
+    ([{'name': '../a', 'epochs': 1}], 'a name is of letters'),
+    ([{'name': 'a', 'epochs': 1, 'head': 3}], "phase 'a': 'head' is 3, expected heads with their options"),
+    ([], "'phases' is no list of mappings"), ({'a': 1}, "'phases' is no list of mappings"), (['a'], 'no list of'),
+])
+def test_bad_phases(tmp_path, phases, message):
+    (tmp_path / 'r.yaml').write_text(yaml.safe_dump({'data_dir': 'd', 'phases': phases}))
+    with pytest.raises(UserError) as error:
+        check_phases(parse(tmp_path / 'r.yaml'))
+    assert message in error.value.line and error.value.line.startswith(str(tmp_path / 'r.yaml'))
+
+
+def test_what_is_wrong_with_a_later_phase_shows_before_the_first_is_trained(recipe, tmp_path, capsys):
+    settings = yaml.safe_load(recipe.read_text())
+    settings['phases'][2]['opt'] = 'adamm'
+    recipe.write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit):
+        go('-c', recipe)
+    assert '--opt adamm' in capsys.readouterr().err and not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('name', sorted(path.name for path in RECIPES.glob('*.yaml')))
+def test_recipes_are_read(name):
+    flags = check_phases(parse(RECIPES / name, 'data'))
+    assert all(each.data_dir == 'data' for each in flags)
+    weights = {'fashion.yaml': [(0.1, 0.9)], 'cs492.yaml': [(1, 0), (1, 100)], 'cs492-arcface.yaml': [(1, 0), (1, 100)],
+               'sample.yaml': [(0.5, 0), (0.2, 0.8), (0, 1)]}
+    assert [(each.simclr_loss_weight, each.classification_loss_weight) for each in flags] == weights[name]
+
+
+def test_the_recipe_of_the_main_job_is_its_command():
+    from test_scripts import TRAIN
+    parser = Parser(prog='train.py')
+    train_flags.add_flags(parser)
+    by_hand = vars(parser.parse_args(TRAIN.split()[2:]))
+    by_recipe = vars(parse(RECIPES / 'fashion.yaml', './fashion-product-images/'))
+    assert {**by_recipe, 'config': None} == by_hand
+
+
+def test_the_recipe_for_the_sample_data(tmp_path):
+    write_sample(tmp_path / 'sample', train=160, val=20, test=4, unlabelled=60, size=32)
+    go(tmp_path / 'sample', '-c', RECIPES / 'sample.yaml', '--output', tmp_path, '--experiment', 'run', '-j', '0',
+       '--device', 'cpu', '--limit-steps', '2', '-b', '16', '--unlabelled-batch-size', '8')
+    summary = pd.read_csv(tmp_path / 'run' / 'summary.csv')
+    assert summary['phase'].tolist() == ['simclr'] * 2 + ['joint'] * 3 + ['heads']
+    assert summary['eval_top1'].notna().sum() == 4 and (tmp_path / 'run' / 'model_best.pth.tar').is_file()
+
+
+def test_the_arcface_recipe_on_a_list_like_theirs(tmp_path):
+    """Image and class, tab-separated, -1 without a label; a tiny model, one epoch a phase."""
+    data = write_data(tmp_path / 'data', train=16, val=6)
+    classes = [3, 7, -1, -1, 3, 7, -1, -1, -1, -1, -1, 3, -1, -1, 7, -1]
+    rows = [f'images/{n}.png\t{label}\n' for n, label in enumerate([*classes, 3, 7, 3, 7, 3, 7])]
+    (data / 'train_list.txt').write_text('id\tlabel\n' + ''.join(rows[:16]))
+    (data / 'val.csv').write_text('id\tlabel\n' + ''.join(rows[16:]))
+    go(data, '-c', RECIPES / 'cs492-arcface.yaml', '--train-split', 'train_list.txt', '--image-column', 'id', '--model',
+       'test_resnet', '--img-size', '32', '-j', '0', '--device', 'cpu', '--epochs', '1', '--warmup-epochs', '0',
+       '-b', '4', '--unlabelled-batch-size', '5', '--output', tmp_path, '--experiment', 'run')
+    summary = pd.read_csv(tmp_path / 'run' / 'summary.csv')
+    assert summary['phase'].tolist() == ['simclr', 'joint'] and summary['entropy_loss'][1] > 0
+    joint = state(tmp_path / 'run' / 'last.pth.tar')
+    assert joint['head_options'] == {'label': {'loss': 'arcface', 'scale': 30.0, 'margin': 0.5, 'input': 'projection'}}
+    assert joint['state_dict']['heads.0.weight'].shape == (2, 128) and joint['missing_value'] == '-1'
+    assert 'projector.0.weight' in joint['state_dict'] and 'task_state' not in joint
