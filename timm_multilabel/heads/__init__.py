@@ -1,0 +1,20 @@
+"""What a head is: its layer, its loss, its prediction, its figures. A new kind is a subclass of `Head`."""
+from timm_multilabel.heads.classes import ArcFaceHead, SoftmaxHead
+from timm_multilabel.heads.head import Head
+from timm_multilabel.heads.kinds import COMMON_OPTIONS, KINDS, create_head, default_kind, load_kinds, options_of
+from timm_multilabel.heads.numeric import NumericHead
+from timm_multilabel.heads.tags import TagsHead
+
+__all__ = [
+    'COMMON_OPTIONS',
+    'KINDS',
+    'ArcFaceHead',
+    'Head',
+    'NumericHead',
+    'SoftmaxHead',
+    'TagsHead',
+    'create_head',
+    'default_kind',
+    'load_kinds',
+    'options_of',
+]

@@ -1,0 +1,94 @@
+"""What every kind of head says of itself."""
+import numpy as np
+import torch
+from torch import nn
+
+from timm_multilabel.labels import Labels, LabelSet
+
+
+class Head(nn.Module):
+    """One kind of head. Subclasses take `(labels, in_features, *, options)`; the options are those of `--head`.
+
+    An output is made of features (B, F) by `forward`. Targets come as `LabelSpace.split` gives them: class indices (B,)
+    with -1 where a label is missing, tags (B, C) with -1, or standardised numbers (B,) with NaN.
+
+    Args:
+        labels: The head's labels, of the type `reads`.
+    """
+
+    kind = ''
+    """Its name in `--head COLUMN:loss=NAME`."""
+    reads: type = LabelSet
+    """The type of labels it learns: `LabelSet`, `TagSet` or `Quantity`."""
+    figures: tuple[str, ...] = ()
+    """The names of what `metrics` gives; the first ranks checkpoints: a percentage, higher is better."""
+    inherits: tuple[str, ...] = ('drop', 'smoothing')
+    """Options that, where they are not given, have the value of the flag of that name."""
+
+    def __init__(self, labels: Labels):
+        super().__init__()
+        self.labels = labels
+
+    def loss(self, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The training loss: the sum over the labels that are there and their number, both scalars."""
+        raise NotImplementedError
+
+    def eval_loss(self, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss that evaluation reports, without what is there for training only."""
+        return self.loss(output, target)
+
+    def predict(self, output: torch.Tensor) -> torch.Tensor:
+        """Class indices (B,), probabilities of tags (B, C), or standardised numbers (B,)."""
+        raise NotImplementedError
+
+    def measure(self, output: torch.Tensor) -> torch.Tensor:
+        """What evaluation keeps of each row (B, K), float32; the first columns are those of `predict`."""
+        return self.predict(output).float().reshape(len(output), -1)
+
+    def metrics(self, target: np.ndarray, measured: np.ndarray) -> dict[str, float]:
+        """Figures of all labelled rows: what `labels` encodes (N, W), and what `measure` kept (N, K)."""
+        raise NotImplementedError
+
+    def entropy(self, output: torch.Tensor) -> torch.Tensor | None:
+        """Entropy of the prediction (B,), or None where the head predicts no distribution."""
+        return None
+
+    def marginal_entropy(self, output: torch.Tensor) -> torch.Tensor | None:
+        """Entropy of the mean prediction over all ranks, a scalar, or None."""
+        return None
+
+    def pseudo_label_loss(
+            self,
+            strong: torch.Tensor,
+            weak: torch.Tensor,
+            threshold: float,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The sum of losses against what the weak outputs say, and the number of rows that pass, or None."""
+        return None
+
+    @staticmethod
+    def balance(target: torch.Tensor, labels: Labels) -> list[float]:
+        """The class weights that `class_weights=balanced` means for the training targets."""
+        raise NotImplementedError
+
+
+def float32(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in float32 at least, whatever the autocast gave."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def check_fractions(**values: float) -> None:
+    """Raise ValueError unless options are numbers from 0 to 1."""
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f'{name} is {value:g}, expected a number from 0 to 1')
+
+
+def class_weights_tensor(weights: list | None, labels: Labels) -> torch.Tensor | None:
+    """Weights of an option (C,), checked."""
+    if weights is None:
+        return None
+    tensor = torch.tensor(weights, dtype=torch.float32)
+    if tensor.shape != (len(labels.classes),) or not (tensor.isfinite() & (tensor >= 0)).all():
+        raise ValueError(f'class_weights are {weights}, expected a number of 0 or more for each class')
+    return tensor

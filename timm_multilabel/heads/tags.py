@@ -1,0 +1,87 @@
+"""The head of tags."""
+import numpy as np
+import torch
+from sklearn.metrics import average_precision_score, f1_score
+from torch import nn
+
+from timm_multilabel.heads.head import Head, check_fractions, class_weights_tensor, float32
+from timm_multilabel.labels import MISSING, TagSet
+from timm_multilabel.losses import (
+    binary_cross_entropy,
+    binary_entropy,
+    binary_marginal_entropy,
+    binary_pseudo_label_loss,
+)
+
+
+class TagsHead(Head):
+    """Any number of tags: a linear layer, trained with binary cross-entropy.
+
+    Args:
+        labels: The tags.
+        in_features: Width of the input.
+        drop: Dropout rate before the layer.
+        smoothing: Label smoothing.
+        class_weights: A weight for the ones of each tag, in their order.
+    """
+    kind = 'tags'
+    reads = TagSet
+    figures = ('map', 'f1', 'micro_f1')
+
+    def __init__(
+            self,
+            labels: TagSet,
+            in_features: int,
+            *,
+            drop: float = 0.0,
+            smoothing: float = 0.0,
+            class_weights: list | None = None,
+    ):
+        super().__init__(labels)
+        check_fractions(drop=drop, smoothing=smoothing)
+        self.smoothing = smoothing
+        self.drop = nn.Dropout(drop)
+        self.fc = nn.Linear(in_features, len(labels.classes))
+        self.register_buffer('class_weights', class_weights_tensor(class_weights, labels), persistent=False)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits (B, C) of features (B, F)."""
+        return self.fc(self.drop(features))
+
+    def loss(self, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return binary_cross_entropy(output, target, self.smoothing, self.class_weights)
+
+    def eval_loss(self, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return binary_cross_entropy(output, target)
+
+    def predict(self, output: torch.Tensor) -> torch.Tensor:
+        return output.float().sigmoid()
+
+    def metrics(self, target: np.ndarray, measured: np.ndarray) -> dict[str, float]:
+        """'map', the mean average precision of the tags that occur, and F1 at 0.5: their mean, and over all labels."""
+        precisions, f1s = [], []
+        for tag in range(target.shape[1]):
+            known = target[:, tag] != MISSING
+            true, probability = target[known, tag], measured[known, tag]
+            if true.any():
+                precisions.append(average_precision_score(true, probability))
+                f1s.append(f1_score(true, probability >= 0.5, zero_division=0))
+        known = target != MISSING
+        micro = f1_score(target[known], measured[known] >= 0.5, zero_division=0)
+        mean = np.mean if precisions else (lambda values: np.nan)
+        return {'map': 100 * mean(precisions), 'f1': 100 * mean(f1s), 'micro_f1': 100 * micro}
+
+    def entropy(self, output: torch.Tensor) -> torch.Tensor:
+        return binary_entropy(output)
+
+    def marginal_entropy(self, output: torch.Tensor) -> torch.Tensor:
+        return binary_marginal_entropy(float32(output).sigmoid())
+
+    def pseudo_label_loss(self, strong, weak, threshold):
+        return binary_pseudo_label_loss(strong, weak, threshold)
+
+    @staticmethod
+    def balance(target: torch.Tensor, labels: TagSet) -> list[float]:
+        """Zeros for each one of a tag; 1 for a tag without either."""
+        zeros, ones = (target == 0).sum(dim=0), (target == 1).sum(dim=0)
+        return torch.where((zeros > 0) & (ones > 0), zeros / ones.clamp(min=1), 1.0).tolist()
