@@ -90,7 +90,13 @@ def test_phases_run_in_order_in_one_folder(recipe, tmp_path, capsys):
 
 @pytest.mark.parametrize('stop_after', [1, 2, 3, 5])
 def test_a_killed_run_resumes_in_its_phase_to_the_same_result(recipe, tmp_path, monkeypatch, stop_after):
-    """Stopped inside a phase (1, 3) and between two (2, 5), each epoch counted over the whole run."""
+    """Stopped inside a phase (1, 3) and between two (2, 5), each epoch counted over the whole run.
+
+    The EMA's weights are the better ones, where there is an EMA, and the next phase starts from them.
+    """
+    score = loop.Fit.score
+    monkeypatch.setattr(
+        loop.Fit, 'score', lambda self, row: 'eval_ema_top1' if self.task.has_ema() else score(self, row))
     go('-c', recipe, '--experiment', 'whole')
     epochs = []
     run_epoch = loop.Fit.run_epoch

@@ -253,3 +253,21 @@ def test_frozen_backbone_keeps_weights_and_statistics():
 def test_a_pool_that_is_a_copy_of_the_folder_is_read_once(data_dir, tmp_path):
     shutil.copytree(data_dir / 'images', tmp_path / 'more')
     assert len(rows_of_folder(tmp_path / 'more', SPACE)) == 18
+
+
+@pytest.mark.parametrize('kwargs', [
+    {'pool': Pool(2, **TERMS)}, {'simclr_weight': 0, 'freeze_backbone': True, 'pool': Pool(2, entropy_weight=1.0)}],
+    ids=['pool', 'frozen'])
+def test_compiled_terms_are_the_same(kwargs):
+    expected, task = tiny_task(space=MIXED, **kwargs), tiny_task(space=MIXED, **kwargs)
+    task.compile(backend='eager')
+    images, target = batch(MIXED, views=task.views)
+    mine, theirs = task(images, target), expected(images, target)
+    for term in task.terms:
+        torch.testing.assert_close(mine[f'{term}_loss'], theirs[f'{term}_loss'])
+    mine['loss'].backward()
+    theirs['loss'].backward()
+    for a, b in zip(task.trainable_module.parameters(), expected.trainable_module.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad)

@@ -199,6 +199,7 @@ def resume(
         raise UserError(
             f'{checkpoint.path}: does not fit this run ({reason}); give the flags it was trained with '
             '(-c args.yaml of its run folder)') from error
+    task.metadata['best_weights'] = checkpoint.best_weights
     if scaler is not None and scaler.state_dict_key in state:
         scaler.load_state_dict(state[scaler.state_dict_key])
     return state['epoch'] + 1
