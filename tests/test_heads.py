@@ -15,6 +15,7 @@ from timm_multilabel.heads import (
     create_head,
     load_kinds,
     options_of,
+    resolve_options,
 )
 from timm_multilabel.labels import LabelSet, LabelSpace, Quantity, TagSet
 from timm_multilabel.losses import binary_cross_entropy, dense_cross_entropy, index_cross_entropy, smooth_l1
@@ -89,17 +90,61 @@ def test_figures_of_numbers_are_in_the_columns_unit():
 
 def test_options_are_those_of_the_constructor():
     assert set(options_of(ArcFaceHead)) == {'drop', 'smoothing', 'class_weights', 'scale', 'margin'}
-    made = create_head(CLASSES, 4, {'loss': 'arcface', 'scale': 9.0}, {'drop': 0.3, 'smoothing': 0.1}, KINDS)
+    flags = {'drop': 0.3, 'smoothing': 0.1}
+    options = resolve_options(CLASSES, {'loss': 'arcface', 'scale': 9.0, 'columns': 'x'}, flags, KINDS)
+    assert options == {'loss': 'arcface', 'input': 'features', 'drop': 0.3, 'scale': 9.0}
+    made = create_head(CLASSES, 4, options, KINDS)
     assert (made.scale, made.drop.p, made.smoothing) == (9.0, 0.3, 0.0)
-    assert create_head(CLASSES, 4, {}, {'drop': 0.3, 'smoothing': 0.1}, KINDS).smoothing == 0.1
-    assert isinstance(create_head(TAGS, 4, {}, {}, KINDS), TagsHead)
+    assert resolve_options(CLASSES, {'drop': 0.5}, flags, KINDS) == {
+        'loss': 'softmax', 'input': 'features', 'drop': 0.5, 'smoothing': 0.1}
+    assert isinstance(create_head(TAGS, 4, resolve_options(TAGS, {}, {}, KINDS), KINDS), TagsHead)
     for labels, options, message in [
         (CLASSES, {'loss': 'hinge'}, "no loss 'hinge' .there are: softmax, arcface, tags, numeric"),
         (TAGS, {'loss': 'arcface'}, "'arcface' reads classes, and the head has tags"),
-        (NUMBER, {'smoothing': 0.1}, "'numeric' has no option 'smoothing' .there are: loss, weight, input.*drop"),
+        (NUMBER, {'smoothing': 0.1}, "'numeric' has no option 'smoothing' .it has: loss, weight, input, columns, drop"),
     ]:
         with pytest.raises(ValueError, match=message):
-            create_head(labels, 4, options, {}, KINDS)
+            resolve_options(labels, options, {}, KINDS)
+
+
+WRONG = """
+import torch
+from timm_multilabel.heads import Head
+
+class Mine(Head):
+    kind = 'mine'
+    figures = ('score',)
+    def __init__(self, labels, in_features):
+        super().__init__(labels)
+    def forward(self, features):
+        return features[:, :3]
+    def loss(self, output, target):
+        return output.sum(), torch.tensor(1.0)
+    def predict(self, output):
+        return output.argmax(1)
+    def metrics(self, target, measured):
+        return {'score': 1.0}
+"""
+
+
+@pytest.mark.parametrize('old, new, message', [
+    ('        super().__init__(labels)', '        self.x = torch.nn.Linear(1, 1)', "'mine' fails with AttributeError"),
+    ('output.sum(), torch.tensor(1.0)', 'output.sum()', 'must be two scalar tensors of floats'),
+    ('torch.tensor(1.0)', 'len(target)', 'must be two scalar tensors of floats'),
+    ('torch.tensor(1.0)', '(target >= 0).sum()', 'must be two scalar tensors of floats'),
+    ("{'score': 1.0}", "{'other': 1.0}", 'must be a dict with its figures score'),
+    ("('score',)", '()', 'names no figures'),
+    ('output.argmax(1)', 'nowhere', "'mine' fails with NameError"),
+])
+def test_kinds_of_the_users_are_tried_out(tmp_path, old, new, message):
+    def make(text):
+        (tmp_path / 'mine').write_text(text)
+        return MultiLabelModel(TinyBackbone(), LabelSpace((CLASSES,)), head_options={'c': {'loss': 'mine'}},
+                               kinds=load_kinds(str(tmp_path / 'mine')))
+
+    make(WRONG)
+    with pytest.raises(ValueError, match=f"head 'c': .*{message}"):
+        make(WRONG.replace(old, new))
 
 
 def test_every_kind_in_one_model():
@@ -117,6 +162,7 @@ def test_every_kind_in_one_model():
 @pytest.mark.parametrize('text, message', [
     (None, 'no such file'),
     ('import nowhere_at_all', 'fails with ModuleNotFoundError'),
+    ('import sys; sys.exit(0)', 'fails with SystemExit'),
     ('x = 1', "no subclass of timm_multilabel.heads.Head with a 'kind'"),
     ('from timm_multilabel.heads import Head\nclass Mine(Head):\n    kind = "softmax"\n', 'a kind of ours'),
 ])

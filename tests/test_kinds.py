@@ -60,14 +60,15 @@ def test_kinds_train_resume_and_are_validated(data, module, tmp_path, capsys):
         assert summary[column].notna().all(), column
     row = summary.iloc[-1]
     weights = {'color_top1': 0.2, 'style_map': 0.2, 'price_r2': 0.5, 'season_map': 0.2, 'size_exact': 0.2}
-    mean = sum(w * row[f'eval_{name}'] for name, w in weights.items()) / sum(weights.values())
+    mean = sum(w * max(0, row[f'eval_{name}']) for name, w in weights.items()) / sum(weights.values())
     assert row['eval_score'] == pytest.approx(mean)
     names = LabelSpace.load(folder / 'label_space.json').names
     assert names == ('color', 'style', 'price', 'season', 'size')
 
     best = torch.load(folder / 'model_best.pth.tar', weights_only=True)
     assert best['metric'] == pytest.approx(summary['eval_score'].max())
-    assert best['head_options']['size'] == {'loss': 'ordinal', 'order': ['S', 'M', 'L']}
+    assert best['head_options']['size'] == {
+        'loss': 'ordinal', 'input': 'features', 'drop': 0.0, 'order': ['S', 'M', 'L']}
     assert len(best['head_options']['color']['class_weights']) == 2
     results = tmp_path / 'r.json'
     run_command(validate, 'validate.py', [
@@ -99,6 +100,22 @@ def test_kinds_train_resume_and_are_validated(data, module, tmp_path, capsys):
     run_command(train, 'train.py', ['-c', str(part / 'args.yaml'), '--resume', str(part / 'last.pth.tar')])
     a, b = (torch.load(path / 'last.pth.tar', weights_only=True)['state_dict'] for path in (folder, part))
     assert all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def test_a_figure_that_the_labels_do_not_allow_stays_out_of_the_score(data, tmp_path, capsys):
+    """One price in val.csv: no variance to explain. Asked for by name, it is an error."""
+    table = pd.read_csv(data / 'val.csv', dtype=str, keep_default_na=False)
+    table.loc[table['price'] != '', 'price'] = '7'
+    table.to_csv(data / 'val.csv', index=False)
+    flags = ['--model', 'test_resnet', '--img-size', '32', '-b', '6', '-j', '0', '--device', 'cpu', '--epochs', '1',
+             '--cooldown-epochs', '0', '--heads', 'color', 'price', '--head', 'price:loss=numeric', '--output',
+             str(tmp_path)]
+    run_command(train, 'train.py', [str(data), *flags, '--experiment', 'run'])
+    row = pd.read_csv(tmp_path / 'run' / 'summary.csv').iloc[0]
+    assert math.isnan(row['eval_price_r2']) and row['eval_score'] == row['eval_color_top1']
+    with pytest.raises(SystemExit):
+        run_command(train, 'train.py', [str(data), *flags, '--eval-metric', 'price_r2'])
+    assert 'eval_price_r2: the evaluation has no labels for this figure' in capsys.readouterr().err
 
 
 def test_the_kind_of_the_readme(module):

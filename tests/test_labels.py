@@ -63,7 +63,7 @@ def test_tags_of_one_column():
 
 def test_tags_of_a_group_of_columns():
     cells = frame(casual=['1', '0', ''], formal=['0', '', '1'])
-    tags = TagSet.from_cells('style', cells)
+    tags = TagSet.from_group('style', cells)
     assert (tags.classes, tags.columns) == (('casual', 'formal'), ('casual', 'formal'))
     assert tags.encode(cells).tolist() == [[1, 0], [0, -1], [-1, 1]]
     with pytest.raises(BadCell, match="'yes' is neither 0 nor 1") as error:
@@ -77,7 +77,10 @@ def test_numbers_are_standardised():
     assert (number.mean, number.std) == (3.0, pytest.approx((8 / 3) ** 0.5))
     encoded = number.encode(cells)[:, 0]
     assert encoded[[0, 2, 3]].tolist() == pytest.approx([-(1.5 ** 0.5), 0, 1.5 ** 0.5]) and math.isnan(encoded[1])
-    assert Quantity.from_cells('price', frame(price=['7', '7'])).std == 1.0
+    for same in (['7', '7'], ['0.1', '0.1', '0.1']):
+        assert Quantity.from_cells('price', frame(price=same)).std == 1.0
+    with pytest.raises(ValueError, match='too large'):
+        Quantity.from_cells('price', frame(price=['1e200', '-1e200']))
     for text in ('cheap', 'nan', 'inf', '1,5'):
         with pytest.raises(BadCell, match=f"'{text}' is no number") as error:
             number.encode(frame(price=['1', text]))

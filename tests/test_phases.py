@@ -176,6 +176,80 @@ def test_what_is_wrong_with_a_later_phase_shows_before_the_first_is_trained(reci
     assert '--opt adamm' in capsys.readouterr().err and not (tmp_path / 'run').exists()
 
 
+def line(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        go(*argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count('\n') == 1
+    return error
+
+
+def test_another_model_in_a_later_phase_shows_before_the_first_is_trained(recipe, tmp_path, capsys):
+    settings = yaml.safe_load(recipe.read_text())
+    settings['phases'][1]['model'] = 'test_vit'
+    recipe.write_text(yaml.safe_dump(settings))
+    error = line(capsys, '-c', recipe)
+    assert "phase 'joint': the phase before it: a checkpoint of test_resnet, whose backbone does not fit" in error
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_refused_resume_changes_nothing(recipe, tmp_path, capsys):
+    go('-c', recipe, '--limit-steps', '1')
+    folder = tmp_path / 'run'
+    before = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+    plain = [tmp_path / 'data', '--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0', '--device', 'cpu']
+    settings = yaml.safe_load(recipe.read_text())
+    settings['phases'][2]['name'] = 'other'
+    (tmp_path / 'renamed.yaml').write_text(yaml.safe_dump(settings))
+    settings['phases'][2].update(name='heads', heads=['shape'])
+    (tmp_path / 'classes.yaml').write_text(yaml.safe_dump(settings))
+    for argv, message in [
+        (plain, "a checkpoint of phase 'heads', and this run has none; resume with what it was trained with"),
+        (['-c', tmp_path / 'renamed.yaml'], 'this run has the phases pretrain, joint, other'),
+        (['-c', tmp_path / 'classes.yaml'], "phase 'heads': "),
+    ]:
+        assert message in line(capsys, *argv, '--resume', folder / 'last.pth.tar')
+    assert {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()} == before
+    go(*plain, '--output', tmp_path, '--experiment', 'plain', '--epochs', '1', '--cooldown-epochs', '0')
+    assert 'a checkpoint of a run without phases, and this run has the phases' in line(
+        capsys, '-c', recipe, '--resume', tmp_path / 'plain' / 'last.pth.tar')
+
+
+def test_resume_by_a_bare_file_name_and_phases_called_like_numbers(recipe, tmp_path, monkeypatch):
+    settings = yaml.safe_load(recipe.read_text())
+    settings['phases'] = [{**phase, 'name': name} for phase, name in zip(settings['phases'], ('01', '1e5', 'NA'))]
+    recipe.write_text(yaml.safe_dump(settings))
+    go('-c', recipe, '--limit-steps', '1')
+    monkeypatch.chdir(tmp_path / 'run' / '2-1e5')
+    go('-c', '../args.yaml', '--resume', 'last.pth.tar')
+    assert {path.name for path in Path('.').iterdir()} == {
+        'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar', 'checkpoint-2.pth.tar', 'last.pth.tar', 'model_best.pth.tar'}
+    phases = pd.read_csv('../summary.csv', dtype=str, keep_default_na=False)['phase'].tolist()
+    assert phases == ['01'] * 2 + ['1e5'] * 3 + ['NA']
+
+
+def test_images_that_are_scored_stay_out_of_the_pool_and_simclr_alone_takes_both_batches(recipe, tmp_path, capsys):
+    data = tmp_path / 'data'
+    (data / 'val.csv').rename(data / 'test.csv')
+    (data / 'val.csv').write_text('image_path,color,shape\nimages/7.png,red,disc\nimages/0.png,blue,ring\n')
+    go('-c', recipe, '--unlabelled', 'images', '--limit-steps', '1', '-b', '2', '--unlabelled-batch-size', '1')
+    out = capsys.readouterr().out
+    # 14 images: 8 of train.csv, one of them without label; 6 of test.csv; two of val.csv, which train.csv has too.
+    assert '6 images to train on, 1 x cpu' in out and '7 images to train on and 1 without labels' in out
+    assert '2 epochs of 1 steps' in out
+
+
+def test_flags_of_heads_over_all_phases_leave_the_one_without_heads_alone(tmp_path):
+    path = tmp_path / 'r.yaml'
+    phases = [{'name': 'a', 'epochs': 1, 'wlc': 0}, {'name': 'b', 'epochs': 1}]
+    path.write_text(yaml.safe_dump({'data_dir': 'd', 'phases': phases}))
+    flags = check_phases(parse(path, '--heads', 'color', '--head', 'color:weight=2', '--eval-metric', 'color_top1'))
+    assert [each.heads for each in flags] == [['color'], ['color']]
+    path.write_text(yaml.safe_dump({'data_dir': 'd', 'phases': [{**phases[0], 'heads': ['color']}]}))
+    with pytest.raises(UserError, match="phase 'a': --heads speaks of heads"):
+        check_phases(parse(path))
+
+
 @pytest.mark.parametrize('name', sorted(path.name for path in RECIPES.glob('*.yaml')))
 def test_recipes_are_read(name):
     flags = check_phases(parse(RECIPES / name, 'data'))
@@ -183,6 +257,23 @@ def test_recipes_are_read(name):
     weights = {'fashion.yaml': [(0.1, 0.9)], 'cs492.yaml': [(1, 0), (1, 100)], 'cs492-arcface.yaml': [(1, 0), (1, 100)],
                'sample.yaml': [(0.5, 0), (0.2, 0.8), (0, 1)]}
     assert [(each.simclr_loss_weight, each.classification_loss_weight) for each in flags] == weights[name]
+
+
+@pytest.mark.parametrize('name', ['cs492.yaml', 'cs492-arcface.yaml'])
+def test_the_recipes_of_cs492_say_what_the_method_says(name):
+    pretrain, joint = check_phases(parse(RECIPES / name, 'data'))
+    for each in (pretrain, joint):
+        assert (each.projection_dim, each.temperature, each.missing_value) == (128, 1.0, '-1')
+        assert (each.img_size, each.scale, each.hflip, each.rotation) == (224, [0.8, 1.0], 0.5, 10)
+        assert (each.opt, each.momentum, each.weight_decay) == ('sgd', 0.9, 1e-6)
+        assert (each.sched, each.warmup_epochs, each.color_jitter, each.aa) == ('cosine', 10, [0.0], None)
+    assert pretrain.epochs == 300
+    assert (joint.batch_size, joint.unlabelled_batch_size) == (4, 128)
+    if name == 'cs492.yaml':
+        assert joint.smoothing == 0.01 and not joint.head and not joint.entropy_weight
+    else:
+        assert joint.entropy_weight == 1.0
+        assert joint.head == {'*': {'loss': 'arcface', 'scale': 30, 'margin': 0.5, 'input': 'projection'}}
 
 
 def test_the_recipe_of_the_main_job_is_its_command():
@@ -203,7 +294,7 @@ def test_the_recipe_for_the_sample_data(tmp_path):
     assert summary['eval_top1'].notna().sum() == 4 and (tmp_path / 'run' / 'model_best.pth.tar').is_file()
 
 
-def test_the_arcface_recipe_on_a_list_like_theirs(tmp_path):
+def test_the_arcface_recipe_on_a_list_like_theirs(tmp_path, capsys):
     """Image and class, tab-separated, -1 without a label; a tiny model, one epoch a phase."""
     data = write_data(tmp_path / 'data', train=16, val=6)
     classes = [3, 7, -1, -1, 3, 7, -1, -1, -1, -1, -1, 3, -1, -1, 7, -1]
@@ -216,6 +307,11 @@ def test_the_arcface_recipe_on_a_list_like_theirs(tmp_path):
     summary = pd.read_csv(tmp_path / 'run' / 'summary.csv')
     assert summary['phase'].tolist() == ['simclr', 'joint'] and summary['entropy_loss'][1] > 0
     joint = state(tmp_path / 'run' / 'last.pth.tar')
-    assert joint['head_options'] == {'label': {'loss': 'arcface', 'scale': 30.0, 'margin': 0.5, 'input': 'projection'}}
+    run_command(validate, 'validate.py', [
+        str(data), '--split', 'train_list.txt', '--checkpoint', str(tmp_path / 'run' / 'last.pth.tar'), '-j', '0'])
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('label '))
+    assert row.split()[-1] == '5'  # of its rows have a label
+    assert joint['head_options'] == {
+        'label': {'loss': 'arcface', 'scale': 30.0, 'margin': 0.5, 'input': 'projection', 'drop': 0.0}}
     assert joint['state_dict']['heads.0.weight'].shape == (2, 128) and joint['missing_value'] == '-1'
     assert 'projector.0.weight' in joint['state_dict'] and 'task_state' not in joint

@@ -1,5 +1,4 @@
 """Unlabelled images: where they come from, their batches, their terms of the objective."""
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -250,9 +249,23 @@ def test_frozen_backbone_keeps_weights_and_statistics():
         JointTask(MultiLabelModel(Normed(), SPACE), freeze_backbone=True)
 
 
-def test_a_pool_that_is_a_copy_of_the_folder_is_read_once(data_dir, tmp_path):
-    shutil.copytree(data_dir / 'images', tmp_path / 'more')
-    assert len(rows_of_folder(tmp_path / 'more', SPACE)) == 18
+def test_a_link_to_a_folder_is_the_folder(data_dir, tmp_path):
+    (tmp_path / 'link').symlink_to(data_dir / 'images')
+    there, linked = rows_of_folder(data_dir / 'images', SPACE), rows_of_folder(tmp_path / 'link', SPACE)
+    assert len(linked) == len(join_rows([there, linked], SPACE)) == 18
+    assert not len(without_images_of(linked, [there]))
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+def test_frozen_means_the_projector_and_a_compiled_model_too(compiled):
+    options = {'color': {'input': 'projection'}}
+    task = tiny_task(simclr_weight=0, classification_weight=1, freeze_backbone=True, head_options=options)
+    if compiled:
+        task.compile(backend='eager')
+    task.train()
+    model = task.get_eval_model(task.get_trainable_module())
+    assert not model.backbone.training and model.heads.training
+    assert {name.split('.')[0] for name, p in model.named_parameters() if p.requires_grad} == {'heads'}
 
 
 @pytest.mark.parametrize('kwargs', [

@@ -4,6 +4,7 @@ Three kinds of labels: one class an image (`LabelSet`), several tags an image (`
 of targets holds the columns of all heads side by side, in float32, which holds class indices up to 2^24 exactly.
 """
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,14 +99,22 @@ class TagSet:
 
     @classmethod
     def from_cells(cls, name: str, cells: pd.DataFrame) -> 'TagSet':
-        """The tags that occur in a column, sorted by text, or the columns of a group."""
-        if list(cells.columns) != [name]:
-            found = cls(name, tuple(cells.columns), tuple(cells.columns))
-            if not (found.encode(cells) != MISSING).any():
-                raise ValueError(f"the columns of '{name}' have no label in any row")
-            return found
+        """The tags that occur in a column, sorted by text."""
         texts = cells.iloc[:, 0]
         return cls(name, _sorted_texts(name, (tag for text in texts for tag in _tags(text))))
+
+    @classmethod
+    def from_group(cls, name: str, cells: pd.DataFrame) -> 'TagSet':
+        """The columns of a group as tags.
+
+        Raises:
+            BadCell: A cell that is not 0, 1 or empty.
+            ValueError: All cells are empty.
+        """
+        found = cls(name, tuple(cells.columns), tuple(cells.columns))
+        if not (found.encode(cells) != MISSING).any():
+            raise ValueError(f"the columns of '{name}' have no label in any row")
+        return found
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -177,7 +186,11 @@ class Quantity:
         values = values[~np.isnan(values)]
         if not len(values):
             raise ValueError(f"column '{name}' has no label in any row")
-        return cls(name, float(values.mean()), float(values.std()) or 1.0)
+        with np.errstate(over='ignore', invalid='ignore'):
+            mean, std = float(values.mean()), float(values.std())
+        if not np.isfinite([mean, std]).all():
+            raise ValueError(f"the numbers of column '{name}' are too large")
+        return cls(name, mean, std if std > 1e-12 * abs(mean) else 1.0)  # of equal numbers only rounding is left
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -314,6 +327,12 @@ class LabelSpace:
             return cls.from_dict(json.loads(Path(path).read_text(encoding='utf-8')))
         except (OSError, ValueError) as error:
             raise UserError(f'{path}: cannot be read as a label space ({error})') from error
+
+
+def missing_row(label_space: LabelSpace) -> torch.Tensor:
+    """The targets (W,) of an image without any label."""
+    row = [math.nan if isinstance(head, Quantity) else MISSING for head in label_space.heads for _ in range(head.width)]
+    return torch.tensor(row, dtype=torch.float32)
 
 
 def _as_taken(head: Labels, column: torch.Tensor) -> torch.Tensor:

@@ -93,22 +93,25 @@ class MultiLabelEvaluator:
     def compute(self, distributed: bool = False) -> dict[str, float]:
         """'loss' and others of `MEANS` as means over heads, then '<head>_loss' and '<head>_<figure>' of each head.
 
-        'score', the mean of the heads' main figures, is there where not every head's is 'top1'. A head without any
-        label has NaN and stays out of the means.
+        'score', the mean of the heads' main figures (0 where one is less), is there where not every head's is 'top1'. A
+        head without any label has NaN and stays out of the means, as does a figure that the labels do not allow.
         """
         loss, count = (sum_over_ranks(self.sums) if distributed else self.sums).cpu().numpy()
         figures, labelled = {}, {}
         for column, (name, (target, measured)) in enumerate(self.predictions(distributed).items()):
             head = self.heads[name]
+            figures[name] = dict.fromkeys(('loss', *head.figures), np.nan)
             if len(target):
-                of_head = head.metrics(target, measured)
-                labelled[name] = {'loss': loss[column] / count[column], 'score': of_head[head.figures[0]], **of_head}
-                figures[name] = {'loss': labelled[name]['loss'], **of_head}
-            else:
-                figures[name] = dict.fromkeys(('loss', *head.figures), np.nan)
+                if np.isfinite(measured).all():  # else the loss tells
+                    figures[name] |= head.metrics(target, measured)
+                figures[name]['loss'] = loss[column] / count[column]
+                # A score goes down to 0, so that one head that is far off does not hide what the others do.
+                labelled[name] = {**figures[name], 'score': np.maximum(figures[name][head.figures[0]], 0)}
         means = {}
         for metric in MEANS:
-            having = {name: float(values[metric]) for name, values in labelled.items() if metric in values}
+            having = {
+                name: float(values[metric]) for name, values in labelled.items()
+                if metric in values and (metric == 'loss' or not np.isnan(values[metric]))}
             if metric == 'score' and self.default_metric == 'top1':
                 continue
             if having or metric in ('loss', self.default_metric):
@@ -209,6 +212,6 @@ class TrainingMeter:
             if isinstance(head.labels, LabelSet):
                 figures[f'train_{name}_top1'] = (
                     100 * correct[column] / labels[column] if labels[column] else float('nan'))
-            if 'pseudo_label' in self.terms:
+            if 'pseudo_label' in self.terms and head.distribution:
                 figures[f'train_{name}_pseudo_labelled'] = 100 * shares[column] / steps
         return figures

@@ -13,7 +13,7 @@ from timm.models import resolve_model_input_args
 from torch import nn
 
 from timm_multilabel.errors import UserError
-from timm_multilabel.heads import KINDS, Head, create_head
+from timm_multilabel.heads import KINDS, Head, create_head, resolve_options
 from timm_multilabel.labels import LabelSpace
 
 
@@ -31,7 +31,8 @@ class Projector(nn.Sequential):
 class MultiLabelModel(nn.Module):
     """A backbone with pooled features and one head for each label: what is evaluated, saved and exported.
 
-    It has a projector only where a head reads projections; else the projector is the task's.
+    It has a projector only where a head reads projections; else the projector is the task's. `head_options` holds, by
+    head, all that makes it.
 
     Args:
         backbone: A timm model made with `num_classes=0`: images (B, 3, H, W) -> features (B, F).
@@ -61,20 +62,23 @@ class MultiLabelModel(nn.Module):
         self.backbone = backbone
         self.label_space = label_space
         self.num_features = backbone.head_hidden_size
-        options = dict(head_options or {})
-        for name in options:
+        given = dict(head_options or {})
+        for name in given:
             if name not in label_space.names:
                 raise ValueError(f"there is no head '{name}' (there are: {', '.join(label_space.names)})")
-        self.inputs = [_input_of(name, options.get(name, {})) for name in label_space.names]
-        self.projector = Projector(self.num_features, projection_dim) if 'projection' in self.inputs else None
+        defaults = {'drop': drop, 'smoothing': smoothing}
+        self.head_options: dict[str, dict[str, Any]] = {}
         heads = []
-        for labels, read in zip(label_space.heads, self.inputs, strict=True):
-            width = projection_dim if read == 'projection' else self.num_features
+        for labels in label_space.heads:
             try:
-                heads.append(create_head(
-                    labels, width, options.get(labels.name, {}), {'drop': drop, 'smoothing': smoothing}, kinds))
+                options = resolve_options(labels, given.get(labels.name, {}), defaults, kinds)
+                width = projection_dim if options['input'] == 'projection' else self.num_features
+                heads.append(create_head(labels, width, options, kinds))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"head '{labels.name}': {error}") from error
+            self.head_options[labels.name] = options
+        projected = any(options['input'] == 'projection' for options in self.head_options.values())
+        self.projector = Projector(self.num_features, projection_dim) if projected else None
         # A list, not a dict by name: a column may be called 'type' or 'a.b', which no submodule can be.
         self.heads = nn.ModuleList(heads)
 
@@ -88,20 +92,13 @@ class MultiLabelModel(nn.Module):
         if projections is None and self.projector is not None:
             projections = self.projector(features)
         return {
-            name: head(projections if read == 'projection' else features)
-            for (name, head), read in zip(self.named_heads.items(), self.inputs, strict=True)
+            name: head(projections if self.head_options[name]['input'] == 'projection' else features)
+            for name, head in self.named_heads.items()
         }
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Images (B, 3, H, W) -> {head: output}: logits (B, C), or (B,) of a number."""
         return self.forward_heads(self.backbone(images))
-
-
-def _input_of(name: str, options: Mapping[str, Any]) -> str:
-    read = options.get('input', 'features')
-    if read not in ('features', 'projection'):
-        raise ValueError(f"head '{name}': input is '{read}', expected features or projection")
-    return read
 
 
 def create_backbone(

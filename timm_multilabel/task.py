@@ -107,7 +107,7 @@ class JointTask(TrainingTask):
         head_weights: Weights w_h by head; 1 / H each when None.
         first_view_only: Classify the first view only (not both).
         pool: The unlabelled images.
-        freeze_backbone: Train the heads alone.
+        freeze_backbone: Train the heads alone, on a backbone (and projector) that stays as it is.
         metadata: Plain values for the checkpoint, beside the weights.
         device: Device for task tensors.
         dtype: Dtype for task tensors.
@@ -158,7 +158,9 @@ class JointTask(TrainingTask):
         if not classification_weight:
             model.heads.requires_grad_(False)  # no loss reaches them, which DDP and weight decay must know
         if freeze_backbone:
-            model.backbone.requires_grad_(False)
+            for part in (model.backbone, model.projector):
+                if part is not None:
+                    part.requires_grad_(False)
         self.trainable_module = JointModule(
             model, projector, bool(classification_weight), bool(simclr_weight), freeze_backbone)
 
@@ -183,6 +185,7 @@ class JointTask(TrainingTask):
 
     def train(self, mode: bool = True) -> 'JointTask':
         super().train(mode)
+        unwrap_model(self.trainable_module).train(mode)  # a compiled model is a second child with the same backbone
         if self.has_ema():
             self.get_trainable_module(ema=True).eval()  # it only teaches
         return self
@@ -295,9 +298,8 @@ class JointTask(TrainingTask):
         for term in (term for term in weights if term in self.terms):
             total = self._weights.new_zeros(())
             for weight, (name, head) in zip(self._weights, self.heads.items(), strict=True):
-                entropy = getattr(head, term)(torch.cat(self._unlabelled(outputs[name])))
-                if entropy is not None:  # of a number there is none
-                    total = total + weight * entropy.mean()
+                if head.distribution:
+                    total = total + weight * getattr(head, term)(torch.cat(self._unlabelled(outputs[name]))).mean()
             losses[term] = self.ramp * weights[term] * total
         return losses
 
@@ -314,11 +316,13 @@ class JointTask(TrainingTask):
                 taught = unwrap_model(teacher).model(self._unlabelled(images)[0])
         total, shares = self._weights.new_zeros(()), []
         for weight, (name, head) in zip(self._weights, self.heads.items(), strict=True):
-            weak, strong = self._unlabelled(outputs[name])
-            found = head.pseudo_label_loss(strong, taught.get(name, weak), self.pool.pseudo_label_threshold)
-            loss, passed = found if found is not None else (total.new_zeros(()), total.new_zeros(()))
-            total = total + weight * loss / self.pool.batch_size
-            shares.append(passed / self.pool.batch_size)
+            passed = total.new_zeros(())
+            if head.distribution:
+                weak, strong = self._unlabelled(outputs[name])
+                loss, passed = head.pseudo_label_loss(
+                    strong, taught.get(name, weak), self.pool.pseudo_label_threshold)
+                total = total + weight * loss / self.pool.batch_size
+            shares.append(passed.to(total.dtype) / self.pool.batch_size)
         return self.pool.pseudo_label_weight * total, torch.stack(shares)
 
 

@@ -87,8 +87,7 @@ def task(
         model: MultiLabelModel,
         data: Data,
         data_config: dict[str, Any],
-        options: head_options.Options,
-        head_weights: dict[str, float] | None,
+        head_weights: dict[str, float],
         device: torch.device,
 ) -> JointTask:
     """The task on its device."""
@@ -121,7 +120,7 @@ def task(
             'data_config': data_config,
             'best_weights': 'plain',
             'head_weights': head_weights,
-            'head_options': options,
+            'head_options': model.head_options,
             'projection_dim': args.projection_dim,
             'image_column': args.image_column,
             'separator': args.separator,

@@ -37,25 +37,27 @@ def check_phases(args: argparse.Namespace) -> list[argparse.Namespace]:
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse what contradicts itself, before anything is read.
 
+    What a recipe says for all phases may be of no use in one of them; what a phase says itself may not.
+
     Raises:
         UserError: Flags that do not go together.
     """
     if not args.simclr_loss_weight and not args.classification_loss_weight:
         raise UserError('-wls 0 with -wlc 0 leaves nothing to train; make one of them more than 0')
     pool = wants_pool(args)
-    terms = {
-        '--entropy-weight': args.entropy_weight,
-        '--marginal-entropy-weight': args.marginal_entropy_weight,
-        '--pseudo-label-weight': args.pseudo_label_weight,
-    }
-    images = args.batch_size + (args.unlabelled_batch_size or args.batch_size if pool else 0)
+    pool_batch = args.unlabelled_batch_size or (args.batch_size if pool and args.classification_loss_weight else 0)
+    images = args.batch_size + pool_batch
     if args.simclr_loss_weight and images == 1:
         raise UserError('-b 1: SimCLR contrasts the images of a batch, so it needs 2 or more; raise -b, or pass -wls 0')
-    for flag, weight in terms.items() if not args.classification_loss_weight else ():
-        if weight:
-            raise UserError(f'{flag} speaks of heads, and -wlc 0 trains none; leave it out')
-    if args.entropy_ramp_up and not (args.entropy_weight or args.marginal_entropy_weight):
-        raise UserError('--entropy-ramp-up: there is no --entropy-weight to ramp up')
+    own = set(getattr(args, 'given', vars(args)))
+    idle = {
+        'entropy_ramp_up': args.entropy_ramp_up and not (args.entropy_weight or args.marginal_entropy_weight),
+        'epoch_by': args.epoch_by != 'larger' and not (pool and args.classification_loss_weight),
+        'pseudo_label_threshold': args.pseudo_label_threshold != 0.95 and not args.pseudo_label_weight,
+    }
+    for name in idle:
+        if name in own and idle[name]:
+            raise UserError(f'--{name.replace("_", "-")}: there is nothing for it to change; leave it out')
     if args.freeze_backbone and args.simclr_loss_weight:
         raise UserError('--freeze-backbone trains the heads alone, and SimCLR the backbone: pass -wls 0 with it')
     mixing = args.mixup or args.cutmix
@@ -79,15 +81,18 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.layer_decay and args.sched == 'none':
         raise UserError('--layer-decay works through the schedule; pass --sched constant in place of none')
     of_heads = {
-        '--heads': args.heads,
-        '--head': args.head,
-        '--head-weights': args.head_weights,
-        '--classify-views first': args.classify_views == 'first',
-        '--eval-metric': args.eval_metric,
+        'head': args.head,
+        'heads': args.heads,
+        'head_weights': args.head_weights,
+        'classify_views': args.classify_views == 'first',
+        'eval_metric': args.eval_metric,
+        'entropy_weight': args.entropy_weight,
+        'marginal_entropy_weight': args.marginal_entropy_weight,
+        'pseudo_label_weight': args.pseudo_label_weight,
     }
-    for flag, given in of_heads.items() if not args.classification_loss_weight else ():
-        if given:
-            raise UserError(f'{flag} speaks of heads, and -wlc 0 trains none; leave it out')
+    for name in of_heads if not args.classification_loss_weight else ():
+        if name in own and of_heads[name]:
+            raise UserError(f'--{name.replace("_", "-")} speaks of heads, and -wlc 0 trains none; leave it out')
     if args.sched == 'plateau' and args.sched_on_updates:
         raise UserError('--sched plateau goes by epochs; leave --sched-on-updates out')
     if args.input_size and args.input_size[0] != 3:
@@ -100,11 +105,19 @@ def resolve_weights(args: argparse.Namespace, data: Data, weights: dict[str, flo
     Raises:
         UserError: A weight is missing or of a head that there is none of, or all are 0.
     """
+    names = data.label_space.names
+    base = args.head_weights if args.head_weights is not None else resolve_head_weights(names, None)
     try:
-        resolved = resolve_head_weights(data.label_space.names, args.head_weights)
-        return resolve_head_weights(data.label_space.names, {**resolved, **weights})
+        return resolve_head_weights(names, {**base, **weights})
     except ValueError as error:
         raise UserError(f'--head-weights: {error}') from error
+
+
+def check_terms(args: argparse.Namespace, heads: Iterable[Head]) -> None:
+    """Raise UserError where no head can learn what unlabelled images are asked to teach."""
+    if (args.entropy_weight or args.marginal_entropy_weight or args.pseudo_label_weight) and not any(
+            head.distribution for head in heads):
+        raise UserError('--entropy-weight, --pseudo-label-weight: no head predicts classes or tags; leave them out')
 
 
 def check_metric(args: argparse.Namespace, data: Data, heads: Iterable[Head], weights: dict[str, float]) -> str:
@@ -128,6 +141,9 @@ def check_metric(args: argparse.Namespace, data: Data, heads: Iterable[Head], we
     if not scored:
         raise UserError(
             f'{data.eval_rows.source}: no row has a label of a head with a weight; there is nothing to score')
+    if metric in MEANS and metric not in ('loss', 'score') and not any(metric in of_head[name] for name in scored):
+        raise UserError(
+            f'--eval-metric {metric}: {data.eval_rows.source} has no label of a head that it is of; choose another')
     for name, figures in of_head.items():
         if name not in scored and metric in (f'{name}_{figure}' for figure in figures):
             raise UserError(

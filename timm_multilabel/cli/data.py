@@ -17,7 +17,7 @@ from timm_multilabel.data.table import (
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
 from timm_multilabel.heads import Head, load_kinds
-from timm_multilabel.labels import LabelSpace
+from timm_multilabel.labels import LabelSet, LabelSpace
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,15 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
 
     all_path = folder / 'all.csv'
     tables = [_read(args, all_path)] if all_path.is_file() else []
+    head_options.check_groups(args.head, train.label_columns)
     head = head_options.expand(args.head, train.label_columns, args.heads)
     label_space = find_label_space(
         [*tables, train], args.heads, head_options.readers(head, kinds), head_options.groups(head))
     if not label_space.heads:
         raise UserError(
             f"{train.path}: no label column beside '{args.image_column}'; add one, or pass -wlc 0 for SimCLR alone")
+    if (args.mixup or args.cutmix) and not all(isinstance(labels, LabelSet) for labels in label_space.heads):
+        raise UserError('--mixup and --cutmix mix classes, not tags or numbers; leave them out, or choose --heads')
     for name, options in head.items():
         if options.get('loss') == 'arcface' and name in label_space.names:
             check_single_class(train, name)
@@ -89,7 +92,7 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
         train_rows, pool_rows = split_labelled(train_rows, label_space)
         if not len(train_rows):
             raise UserError(f'{train.path}: no row has a label; pass -wlc 0 for SimCLR alone')
-        pool_rows = _find_pool(args, folder, label_space, pool_rows, [train_rows, eval_rows], say)
+        pool_rows = _find_pool(args, folder, label_space, pool_rows, [train_rows], say)
     elif not args.simclr_loss_weight:
         train_rows, without = split_labelled(train_rows, label_space)
         if len(without) or args.unlabelled:
@@ -107,15 +110,13 @@ def _without_heads(
         kinds: Mapping[str, type[Head]],
         say: Callable[[str], None],
 ) -> Data:
-    """SimCLR alone: no image has a label that counts, so all of them are one set."""
+    """SimCLR alone: no image has a label that counts, so all of them are one set, and both batches of it."""
     label_space = LabelSpace(())
     rows = rows_of_table(train, label_space)
     if args.unlabelled:
         rows = join_rows([rows, _read_unlabelled(args, folder, label_space)], label_space)
-        val = split_path(folder, args.val_split)
-        if val.is_file():
-            rows = _leave_out(rows, [rows_of_table(_read(args, val), label_space)], say)
-    batch_size = args.unlabelled_batch_size or args.batch_size
+        rows = _leave_out(rows, _scored(args, folder, label_space), say)
+    batch_size = args.batch_size + (args.unlabelled_batch_size or 0)
     return _fill_batches(args, Data(label_space, kinds, {}, rows, None, None, batch_size, 0, 0))
 
 
@@ -143,14 +144,14 @@ def _find_pool(
         others: list[Rows],
         say: Callable[[str], None],
 ) -> Rows:
-    """The unlabelled images: rows of the training table, and what `--unlabelled` names, without those of other rows."""
+    """The unlabelled images: rows of the training table, and what `--unlabelled` names; no labelled or scored image."""
     parts = [unlabelled] if len(unlabelled) else []
     if args.unlabelled:
         parts.append(_read_unlabelled(args, folder, label_space))
     if not parts:
         raise UserError(
             f'{unlabelled.source}: every row has a label, so there is no unlabelled image; name some with --unlabelled')
-    pool = _leave_out(join_rows(parts, label_space), others, say)
+    pool = _leave_out(join_rows(parts, label_space), [*others, *_scored(args, folder, label_space)], say)
     if not len(pool):
         raise UserError(f'{pool.source}: all of its images have labels elsewhere; name others with --unlabelled')
     return pool
@@ -168,12 +169,26 @@ def _read_unlabelled(args: argparse.Namespace, folder: Path, label_space: LabelS
         f'{args.unlabelled}')
 
 
+def _scored(args: argparse.Namespace, folder: Path, label_space: LabelSpace) -> list[Rows]:
+    """The images that a model is scored on: those of the validation and the test split, as far as they are there."""
+    asked_for = [split_path(folder, name) for name in (args.train_split, args.unlabelled) if name]
+    found = []
+    for name in (args.val_split, 'test'):
+        path = split_path(folder, name)
+        if path.is_file() and path not in asked_for:
+            try:
+                found.append(rows_of_table(_read(args, path), label_space))
+            except UserError:  # of no matter here: its images are not on disk, say
+                continue
+    return found
+
+
 def _leave_out(rows: Rows, others: list[Rows], say: Callable[[str], None]) -> Rows:
-    """Rows whose images are not among the labelled or the evaluated ones, which would be counted or known twice."""
+    """Rows whose images are not among others, which would be counted or known twice."""
     left = without_images_of(rows, others)
     if len(left) < len(rows):
         names = ' or '.join(str(other.source) for other in others)
-        say(f'{rows.source}: {len(rows) - len(left)} of {len(rows)} unlabelled images are in {names} too: left out')
+        say(f'{len(rows) - len(left)} of {len(rows)} unlabelled images are in {names} too: left out')
     return left
 
 

@@ -1,7 +1,6 @@
 """What the command lines share: the parser, types of values, YAML files of flags, groups of flags."""
 import argparse
 import difflib
-import json
 import math
 import re
 import sys
@@ -33,8 +32,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{'allow_abbrev': False, 'formatter_class': _HelpFormatter, **kwargs})
 
+    where = ''
+    """The file that the words come from, while it is parsed."""
+
     def error(self, message: str) -> NoReturn:
-        print(f'{self.prog}: error: {message} (see {self.prog} --help)', file=sys.stderr)
+        where = f'{self.where}: ' if self.where else ''
+        print(f'{self.prog}: error: {where}{message} (see {self.prog} --help)', file=sys.stderr)
         sys.exit(2)
 
 
@@ -69,6 +72,14 @@ positive = number(int, least=1)
 fraction = number(least=0, most=1)
 
 
+def separator(text: str) -> str:
+    """A type for flags: one character."""
+    text = {'tab': '\t', '\\t': '\t', 'space': ' '}.get(text, text)
+    if len(text) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one character, 'tab' or 'space'")
+    return text
+
+
 class Settings(ParseKwargs):
     """timm's NAME=VALUE words -> {name: value}."""
 
@@ -95,17 +106,19 @@ class Assignments(argparse.Action):
         setattr(namespace, self.dest, numbers)
 
 
-class HeadOptions(argparse.Action):
-    """HEAD:NAME=VALUE,NAME=VALUE words -> {head: {name: text}}; several flags add up, a head's last word counts.
+class _Heads(str):
+    """A word that stands for the options of heads in a YAML file."""
+    options: dict[str, dict[str, Any]]
 
-    A word in JSON, as a YAML file becomes one, holds {head: {name: value}}.
-    """
+
+class HeadOptions(argparse.Action):
+    """HEAD:NAME=VALUE,NAME=VALUE words -> {head: {name: text}}; several flags add up, a head's last word counts."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         heads = dict(getattr(namespace, self.dest) or {})
         for word in values:
-            if word.startswith('{'):
-                heads.update(json.loads(word))
+            if isinstance(word, _Heads):
+                heads.update(word.options)
                 continue
             head, _, text = word.partition(':')
             options = [part.partition('=') for part in text.split(',')]
@@ -131,9 +144,10 @@ def parse_with_config(parser: Parser, argv: list[str]) -> argparse.Namespace:
     if path is None or not any(action.dest == 'config' for action in parser._actions):
         return parser.parse_args(argv)
     settings = _read_yaml(Path(path))
-    phases = settings.pop('phases', None) if parser.get_default('phases') is not None else None
-    args = _parse_over(parser, argv, _flags(parser, path, settings))
-    if phases is None:
+    recipe = 'phases' in settings and parser.get_default('phases') is not None
+    phases = settings.pop('phases') if recipe else None
+    args = _parse_over(parser, argv, path, settings)
+    if not recipe:
         return args
     if not isinstance(phases, list) or not phases or not all(isinstance(phase, dict) for phase in phases):
         raise UserError(f"{path}: 'phases' is no list of mappings, such as '- {{name: pretrain, epochs: 100}}'")
@@ -145,21 +159,23 @@ def parse_with_config(parser: Parser, argv: list[str]) -> argparse.Namespace:
             raise UserError(f'{where}: a name is of letters, digits, ., - and _, and no other phase has it')
         if isinstance(settings.get('head'), dict) and isinstance(phase.get('head'), dict):
             phase['head'] = {**settings['head'], **phase['head']}
-        given = {_action(parser, where, key).dest for key in phase}
-        words = _flags(parser, where, {**settings, **phase})
-        parsed = _parse_over(parser, argv, words)
+        given = {_action(parser, where, key).dest for key, value in phase.items() if value is not None}
+        parsed = _parse_over(parser, argv, where, {**settings, **phase})
         parsed.phase, parsed.given = name, given
         args.phases.append(parsed)
     return args
 
 
-def _parse_over(parser: Parser, argv: list[str], words: list[str]) -> argparse.Namespace:
-    """Parse the words of a file, then the command line over them."""
+def _parse_over(parser: Parser, argv: list[str], where: str, settings: dict[Any, Any]) -> argparse.Namespace:
+    """Parse the settings of a file, then the command line over them."""
+    words = _flags(parser, where, settings)
     positionals = [action for action in parser._actions if not action.option_strings]
     nargs, defaults = [action.nargs for action in positionals], [action.default for action in positionals]
     for action in positionals:
         action.nargs = '?'  # the file may hold it
+    parser.where = where
     settings = parser.parse_args(words)
+    parser.where = ''
     for action in positionals:
         action.default = getattr(settings, action.dest)
     args = parser.parse_args(argv, settings)
@@ -224,9 +240,11 @@ def _words(where: str, action: argparse.Action, value: Any) -> list[str]:
     if isinstance(action, HeadOptions):
         if not isinstance(value, dict) or not all(isinstance(options, dict) for options in value.values()):
             raise UserError(f"{where}: '{action.dest}' is {value!r}, expected heads with their options")
-        named = {str(head): {str(name).replace('-', '_'): part for name, part in options.items()}
-                 for head, options in value.items()}
-        return [action.option_strings[0], json.dumps(named)] if named else []
+        word = _Heads('heads')
+        word.options = {
+            str(head): {str(name).replace('-', '_'): part for name, part in options.items()}
+            for head, options in value.items()}
+        return [action.option_strings[0], word] if word.options else []
     if isinstance(value, dict):
         value = [f'{name}={part}' for name, part in value.items()]
     values = [str(part) for part in value] if isinstance(value, list) else [str(value)]

@@ -1,11 +1,12 @@
 """`--head`: from texts to the options of heads."""
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from timm_multilabel.cli.flags import at_least_0
 from timm_multilabel.errors import UserError
-from timm_multilabel.heads import COMMON_OPTIONS, Head, default_kind, options_of
+from timm_multilabel.heads import Head, default_kind, options_of
 from timm_multilabel.labels import Labels, LabelSpace, TagSet
 
 Options = dict[str, dict[str, Any]]
@@ -26,6 +27,31 @@ def expand(given: Options, columns: list[str], heads: list[str] | None) -> Optio
     return named if every is None else {name: dict(every) for name in names if name not in named} | named
 
 
+def check_groups(given: Options, columns: list[str]) -> None:
+    """Check which columns make groups of tags.
+
+    Args:
+        given: What `--head` says.
+        columns: The label columns.
+
+    Raises:
+        UserError: A column that there is none of, that is named twice, or that is the name of another head.
+    """
+    if 'columns' in given.get('*', {}):
+        raise UserError("--head '*': columns are of one head; name it")
+    taken: dict[str, str] = {}
+    for name, group in groups(given).items():
+        for column in group:
+            if column not in columns:
+                raise UserError(
+                    f"--head {name}:columns: no label column '{column}' (there are: {', '.join(columns) or 'none'})")
+            if column in taken:
+                raise UserError(f"--head {name}:columns: '{column}' is named twice; each column is one tag of one head")
+            taken[column] = name
+        if name in columns and name not in group:
+            raise UserError(f"--head {name}:columns: there is a column '{name}' too; give the group another name")
+
+
 def readers(given: Options, kinds: Mapping[str, type[Head]]) -> dict[str, type[Labels]]:
     """The labels that each head reads, where its kind is named.
 
@@ -35,7 +61,7 @@ def readers(given: Options, kinds: Mapping[str, type[Head]]) -> dict[str, type[L
     found = {}
     for name, options in given.items():
         loss = options.get('loss', 'tags' if 'columns' in options else 'softmax')
-        if loss not in kinds:
+        if not isinstance(loss, str) or loss not in kinds:
             raise UserError(
                 f"--head {name}:loss={loss}: there is no such loss (there are: {', '.join(kinds)}); --head-module "
                 'brings your own')
@@ -77,19 +103,15 @@ def resolve(
         known = options_of(kind)
         made = resolved[name] = {}
         for key, value in options.items():
-            if key not in COMMON_OPTIONS and key not in known:
-                raise UserError(
-                    f"--head {name}:{key}={value}: '{kind.kind}' has no such option (it has: "
-                    f"{', '.join([*COMMON_OPTIONS, *known])})")
             try:
                 if key == 'weight':
                     weights[name] = at_least_0(str(value))
-                elif key == 'class_weights':
+                elif key == 'class_weights' and key in known:
                     made[key] = _class_weights(value, kind, head, target)
                 elif key in known:
                     made[key] = _typed(value, known[key])
                 elif key != 'columns':  # they are in the label space
-                    made[key] = value
+                    made[key] = value  # also an option that the kind has not, which the model names
             except Exception as error:
                 raise UserError(f'--head {name}:{key}={value}: {error}') from error
     return resolved, weights
@@ -98,9 +120,12 @@ def resolve(
 def _typed(value: Any, parameter: inspect.Parameter) -> Any:
     """A text as its parameter's annotation (or default) says; a value of a YAML file as it is, where that fits."""
     annotation = type(parameter.default) if parameter.annotation is parameter.empty else parameter.annotation
-    kind = annotation if isinstance(annotation, str) else getattr(annotation, '__name__', str(annotation))
-    if kind.startswith('list'):
+    found = re.search(r'\b(list|bool|int|float)\b', str(annotation))
+    kind = found[1] if found else ''
+    if kind == 'list':
         return _list(value)
+    if kind in ('int', 'float') and isinstance(value, bool):
+        raise ValueError('expected a number')
     if kind == 'bool':
         if str(value).lower() not in ('true', 'false'):
             raise ValueError('expected true or false')

@@ -1,7 +1,8 @@
 """Train a timm backbone on several labels at once, together with SimCLR and with images that have no label."""
 import argparse
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import torch.distributed as dist
 from timm.utils import random_seed
 
 from timm_multilabel.cli import build, head_options, train_flags
-from timm_multilabel.cli.checks import check_metric, check_phases, resolve_weights
+from timm_multilabel.cli.checks import check_metric, check_phases, check_terms, resolve_weights
 from timm_multilabel.cli.data import read_data
 from timm_multilabel.cli.device import choose_precision, start_device
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
+from timm_multilabel.heads import HeadWarning
 from timm_multilabel.training.checkpoint import Checkpoint, of_task, read_checkpoint, resume, start_from
 from timm_multilabel.training.loop import Fit
 from timm_multilabel.training.run_folder import RunFolder, phase_folder, run_folder_path
@@ -35,29 +37,34 @@ def run(args: argparse.Namespace) -> None:
         say('--apex-amp and --native-amp are read as --amp: PyTorch has mixed precision of its own')
     phases = [Phase(each, device, say) for each in flags]
     checkpoint = read_checkpoint(args.resume) if args.resume else None
+    start = read_checkpoint(args.initial_checkpoint) if args.initial_checkpoint and checkpoint is None else None
     first = find_phase(checkpoint, phases) if checkpoint is not None else 0
-    for index in range(first, len(phases)) if len(phases) > 1 else ():
-        phases[index].rehearse(fresh=index == 0 and checkpoint is None)
+    if len(phases) > 1:
+        rehearse(phases[first:], start, checkpoint)
 
-    previous = None
-    if args.initial_checkpoint and checkpoint is None:
-        previous = read_checkpoint(args.initial_checkpoint)
     names = [phase.name for phase in phases]
     folder, writer = None, None
     for index in range(first, len(phases)):
         phase = phases[index]
-        phase.make(fresh=index == 0 and checkpoint is None, start=previous, say=say)
+        phase.make(start, checkpoint, say)
         if folder is None:
             folder = find_folder(args, phase, checkpoint, last=index + 1 == len(phases))
             if world()[0] == 0:
                 writer = RunFolder(folder, settings(phases), phases[-1].data.label_space, names if args.phases else ())
-        phase.task.metadata['phase'] = index
         phase.fit(phase_folder(folder, names, index), writer, checkpoint, say)
-        previous, checkpoint = of_task(phase.task, f"phase '{phase.name}'"), None
+        start, checkpoint = of_task(phase.task, f"phase '{phase.name}'"), None
         phase.forget()
     say(f'{folder}: {"all phases" if args.phases else f"{phase.epochs} epochs"} done')
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def rehearse(phases: 'list[Phase]', start: Checkpoint | None, checkpoint: Checkpoint | None) -> None:
+    """Make phases without training them: what is wrong with a later one shows now, not after hours."""
+    for phase in phases:
+        phase.make(start, checkpoint, _silent)
+        start, checkpoint = of_task(phase.task, 'the phase before it'), None
+        phase.forget()
 
 
 class Phase:
@@ -73,39 +80,60 @@ class Phase:
         self.args = args
         self.name = getattr(args, 'phase', None)
         args.amp = args.amp or args.old_amp
-        self.precision = choose_precision(device, args.amp, args.amp_dtype, args.channels_last)
-        self.data = read_data(args, say)
+        with self.named():
+            self.precision = choose_precision(device, args.amp, args.amp_dtype, args.channels_last)
+            self.data = read_data(args, say)
 
-    def rehearse(self, fresh: bool) -> None:
-        """Make it once, and forget it: what is wrong with a later phase shows now, not after hours."""
-        self.make(fresh, None, _silent)
-        self.forget()
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Put the phase's name before an error."""
+        try:
+            yield
+        except UserError as error:
+            if self.name is None:
+                raise
+            raise UserError(f"{self.args.config}, phase '{self.name}': {error.line}") from error
 
-    def make(self, fresh: bool, start: Checkpoint | None, say: Say) -> None:
+    def make(self, start: Checkpoint | None, checkpoint: Checkpoint | None, say: Say) -> None:
         """Make task, optimizer and loaders.
 
         Args:
-            fresh: Load pretrained weights as asked for.
-            start: A checkpoint to start from.
+            start: What to start from.
+            checkpoint: One of its own, to go on from.
             say: Prints a line.
         """
+        with self.named():
+            self._make(start, checkpoint, say)
+
+    def _make(self, start: Checkpoint | None, checkpoint: Checkpoint | None, say: Say) -> None:
         args, data = self.args, self.data
         random_seed(args.seed, 0)  # the same first weights on every rank
         targets = data.label_space.split(data.train_rows.targets)
         options, weights = head_options.resolve(data.head, data.kinds, data.label_space, targets)
         weights = resolve_weights(args, data, weights)
         with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter('always', UserWarning)
+            warnings.simplefilter('always')
+            fresh = checkpoint is None and start is None
             model, self.data_config = build.model(args, data, options, fresh)
         for warning in caught:
-            if str(warning.message).startswith("head '"):
+            if issubclass(warning.category, HeadWarning):
                 say(str(warning.message))
+            else:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        check_terms(args, model.heads)
         self.metric = check_metric(args, data, model.heads, weights)
-        self.task = build.task(args, model, data, self.data_config, options, weights, self.precision.device)
+        self.task = build.task(args, model, data, self.data_config, weights, self.precision.device)
+        self.task.metadata['phase'] = self.name
         if start is not None:
             say(start_from(self.task, start, start.best_weights))
         build.surround(args, self.task)
         self.updater, self.epochs = build.updater(args, self.task, self.precision, data.steps, say)
+        self.first = 0
+        if checkpoint is not None:
+            self.first = resume(checkpoint, self.task, self.updater.optimizer, self.updater.scaler)
+            if self.updater.scheduler is not None and self.first:
+                self.updater.scheduler.step(self.first)
+                self.updater.scheduler.step_update(self.first * self.updater.updates_per_epoch(data.steps))
         self.loaders = build.loaders(args, self.task, data, self.data_config, self.precision.device)
 
     def forget(self) -> None:
@@ -113,19 +141,15 @@ class Phase:
         self.task = self.updater = self.loaders = None
 
     def fit(self, folder: Path, writer: RunFolder | None, checkpoint: Checkpoint | None, say: Say) -> None:
-        """Train it, from a checkpoint of its own where there is one.
+        """Train it.
 
         Args:
             folder: Where its checkpoints go.
             writer: The run folder, on the first rank.
-            checkpoint: Where it goes on.
+            checkpoint: What it goes on from, for the history of the best.
             say: Prints a line.
         """
         args, data, task, device, ranks = self.args, self.data, self.task, self.precision.device, world()[1]
-        first = resume(checkpoint, task, self.updater.optimizer, self.updater.scaler) if checkpoint else 0
-        if self.updater.scheduler is not None and first:
-            self.updater.scheduler.step(first)
-            self.updater.scheduler.step_update(first * self.updater.updates_per_epoch(data.steps))
         if ranks > 1:
             task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
         say((f'Phase {self.name}: ' if self.name else '') + f'{args.model}, heads: {data.label_space}')
@@ -144,7 +168,7 @@ class Phase:
         if writer is not None:
             folder.mkdir(exist_ok=True)
             fit.saver = build.saver(args, task, self.updater, folder, checkpoint)
-        fit.run(first, self.epochs)
+        fit.run(self.first, self.epochs)
 
 
 def _silent(line: str) -> None:
@@ -157,18 +181,21 @@ def find_phase(checkpoint: Checkpoint, phases: list[Phase]) -> int:
     Raises:
         UserError: The run has no such phase.
     """
-    phase = checkpoint.state.get('phase', 0)
-    if phase >= len(phases):
+    name, names = checkpoint.state.get('phase'), [phase.name for phase in phases]
+    if name not in names:
+        theirs = f"phase '{name}'" if name is not None else 'a run without phases'
+        ours = 'this run has none' if names == [None] else f'this run has the phases {", ".join(names)}'
         raise UserError(
-            f'{checkpoint.path}: a checkpoint of phase {phase + 1}, and this run has {len(phases)}; resume with the '
-            'recipe that it was trained with (-c args.yaml of its run folder)')
-    return phase
+            f'{checkpoint.path}: a checkpoint of {theirs}, and {ours}; resume with what it was trained with '
+            '(-c args.yaml of its run folder)')
+    return names.index(name)
 
 
 def find_folder(args: argparse.Namespace, phase: Phase, checkpoint: Checkpoint | None, last: bool) -> Path:
     """The run folder: that of the checkpoint to resume from, or a new one."""
     if checkpoint is not None:
-        return checkpoint.path.parent if last else checkpoint.path.parent.parent
+        folder = checkpoint.path.absolute().parent
+        return folder if last else folder.parent
     return run_folder_path(args.output, args.experiment, args.model, phase.data_config['input_size'][-1])
 
 

@@ -11,6 +11,7 @@ from timm_multilabel.cli.flags import (
     fraction,
     number,
     positive,
+    separator,
 )
 
 _SWITCH = argparse.BooleanOptionalAction
@@ -47,14 +48,6 @@ def _add_data(group) -> None:
     group.add_argument('--unknown-labels', choices=('error', 'ignore'), default='error',
                        help='labels of val.csv that training does not know: stop, or take them as missing')
     group.add_argument('-j', '--workers', type=count, default=4, metavar='N', help='loader processes a GPU')
-
-
-def separator(text: str) -> str:
-    """A type for flags: one character."""
-    text = {'tab': '\t', '\\t': '\t', 'space': ' '}.get(text, text)
-    if len(text) != 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one character, 'tab' or 'space'")
-    return text
 
 
 def _add_model(group) -> None:

@@ -10,8 +10,9 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
+from timm_multilabel.cli.data import split_path
 from timm_multilabel.cli.device import choose_precision, loader_workers, start_device
-from timm_multilabel.cli.flags import count, positive
+from timm_multilabel.cli.flags import count, positive, separator
 from timm_multilabel.data.loaders import MultiLabelDataset, create_eval_loader
 from timm_multilabel.data.table import Rows, Table, describe_unknown, encode_rows, read_table, unknown_labels
 from timm_multilabel.data.views import eval_view
@@ -39,6 +40,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--weights', choices=('best', 'plain', 'ema'), default='best',
                         help='weights to score (default: those that made the checkpoint what it is)')
     parser.add_argument('--image-column', metavar='NAME', help='column of the image paths (default: as in training)')
+    parser.add_argument('--separator', type=separator, metavar='CHAR', help='between cells (default: as in training)')
+    parser.add_argument('--missing-value', metavar='TEXT', help='a cell that means no label (default: as in training)')
     parser.add_argument('--head-module', metavar='FILE', help='Python file with the kinds of heads of your own')
     parser.add_argument('-b', '--batch-size', type=positive, default=128, metavar='N', help='images a batch')
     parser.add_argument('-j', '--workers', type=count, default=4, metavar='N', help='loader processes')
@@ -120,11 +123,12 @@ def read_split(args: argparse.Namespace, checkpoint: Checkpoint, say) -> Rows:
     elif not folder.is_dir():
         raise UserError(f'{folder}: no such data directory')
     else:
-        path = folder / f'{args.split}.csv'
+        path = split_path(folder, args.split)
     state = checkpoint.state
+    missing_value = args.missing_value if args.missing_value is not None else state.get('missing_value')
     table = read_table(
-        path, args.image_column or state.get('image_column', 'image_path'), state.get('separator'),
-        state.get('missing_value'))
+        path, args.image_column or state.get('image_column', 'image_path'), args.separator or state.get('separator'),
+        missing_value)
     absent = [head.name for head in checkpoint.label_space.heads if not set(head.columns) <= set(table.label_columns)]
     if len(absent) == len(checkpoint.label_space.names):
         raise UserError(

@@ -65,15 +65,16 @@ def join_rows(parts: list[Rows], label_space: LabelSpace) -> Rows:
         which=np.concatenate([part.which + offset for part, offset in zip(parts, offsets)]),
     )
     first = np.zeros(len(images), dtype=bool)
-    first[np.unique(absolute_paths(joined), return_index=True)[1]] = True
+    first[np.unique(real_paths(joined), return_index=True)[1]] = True
     return joined.select(first)
 
 
 def without_images_of(rows: Rows, others: list[Rows]) -> Rows:
     """The rows whose image is in none of the others."""
-    taken = [absolute_paths(other) for other in others]
-    return rows.select(~np.isin(absolute_paths(rows), np.concatenate(taken))) if taken else rows
+    taken = [real_paths(other) for other in others]
+    return rows.select(~np.isin(real_paths(rows), np.concatenate(taken))) if taken else rows
 
 
-def absolute_paths(rows: Rows) -> np.ndarray:
-    return np.array([os.path.abspath(path) for path in rows.images], dtype=object).astype(str)
+def real_paths(rows: Rows) -> np.ndarray:
+    """The files of rows (N,), whatever links lead to them."""
+    return np.array([os.path.realpath(path) for path in rows.images], dtype=str)

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from timm_multilabel.errors import UserError
-from timm_multilabel.labels import MISSING, UNKNOWN, BadCell, Labels, LabelSet, LabelSpace, Quantity
+from timm_multilabel.labels import MISSING, UNKNOWN, BadCell, Labels, LabelSet, LabelSpace, Quantity, missing_row
 
 _EXAMPLES = 3  # rows, files or labels named in a message
 
@@ -185,6 +185,8 @@ def find_label_space(
         names = list(dict.fromkeys(grouped.get(column, column) for column in train.label_columns))
     found = []
     for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--heads: '{name}' is named twice")
         if name == 'ema' or name.startswith('ema_'):  # summary.csv names the figures of EMA weights so
             raise UserError(f"{train.path}: a label column may not be called '{name}'; rename it")
         columns = list(groups.get(name, (name,)))
@@ -197,8 +199,9 @@ def find_label_space(
         reader = readers.get(name, LabelSet)
         # A mean over validation and test rows too would tell the model of them.
         source = train if reader is Quantity else tables[0]
+        read = reader.from_group if name in groups else reader.from_cells
         try:
-            found.append(reader.from_cells(name, source.frame[columns]))
+            found.append(read(name, source.frame[columns]))
         except BadCell as error:
             raise _bad_cell(source, error) from error
         except ValueError as error:
@@ -291,5 +294,5 @@ def encode_rows(
 
 def missing_targets(label_space: LabelSpace, rows: int) -> torch.Tensor:
     """Targets (N, W) of images without any label; they take the memory of one row."""
-    row = [np.nan if isinstance(head, Quantity) else MISSING for head in label_space.heads for _ in range(head.width)]
-    return torch.tensor(row, dtype=torch.float32).expand(rows, len(row))
+    row = missing_row(label_space)
+    return row.expand(rows, len(row))

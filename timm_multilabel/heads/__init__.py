@@ -1,7 +1,15 @@
 """What a head is: its layer, its loss, its prediction, its figures. A new kind is a subclass of `Head`."""
 from timm_multilabel.heads.classes import ArcFaceHead, SoftmaxHead
-from timm_multilabel.heads.head import Head
-from timm_multilabel.heads.kinds import COMMON_OPTIONS, KINDS, create_head, default_kind, load_kinds, options_of
+from timm_multilabel.heads.head import Head, HeadWarning
+from timm_multilabel.heads.kinds import (
+    COMMON_OPTIONS,
+    KINDS,
+    create_head,
+    default_kind,
+    load_kinds,
+    options_of,
+    resolve_options,
+)
 from timm_multilabel.heads.numeric import NumericHead
 from timm_multilabel.heads.tags import TagsHead
 
@@ -10,6 +18,7 @@ __all__ = [
     'KINDS',
     'ArcFaceHead',
     'Head',
+    'HeadWarning',
     'NumericHead',
     'SoftmaxHead',
     'TagsHead',
@@ -17,4 +26,5 @@ __all__ = [
     'default_kind',
     'load_kinds',
     'options_of',
+    'resolve_options',
 ]

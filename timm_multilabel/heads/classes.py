@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_multilabel.heads.head import Head, check_fractions, class_weights_tensor, float32
+from timm_multilabel.heads.head import Head, HeadWarning, check_fractions, class_weights_tensor
 from timm_multilabel.labels import MISSING, LabelSet
 from timm_multilabel.losses import (
     arcface_logits,
@@ -16,11 +16,13 @@ from timm_multilabel.losses import (
     marginal_entropy,
     pseudo_label_loss,
 )
+from timm_multilabel.losses.precision import float32
 
 
 class ClassHead(Head):
     """What heads of one class an image share; outputs are logits (B, C) without a margin."""
     figures = ('top1', 'top5')
+    distribution = True
 
     def predict(self, output: torch.Tensor) -> torch.Tensor:
         return output.argmax(dim=1)
@@ -126,7 +128,8 @@ class ArcFaceHead(ClassHead):
         if not 0 <= margin <= np.pi:
             raise ValueError(f'margin is {margin:g}, expected an angle from 0 to pi')
         if smoothing:
-            warnings.warn(f"head '{labels.name}': label smoothing works against ArcFace's margin", stacklevel=2)
+            warnings.warn(
+                f"head '{labels.name}': label smoothing works against ArcFace's margin", HeadWarning, stacklevel=2)
         self.smoothing, self.scale, self.margin = smoothing, scale, margin
         self.drop = nn.Dropout(drop)
         self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(len(labels.classes), in_features)))

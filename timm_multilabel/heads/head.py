@@ -6,6 +6,10 @@ from torch import nn
 from timm_multilabel.labels import Labels, LabelSet
 
 
+class HeadWarning(UserWarning):
+    """Options of a head that work against each other."""
+
+
 class Head(nn.Module):
     """One kind of head. Subclasses take `(labels, in_features, *, options)`; the options are those of `--head`.
 
@@ -22,6 +26,8 @@ class Head(nn.Module):
     """The type of labels it learns: `LabelSet`, `TagSet` or `Quantity`."""
     figures: tuple[str, ...] = ()
     """The names of what `metrics` gives; the first ranks checkpoints: a percentage, higher is better."""
+    distribution = False
+    """Whether it predicts a distribution, and so learns from unlabelled images: the last three methods."""
     inherits: tuple[str, ...] = ('drop', 'smoothing')
     """Options that, where they are not given, have the value of the flag of that name."""
 
@@ -49,32 +55,27 @@ class Head(nn.Module):
         """Figures of all labelled rows: what `labels` encodes (N, W), and what `measure` kept (N, K)."""
         raise NotImplementedError
 
-    def entropy(self, output: torch.Tensor) -> torch.Tensor | None:
-        """Entropy of the prediction (B,), or None where the head predicts no distribution."""
-        return None
+    def entropy(self, output: torch.Tensor) -> torch.Tensor:
+        """Entropy of the prediction (B,)."""
+        raise NotImplementedError
 
-    def marginal_entropy(self, output: torch.Tensor) -> torch.Tensor | None:
-        """Entropy of the mean prediction over all ranks, a scalar, or None."""
-        return None
+    def marginal_entropy(self, output: torch.Tensor) -> torch.Tensor:
+        """Entropy of the mean prediction over all ranks, a scalar."""
+        raise NotImplementedError
 
     def pseudo_label_loss(
             self,
             strong: torch.Tensor,
             weak: torch.Tensor,
             threshold: float,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The sum of losses against what the weak outputs say, and the number of rows that pass, or None."""
-        return None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum of losses against what the weak outputs say, and the number of rows that pass, both scalars."""
+        raise NotImplementedError
 
     @staticmethod
     def balance(target: torch.Tensor, labels: Labels) -> list[float]:
-        """The class weights that `class_weights=balanced` means for the training targets."""
-        raise NotImplementedError
-
-
-def float32(logits: torch.Tensor) -> torch.Tensor:
-    """Logits in float32 at least, whatever the autocast gave."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        """The class weights that `class_weights=balanced` means for the training targets, for a kind that has them."""
+        raise ValueError('this kind has no balanced weights; give one for each class')
 
 
 def check_fractions(**values: float) -> None:

@@ -1,16 +1,20 @@
 """The kinds of heads by name: ours, and those of a file of the user's."""
 import importlib.util
 import inspect
+import sys
 from collections.abc import Mapping
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from timm_multilabel.errors import UserError
 from timm_multilabel.heads.classes import ArcFaceHead, SoftmaxHead
 from timm_multilabel.heads.head import Head
 from timm_multilabel.heads.numeric import NumericHead
 from timm_multilabel.heads.tags import TagsHead
-from timm_multilabel.labels import Labels, LabelSet, Quantity, TagSet
+from timm_multilabel.labels import Labels, LabelSet, LabelSpace, Quantity, TagSet, missing_row
 
 KINDS: Mapping[str, type[Head]] = {kind.kind: kind for kind in (SoftmaxHead, ArcFaceHead, TagsHead, NumericHead)}
 """The kinds of heads by name."""
@@ -29,11 +33,12 @@ def load_kinds(path: str | None) -> dict[str, type[Head]]:
         return dict(KINDS)
     if not Path(path).is_file():
         raise UserError(f'--head-module {path}: no such file')
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    name = f'timm_multilabel_head_module_{Path(path).stem}'
+    spec = importlib.util.spec_from_file_location(name, path, loader=SourceFileLoader(name, path))
     try:
-        module = importlib.util.module_from_spec(spec)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the file does
+    except (Exception, SystemExit) as error:  # whatever the file does
         raise UserError(f'--head-module {path}: it fails with {type(error).__name__}: {error}') from error
     found = {
         value.kind: value for value in vars(module).values()
@@ -51,29 +56,28 @@ def options_of(kind: type[Head]) -> dict[str, inspect.Parameter]:
     return {each.name: each for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def create_head(
+def resolve_options(
         labels: Labels,
-        in_features: int,
         options: Mapping[str, Any],
         defaults: Mapping[str, Any],
         kinds: Mapping[str, type[Head]],
-) -> Head:
-    """Make a head of its options.
+) -> dict[str, Any]:
+    """All that makes a head: 'loss', 'input', and options of its kind, given or inherited.
 
     Args:
         labels: Its labels.
-        in_features: Width of its input.
-        options: 'loss', the kind, by default that of the labels; options of the kind; the other `COMMON_OPTIONS` are
-            passed over.
+        options: 'loss', the kind, by default that of the labels; 'input', by default 'features'; options of the kind.
         defaults: Values of the flags that a kind may inherit.
         kinds: The kinds by name.
 
     Raises:
-        ValueError: There is no such kind, it reads other labels, or it does not take an option or a value.
+        ValueError: There is no such kind, it reads other labels, or it does not have an option.
     """
-    name = options.get('loss', default_kind(labels))
+    name, read = options.get('loss', default_kind(labels)), options.get('input', 'features')
     if name not in kinds:
         raise ValueError(f"there is no loss '{name}' (there are: {', '.join(kinds)}); --head-module brings your own")
+    if read not in ('features', 'projection'):
+        raise ValueError(f"input is '{read}', expected features or projection")
     kind = kinds[name]
     if not isinstance(labels, kind.reads):
         raise ValueError(f"'{name}' reads {kind.reads.kind}, and the head has {labels.kind}")
@@ -81,9 +85,59 @@ def create_head(
     given = {key: value for key, value in options.items() if key not in COMMON_OPTIONS}
     for key in given:
         if key not in known:
-            raise ValueError(f"'{name}' has no option '{key}' (there are: {', '.join([*COMMON_OPTIONS, *known])})")
+            raise ValueError(f"'{name}' has no option '{key}' (it has: {', '.join([*COMMON_OPTIONS, *known])})")
     inherited = {key: value for key, value in defaults.items() if key in kind.inherits and key in known}
-    return kind(labels, in_features, **{**inherited, **given})
+    return {'loss': name, 'input': read, **inherited, **given}
+
+
+def create_head(
+        labels: Labels,
+        in_features: int,
+        options: Mapping[str, Any],
+        kinds: Mapping[str, type[Head]],
+) -> Head:
+    """Make a head of the options that `resolve_options` gives; one of the user's own kind is tried out.
+
+    Raises:
+        ValueError: The kind does not take a value, or does not do what a kind must.
+    """
+    kind = kinds[options['loss']]
+    own = {key: value for key, value in options.items() if key not in COMMON_OPTIONS}
+    if kind in KINDS.values():
+        return kind(labels, in_features, **own)
+    try:
+        head = kind(labels, in_features, **own)
+        _try_out(head, in_features)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever the user's code does
+        raise ValueError(f"'{kind.kind}' fails with {type(error).__name__}: {error}") from error
+    return head
+
+
+def _try_out(head: Head, in_features: int) -> None:
+    """Call a head as training and evaluation will.
+
+    Raises:
+        ValueError: It does not give what it must.
+    """
+    if not head.figures:
+        raise ValueError(f"'{head.kind}' names no figures")
+    target = torch.zeros(2, head.labels.width)
+    space = LabelSpace((head.labels,))
+    with torch.no_grad():
+        output = head(torch.zeros(2, in_features))
+        for values in (target, missing_row(space).expand(2, -1)):
+            loss = head.loss(output, space.split(values)[0])
+            if not isinstance(loss, tuple) or len(loss) != 2 or not all(
+                    isinstance(part, torch.Tensor) and part.ndim == 0 and part.is_floating_point() for part in loss):
+                raise ValueError(f"the loss of '{head.kind}' must be two scalar tensors of floats: a sum, and a number")
+        measured = head.measure(output)
+    if measured.ndim != 2 or len(measured) != 2:
+        raise ValueError(f"what '{head.kind}' measures must be (B, K), and is {tuple(measured.shape)} for B = 2")
+    figures = head.metrics(target.numpy(), measured.numpy())
+    if not isinstance(figures, dict) or not set(head.figures) <= figures.keys():
+        raise ValueError(f"the metrics of '{head.kind}' must be a dict with its figures {', '.join(head.figures)}")
 
 
 def default_kind(labels: Labels) -> str:

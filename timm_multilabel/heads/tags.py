@@ -4,7 +4,7 @@ import torch
 from sklearn.metrics import average_precision_score, f1_score
 from torch import nn
 
-from timm_multilabel.heads.head import Head, check_fractions, class_weights_tensor, float32
+from timm_multilabel.heads.head import Head, check_fractions, class_weights_tensor
 from timm_multilabel.labels import MISSING, TagSet
 from timm_multilabel.losses import (
     binary_cross_entropy,
@@ -12,6 +12,7 @@ from timm_multilabel.losses import (
     binary_marginal_entropy,
     binary_pseudo_label_loss,
 )
+from timm_multilabel.losses.precision import float32
 
 
 class TagsHead(Head):
@@ -27,6 +28,7 @@ class TagsHead(Head):
     kind = 'tags'
     reads = TagSet
     figures = ('map', 'f1', 'micro_f1')
+    distribution = True
 
     def __init__(
             self,

@@ -3,11 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from timm_multilabel.labels import MISSING
-
-
-def _float32(logits: torch.Tensor) -> torch.Tensor:
-    """The logits in float32 at least, whatever the autocast gave."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+from timm_multilabel.losses.precision import float32
 
 
 def index_cross_entropy(
@@ -27,7 +23,7 @@ def index_cross_entropy(
     Returns:
         The sum over labelled rows and their number (the sum of their classes' weights), both scalars.
     """
-    logits = _float32(logits)
+    logits = float32(logits)
     weights = None if class_weights is None else class_weights.to(logits.dtype)
     total = F.cross_entropy(
         logits, target, weight=weights, ignore_index=MISSING, label_smoothing=smoothing, reduction='sum')
@@ -53,7 +49,7 @@ def dense_cross_entropy(
     Returns:
         The sum over rows and the labels' (weighted) mass, both scalars.
     """
-    log_probabilities = _float32(logits).log_softmax(dim=1)
+    log_probabilities = float32(logits).log_softmax(dim=1)
     mass = target.sum(dim=1, keepdim=True)
     smooth = target * (1 - smoothing) + mass * (smoothing / target.shape[1])
     if class_weights is not None:
@@ -78,7 +74,7 @@ def binary_cross_entropy(
     Returns:
         The sum over the labels that are there and their number, both scalars.
     """
-    logits = _float32(logits)
+    logits = float32(logits)
     known = (target != MISSING).to(logits.dtype)
     smooth = target.clamp(min=0).to(logits.dtype) * (1 - smoothing) + smoothing / 2
     weights = None if positive_weights is None else positive_weights.to(logits.dtype)

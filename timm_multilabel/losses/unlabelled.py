@@ -6,10 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from timm_multilabel.distributed import gather
-
-
-def _float32(logits: torch.Tensor) -> torch.Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+from timm_multilabel.losses.precision import float32
 
 
 def categorical_entropy(logits: torch.Tensor) -> torch.Tensor:
@@ -22,13 +19,13 @@ def categorical_entropy(logits: torch.Tensor) -> torch.Tensor:
     weight ramp up, so that labels come first, and reward the entropy of the mean prediction (`marginal_entropy`), which
     is 0 for the collapsed one; and watch whether the loss falls while the validation accuracy does too.
     """
-    log_probabilities = _float32(logits).log_softmax(dim=1)
+    log_probabilities = float32(logits).log_softmax(dim=1)
     return -(log_probabilities.exp() * log_probabilities).sum(dim=1)
 
 
 def binary_entropy(logits: torch.Tensor) -> torch.Tensor:
     """Mean entropy in nats over tags (B,) of the sigmoids of logits (B, C); see `categorical_entropy`."""
-    logits = _float32(logits)
+    logits = float32(logits)
     p = logits.sigmoid()
     return (p * F.softplus(-logits) + (1 - p) * F.softplus(logits)).mean(dim=1)
 
@@ -71,9 +68,9 @@ def pseudo_label_loss(
     Returns:
         The sum over rows that pass of the cross-entropy, and the number that pass, both scalars.
     """
-    confidence, label = _float32(weak.detach()).softmax(dim=1).max(dim=1)
+    confidence, label = float32(weak.detach()).softmax(dim=1).max(dim=1)
     passed = (confidence >= threshold).to(confidence.dtype)
-    losses = F.cross_entropy(_float32(strong), label, reduction='none')
+    losses = F.cross_entropy(float32(strong), label, reduction='none')
     return (losses * passed).sum(), passed.sum()
 
 
@@ -83,8 +80,8 @@ def binary_pseudo_label_loss(
         threshold: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`pseudo_label_loss` for tags: each passes by itself, as there or as not there, and weighs 1 / C of a row."""
-    probability = _float32(weak.detach()).sigmoid()
+    probability = float32(weak.detach()).sigmoid()
     passed = (torch.maximum(probability, 1 - probability) >= threshold).to(probability.dtype)
-    losses = F.binary_cross_entropy_with_logits(_float32(strong), (probability > 0.5).to(probability.dtype),
+    losses = F.binary_cross_entropy_with_logits(float32(strong), (probability > 0.5).to(probability.dtype),
                                                 reduction='none')
     return (losses * passed).mean(dim=1).sum(), passed.mean(dim=1).sum()

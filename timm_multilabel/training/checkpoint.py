@@ -11,8 +11,8 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 
 from timm_multilabel.errors import UserError
-from timm_multilabel.heads import KINDS, Head
-from timm_multilabel.labels import LabelSpace
+from timm_multilabel.heads import KINDS, Head, default_kind
+from timm_multilabel.labels import Labels, LabelSpace
 from timm_multilabel.model import MultiLabelModel, create_backbone
 from timm_multilabel.task import JointTask
 
@@ -130,7 +130,9 @@ def start_from(task: JointTask, checkpoint: Checkpoint, weights: str) -> str:
     parts = {}
     for name, head in module.model.named_heads.items():
         theirs = {}
-        if head.labels in checkpoint.label_space.heads:
+        options = (checkpoint.state.get('head_options') or {}).get(name, {})
+        if head.labels in checkpoint.label_space.heads and _alike(
+                module.model.head_options[name], options, head.labels):
             theirs = _below(state, f'heads.{checkpoint.label_space.heads.index(head.labels)}.')
         parts[f"head '{name}'"] = head, theirs
     projector = module.projector if module.projector is not None else module.model.projector
@@ -146,6 +148,12 @@ def start_from(task: JointTask, checkpoint: Checkpoint, weights: str) -> str:
             left.append(name)
     line = f'{checkpoint.path}: took {", ".join(taken)} ({weights} weights)'
     return line + (f'; starts anew: {", ".join(left)}' if left else '')
+
+
+def _alike(options: Mapping[str, Any], theirs: Mapping[str, Any], labels: Labels) -> bool:
+    """Whether two heads of the same labels are of one kind and have the same input."""
+    kind, read = theirs.get('loss', default_kind(labels)), theirs.get('input', 'features')
+    return (options['loss'], options['input']) == (kind, read)
 
 
 def _below(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

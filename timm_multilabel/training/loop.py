@@ -144,8 +144,9 @@ def training_line(figures: dict[str, float], task: JointTask) -> str:
     for name in task.heads:
         accuracy = figures.get(f'train_{name}_top1', math.nan)
         passed = figures.get(f'train_{name}_pseudo_labelled')
-        if not math.isnan(accuracy):
-            parts.append(f'{name} {accuracy:.1f}%' + (f' ({passed:.0f}% pass)' if passed is not None else ''))
+        words = [] if math.isnan(accuracy) else [f'{accuracy:.1f}%']
+        words += [] if passed is None else [f'({passed:.0f}% pass)']
+        parts += [' '.join([name, *words])] if words else []
     return '  '.join(parts)
 
 
@@ -228,6 +229,8 @@ class Fit:
             row |= self.evaluate(title)
         row |= {'lr': sum(lrs) / len(lrs), 'images_per_second': images_per_second}
         best = self.score(row)
+        if math.isnan(row.get(best, math.nan)):
+            raise UserError(f'{best}: the evaluation has no labels for this figure; choose another --eval-metric')
         if self.updater.scheduler is not None:
             self.updater.scheduler.step(epoch + 1, row[best])
         progress.say(epoch_line(title, row, self.task))
@@ -256,6 +259,7 @@ class Fit:
         if self.eval_loader is None:
             return 'simclr_loss'
         columns = ['eval_' + self.metric] + (['eval_ema_' + self.metric] if self.task.has_ema() else [])
+        columns = [column for column in columns if column in row] or columns[:1]
         return min(columns, key=row.get) if self.metric.endswith(('loss', '_mae')) else max(columns, key=row.get)
 
 

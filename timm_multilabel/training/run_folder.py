@@ -65,10 +65,10 @@ class RunFolder:
         path = self.path / 'summary.csv'
         rows = pd.DataFrame([row])
         if path.is_file():
-            earlier = pd.read_csv(path)
+            earlier = pd.read_csv(path, dtype={'phase': str}, keep_default_na=False, na_values=[''])
             before = earlier['epoch'] < row['epoch']
             if self.phases:
-                order = earlier['phase'].astype(str).map(self.phases.index)
+                order = earlier['phase'].map(self.phases.index)
                 phase = self.phases.index(row['phase'])
                 before = (order < phase) | ((order == phase) & before)
             rows = pd.concat([earlier[before], rows])
