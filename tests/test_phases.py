@@ -310,7 +310,7 @@ def test_the_arcface_recipe_on_a_list_like_theirs(tmp_path, capsys):
     run_command(validate, 'validate.py', [
         str(data), '--split', 'train_list.txt', '--checkpoint', str(tmp_path / 'run' / 'last.pth.tar'), '-j', '0'])
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('label '))
-    assert row.split()[-1] == '5'  # of its rows have a label
+    assert row.split()[-1] == '6'  # of its rows have a label
     assert joint['head_options'] == {
         'label': {'loss': 'arcface', 'scale': 30.0, 'margin': 0.5, 'input': 'projection', 'drop': 0.0}}
     assert joint['state_dict']['heads.0.weight'].shape == (2, 128) and joint['missing_value'] == '-1'
