@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_multilabel.heads.head import Head, HeadWarning, check_fractions, class_weights_tensor
+from timm_multilabel.heads.head import Head, HeadWarning, LinearHead, check_fractions, class_weights_tensor
 from timm_multilabel.labels import MISSING, LabelSet
 from timm_multilabel.losses import (
     arcface_logits,
@@ -55,37 +55,9 @@ class ClassHead(Head):
         return torch.where(counts > 0, weights, 1.0).tolist()
 
 
-class SoftmaxHead(ClassHead):
-    """One of several classes: a linear layer, trained with softmax cross-entropy.
-
-    Args:
-        labels: The classes.
-        in_features: Width of the input.
-        drop: Dropout rate before the layer.
-        smoothing: Label smoothing.
-        class_weights: A weight for each class, in their order.
-    """
+class SoftmaxHead(LinearHead, ClassHead):
+    """One of several classes: a linear layer, trained with softmax cross-entropy; options as of `LinearHead`."""
     kind = 'softmax'
-
-    def __init__(
-            self,
-            labels: LabelSet,
-            in_features: int,
-            *,
-            drop: float = 0.0,
-            smoothing: float = 0.0,
-            class_weights: list | None = None,
-    ):
-        super().__init__(labels)
-        check_fractions(drop=drop, smoothing=smoothing)
-        self.smoothing = smoothing
-        self.drop = nn.Dropout(drop)
-        self.fc = nn.Linear(in_features, len(labels.classes))
-        self.register_buffer('class_weights', class_weights_tensor(class_weights, labels), persistent=False)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits (B, C) of features (B, F)."""
-        return self.fc(self.drop(features))
 
     def loss(self, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy; `target` may also be mixed labels (B, C)."""

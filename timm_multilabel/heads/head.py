@@ -3,7 +3,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from timm_multilabel.labels import Labels, LabelSet
+from timm_multilabel.labels import Labels, LabelSet, TagSet
 
 
 class HeadWarning(UserWarning):
@@ -76,6 +76,38 @@ class Head(nn.Module):
     def balance(target: torch.Tensor, labels: Labels) -> list[float]:
         """The class weights that `class_weights=balanced` means for the training targets, for a kind that has them."""
         raise ValueError('this kind has no balanced weights; give one for each class')
+
+
+class LinearHead(Head):
+    """Dropout and a linear layer with an output for each class or tag.
+
+    Args:
+        labels: The classes or tags.
+        in_features: Width of the input.
+        drop: Dropout rate before the layer.
+        smoothing: Label smoothing.
+        class_weights: A weight for each class, or for the ones of each tag, in their order.
+    """
+
+    def __init__(
+            self,
+            labels: LabelSet | TagSet,
+            in_features: int,
+            *,
+            drop: float = 0.0,
+            smoothing: float = 0.0,
+            class_weights: list | None = None,
+    ):
+        super().__init__(labels)
+        check_fractions(drop=drop, smoothing=smoothing)
+        self.smoothing = smoothing
+        self.drop = nn.Dropout(drop)
+        self.fc = nn.Linear(in_features, len(labels.classes))
+        self.register_buffer('class_weights', class_weights_tensor(class_weights, labels), persistent=False)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits (B, C) of features (B, F)."""
+        return self.fc(self.drop(features))
 
 
 def check_fractions(**values: float) -> None:

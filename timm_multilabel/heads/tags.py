@@ -2,9 +2,8 @@
 import numpy as np
 import torch
 from sklearn.metrics import average_precision_score, f1_score
-from torch import nn
 
-from timm_multilabel.heads.head import Head, check_fractions, class_weights_tensor
+from timm_multilabel.heads.head import LinearHead
 from timm_multilabel.labels import MISSING, TagSet
 from timm_multilabel.losses import (
     binary_cross_entropy,
@@ -15,40 +14,12 @@ from timm_multilabel.losses import (
 from timm_multilabel.losses.precision import float32
 
 
-class TagsHead(Head):
-    """Any number of tags: a linear layer, trained with binary cross-entropy.
-
-    Args:
-        labels: The tags.
-        in_features: Width of the input.
-        drop: Dropout rate before the layer.
-        smoothing: Label smoothing.
-        class_weights: A weight for the ones of each tag, in their order.
-    """
+class TagsHead(LinearHead):
+    """Any number of tags: a linear layer, trained with binary cross-entropy; options as of `LinearHead`."""
     kind = 'tags'
     reads = TagSet
     figures = ('map', 'f1', 'micro_f1')
     distribution = True
-
-    def __init__(
-            self,
-            labels: TagSet,
-            in_features: int,
-            *,
-            drop: float = 0.0,
-            smoothing: float = 0.0,
-            class_weights: list | None = None,
-    ):
-        super().__init__(labels)
-        check_fractions(drop=drop, smoothing=smoothing)
-        self.smoothing = smoothing
-        self.drop = nn.Dropout(drop)
-        self.fc = nn.Linear(in_features, len(labels.classes))
-        self.register_buffer('class_weights', class_weights_tensor(class_weights, labels), persistent=False)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits (B, C) of features (B, F)."""
-        return self.fc(self.drop(features))
 
     def loss(self, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return binary_cross_entropy(output, target, self.smoothing, self.class_weights)
