@@ -88,7 +88,7 @@ BAD_FLAGS = [
     (['--color-jitter', '.4', '.4', '.4', '.9'], 'hue'),
     (['--aa', 'rand-m9', '--color-jitter', '.4'], 'pass one of them'),
     (['--layer-decay', '0.7', '--sched', 'none'], '--sched constant'),
-    (['-wlc', '0', '--heads', 'color'], '--heads speaks of heads'),
+    (['-wlc', '0', '--heads', 'color'], '--heads would change nothing: -wlc 0 trains no heads'),
     (['-b', '13'], '12 rows do not fill a batch of 13'),
     (['--no-such-flag'], 'unrecognized arguments: --no-such-flag'),
     (['-c', 'nowhere.yaml'], 'nowhere.yaml: cannot be read'),
@@ -133,7 +133,8 @@ def test_unknown_labels_in_val(capsys, data_dir, tmp_path):
 def test_val_without_labels(capsys, data_dir, tmp_path):
     original = (data_dir / 'val.csv').read_text()
     (data_dir / 'val.csv').write_text(re.sub(',(disc|ring)', ',', original))
-    assert "val.csv has no label of 'shape'" in train_line(capsys, data_dir, tmp_path, '--eval-metric', 'shape_top1')
+    line = train_line(capsys, data_dir, tmp_path, '--eval-metric', 'shape_top1')
+    assert "'shape' has no weight, or no label in" in line
     (data_dir / 'val.csv').write_text(re.sub(r'(\.png),.*', r'\1,,', original))
     assert 'val.csv: no row has a label of a head' in train_line(capsys, data_dir, tmp_path)
 
@@ -172,13 +173,13 @@ def test_outputs_that_cannot_be_written(capsys, data_dir, tmp_path, trained):
 BAD_POOLS_AND_HEADS = [
     (['--unlabelled', 'nowhere'], '--unlabelled nowhere: no such CSV, folder or split; looked for'),
     (['--unlabelled', 'empty'], 'empty: no images in this folder'),
-    (['--unlabelled', 'train'], 'all of its images have labels elsewhere'),
+    (['--unlabelled', 'train'], 'all of its images are labelled or scored elsewhere'),
     (['--unlabelled-batch-size', '2'], 'every row has a label, so there is no unlabelled image'),
     (['--entropy-weight', '1'], 'every row has a label, so there is no unlabelled image'),
     (['--unlabelled', 'few', '--unlabelled-batch-size', '3'],
      'few.csv: 2 unlabelled images do not fill a batch of 3 on each of 1 processes; lower --unlabelled-batch-size'),
-    (['-wlc', '0', '--entropy-weight', '1'], '--entropy-weight speaks of heads'),
-    (['--entropy-ramp-up', '3'], '--entropy-ramp-up: there is nothing for it to change'),
+    (['-wlc', '0', '--entropy-weight', '1'], '--entropy-weight would change nothing: -wlc 0 trains no heads'),
+    (['--entropy-ramp-up', '3'], '--entropy-ramp-up would change nothing: there is no entropy weight'),
     (['--pseudo-label-threshold', '1.5'], 'out of range'),
     (['--freeze-backbone'], 'pass -wls 0 with it'),
     (['--separator', 'xx'], "'xx' is not one character"),
@@ -198,8 +199,8 @@ BAD_POOLS_AND_HEADS = [
     (['--head', '*:columns=color'], 'columns are of one head'),
     (['--heads', 'color', 'color'], "'color' is named twice"),
     (['--head', '{color'], "'{color' is not of the form"),
-    (['--epoch-by', 'labelled'], '--epoch-by: there is nothing for it to change'),
-    (['--pseudo-label-threshold', '0.5'], '--pseudo-label-threshold: there is nothing'),
+    (['--epoch-by', 'labelled'], '--epoch-by would change nothing: there are no unlabelled batches'),
+    (['--pseudo-label-threshold', '0.5'], '--pseudo-label-threshold would change nothing: there is no'),
     (['--head', 'both:loss=arcface,columns=color+shape'], "columns are of tags, and 'arcface' reads classes"),
     (['--head', 'color:loss=tags', '--mixup', '0.2', '-wls', '0'], '--mixup and --cutmix mix'),
     (['--head', 'color:loss=numeric'], "train.csv row 2, column 'color': 'red' is no number; mend it"),
@@ -283,6 +284,18 @@ def test_resume_with_other_classes(capsys, data_dir, trained):
 def test_resume_with_another_model(capsys, data_dir, trained):
     line = fails(capsys, train, [data_dir, *QUICK, '--model', 'test_vit', '--resume', trained])
     assert 'does not fit this run' in line and 'args.yaml' in line
+
+
+def test_names_that_yaml_reads_as_numbers(data_dir, tmp_path):
+    for split in ('train', 'val'):
+        replace(data_dir / f'{split}.csv', 'red', '3')
+    settings = {'head': {'color': {'class_weights': {3: 2.0}}, 'shape': {'weight': 2}}}
+    (tmp_path / 'c.yaml').write_text(yaml.safe_dump(settings))
+    run_command(train, 'train.py', [
+        str(data_dir), *QUICK, '-c', str(tmp_path / 'c.yaml'), '--output', str(tmp_path), '--experiment', 'run'])
+    state = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=True)
+    assert state['head_options']['color']['class_weights'] == [2.0, 1.0, 1.0]
+    assert state['head_weights'] == {'color': 0.5, 'shape': 2.0}
 
 
 def parse(argv):

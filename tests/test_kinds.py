@@ -115,7 +115,17 @@ def test_a_figure_that_the_labels_do_not_allow_stays_out_of_the_score(data, tmp_
     assert math.isnan(row['eval_price_r2']) and row['eval_score'] == row['eval_color_top1']
     with pytest.raises(SystemExit):
         run_command(train, 'train.py', [str(data), *flags, '--eval-metric', 'price_r2'])
-    assert 'eval_price_r2: the evaluation has no labels for this figure' in capsys.readouterr().err
+    assert 'eval_price_r2 cannot be computed from the labels of the evaluation' in capsys.readouterr().err
+
+
+def test_checkpoints_are_ranked_by_the_least_error(data, tmp_path):
+    run_command(train, 'train.py', [
+        str(data), '--model', 'test_resnet', '--img-size', '32', '-b', '6', '-j', '0', '--device', 'cpu',
+        '--epochs', '4', '--cooldown-epochs', '0', '--warmup-epochs', '0', '--heads', 'price', '--head', 'price:loss=numeric',
+        '--eval-metric', 'price_mae', '--output', str(tmp_path), '--experiment', 'run'])
+    errors = pd.read_csv(tmp_path / 'run' / 'summary.csv')['eval_price_mae']
+    best = torch.load(tmp_path / 'run' / 'model_best.pth.tar', weights_only=True)
+    assert best['epoch'] == errors.argmin() and best['metric'] == pytest.approx(errors.min())
 
 
 def test_the_kind_of_the_readme(module):

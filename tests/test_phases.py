@@ -204,15 +204,37 @@ def test_a_refused_resume_changes_nothing(recipe, tmp_path, capsys):
     settings['phases'][2].update(name='heads', heads=['shape'])
     (tmp_path / 'classes.yaml').write_text(yaml.safe_dump(settings))
     for argv, message in [
-        (plain, "a checkpoint of phase 'heads', and this run has none; resume with what it was trained with"),
-        (['-c', tmp_path / 'renamed.yaml'], 'this run has the phases pretrain, joint, other'),
+        (plain, 'a run with the phases pretrain, joint, heads, and this is a run without phases; resume with what'),
+        (['-c', tmp_path / 'renamed.yaml'], 'and this is a run with the phases pretrain, joint, other'),
         (['-c', tmp_path / 'classes.yaml'], "phase 'heads': "),
     ]:
         assert message in line(capsys, *argv, '--resume', folder / 'last.pth.tar')
     assert {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()} == before
     go(*plain, '--output', tmp_path, '--experiment', 'plain', '--epochs', '1', '--cooldown-epochs', '0')
-    assert 'a checkpoint of a run without phases, and this run has the phases' in line(
+    assert 'a checkpoint of a run without phases, and this is a run with the phases' in line(
         capsys, '-c', recipe, '--resume', tmp_path / 'plain' / 'last.pth.tar')
+
+
+def test_a_checkpoint_of_a_phase_that_was_moved_is_refused(recipe, tmp_path, capsys):
+    go('-c', recipe, '--limit-steps', '1')
+    (tmp_path / 'x').mkdir()
+    (tmp_path / 'run' / '1-pretrain' / 'last.pth.tar').rename(tmp_path / 'x' / 'last.pth.tar')
+    assert "phase 'pretrain' that lies elsewhere than its run put it; put it back into the folder 1-pretrain" in line(
+        capsys, '-c', recipe, '--resume', tmp_path / 'x' / 'last.pth.tar')
+    assert {path.name for path in tmp_path.iterdir()} == {'data', 'more', 'recipe.yaml', 'run', 'x'}
+
+
+def test_what_a_recipe_says_of_heads_for_all_phases_survives_args_yaml(recipe, tmp_path):
+    settings = {**yaml.safe_load(recipe.read_text()), 'entropy_weight': 0.1, 'head_weights': {'color': 2, 'shape': 1},
+                'head': {'shape': {'loss': 'arcface'}}, 'eval_metric': 'color_top1', 'unlabelled': 'pool'}
+    settings['phases'] = [{'name': 'a', 'wlc': 0, 'epochs': 1}, {'name': 'b', 'epochs': 1, 'aa': None}]
+    recipe.write_text(yaml.safe_dump(settings))
+    go('-c', recipe, '--limit-steps', '1', '--lr', '0.07')
+    saved = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())
+    assert saved['phases'] == [{'name': 'a', 'classification_loss_weight': 0.0, 'epochs': 1},
+                               {'name': 'b', 'epochs': 1, 'aa': None}] and saved['lr'] == 0.07
+    go('-c', tmp_path / 'run' / 'args.yaml', '--resume', tmp_path / 'run' / '1-a' / 'last.pth.tar')
+    assert state(tmp_path / 'run' / 'last.pth.tar')['head_options']['shape']['loss'] == 'arcface'
 
 
 def test_resume_by_a_bare_file_name_and_phases_called_like_numbers(recipe, tmp_path, monkeypatch):
@@ -235,8 +257,9 @@ def test_images_that_are_scored_stay_out_of_the_pool_and_simclr_alone_takes_both
     go('-c', recipe, '--unlabelled', 'images', '--limit-steps', '1', '-b', '2', '--unlabelled-batch-size', '1')
     out = capsys.readouterr().out
     # 14 images: 8 of train.csv, one of them without label; 6 of test.csv; two of val.csv, which train.csv has too.
-    assert '6 images to train on, 1 x cpu' in out and '7 images to train on and 1 without labels' in out
-    assert '2 epochs of 1 steps' in out
+    assert '8 images to train on, 1 x cpu, 2 epochs of 1 steps' in out
+    assert '7 images to train on and 1 without labels' in out
+    assert 'Phase pretrain: 8 of 14 unlabelled images are labelled, or of the val or test split: left out' in out
 
 
 def test_flags_of_heads_over_all_phases_leave_the_one_without_heads_alone(tmp_path):
@@ -244,9 +267,10 @@ def test_flags_of_heads_over_all_phases_leave_the_one_without_heads_alone(tmp_pa
     phases = [{'name': 'a', 'epochs': 1, 'wlc': 0}, {'name': 'b', 'epochs': 1}]
     path.write_text(yaml.safe_dump({'data_dir': 'd', 'phases': phases}))
     flags = check_phases(parse(path, '--heads', 'color', '--head', 'color:weight=2', '--eval-metric', 'color_top1'))
-    assert [each.heads for each in flags] == [['color'], ['color']]
+    assert [(each.heads, each.head, each.eval_metric) for each in flags] == [
+        (None, {}, None), (['color'], {'color': {'weight': '2'}}, 'color_top1')]
     path.write_text(yaml.safe_dump({'data_dir': 'd', 'phases': [{**phases[0], 'heads': ['color']}]}))
-    with pytest.raises(UserError, match="phase 'a': --heads speaks of heads"):
+    with pytest.raises(UserError, match="phase 'a': --heads would change nothing"):
         check_phases(parse(path))
 
 

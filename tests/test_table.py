@@ -7,7 +7,7 @@ from PIL import Image
 
 from timm_multilabel.data.table import encode_rows, find_images, find_label_space, read_table, unknown_labels
 from timm_multilabel.errors import UserError
-from timm_multilabel.labels import LabelSpace
+from timm_multilabel.labels import LabelSpace, Quantity, TagSet
 
 
 def write(path, text):
@@ -129,3 +129,32 @@ def test_blank_labels_are_missing_and_unknown_ones_are_named(tmp_path):
     rows = encode_rows(table, space, ignore_unknown=True)
     assert rows.targets.tolist() == [[0, -1, -1], [-1, 0, -1], [-1, 0, -1], [-1, -1, -1]]
     assert rows.where(1) == f'{tmp_path / "val.csv"} row 3'
+
+
+def test_every_kind_of_label_is_encoded_side_by_side(tmp_path):
+    """A number two standard deviations below the mean is -2 there, which is no class index."""
+    rows = [('a', 'x|y', -2), ('', '', 0), ('b', 'y', 0), ('a', 'x', 0), ('a', 'x', 0), ('a', 'x', 0), ('a', 'x', 0),
+            ('a', 'x', 2)]
+    for number in range(len(rows)):
+        picture(tmp_path / f'{number}.jpg')
+    table = read_table(write(tmp_path / 'train.csv', 'image_path,c,t,n\n' + ''.join(
+        f'{number}.jpg,{c},{t},{n}\n' for number, (c, t, n) in enumerate(rows))))
+    space = find_label_space([table], None, {'t': TagSet, 'n': Quantity})
+    assert str(space) == 'c (2), t (2 tags), n (number)'
+    targets = encode_rows(table, space).targets
+    assert targets[[0, 1, 7]].tolist() == [[0, 1, 1, -2], [-1, -1, -1, 0], [0, 1, 0, 2]]
+
+
+@pytest.mark.parametrize('mark', [',', '\t', ';', '|'])
+def test_separators_and_values_that_mean_no_label(tmp_path, mark):
+    text = 'id,class,n\n-1.jpg,-1,3\n2.jpg,5,-1\n'.replace(',', mark)
+    table = read_table(write(tmp_path / 'list.txt', text), 'id', missing_value='-1')
+    assert table.frame.to_dict('list') == {'id': ['-1.jpg', '2.jpg'], 'class': ['', '5'], 'n': ['3', '']}
+    strange = read_table(write(tmp_path / 'list.txt', text.replace(mark, '~')), 'id', separator='~')
+    assert strange.label_columns == ['class', 'n']
+
+
+def test_images_that_are_missing_may_be_passed_over(tmp_path):
+    picture(tmp_path / '1.jpg')
+    table = read_table(write(tmp_path / 't.csv', 'image_path\n1.jpg\n2.jpg\n'))
+    assert find_images(table, passing_over=True) == [str(tmp_path / '1.jpg')]

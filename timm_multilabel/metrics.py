@@ -35,6 +35,12 @@ def default_metric(heads: Iterable[Head]) -> str:
     return 'top1' if all(head.figures[0] == 'top1' for head in heads) else 'score'
 
 
+def less_is_better(metric: str, heads: Mapping[str, Head]) -> bool:
+    """Whether a figure of the evaluation, such as 'top1' or '<head>_mae', is better when it is less."""
+    decreasing = {f'{name}_{figure}' for name, head in heads.items() for figure in ('loss', *head.decreasing)}
+    return metric in ('loss', 'simclr_loss') or metric in decreasing
+
+
 class MultiLabelEvaluator:
     """Loss and figures of each head over its labelled rows, and their weighted means.
 

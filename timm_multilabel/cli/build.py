@@ -17,6 +17,7 @@ from timm_multilabel.data.loaders import MixedBatches, MultiLabelDataset, create
 from timm_multilabel.data.views import View, eval_view, simclr_view, timm_view, weak_view
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
+from timm_multilabel.metrics import less_is_better
 from timm_multilabel.model import MultiLabelModel, create_backbone
 from timm_multilabel.optim import create_optimizer
 from timm_multilabel.task import JointTask, Pool
@@ -156,12 +157,14 @@ def updater(
         task: JointTask,
         precision: Precision,
         steps: int,
+        metric: str,
         say: Callable[[str], None],
 ) -> tuple[Updater, int]:
     """The optimizer with what surrounds it, and the number of epochs that its schedule has.
 
     Args:
         steps: Batches of an epoch.
+        metric: The figure that ranks checkpoints.
     """
     further = dict(args.opt_kwargs)
     if args.opt_eps is not None:
@@ -202,7 +205,7 @@ def updater(
             min_lr=args.min_lr,
             warmup_lr=args.warmup_lr,
             warmup_epochs=warmup_epochs(args, say),
-            plateau_mode='min' if decreasing(args) else 'max',
+            plateau_mode='min' if less_is_better(metric, task.heads) else 'max',
             step_on_epochs=not args.sched_on_updates,
             updates_per_epoch=made.updates_per_epoch(steps),
         )
@@ -302,6 +305,7 @@ def saver(
         args: argparse.Namespace,
         task: JointTask,
         updater: Updater,
+        metric: str,
         folder: Path,
         checkpoint: Checkpoint | None,
 ) -> CheckpointSaver:
@@ -312,14 +316,10 @@ def saver(
         optimizer=updater.optimizer,
         amp_scaler=updater.scaler,
         checkpoint_dir=str(folder),
-        decreasing=decreasing(args),
+        decreasing=less_is_better(metric, task.heads),
         max_history=args.checkpoint_hist,
     )
     if checkpoint is not None:
         made.load_state_dict(checkpoint.state['saver'])
     return made
 
-
-def decreasing(args: argparse.Namespace) -> bool:
-    """Whether less is better of the figure that ranks checkpoints."""
-    return not args.classification_loss_weight or (args.eval_metric or '').endswith(('loss', '_mae'))

@@ -22,7 +22,7 @@ def check_phases(args: argparse.Namespace) -> list[argparse.Namespace]:
         return [args]
     for phase in args.phases:
         where = f"{args.config}, phase '{phase.phase}'"
-        if 'epochs' not in phase.given:
+        if phase.given.get('epochs') is None:
             raise UserError(f"{where}: it has no epochs; add 'epochs: N'")
         for name in _RUN_WIDE:
             if name in phase.given:
@@ -31,7 +31,17 @@ def check_phases(args: argparse.Namespace) -> list[argparse.Namespace]:
             check_flags(phase)
         except UserError as error:
             raise UserError(f'{where}: {error}') from error
+        if not phase.classification_loss_weight:
+            _forget_heads(phase)
     return args.phases
+
+
+def _forget_heads(phase: argparse.Namespace) -> None:
+    """Take from a phase of SimCLR alone what the recipe, or the command line, says of heads for all phases."""
+    phase.head = {}
+    phase.heads = phase.head_weights = phase.eval_metric = None
+    phase.entropy_weight = phase.marginal_entropy_weight = phase.pseudo_label_weight = 0.0
+    phase.classify_views = 'both'
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -49,15 +59,7 @@ def check_flags(args: argparse.Namespace) -> None:
     images = args.batch_size + pool_batch
     if args.simclr_loss_weight and images == 1:
         raise UserError('-b 1: SimCLR contrasts the images of a batch, so it needs 2 or more; raise -b, or pass -wls 0')
-    own = set(getattr(args, 'given', vars(args)))
-    idle = {
-        'entropy_ramp_up': args.entropy_ramp_up and not (args.entropy_weight or args.marginal_entropy_weight),
-        'epoch_by': args.epoch_by != 'larger' and not (pool and args.classification_loss_weight),
-        'pseudo_label_threshold': args.pseudo_label_threshold != 0.95 and not args.pseudo_label_weight,
-    }
-    for name in idle:
-        if name in own and idle[name]:
-            raise UserError(f'--{name.replace("_", "-")}: there is nothing for it to change; leave it out')
+    _check_idle(args, pool)
     if args.freeze_backbone and args.simclr_loss_weight:
         raise UserError('--freeze-backbone trains the heads alone, and SimCLR the backbone: pass -wls 0 with it')
     mixing = args.mixup or args.cutmix
@@ -80,23 +82,33 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError('--aa has colors of its own, and timm then leaves --color-jitter out; pass one of them')
     if args.layer_decay and args.sched == 'none':
         raise UserError('--layer-decay works through the schedule; pass --sched constant in place of none')
-    of_heads = {
-        'head': args.head,
-        'heads': args.heads,
-        'head_weights': args.head_weights,
-        'classify_views': args.classify_views == 'first',
-        'eval_metric': args.eval_metric,
-        'entropy_weight': args.entropy_weight,
-        'marginal_entropy_weight': args.marginal_entropy_weight,
-        'pseudo_label_weight': args.pseudo_label_weight,
-    }
-    for name in of_heads if not args.classification_loss_weight else ():
-        if name in own and of_heads[name]:
-            raise UserError(f'--{name.replace("_", "-")} speaks of heads, and -wlc 0 trains none; leave it out')
     if args.sched == 'plateau' and args.sched_on_updates:
         raise UserError('--sched plateau goes by epochs; leave --sched-on-updates out')
     if args.input_size and args.input_size[0] != 3:
         raise UserError(f'--input-size {args.input_size[0]} ...: images are RGB, so the first number is 3')
+
+
+def _check_idle(args: argparse.Namespace, pool: bool) -> None:
+    """Raise UserError where a flag that was given (in a recipe: by the phase itself) changes nothing."""
+    without_heads = '-wlc 0 trains no heads' if not args.classification_loss_weight else ''
+    reasons = {
+        'head': args.head and without_heads,
+        'heads': args.heads and without_heads,
+        'head_weights': args.head_weights and without_heads,
+        'classify_views': args.classify_views == 'first' and without_heads,
+        'eval_metric': args.eval_metric and without_heads,
+        'entropy_weight': args.entropy_weight and without_heads,
+        'marginal_entropy_weight': args.marginal_entropy_weight and without_heads,
+        'pseudo_label_weight': args.pseudo_label_weight and without_heads,
+        'epoch_by': args.epoch_by != 'larger' and (without_heads or not pool and 'there are no unlabelled batches'),
+        'entropy_ramp_up': args.entropy_ramp_up and not (args.entropy_weight or args.marginal_entropy_weight)
+        and 'there is no entropy weight to ramp up',
+        'pseudo_label_threshold': args.pseudo_label_threshold != 0.95 and not args.pseudo_label_weight
+        and 'there is no --pseudo-label-weight',
+    }
+    for name, reason in reasons.items():
+        if reason and name in getattr(args, 'given', reasons):
+            raise UserError(f'--{name.replace("_", "-")} would change nothing: {reason}; leave it out')
 
 
 def resolve_weights(args: argparse.Namespace, data: Data, weights: dict[str, float]) -> dict[str, float]:
@@ -129,7 +141,7 @@ def check_metric(args: argparse.Namespace, data: Data, heads: Iterable[Head], we
     heads = list(heads)
     metric = args.eval_metric or default_metric(heads)
     if data.eval_rows is None:
-        return metric
+        return 'simclr_loss'
     of_head = {head.labels.name: ('loss', *head.figures) for head in heads}
     known = [mean for mean in MEANS if mean in ('loss', default_metric(heads))
              or any(mean in figures for figures in of_head.values())]
@@ -147,5 +159,6 @@ def check_metric(args: argparse.Namespace, data: Data, heads: Iterable[Head], we
     for name, figures in of_head.items():
         if name not in scored and metric in (f'{name}_{figure}' for figure in figures):
             raise UserError(
-                f"--eval-metric {metric}: {data.eval_rows.source} has no label of '{name}'; choose another figure")
+                f"--eval-metric {metric}: '{name}' has no weight, or no label in {data.eval_rows.source}; choose "
+                'another')
     return metric

@@ -1,16 +1,24 @@
 """From the flags of training to its rows: labelled, unlabelled, evaluation."""
 import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from timm_multilabel.cli import head_options
-from timm_multilabel.data.pool import join_rows, rows_of_folder, rows_of_table, split_labelled, without_images_of
+from timm_multilabel.data.pool import (
+    join_rows,
+    real_paths,
+    rows_of_folder,
+    rows_of_table,
+    split_labelled,
+    without_images,
+)
 from timm_multilabel.data.table import (
     Rows,
     Table,
     check_single_class,
     encode_rows,
+    find_images,
     find_label_space,
     read_table,
 )
@@ -87,20 +95,20 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
                     f"{val.path}: no column '{column}', which is a head; add it, or choose others with --heads")
     train_rows = encode_rows(train, label_space, way_out=f'add rows with them to {all_path}, or mend them')
     eval_rows = encode_rows(val, label_space, args.unknown_labels == 'ignore')
-    pool_rows = None
+    pool_rows, pool_batch_size = None, 0
     if wants_pool(args):
         train_rows, pool_rows = split_labelled(train_rows, label_space)
         if not len(train_rows):
             raise UserError(f'{train.path}: no row has a label; pass -wlc 0 for SimCLR alone')
-        pool_rows = _find_pool(args, folder, label_space, pool_rows, [train_rows], say)
+        pool_rows = _find_pool(args, folder, label_space, pool_rows, train_rows, say)
+        pool_batch_size = args.unlabelled_batch_size or args.batch_size
     elif not args.simclr_loss_weight:
         train_rows, without = split_labelled(train_rows, label_space)
         if len(without) or args.unlabelled:
             say(f'{train.path}: with -wls 0 and without entropy or pseudo-labels nothing learns from images without '
                 'labels: left out')
-    return _fill_batches(args, Data(
-        label_space, kinds, head, train_rows, pool_rows, eval_rows, args.batch_size,
-        (args.unlabelled_batch_size or args.batch_size) if pool_rows is not None else 0, 0))
+    steps = _count_steps(args, train_rows, args.batch_size, pool_rows, pool_batch_size)
+    return Data(label_space, kinds, head, train_rows, pool_rows, eval_rows, args.batch_size, pool_batch_size, steps)
 
 
 def _without_heads(
@@ -114,10 +122,10 @@ def _without_heads(
     label_space = LabelSpace(())
     rows = rows_of_table(train, label_space)
     if args.unlabelled:
-        rows = join_rows([rows, _read_unlabelled(args, folder, label_space)], label_space)
-        rows = _leave_out(rows, _scored(args, folder, label_space), say)
+        unlabelled = _leave_out(_read_unlabelled(args, folder, label_space), _scored(args, folder, say), say)
+        rows = join_rows([rows, unlabelled], label_space)
     batch_size = args.batch_size + (args.unlabelled_batch_size or 0)
-    return _fill_batches(args, Data(label_space, kinds, {}, rows, None, None, batch_size, 0, 0))
+    return Data(label_space, kinds, {}, rows, None, None, batch_size, 0, _count_steps(args, rows, batch_size))
 
 
 def wants_pool(args: argparse.Namespace) -> bool:
@@ -141,7 +149,7 @@ def _find_pool(
         folder: Path,
         label_space: LabelSpace,
         unlabelled: Rows,
-        others: list[Rows],
+        labelled: Rows,
         say: Callable[[str], None],
 ) -> Rows:
     """The unlabelled images: rows of the training table, and what `--unlabelled` names; no labelled or scored image."""
@@ -151,9 +159,11 @@ def _find_pool(
     if not parts:
         raise UserError(
             f'{unlabelled.source}: every row has a label, so there is no unlabelled image; name some with --unlabelled')
-    pool = _leave_out(join_rows(parts, label_space), [*others, *_scored(args, folder, label_space)], say)
+    taken = _scored(args, folder, say) | set(real_paths(labelled.images))
+    pool = _leave_out(join_rows(parts, label_space), taken, say)
     if not len(pool):
-        raise UserError(f'{pool.source}: all of its images have labels elsewhere; name others with --unlabelled')
+        raise UserError(
+            f'{pool.source}: all of its images are labelled or scored elsewhere; name others with --unlabelled')
     return pool
 
 
@@ -169,47 +179,52 @@ def _read_unlabelled(args: argparse.Namespace, folder: Path, label_space: LabelS
         f'{args.unlabelled}')
 
 
-def _scored(args: argparse.Namespace, folder: Path, label_space: LabelSpace) -> list[Rows]:
-    """The images that a model is scored on: those of the validation and the test split, as far as they are there."""
+def _scored(args: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> set[str]:
+    """The images that a model is scored on: those of the validation and the test split, unless asked for by name."""
     asked_for = [split_path(folder, name) for name in (args.train_split, args.unlabelled) if name]
-    found = []
+    found: set[str] = set()
     for name in (args.val_split, 'test'):
         path = split_path(folder, name)
         if path.is_file() and path not in asked_for:
             try:
-                found.append(rows_of_table(_read(args, path), label_space))
-            except UserError:  # of no matter here: its images are not on disk, say
-                continue
+                found.update(real_paths(find_images(_read(args, path), passing_over=True)))
+            except UserError as error:
+                say(f'{error.line}: cannot keep its images out of the unlabelled ones')
     return found
 
 
-def _leave_out(rows: Rows, others: list[Rows], say: Callable[[str], None]) -> Rows:
-    """Rows whose images are not among others, which would be counted or known twice."""
-    left = without_images_of(rows, others)
+def _leave_out(rows: Rows, taken: set[str], say: Callable[[str], None]) -> Rows:
+    """Rows whose images are not labelled or scored, which would be counted or known twice."""
+    left = without_images(rows, taken)
     if len(left) < len(rows):
-        names = ' or '.join(str(other.source) for other in others)
-        say(f'{len(rows) - len(left)} of {len(rows)} unlabelled images are in {names} too: left out')
+        say(f'{len(rows) - len(left)} of {len(rows)} unlabelled images are labelled, or of the val or test split: '
+            'left out')
     return left
 
 
-def _fill_batches(args: argparse.Namespace, data: Data) -> Data:
-    """Set the number of steps.
+def _count_steps(
+        args: argparse.Namespace,
+        rows: Rows,
+        batch_size: int,
+        pool: Rows | None = None,
+        pool_batch_size: int = 0,
+) -> int:
+    """The batches of an epoch.
 
     Raises:
         UserError: Rows do not fill a batch.
     """
     ranks = world()[1]
-    labelled = len(data.train_rows) // ranks // data.batch_size
+    steps = labelled = len(rows) // ranks // batch_size
     if not labelled:
         raise UserError(
-            f'{data.train_rows.source}: {len(data.train_rows)} rows do not fill a batch of {data.batch_size} on each '
-            f'of {ranks} processes; lower -b')
-    steps = labelled
-    if data.pool_rows is not None:
-        unlabelled = len(data.pool_rows) // ranks // data.pool_batch_size
+            f'{rows.source}: {len(rows)} rows do not fill a batch of {batch_size} on each of {ranks} processes; '
+            'lower -b')
+    if pool is not None:
+        unlabelled = len(pool) // ranks // pool_batch_size
         if not unlabelled:
             raise UserError(
-                f'{data.pool_rows.source}: {len(data.pool_rows)} unlabelled images do not fill a batch of '
-                f'{data.pool_batch_size} on each of {ranks} processes; lower --unlabelled-batch-size')
+                f'{pool.source}: {len(pool)} unlabelled images do not fill a batch of {pool_batch_size} on each of '
+                f'{ranks} processes; lower --unlabelled-batch-size')
         steps = {'labelled': labelled, 'unlabelled': unlabelled, 'larger': max(labelled, unlabelled)}[args.epoch_by]
-    return replace(data, steps=steps if args.limit_steps is None else min(steps, args.limit_steps))
+    return steps if args.limit_steps is None else min(steps, args.limit_steps)

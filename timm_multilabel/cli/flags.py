@@ -133,7 +133,7 @@ def parse_with_config(parser: Parser, argv: list[str]) -> argparse.Namespace:
 
     Where the parser has a default for `phases`, the file may be a recipe with a list of them: mappings of flags that go
     before those of the file. They come as `phases`, a namespace each, with `phase` (its name) and `given` (the flags
-    that its mapping sets).
+    that its mapping sets, as they stand there).
 
     Raises:
         UserError: The file is missing or no mapping of flags, or names a flag that there is none of.
@@ -159,7 +159,7 @@ def parse_with_config(parser: Parser, argv: list[str]) -> argparse.Namespace:
             raise UserError(f'{where}: a name is of letters, digits, ., - and _, and no other phase has it')
         if isinstance(settings.get('head'), dict) and isinstance(phase.get('head'), dict):
             phase['head'] = {**settings['head'], **phase['head']}
-        given = {_action(parser, where, key).dest for key, value in phase.items() if value is not None}
+        given = {_action(parser, where, key).dest: value for key, value in phase.items()}
         parsed = _parse_over(parser, argv, where, {**settings, **phase})
         parsed.phase, parsed.given = name, given
         args.phases.append(parsed)

@@ -123,7 +123,8 @@ def _typed(value: Any, parameter: inspect.Parameter) -> Any:
     found = re.search(r'\b(list|bool|int|float)\b', str(annotation))
     kind = found[1] if found else ''
     if kind == 'list':
-        return _list(value)
+        element = re.search(r'list\[(int|float)\]', str(annotation))
+        return [{'int': int, 'float': float}[element[1]](part) for part in _list(value)] if element else _list(value)
     if kind in ('int', 'float') and isinstance(value, bool):
         raise ValueError('expected a number')
     if kind == 'bool':
@@ -135,8 +136,9 @@ def _typed(value: Any, parameter: inspect.Parameter) -> Any:
     return float(value) if kind == 'float' else value
 
 
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else str(value).split('+')
+def _list(value: Any) -> list[str]:
+    """A list of a YAML file, in which classes and columns may look like numbers, or text with + between the parts."""
+    return [str(part) for part in value] if isinstance(value, list) else str(value).split('+')
 
 
 def _class_weights(value: Any, kind: type[Head], labels: Labels, target: Any) -> list[float]:
@@ -145,6 +147,7 @@ def _class_weights(value: Any, kind: type[Head], labels: Labels, target: Any) ->
         return kind.balance(target, labels)
     if not isinstance(value, dict):
         value = dict(part.rpartition(':')[::2] for part in str(value).split('+'))
+    value = {str(name): weight for name, weight in value.items()}
     for name in value:
         if name not in labels.classes:
             raise ValueError(f"there is no class '{name}'; expected balanced or CLASS:WEIGHT+CLASS:WEIGHT")

@@ -1,6 +1,5 @@
 """Train a timm backbone on several labels at once, together with SimCLR and with images that have no label."""
 import argparse
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,6 @@ from timm_multilabel.cli.data import read_data
 from timm_multilabel.cli.device import choose_precision, start_device
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
-from timm_multilabel.heads import HeadWarning
 from timm_multilabel.training.checkpoint import Checkpoint, of_task, read_checkpoint, resume, start_from
 from timm_multilabel.training.loop import Fit
 from timm_multilabel.training.run_folder import RunFolder, phase_folder, run_folder_path
@@ -38,23 +36,25 @@ def run(args: argparse.Namespace) -> None:
     phases = [Phase(each, device, say) for each in flags]
     checkpoint = read_checkpoint(args.resume) if args.resume else None
     start = read_checkpoint(args.initial_checkpoint) if args.initial_checkpoint and checkpoint is None else None
-    first = find_phase(checkpoint, phases) if checkpoint is not None else 0
+    names = [phase.name for phase in phases] if args.phases else []
+    first_phase = find_phase(checkpoint, names) if checkpoint is not None else 0
     if len(phases) > 1:
-        rehearse(phases[first:], start, checkpoint)
+        rehearse(phases[first_phase:], start, checkpoint)
 
-    names = [phase.name for phase in phases]
     folder, writer = None, None
-    for index in range(first, len(phases)):
+    for index in range(first_phase, len(phases)):
         phase = phases[index]
         phase.make(start, checkpoint, say)
+        phase.task.metadata |= {'phase': index, 'phases': names}
+        start = None  # it holds the weights of the phase before
         if folder is None:
-            folder = find_folder(args, phase, checkpoint, last=index + 1 == len(phases))
+            folder = find_folder(args, phase, checkpoint, names, index)
             if world()[0] == 0:
-                writer = RunFolder(folder, settings(phases), phases[-1].data.label_space, names if args.phases else ())
+                writer = RunFolder(folder, settings(args), phases[-1].data.label_space, names)
         phase.fit(phase_folder(folder, names, index), writer, checkpoint, say)
         start, checkpoint = of_task(phase.task, f"phase '{phase.name}'"), None
         phase.forget()
-    say(f'{folder}: {"all phases" if args.phases else f"{phase.epochs} epochs"} done')
+    say(f'{folder}: {"all phases" if names else f"{phase.epochs} epochs"} done')
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -82,7 +82,7 @@ class Phase:
         args.amp = args.amp or args.old_amp
         with self.named():
             self.precision = choose_precision(device, args.amp, args.amp_dtype, args.channels_last)
-            self.data = read_data(args, say)
+            self.data = read_data(args, lambda line: say(f'Phase {self.name}: {line}' if self.name else line))
 
     @contextmanager
     def named(self) -> Iterator[None]:
@@ -111,29 +111,24 @@ class Phase:
         targets = data.label_space.split(data.train_rows.targets)
         options, weights = head_options.resolve(data.head, data.kinds, data.label_space, targets)
         weights = resolve_weights(args, data, weights)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter('always')
-            fresh = checkpoint is None and start is None
-            model, self.data_config = build.model(args, data, options, fresh)
-        for warning in caught:
-            if issubclass(warning.category, HeadWarning):
-                say(str(warning.message))
-            else:
-                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        fresh = checkpoint is None and start is None
+        model, self.data_config = build.model(args, data, options, fresh)
+        for name, head in model.named_heads.items():
+            if head.remark:
+                say(f"head '{name}': {head.remark}")
         check_terms(args, model.heads)
         self.metric = check_metric(args, data, model.heads, weights)
         self.task = build.task(args, model, data, self.data_config, weights, self.precision.device)
-        self.task.metadata['phase'] = self.name
         if start is not None:
             say(start_from(self.task, start, start.best_weights))
         build.surround(args, self.task)
-        self.updater, self.epochs = build.updater(args, self.task, self.precision, data.steps, say)
-        self.first = 0
+        self.updater, self.epochs = build.updater(args, self.task, self.precision, data.steps, self.metric, say)
+        self.first_epoch = 0
         if checkpoint is not None:
-            self.first = resume(checkpoint, self.task, self.updater.optimizer, self.updater.scaler)
-            if self.updater.scheduler is not None and self.first:
-                self.updater.scheduler.step(self.first)
-                self.updater.scheduler.step_update(self.first * self.updater.updates_per_epoch(data.steps))
+            self.first_epoch = resume(checkpoint, self.task, self.updater.optimizer, self.updater.scaler)
+            if self.updater.scheduler is not None and self.first_epoch:
+                self.updater.scheduler.step(self.first_epoch)
+                self.updater.scheduler.step_update(self.first_epoch * self.updater.updates_per_epoch(data.steps))
         self.loaders = build.loaders(args, self.task, data, self.data_config, self.precision.device)
 
     def forget(self) -> None:
@@ -167,47 +162,65 @@ class Phase:
         )
         if writer is not None:
             folder.mkdir(exist_ok=True)
-            fit.saver = build.saver(args, task, self.updater, folder, checkpoint)
-        fit.run(self.first, self.epochs)
+            fit.saver = build.saver(args, task, self.updater, self.metric, folder, checkpoint)
+        fit.run(self.first_epoch, self.epochs)
 
 
 def _silent(line: str) -> None:
     """Say nothing."""
 
 
-def find_phase(checkpoint: Checkpoint, phases: list[Phase]) -> int:
+def find_phase(checkpoint: Checkpoint, names: list[str]) -> int:
     """The phase that a checkpoint is of.
 
+    Args:
+        checkpoint: It.
+        names: The phases of this run.
+
     Raises:
-        UserError: The run has no such phase.
+        UserError: The run that it is of has other phases.
     """
-    name, names = checkpoint.state.get('phase'), [phase.name for phase in phases]
-    if name not in names:
-        theirs = f"phase '{name}'" if name is not None else 'a run without phases'
-        ours = 'this run has none' if names == [None] else f'this run has the phases {", ".join(names)}'
+    theirs = checkpoint.state.get('phases') or []
+    if theirs != names:
+        described = [f'a run with the phases {", ".join(each)}' if each else 'a run without phases'
+                     for each in (theirs, names)]
         raise UserError(
-            f'{checkpoint.path}: a checkpoint of {theirs}, and {ours}; resume with what it was trained with '
-            '(-c args.yaml of its run folder)')
-    return names.index(name)
+            f'{checkpoint.path}: a checkpoint of {described[0]}, and this is {described[1]}; resume with what it was '
+            'trained with (-c args.yaml of its run folder)')
+    return checkpoint.state.get('phase', 0)
 
 
-def find_folder(args: argparse.Namespace, phase: Phase, checkpoint: Checkpoint | None, last: bool) -> Path:
-    """The run folder: that of the checkpoint to resume from, or a new one."""
-    if checkpoint is not None:
-        folder = checkpoint.path.absolute().parent
-        return folder if last else folder.parent
-    return run_folder_path(args.output, args.experiment, args.model, phase.data_config['input_size'][-1])
+def find_folder(
+        args: argparse.Namespace,
+        phase: Phase,
+        checkpoint: Checkpoint | None,
+        names: list[str],
+        index: int,
+) -> Path:
+    """The run folder: that of the checkpoint to resume from, or a new one.
+
+    Raises:
+        UserError: The checkpoint lies where its run would not have put it.
+    """
+    if checkpoint is None:
+        return run_folder_path(args.output, args.experiment, args.model, phase.data_config['input_size'][-1])
+    folder = checkpoint.path.absolute().parent
+    run = folder if index + 1 >= len(names) else folder.parent
+    if phase_folder(run, names, index) != folder:
+        raise UserError(
+            f"{checkpoint.path}: a checkpoint of phase '{names[index]}' that lies elsewhere than its run put it; put "
+            f'it back into the folder {phase_folder(run, names, index).name} of a run folder')
+    return run
 
 
-def settings(phases: list[Phase]) -> dict[str, Any]:
+def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The flags as args.yaml holds them: what `-c` takes, without what names this one start."""
     hidden = ('config', 'old_amp', 'resume', 'phases', 'phase', 'given')
-    flags = [{key: value for key, value in vars(phase.args).items() if key not in hidden} for phase in phases]
-    if phases[0].name is None:
-        return flags[0]
-    shared = {key: value for key, value in flags[0].items()
-              if key not in ('epochs', 'head') and all(other[key] == value for other in flags)}
-    own = [
-        {'name': phase.name, **{key: value for key, value in each.items() if key not in shared}}
-        for phase, each in zip(phases, flags, strict=True)]
-    return {**shared, 'phases': own}
+    flags = {key: value for key, value in vars(args).items() if key not in hidden}
+    flags['amp'] = args.amp or args.old_amp
+    if not args.phases:
+        return flags
+    # A phase's own flags, with what the command line said over them.
+    return {**flags, 'phases': [
+        {'name': phase.phase, **{name: getattr(phase, name) for name in phase.given if name not in hidden}}
+        for phase in args.phases]}

@@ -96,7 +96,7 @@ def _add_pool(group) -> None:
     group.add_argument('--unlabelled', metavar='SOURCE',
                        help='a CSV, a folder, or the name of a split; rows without any label join it')
     group.add_argument('--unlabelled-batch-size', type=positive, metavar='N',
-                       help='unlabelled images a GPU and step (default: as -b)')
+                       help='unlabelled images a GPU and step (default: as -b; with -wlc 0: none beside -b)')
     group.add_argument('--epoch-by', choices=('larger', 'labelled', 'unlabelled'), default='larger',
                        help='whose images an epoch is one pass over; the others start again')
     group.add_argument('--entropy-weight', type=at_least_0, default=0.0, metavar='W',

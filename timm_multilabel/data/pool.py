@@ -1,5 +1,6 @@
 """The unlabelled images: from a CSV, a folder, or rows of the training table that have no label."""
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -64,17 +65,24 @@ def join_rows(parts: list[Rows], label_space: LabelSpace) -> Rows:
         sources=sum((part.sources for part in parts), ()),
         which=np.concatenate([part.which + offset for part, offset in zip(parts, offsets)]),
     )
-    first = np.zeros(len(images), dtype=bool)
-    first[np.unique(real_paths(joined), return_index=True)[1]] = True
-    return joined.select(first)
+    seen: set[str] = set()
+    first = [not (path in seen or seen.add(path)) for path in real_paths(joined.images)]
+    return joined.select(np.array(first))
 
 
-def without_images_of(rows: Rows, others: list[Rows]) -> Rows:
-    """The rows whose image is in none of the others."""
-    taken = [real_paths(other) for other in others]
-    return rows.select(~np.isin(real_paths(rows), np.concatenate(taken))) if taken else rows
+def without_images(rows: Rows, taken: set[str]) -> Rows:
+    """The rows whose image is none of the real paths that are taken."""
+    return rows.select(np.array([path not in taken for path in real_paths(rows.images)], dtype=bool))
 
 
-def real_paths(rows: Rows) -> np.ndarray:
-    """The files of rows (N,), whatever links lead to them."""
-    return np.array([os.path.realpath(path) for path in rows.images], dtype=str)
+def real_paths(images: Iterable[str]) -> list[str]:
+    """The files of image paths, whatever links lead to them."""
+    folders: dict[str, str] = {}
+    found = []
+    for path in images:
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        file = os.path.join(folders[folder], name)
+        found.append(os.path.realpath(file) if os.path.islink(file) else file)
+    return found

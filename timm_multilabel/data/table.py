@@ -126,12 +126,16 @@ def _find_separator(path: Path) -> str:
     return next((mark for mark in ',\t;|' if mark in header), ',')
 
 
-def find_images(table: Table) -> list[str]:
+def find_images(table: Table, passing_over: bool = False) -> list[str]:
     """Find the images of a table on disk.
 
     A path is taken as written relative to the CSV's folder, to the parent of that folder, or to the working directory,
     or by its name under `images/` beside the CSV: the first of these under which any of the images exists serves for
     all.
+
+    Args:
+        table: The table.
+        passing_over: Pass over images that are missing.
 
     Raises:
         UserError: Images are missing, with how many and the first few.
@@ -149,8 +153,8 @@ def find_images(table: Table) -> list[str]:
         exists = [os.path.isfile(path) for path in paths]
         if any(exists):
             break
-    if all(exists):
-        return [str(path) for path in paths]
+    if all(exists) or passing_over:
+        return [str(path) for path, found in zip(paths, exists) if found]
     missing = [f'{text} (row {row})' for (row, text), found in zip(texts.items(), exists) if not found]
     examples = ', '.join(missing[:_EXAMPLES]) + (', ...' if len(missing) > _EXAMPLES else '')
     if len(missing) == len(texts):
@@ -281,7 +285,9 @@ def encode_rows(
                 encoded = head.encode(cells)
             except BadCell as error:
                 raise _bad_cell(table, error) from error
-            targets[:, left:left + head.width] = np.where(encoded == UNKNOWN, MISSING, encoded)
+            if isinstance(head, LabelSet):
+                encoded = np.where(encoded == UNKNOWN, MISSING, encoded)
+            targets[:, left:left + head.width] = encoded
         left += head.width
     return Rows(
         images=np.array(find_images(table)),

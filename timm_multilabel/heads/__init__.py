@@ -1,6 +1,6 @@
 """What a head is: its layer, its loss, its prediction, its figures. A new kind is a subclass of `Head`."""
 from timm_multilabel.heads.classes import ArcFaceHead, SoftmaxHead
-from timm_multilabel.heads.head import Head, HeadWarning
+from timm_multilabel.heads.head import Head
 from timm_multilabel.heads.kinds import (
     COMMON_OPTIONS,
     KINDS,
@@ -18,7 +18,6 @@ __all__ = [
     'KINDS',
     'ArcFaceHead',
     'Head',
-    'HeadWarning',
     'NumericHead',
     'SoftmaxHead',
     'TagsHead',

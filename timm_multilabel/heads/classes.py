@@ -1,12 +1,10 @@
 """Heads of one class an image: softmax and ArcFace."""
-import warnings
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_multilabel.heads.head import Head, HeadWarning, LinearHead, check_fractions, class_weights_tensor
+from timm_multilabel.heads.head import Head, LinearHead, check_fractions, class_weights_tensor
 from timm_multilabel.labels import MISSING, LabelSet
 from timm_multilabel.losses import (
     arcface_logits,
@@ -100,8 +98,7 @@ class ArcFaceHead(ClassHead):
         if not 0 <= margin <= np.pi:
             raise ValueError(f'margin is {margin:g}, expected an angle from 0 to pi')
         if smoothing:
-            warnings.warn(
-                f"head '{labels.name}': label smoothing works against ArcFace's margin", HeadWarning, stacklevel=2)
+            self.remark = "label smoothing works against ArcFace's margin"
         self.smoothing, self.scale, self.margin = smoothing, scale, margin
         self.drop = nn.Dropout(drop)
         self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(len(labels.classes), in_features)))

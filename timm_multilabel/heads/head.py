@@ -6,10 +6,6 @@ from torch import nn
 from timm_multilabel.labels import Labels, LabelSet, TagSet
 
 
-class HeadWarning(UserWarning):
-    """Options of a head that work against each other."""
-
-
 class Head(nn.Module):
     """One kind of head. Subclasses take `(labels, in_features, *, options)`; the options are those of `--head`.
 
@@ -26,6 +22,8 @@ class Head(nn.Module):
     """The type of labels it learns: `LabelSet`, `TagSet` or `Quantity`."""
     figures: tuple[str, ...] = ()
     """The names of what `metrics` gives; the first ranks checkpoints: a percentage, higher is better."""
+    decreasing: tuple[str, ...] = ()
+    """The figures of which less is better."""
     distribution = False
     """Whether it predicts a distribution, and so learns from unlabelled images: the last three methods."""
     inherits: tuple[str, ...] = ('drop', 'smoothing')
@@ -34,6 +32,7 @@ class Head(nn.Module):
     def __init__(self, labels: Labels):
         super().__init__()
         self.labels = labels
+        self.remark = ''  # what is worth telling of its options before training
 
     def loss(self, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The training loss: the sum over the labels that are there and their number, both scalars."""

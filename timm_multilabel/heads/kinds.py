@@ -133,6 +133,10 @@ def _try_out(head: Head, in_features: int) -> None:
                     isinstance(part, torch.Tensor) and part.ndim == 0 and part.is_floating_point() for part in loss):
                 raise ValueError(f"the loss of '{head.kind}' must be two scalar tensors of floats: a sum, and a number")
         measured = head.measure(output)
+        if isinstance(head.labels, LabelSet) and head.predict(output).shape != (2,):
+            raise ValueError(f"what '{head.kind}' predicts must be class indices (B,)")
+        if head.distribution:
+            head.entropy(output), head.marginal_entropy(output), head.pseudo_label_loss(output, output, 0.5)
     if measured.ndim != 2 or len(measured) != 2:
         raise ValueError(f"what '{head.kind}' measures must be (B, K), and is {tuple(measured.shape)} for B = 2")
     figures = head.metrics(target.numpy(), measured.numpy())

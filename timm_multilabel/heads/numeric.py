@@ -19,6 +19,7 @@ class NumericHead(Head):
     kind = 'numeric'
     reads = Quantity
     figures = ('r2', 'mae')
+    decreasing = ('mae',)
 
     def __init__(self, labels: Quantity, in_features: int, *, drop: float = 0.0):
         super().__init__(labels)

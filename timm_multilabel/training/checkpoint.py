@@ -151,7 +151,9 @@ def start_from(task: JointTask, checkpoint: Checkpoint, weights: str) -> str:
 
 
 def _alike(options: Mapping[str, Any], theirs: Mapping[str, Any], labels: Labels) -> bool:
-    """Whether two heads of the same labels are of one kind and have the same input."""
+    """Whether two heads of the same labels are of one kind and have the same input; of a user's kind, all options."""
+    if options['loss'] not in KINDS:
+        return options == theirs
     kind, read = theirs.get('loss', default_kind(labels)), theirs.get('input', 'features')
     return (options['loss'], options['input']) == (kind, read)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
-from timm_multilabel.metrics import MultiLabelEvaluator, TrainingMeter, default_metric
+from timm_multilabel.metrics import MultiLabelEvaluator, TrainingMeter, default_metric, less_is_better
 from timm_multilabel.task import JointTask
 from timm_multilabel.training.progress import Progress
 from timm_multilabel.training.run_folder import RunFolder
@@ -230,7 +230,9 @@ class Fit:
         row |= {'lr': sum(lrs) / len(lrs), 'images_per_second': images_per_second}
         best = self.score(row)
         if math.isnan(row.get(best, math.nan)):
-            raise UserError(f'{best}: the evaluation has no labels for this figure; choose another --eval-metric')
+            raise UserError(
+                f'{best} cannot be computed from the labels of the evaluation; choose another --eval-metric, such as '
+                'loss')
         if self.updater.scheduler is not None:
             self.updater.scheduler.step(epoch + 1, row[best])
         progress.say(epoch_line(title, row, self.task))
@@ -260,7 +262,7 @@ class Fit:
             return 'simclr_loss'
         columns = ['eval_' + self.metric] + (['eval_ema_' + self.metric] if self.task.has_ema() else [])
         columns = [column for column in columns if column in row] or columns[:1]
-        return min(columns, key=row.get) if self.metric.endswith(('loss', '_mae')) else max(columns, key=row.get)
+        return (min if less_is_better(self.metric, self.task.heads) else max)(columns, key=row.get)
 
 
 def epoch_line(title: str, row: dict[str, Any], task: JointTask) -> str:

@@ -37,7 +37,7 @@ def run_folder_path(output: str, experiment: str | None, model: str, size: int) 
 
 def phase_folder(run: Path, phases: Sequence[str], phase: int) -> Path:
     """Where a phase's checkpoints go: the last one's into the run folder itself, others' into folders of their own."""
-    return run if phase == len(phases) - 1 else run / f'{phase + 1}-{phases[phase]}'
+    return run if phase + 1 >= len(phases) else run / f'{phase + 1}-{phases[phase]}'
 
 
 class RunFolder:
