@@ -121,8 +121,8 @@ def test_a_figure_that_the_labels_do_not_allow_stays_out_of_the_score(data, tmp_
 def test_checkpoints_are_ranked_by_the_least_error(data, tmp_path):
     run_command(train, 'train.py', [
         str(data), '--model', 'test_resnet', '--img-size', '32', '-b', '6', '-j', '0', '--device', 'cpu',
-        '--epochs', '4', '--cooldown-epochs', '0', '--warmup-epochs', '0', '--heads', 'price', '--head', 'price:loss=numeric',
-        '--eval-metric', 'price_mae', '--output', str(tmp_path), '--experiment', 'run'])
+        '--epochs', '4', '--cooldown-epochs', '0', '--warmup-epochs', '0', '--heads', 'price', '--head',
+        'price:loss=numeric', '--eval-metric', 'price_mae', '--output', str(tmp_path), '--experiment', 'run'])
     errors = pd.read_csv(tmp_path / 'run' / 'summary.csv')['eval_price_mae']
     best = torch.load(tmp_path / 'run' / 'model_best.pth.tar', weights_only=True)
     assert best['epoch'] == errors.argmin() and best['metric'] == pytest.approx(errors.min())
