@@ -279,7 +279,7 @@ def test_recipes_are_read(name):
     flags = check_phases(parse(RECIPES / name, 'data'))
     assert all(each.data_dir == 'data' for each in flags)
     weights = {'fashion.yaml': [(0.1, 0.9)], 'cs492.yaml': [(1, 0), (1, 100)], 'cs492-arcface.yaml': [(1, 0), (1, 100)],
-               'sample.yaml': [(0.5, 0), (0.2, 0.8), (0, 1)]}
+               'sample.yaml': [(0.5, 0), (0.2, 0.8), (0, 1)], 'few-labels.yaml': [(1, 0), (0.2, 0.8)]}
     assert [(each.simclr_loss_weight, each.classification_loss_weight) for each in flags] == weights[name]
 
 
