@@ -45,3 +45,9 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     if world()[1] > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def assert_same_on_all_ranks(number: int, device: torch.device, what: str) -> None:
+    """Raise RuntimeError unless all ranks have the same number; on CUDA the device stops, and the host never waits."""
+    numbers = gather(torch.full((1,), number, device=device))
+    torch._assert_async((numbers == number).all(), f'{what}; rank {world()[0]} has {number}')

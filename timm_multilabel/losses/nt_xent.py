@@ -1,10 +1,21 @@
-"""NT-Xent, the contrastive loss of SimCLR."""
+"""NT-Xent, the contrastive loss of SimCLR, in memory that grows linearly with the batch."""
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
-from timm_multilabel.distributed import gather, world
+from timm_multilabel.distributed import assert_same_on_all_ranks, gather, world
+
+_SHORTEST = 1e-12
+"""Least length that a projection is divided by, as in `torch.nn.functional.normalize`."""
+_LARGEST_EXPONENT = 50
+"""exp(50) times any batch, and exp(-50) by itself, are normal numbers of float32."""
 
 
+@torch.compiler.disable  # a loop over tiles is nothing to compile: the graph would grow with the batch
 def nt_xent_loss(view_a: torch.Tensor, view_b: torch.Tensor, temperature: float = 0.5) -> torch.Tensor:
     """Normalised temperature-scaled cross-entropy over all pairs of the global batch.
 
@@ -12,9 +23,14 @@ def nt_xent_loss(view_a: torch.Tensor, view_b: torch.Tensor, temperature: float 
     of -log(exp(z_i . z_p(i) / T) / sum over k != i of exp(z_i . z_k / T)) (Chen et al. 2020, "A Simple Framework for
     Contrastive Learning of Visual Representations", eq. 1).
 
+    It is exact, and takes memory for the projections and for a few tiles of their similarities. The gradient, where one
+    is needed, is computed with the loss; there is no second derivative. Within a compiled function it runs as it is,
+    between two graphs.
+
     With several ranks the loss is the mean over this rank's anchors, against the views of all ranks: its mean over
-    ranks is the loss of one process on the whole batch, and so is the gradient that DDP averages. All ranks must have
-    the same N.
+    ranks is the loss of one process on the whole batch. The gradient is that of the sum of all ranks' losses, so what
+    DDP averages is the gradient of one process, given that every rank calls backward with the same factor on its loss.
+    All ranks must have the same N.
 
     Args:
         view_a: Projections (N, D) of one view of each image; they need not be normalised.
@@ -25,26 +41,151 @@ def nt_xent_loss(view_a: torch.Tensor, view_b: torch.Tensor, temperature: float 
         The loss, a scalar, computed in float32 (in float64 for float64 input) whatever the autocast.
 
     Raises:
-        ValueError: The shapes differ or are not (N, D), or the temperature is not more than 0.
+        ValueError: The shapes differ or are not (N, D) with images, or the temperature is not more than 0.
+        RuntimeError: Ranks have different numbers of images (on CUDA as a device-side assertion), or a backward pass
+            that is to be differentiated itself.
     """
-    if view_a.ndim != 2 or view_a.shape != view_b.shape:
+    if view_a.ndim != 2 or view_a.shape != view_b.shape or not len(view_a):
         raise ValueError(
             f'NT-Xent expects two tensors of one shape (N, D), got {tuple(view_a.shape)} and {tuple(view_b.shape)}')
     if not temperature > 0:
         raise ValueError(f'NT-Xent expects a temperature of more than 0, got {temperature}')
-    with torch.autocast(view_a.device.type, enabled=False):
-        dtype = torch.promote_types(view_a.dtype, torch.float32)
-        anchors = F.normalize(torch.cat([view_a, view_b]).to(dtype), dim=1)
-        # Columns are rank-major, so rank r's anchors are columns 2N * r to 2N * (r + 1).
-        similarity = anchors @ gather(anchors).T
-        n = len(view_a)
-        column = torch.arange(similarity.shape[1], device=anchors.device)
-        itself = column[:2 * n, None] + 2 * n * world()[0]
-        positive = itself.roll(n, dims=0)
-        # Relative to the positive pair the loss is softplus(logsumexp over negatives), which keeps its digits where
-        # the pair is much closer than the rest and log(1 + tiny) would round to 0.
-        logits = (similarity - similarity.gather(1, positive)) / temperature
-        mask = (column == itself) | (column == positive)
-        # A finite fill: with no negatives at all (one image) a row of -inf would give NaN gradients.
-        negatives = logits.masked_fill(mask, torch.finfo(dtype).min).logsumexp(dim=1)
-        return F.softplus(negatives, threshold=40).mean()
+    with_gradient = torch.is_grad_enabled() and (view_a.requires_grad or view_b.requires_grad)
+    autocast = torch.is_autocast_enabled(view_a.device.type)
+    with torch.autocast(view_a.device.type, enabled=False) if autocast else nullcontext():
+        return _NTXent.apply(view_a, view_b, temperature, with_gradient)
+
+
+class _NTXent(torch.autograd.Function):
+    """The loss, and its gradient in the same pass: all that the backward pass has to keep is that gradient.
+
+    Rows are the normalised projections of this rank divided by sqrt(T), two in a row for each image, and columns those
+    of all ranks, this rank's first; their products are the logits. With P_ij = exp(logit_ij) / sum over k != i of
+    exp(logit_ik), which the row sums give for any tile, the gradient of the sum of all losses at row i is the sum over
+    j of (P_ij + P_ji) times column j, with P_ij - 1 in place of P_ij where j is i's other view.
+    """
+
+    @staticmethod
+    def forward(
+            ctx: Any,
+            view_a: torch.Tensor,
+            view_b: torch.Tensor,
+            temperature: float,
+            with_gradient: bool,
+    ) -> torch.Tensor:
+        rows = torch.stack([view_a, view_b], dim=1).flatten(0, 1)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        divisor = length.clamp(min=_SHORTEST).mul_(math.sqrt(temperature))
+        rows.div_(divisor)
+        if world()[1] > 1:
+            assert_same_on_all_ranks(len(rows), rows.device, 'NT-Xent expects as many images on every rank')
+        columns = _own_first(rows)
+        plain = 1 / temperature <= _LARGEST_EXPONENT
+        # Relative to the positive pair the loss is softplus(logsumexp over negatives), which keeps its digits where the
+        # pair is much closer than the rest and log(1 + tiny) would round to 0.
+        positive = (rows[::2] * rows[1::2]).sum(dim=1, keepdim=True)
+        # A single tile serves both passes over them; of several, each is made again for the second.
+        single = list(_tiles(columns, len(rows), plain)) if len(columns) <= _tile_rows(rows.device) else None
+        log_sums = _log_sums(single or _tiles(columns, len(rows), plain), rows, plain)
+        losses = F.softplus(log_sums.view(-1, 2) - positive, threshold=40)
+        if with_gradient:
+            towards_positive = torch.expm1(-losses).sum(dim=1)  # P_ij - 1 + P_ji - 1, without rounding P to 1
+            log_sums = _own_first((losses + positive).flatten())  # now over all other columns
+            tiles = single or _tiles(columns, len(rows), plain)
+            gradient = _gradient(tiles, columns, log_sums, towards_positive, plain)
+            # Through the division by the length: what points along a row changes nothing, unless a least length was
+            # put in place of its own.
+            along = (rows * gradient).sum(dim=1, keepdim=True).mul_(length > _SHORTEST)
+            gradient.addcmul_(rows, along, value=-temperature).div_(divisor.mul_(len(rows)))
+            ctx.save_for_backward(gradient)
+        return losses.mean()
+
+    @staticmethod
+    def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError('NT-Xent has no second derivative here: call backward without create_graph=True')
+        gradient = ctx.saved_tensors[0] * factor
+        return gradient[::2], gradient[1::2], None, None
+
+
+def _own_first(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks, in rank order but beginning with this one's."""
+    rank, ranks = world()
+    return rows if ranks == 1 else gather(rows).roll(-rank * len(rows), dims=0)
+
+
+def _tile_rows(device: torch.device) -> int:
+    """Rows, and columns, of a tile, an even number: few enough for a CPU's caches, enough to keep a GPU busy."""
+    return 1024 if device.type == 'cpu' else 4096
+
+
+def _tiles(columns: torch.Tensor, rows: int, plain: bool) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Rows, columns and exp(logit) of the tiles; of the square of a rank's own columns only those on its diagonal and
+    right of it, since similarity is symmetric. An image has no exp(logit) with itself.
+
+    Args:
+        columns: As in `_NTXent` (M, D).
+        rows: How many of them are this rank's.
+        plain: Logits are such that exp neither overflows nor vanishes; else tiles hold logits.
+    """
+    step, end = _tile_rows(columns.device), len(columns)
+    for first in range(0, rows, step):
+        row = slice(first, min(first + step, rows))
+        for first_column in (*range(first, rows, step), *range(rows, end, step)):
+            column = slice(first_column, min(first_column + step, rows if first_column < rows else end))
+            tile = columns[row] @ columns[column].T
+            if plain:
+                tile.exp_()
+            if column == row:
+                own_image = tile.view(len(tile) // 2, 2, len(tile) // 2, 2).diagonal(dim1=0, dim2=2)
+                own_image.fill_(0 if plain else -math.inf)
+            yield row, column, tile
+
+
+def _is_mirrored(row: slice, column: slice, rows: int) -> bool:
+    """Whether a tile stands for that of its columns and rows too."""
+    return row.start < column.start < rows
+
+
+def _log_sums(tiles: Iterable[tuple[slice, slice, torch.Tensor]], rows: torch.Tensor, plain: bool) -> torch.Tensor:
+    """For each row the log of the sum of exp(logit) over the columns of other images; -inf without any."""
+    nothing, add, add_up = (0, torch.add, torch.sum) if plain else (-math.inf, torch.logaddexp, torch.logsumexp)
+    sums = rows.new_full((len(rows),), nothing)
+    for row, column, tile in tiles:
+        add(sums[row], add_up(tile, dim=1), out=sums[row])
+        if _is_mirrored(row, column, len(rows)):
+            add(sums[column], add_up(tile, dim=0), out=sums[column])
+    return sums.log_() if plain else sums
+
+
+def _gradient(
+        tiles: Iterable[tuple[slice, slice, torch.Tensor]],
+        columns: torch.Tensor,
+        log_sums: torch.Tensor,
+        towards_positive: torch.Tensor,
+        plain: bool,
+) -> torch.Tensor:
+    """The gradient of the sum of all losses at this rank's rows (rows, D). It changes the tiles.
+
+    Args:
+        tiles: As `_tiles` gives them.
+        columns: As in `_NTXent` (M, D).
+        log_sums: For each column the log of the sum of exp(logit) over all others (M,).
+        towards_positive: P_ij + P_ji - 2 for the two views of each of this rank's images (rows / 2,).
+        plain: As in `_tiles`.
+    """
+    rows = 2 * len(towards_positive)
+    positives = columns[:rows].unflatten(0, (-1, 2)).flip(1)
+    gradient = positives.mul_(towards_positive[:, None, None]).flatten(0, 1)
+    shares = log_sums.neg().exp_() if plain else None
+    for row, column, tile in tiles:
+        if plain:
+            tile.mul_(shares[row, None] + shares[column])
+        else:
+            other = (tile - log_sums[column]).exp_()
+            tile.sub_(log_sums[row, None]).exp_().add_(other)
+        gradient[row].addmm_(tile, columns[column])
+        if _is_mirrored(row, column, rows):
+            gradient[column].addmm_(tile.T, columns[row])
+    return gradient
