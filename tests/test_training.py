@@ -72,6 +72,7 @@ def test_run_folder(data_dir, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('flags', [
+    ['--micro-batch', '3', '--model-ema'],
     ['--model-ema', '--model-ema-decay', '0.9', '--opt', 'adamp', '--aa', 'rand-m5'],
     ['-wls', '0', '--grad-accum-steps', '2', '--clip-grad', '1', '--clip-mode', 'agc', '--sched-on-updates'],
     ['-wlc', '0', '--views', 'simclr', '--opt', 'adamw', '--layer-decay', '0.7', '-j', '1'],
@@ -146,6 +147,20 @@ def test_learning_rates_of_the_forks_schedule(data_dir, tmp_path, capsys):
 def test_mixing_trains(data_dir, tmp_path, flags):
     summary = pd.read_csv(run(data_dir, tmp_path, '-wls', '0', *flags, epochs=1) / 'summary.csv')
     assert summary['train_loss'].notna().all()
+
+
+def test_micro_batches_train_as_whole_batches(data_dir, tmp_path):
+    """With layer norm in place of batch norm, and without dropout, whose draws come in another order."""
+    write_data(tmp_path / 'more', train=8)
+    flags = ['--model', 'test_vit', '--drop', '0', '--reprob', '0', '--unlabelled', str(tmp_path / 'more' / 'images'),
+             '--entropy-weight', '0.1', '--pseudo-label-weight', '0.2', '--pseudo-label-threshold', '0.4',
+             '--model-ema', '--model-ema-decay', '0.5', '--clip-grad', '1', '--grad-accum-steps', '2']
+    whole = weights(run(data_dir, tmp_path / 'whole', *flags) / 'last.pth.tar')
+    pieces = weights(run(data_dir, tmp_path / 'pieces', *flags, '--micro-batch', '3') / 'last.pth.tar')
+    assert whole.keys() == pieces.keys()
+    assert any(name.startswith('task_state_ema.projector') for name in whole)
+    for name, value in whole.items():
+        torch.testing.assert_close(pieces[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text)
 
 
 def test_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(data_dir, tmp_path, capsys):

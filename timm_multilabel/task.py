@@ -14,6 +14,7 @@ from timm_multilabel.heads import Head
 from timm_multilabel.losses import nt_xent_loss
 from timm_multilabel.metrics import MultiLabelEvaluator
 from timm_multilabel.model import MultiLabelModel, Projector
+from timm_multilabel.pieces import InPieces
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ class JointTask(TrainingTask):
         first_view_only: Classify the first view only (not both).
         pool: The unlabelled images.
         freeze_backbone: Train the heads alone, on a backbone (and projector) that stays as it is.
+        micro_batch: The most images that go through the model at once, for batches larger than the memory; see
+            `InPieces`. All when None.
         metadata: Plain values for the checkpoint, beside the weights.
         device: Device for task tensors.
         dtype: Dtype for task tensors.
@@ -128,6 +131,7 @@ class JointTask(TrainingTask):
             first_view_only: bool = False,
             pool: Pool = Pool(),  # noqa: B008 (frozen)
             freeze_backbone: bool = False,
+            micro_batch: int | None = None,
             metadata: dict[str, Any] | None = None,
             device: torch.device | None = None,
             dtype: torch.dtype | None = None,
@@ -161,8 +165,13 @@ class JointTask(TrainingTask):
             for part in (model.backbone, model.projector):
                 if part is not None:
                     part.requires_grad_(False)
-        self.trainable_module = JointModule(
-            model, projector, bool(classification_weight), bool(simclr_weight), freeze_backbone)
+        self.micro_batch = micro_batch
+        self.trainable_module = self._in_pieces(JointModule(
+            model, projector, bool(classification_weight), bool(simclr_weight), freeze_backbone))
+
+    def _in_pieces(self, module: nn.Module) -> nn.Module:
+        """A module that takes its batches in pieces, where there are micro-batches."""
+        return InPieces(module, self.views, self.micro_batch) if self.micro_batch is not None else module
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -197,8 +206,9 @@ class JointTask(TrainingTask):
 
     def compile(self, backend: str = 'inductor', mode: str | None = None, **kwargs: Any) -> nn.Module:
         """Compile the training and the evaluation forward; call it before `prepare_distributed`."""
-        self.eval_model = torch.compile(self.trainable_module.model, backend=backend, mode=mode, **kwargs)
-        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **kwargs)
+        module = unwrap_model(self.trainable_module)
+        self.eval_model = torch.compile(module.model, backend=backend, mode=mode, **kwargs)
+        self.trainable_module = self._in_pieces(torch.compile(module, backend=backend, mode=mode, **kwargs))
         return self.eval_model
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
@@ -312,8 +322,10 @@ class JointTask(TrainingTask):
         teacher = self.get_trainable_module(ema=True)
         taught = {}
         if teacher is not None:
+            model, weak_views = unwrap_model(teacher).model, self._unlabelled(images)[0]
             with torch.no_grad():
-                taught = unwrap_model(teacher).model(self._unlabelled(images)[0])
+                parts = [model(part) for part in weak_views.split(self.micro_batch or len(weak_views))]
+            taught = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         total, shares = self._weights.new_zeros(()), []
         for weight, (name, head) in zip(self._weights, self.heads.items(), strict=True):
             passed = total.new_zeros(())

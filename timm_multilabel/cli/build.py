@@ -114,6 +114,7 @@ def task(
             args.pseudo_label_threshold,
         ) if data.pool_rows is not None else Pool(),
         freeze_backbone=args.freeze_backbone,
+        micro_batch=args.micro_batch,
         metadata={
             'arch': args.model,
             'model_kwargs': args.model_kwargs,

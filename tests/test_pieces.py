@@ -1,0 +1,249 @@
+"""Batches in pieces: the gradient of the whole batch, the memory of a piece."""
+import resource
+
+import pytest
+import torch
+from common import SPACE, TinyBackbone, run_ranks, tiny_task
+from torch import nn
+
+from timm_multilabel import pieces
+from timm_multilabel.model import MultiLabelModel
+from timm_multilabel.pieces import InPieces
+from timm_multilabel.task import JointTask, Pool
+
+TARGET = torch.tensor([[0, 1], [2, 0], [1, -1], [-1, -1], [-1, 1], [2, -1], [0, 0]])
+POOL = Pool(3, entropy_weight=0.3, marginal_entropy_weight=0.2, pseudo_label_weight=0.4, pseudo_label_threshold=0.35)
+
+
+def batch(images=10, views=2, dtype=torch.float64):
+    """Images, of which the first seven have targets."""
+    generator = torch.Generator().manual_seed(1)
+    target = torch.full((images, 2), -1)
+    target[:7] = TARGET[:images]
+    return torch.randn(views * images, 3, 8, 8, generator=generator, dtype=dtype), target.repeat(views, 1)
+
+
+def step(task, images, target):
+    """Result and gradients of a step."""
+    result = task(images, target)
+    result['loss'].backward()
+    return result, {name: p.grad.clone() for name, p in task.trainable_module.named_parameters()}
+
+
+def compare(task, whole, **tolerance):
+    """Compare a task that takes pieces with one that does not."""
+    result, gradients = step(task, *batch())
+    expected, whole_gradients = step(whole, *batch())
+    for name, value in expected.items():
+        torch.testing.assert_close(result[name], value, **tolerance)
+    assert len(gradients) == len(whole_gradients) > 4
+    for mine, theirs in zip(gradients.values(), whole_gradients.values(), strict=True):
+        assert theirs.abs().sum() > 0
+        torch.testing.assert_close(mine, theirs, **tolerance)
+
+
+@pytest.mark.parametrize('size', [1, 3, 5, 9])
+@pytest.mark.parametrize('options', [
+    {'pool': POOL},
+    {'pool': POOL, 'first_view_only': True, 'head_options': {'color': {'loss': 'arcface', 'input': 'projection'}}},
+    {'simclr_weight': 0, 'pool': POOL},
+    {'classification_weight': 0.7},
+], ids=['all terms', 'arcface', 'without simclr', 'without a pool'])
+def test_a_step_equals_that_of_the_whole_batch(options, size):
+    compare(tiny_task(dtype=torch.float64, micro_batch=size, **options), tiny_task(dtype=torch.float64, **options),
+            rtol=1e-10, atol=1e-12)
+
+
+def test_simclr_alone():
+    images, target = batch()
+    tasks = [tiny_task(dtype=torch.float64, classification_weight=0, micro_batch=size) for size in (4, None)]
+    for task in tasks:
+        task(images, target)['loss'].backward()
+    for mine, theirs in zip(*(task.trainable_module.parameters() for task in tasks), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None)
+        if theirs.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_one_view():
+    images, target = batch(views=1)
+    results = [step(tiny_task(dtype=torch.float64, simclr_weight=0, micro_batch=size), images, target)
+               for size in (4, None)]
+    for mine, theirs in zip(results[0][1].values(), results[1][1].values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_a_batch_that_fits_is_one_piece(monkeypatch):
+    monkeypatch.setattr(pieces, 'checkpoint', None)
+    step(tiny_task(dtype=torch.float64, micro_batch=10), *batch())
+
+
+def test_the_teacher_sees_pieces_too():
+    tasks = [tiny_task(dtype=torch.float64, micro_batch=size, pool=POOL) for size in (2, None)]
+    for task in tasks:
+        task.setup_ema()
+        task.train()
+    seen = []
+    tasks[0].get_trainable_module(ema=True).module.module.model.backbone.register_forward_pre_hook(
+        lambda module, inputs: seen.append(len(inputs[0])))
+    results = [task(*batch()) for task in tasks]
+    torch.testing.assert_close(results[0]['pseudo_label_loss'], results[1]['pseudo_label_loss'])
+    torch.testing.assert_close(results[0]['pseudo_label_shares'], results[1]['pseudo_label_shares'])
+    assert seen == [2, 1] and results[0]['pseudo_label_loss'] > 0
+
+
+class Restless(TinyBackbone):
+    """A backbone with batch norm and dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, images):
+        return self.fc(self.drop(self.norm(self.conv(images)).relu().mean(dim=(2, 3))))
+
+
+def restless_task(size, compiled=False, ema=False):
+    torch.manual_seed(0)
+    task = JointTask(MultiLabelModel(Restless(), SPACE, drop=0.3), micro_batch=size)
+    if ema:
+        task.setup_ema(decay=0.5)
+    if compiled:
+        task.compile(backend='aot_eager')
+    return task.train()
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('size', [3, 5])
+def test_the_second_pass_repeats_the_first(size, compiled, monkeypatch):
+    """Random numbers are drawn again, and batch norm takes each piece in once: as without gradient caching."""
+    images, target = batch(dtype=torch.float32)
+    outcomes = []
+    for cached in (True, False):
+        with monkeypatch.context() as patch:
+            if not cached:
+                patch.setattr(pieces, 'checkpoint', lambda function, *args, **_: function(*args))
+            task = restless_task(size, compiled)
+            torch.manual_seed(5)
+            result, gradients = step(task, images, target)
+            buffers = {name: value.clone() for name, value in task.trainable_module.named_buffers()}
+            outcomes.append((result['loss'], gradients, buffers, torch.get_rng_state()))
+    torch.testing.assert_close(*outcomes, rtol=0, atol=0)
+    tracked, = (value for name, value in outcomes[0][2].items() if name.endswith('num_batches_tracked'))
+    assert tracked == {3: 4, 5: 2}[size]
+
+
+def test_dropout_differs_from_piece_to_piece():
+    module = InPieces(_DropAll(), views=2, size=2)
+    outputs, projections = module(torch.ones(8, 3, 4, 4))
+    assert projections is None
+    assert len({tuple(row.tolist()) for row in outputs['x']}) > 4
+
+
+class _DropAll(nn.Module):
+    def forward(self, images):
+        return {'x': nn.functional.dropout(images.flatten(1), 0.5)}, None
+
+
+def test_rows_come_back_in_their_order():
+    class Same(nn.Module):
+        def forward(self, images):
+            return {'x': images[:, 0, 0, 0]}, images.flatten(1)
+
+    images = torch.arange(14.0).view(14, 1, 1, 1)
+    outputs, projections = InPieces(Same(), views=2, size=3)(images)
+    assert torch.equal(outputs['x'], images.flatten()) and torch.equal(projections, images.flatten(1))
+
+
+def test_pieces_have_all_views_and_their_share_of_the_last_images():
+    seen = []
+
+    class Watch(nn.Module):
+        def forward(self, images):
+            seen.append(images.flatten().tolist())
+            return {'x': images.flatten(1)}, None
+
+    InPieces(Watch(), views=2, size=3)(torch.arange(14.0).view(14, 1, 1, 1))
+    assert seen == [[0, 3, 6, 7, 10, 13], [1, 4, 8, 11], [2, 5, 9, 12]]
+
+
+@pytest.mark.parametrize('layout', [torch.channels_last, torch.contiguous_format])
+def test_pieces_keep_the_memory_layout(layout):
+    seen = []
+
+    class Watch(nn.Module):
+        def forward(self, images):
+            seen.append(images.is_contiguous(memory_format=layout))
+            return {'x': images.flatten(1)}, None
+
+    InPieces(Watch(), views=1, size=2)(torch.zeros(4, 3, 5, 5).contiguous(memory_format=layout))
+    assert seen == [True, True]
+
+
+def test_autocast_is_that_of_the_first_pass():
+    images, target = batch(dtype=torch.float32)
+    gradients = []
+    for size in (3, None):
+        task = tiny_task(micro_batch=size)
+        with torch.autocast('cpu', torch.bfloat16):
+            result = task(images, target)
+        result['loss'].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in task.trainable_module.parameters()]))
+    torch.testing.assert_close(*gradients, rtol=2e-2, atol=2e-3)
+
+
+def test_size_is_checked():
+    with pytest.raises(ValueError, match='1 image or more, not 0'):
+        tiny_task(micro_batch=0)
+
+
+def _rank_step(rank, size, frozen):
+    images, target = batch(images=6)
+    views = images.chunk(2), target.chunk(2)
+    mine = [torch.cat([view.chunk(2)[rank] for view in whole]) for whole in views]
+    task = tiny_task(dtype=torch.float64, micro_batch=size, **frozen)
+    task.prepare_distributed()
+    reductions = []
+
+    def count(state, bucket):
+        reductions.append(bucket.index())
+        work = torch.distributed.all_reduce(bucket.buffer().div_(2), async_op=True)
+        return work.get_future().then(lambda done: done.value()[0])
+
+    task.trainable_module.register_comm_hook(None, count)
+    with task.no_sync():  # accumulated with another batch, whose gradient is the same
+        task(*mine)['loss'].backward()
+    before = list(reductions)
+    result, gradients = step(task, *mine)
+    return result['loss'].item(), [gradient.tolist() for gradient in gradients.values()], before, reductions
+
+
+@pytest.mark.parametrize('size', [2, None])
+def test_ranks_equal_one_process_with_one_reduction_a_step(size):
+    whole, gradients = step(tiny_task(dtype=torch.float64), *batch(images=6))
+    results = run_ranks(_rank_step, 2, size, {})
+    assert sum(result[0] for result in results) / 2 == pytest.approx(whole['loss'].item(), rel=1e-12)
+    for _, of_rank, before, reductions in results:
+        assert before == [] and reductions == [0]  # one bucket holds all
+        for mine, theirs in zip(of_rank, gradients.values(), strict=True):
+            torch.testing.assert_close(torch.tensor(mine, dtype=torch.float64), 2 * theirs, rtol=1e-9, atol=1e-12)
+
+
+def _peak_megabytes(rank, images, size):
+    torch.manual_seed(0)
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    backbone.head_hidden_size = 32
+    task = JointTask(MultiLabelModel(backbone, SPACE), micro_batch=size)
+    photos, target = torch.randn(2 * images, 3, 32, 32), torch.zeros(2 * images, 2)
+    step(task, photos[:16], target[:16])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(task, photos, target)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def test_memory_is_that_of_a_piece():
+    whole, in_pieces = (run_ranks(_peak_megabytes, 1, 1024, size)[0] for size in (None, 16))
+    # 2,048 images are 24 MB; of each the convolution alone keeps 0.12 MB twice.
+    assert whole > 400 and in_pieces < 60
