@@ -14,7 +14,7 @@ from timm_multilabel.heads import Head
 from timm_multilabel.losses import nt_xent_loss
 from timm_multilabel.metrics import MultiLabelEvaluator
 from timm_multilabel.model import MultiLabelModel, Projector
-from timm_multilabel.pieces import InPieces
+from timm_multilabel.pieces import run_in_pieces
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,14 @@ class JointTask(TrainingTask):
         pool: The unlabelled images.
         freeze_backbone: Train the heads alone, on a backbone (and projector) that stays as it is.
         micro_batch: The most images that go through the model at once, for batches larger than the memory; see
-            `InPieces`. All when None.
+            `run_in_pieces`. All when None.
         metadata: Plain values for the checkpoint, beside the weights.
         device: Device for task tensors.
         dtype: Dtype for task tensors.
         verbose: As in timm; unused.
 
     Raises:
-        ValueError: Nothing is left to train, or a head weight is missing, unknown or negative.
+        ValueError: Nothing is left to train, a head weight is missing, unknown or negative, or a micro-batch is empty.
     """
 
     def __init__(
@@ -142,10 +142,13 @@ class JointTask(TrainingTask):
             raise ValueError('the weights of SimCLR and of classification are both 0: there is nothing to train')
         if freeze_backbone and simclr_weight:
             raise ValueError('SimCLR trains the backbone, which is frozen')
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f'a micro-batch has 1 image or more, not {micro_batch}')
         self.label_space = model.label_space
         self.simclr_weight = simclr_weight
         self.classification_weight = classification_weight
         self.temperature = temperature
+        self.micro_batch = micro_batch
         self.pool = pool
         self.ramp = 1.0
         self.views = 2 if simclr_weight or pool.pseudo_label_weight else 1
@@ -165,13 +168,8 @@ class JointTask(TrainingTask):
             for part in (model.backbone, model.projector):
                 if part is not None:
                     part.requires_grad_(False)
-        self.micro_batch = micro_batch
-        self.trainable_module = self._in_pieces(JointModule(
-            model, projector, bool(classification_weight), bool(simclr_weight), freeze_backbone))
-
-    def _in_pieces(self, module: nn.Module) -> nn.Module:
-        """A module that takes its batches in pieces, where there are micro-batches."""
-        return InPieces(module, self.views, self.micro_batch) if self.micro_batch is not None else module
+        self.trainable_module = JointModule(
+            model, projector, bool(classification_weight), bool(simclr_weight), freeze_backbone)
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -206,9 +204,8 @@ class JointTask(TrainingTask):
 
     def compile(self, backend: str = 'inductor', mode: str | None = None, **kwargs: Any) -> nn.Module:
         """Compile the training and the evaluation forward; call it before `prepare_distributed`."""
-        module = unwrap_model(self.trainable_module)
-        self.eval_model = torch.compile(module.model, backend=backend, mode=mode, **kwargs)
-        self.trainable_module = self._in_pieces(torch.compile(module, backend=backend, mode=mode, **kwargs))
+        self.eval_model = torch.compile(self.trainable_module.model, backend=backend, mode=mode, **kwargs)
+        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **kwargs)
         return self.eval_model
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
@@ -263,7 +260,10 @@ class JointTask(TrainingTask):
             'loss', its weighted terms '<term>_loss' (see `terms`; zero where off), 'head_losses' (H,) unweighted,
             'output' and 'target' of the classified rows by head, and with pseudo-labels 'pseudo_label_shares' (H,).
         """
-        outputs, projections = self.trainable_module(input)
+        if self.micro_batch is None:
+            outputs, projections = self.trainable_module(input)
+        else:
+            outputs, projections = run_in_pieces(self.trainable_module, input, self.views, self.micro_batch)
         losses = {term: torch.zeros((), device=input.device) for term in self.terms}
         result: dict[str, Any] = {'head_losses': losses['simclr'].expand(len(self.label_space.heads))}
         if projections is not None:

@@ -1,6 +1,6 @@
 """NT-Xent, the contrastive loss of SimCLR, in memory that grows linearly with the batch."""
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -59,10 +59,11 @@ def nt_xent_loss(view_a: torch.Tensor, view_b: torch.Tensor, temperature: float 
 class _NTXent(torch.autograd.Function):
     """The loss, and its gradient in the same pass: all that the backward pass has to keep is that gradient.
 
-    Rows are the normalised projections of this rank divided by sqrt(T), two in a row for each image, and columns those
-    of all ranks, this rank's first; their products are the logits. With P_ij = exp(logit_ij) / sum over k != i of
-    exp(logit_ik), which the row sums give for any tile, the gradient of the sum of all losses at row i is the sum over
-    j of (P_ij + P_ji) times column j, with P_ij - 1 in place of P_ij where j is i's other view.
+    Rows are the normalised projections of this rank, two in a row for each image, and columns those of all ranks, this
+    rank's first, both divided by sqrt(T ln 2): their products are logits (similarities / T) in base 2, since exp2 is
+    faster than exp. With P_ij = exp(logit_ij) / sum over k != i of exp(logit_ik), which the row sums give for any tile,
+    the gradient of the sum of all losses at row i is in the direction of the sum over j of (P_ij + P_ji) times column
+    j, with P_ij - 1 in place of P_ij where j is i's other view.
     """
 
     @staticmethod
@@ -74,9 +75,10 @@ class _NTXent(torch.autograd.Function):
             with_gradient: bool,
     ) -> torch.Tensor:
         rows = torch.stack([view_a, view_b], dim=1).flatten(0, 1)
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        if rows.dtype != torch.float64:
+            rows = rows.float()
         length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        divisor = length.clamp(min=_SHORTEST).mul_(math.sqrt(temperature))
+        divisor = length.clamp(min=_SHORTEST).mul_(math.sqrt(temperature * math.log(2)))
         rows.div_(divisor)
         if world()[1] > 1:
             assert_same_on_all_ranks(len(rows), rows.device, 'NT-Xent expects as many images on every rank')
@@ -84,20 +86,17 @@ class _NTXent(torch.autograd.Function):
         plain = 1 / temperature <= _LARGEST_EXPONENT
         # Relative to the positive pair the loss is softplus(logsumexp over negatives), which keeps its digits where the
         # pair is much closer than the rest and log(1 + tiny) would round to 0.
-        positive = (rows[::2] * rows[1::2]).sum(dim=1, keepdim=True)
-        # A single tile serves both passes over them; of several, each is made again for the second.
-        single = list(_tiles(columns, len(rows), plain)) if len(columns) <= _tile_rows(rows.device) else None
-        log_sums = _log_sums(single or _tiles(columns, len(rows), plain), rows, plain)
-        losses = F.softplus(log_sums.view(-1, 2) - positive, threshold=40)
+        positive = (rows[::2] * rows[1::2]).sum(dim=1, keepdim=True).mul_(math.log(2))
+        tiles = _Tiles(columns, len(rows), plain)
+        losses = F.softplus(_log_sums(tiles).view(-1, 2) - positive, threshold=40)
         if with_gradient:
             towards_positive = torch.expm1(-losses).sum(dim=1)  # P_ij - 1 + P_ji - 1, without rounding P to 1
             log_sums = _own_first((losses + positive).flatten())  # now over all other columns
-            tiles = single or _tiles(columns, len(rows), plain)
-            gradient = _gradient(tiles, columns, log_sums, towards_positive, plain)
+            gradient = _gradient(tiles, log_sums, towards_positive)
             # Through the division by the length: what points along a row changes nothing, unless a least length was
             # put in place of its own.
             along = (rows * gradient).sum(dim=1, keepdim=True).mul_(length > _SHORTEST)
-            gradient.addcmul_(rows, along, value=-temperature).div_(divisor.mul_(len(rows)))
+            gradient.addcmul_(rows, along, value=-temperature * math.log(2)).div_(divisor.mul_(len(rows) / math.log(2)))
             ctx.save_for_backward(gradient)
         return losses.mean()
 
@@ -117,75 +116,112 @@ def _own_first(rows: torch.Tensor) -> torch.Tensor:
 
 def _tile_rows(device: torch.device) -> int:
     """Rows, and columns, of a tile, an even number: few enough for a CPU's caches, enough to keep a GPU busy."""
-    return 1024 if device.type == 'cpu' else 4096
+    return 512 if device.type == 'cpu' else 4096
 
 
-def _tiles(columns: torch.Tensor, rows: int, plain: bool) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Rows, columns and exp(logit) of the tiles; of the square of a rank's own columns only those on its diagonal and
-    right of it, since similarity is symmetric. An image has no exp(logit) with itself.
+class _Tiles:
+    """Rows, columns and exp(logit) of tile after tile; an image has no exp(logit) with itself.
+
+    Of the square of a rank's own columns there are the tiles on the diagonal and right of it, since similarity is
+    symmetric. The first tiles are kept for the next pass, in which they may be changed; each of the others takes the
+    memory of the one before it, and is made again.
 
     Args:
         columns: As in `_NTXent` (M, D).
         rows: How many of them are this rank's.
         plain: Logits are such that exp neither overflows nor vanishes; else tiles hold logits.
     """
-    step, end = _tile_rows(columns.device), len(columns)
-    for first in range(0, rows, step):
-        row = slice(first, min(first + step, rows))
-        for first_column in (*range(first, rows, step), *range(rows, end, step)):
-            column = slice(first_column, min(first_column + step, rows if first_column < rows else end))
-            tile = columns[row] @ columns[column].T
-            if plain:
-                tile.exp_()
-            if column == row:
-                own_image = tile.view(len(tile) // 2, 2, len(tile) // 2, 2).diagonal(dim1=0, dim2=2)
-                own_image.fill_(0 if plain else -math.inf)
+    keep = 3 * 2 ** 20
+    """Numbers in the tiles that are kept."""
+
+    def __init__(self, columns: torch.Tensor, rows: int, plain: bool):
+        self.columns, self.rows, self.plain = columns, rows, plain
+        self.step = _tile_rows(columns.device)
+        self._kept: list[torch.Tensor] = []
+        self._room = self.keep
+
+    def memory(self) -> torch.Tensor:
+        """Memory for the largest tile; one for all, since what an allocator maps anew for each costs time."""
+        return self.columns.new_empty(min(self.step, self.rows) * min(self.step, len(self.columns)))
+
+    def is_mirrored(self, row: slice, column: slice) -> bool:
+        """Whether a tile stands for that of its columns and rows too."""
+        return row.start < column.start < self.rows
+
+    def __iter__(self) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        kept, memory = iter(list(self._kept)), None
+        for row, column in self._places():
+            tile = next(kept, None)
+            if tile is None:
+                shape = row.stop - row.start, column.stop - column.start
+                if shape[0] * shape[1] <= self._room:
+                    tile = self.columns.new_empty(shape)
+                    self._kept.append(tile)
+                    self._room -= tile.numel()
+                else:
+                    self._room = 0  # only the first ones
+                    memory = self.memory() if memory is None else memory
+                    tile = _part(memory, shape)
+                self._fill(tile, row, column)
             yield row, column, tile
 
+    def _places(self) -> Iterator[tuple[slice, slice]]:
+        """Rows and columns of the tiles."""
+        end = len(self.columns)
+        for row in range(0, self.rows, self.step):
+            for column in (*range(row, self.rows, self.step), *range(self.rows, end, self.step)):
+                yield (slice(row, min(row + self.step, self.rows)),
+                       slice(column, min(column + self.step, self.rows if column < self.rows else end)))
 
-def _is_mirrored(row: slice, column: slice, rows: int) -> bool:
-    """Whether a tile stands for that of its columns and rows too."""
-    return row.start < column.start < rows
+    def _fill(self, tile: torch.Tensor, row: slice, column: slice) -> None:
+        """Compute a tile."""
+        torch.mm(self.columns[row], self.columns[column].T, out=tile)
+        if self.plain:
+            tile.exp2_()
+        else:
+            tile.mul_(math.log(2))
+        if column == row:
+            images = len(tile) // 2
+            tile.view(images, 2, images, 2).diagonal(dim1=0, dim2=2).fill_(0 if self.plain else -math.inf)
 
 
-def _log_sums(tiles: Iterable[tuple[slice, slice, torch.Tensor]], rows: torch.Tensor, plain: bool) -> torch.Tensor:
+def _part(memory: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """The beginning of some memory, in a shape."""
+    return memory[:shape[0] * shape[1]].view(shape)
+
+
+def _log_sums(tiles: _Tiles) -> torch.Tensor:
     """For each row the log of the sum of exp(logit) over the columns of other images; -inf without any."""
-    nothing, add, add_up = (0, torch.add, torch.sum) if plain else (-math.inf, torch.logaddexp, torch.logsumexp)
-    sums = rows.new_full((len(rows),), nothing)
+    nothing, add, add_up = (0, torch.add, torch.sum) if tiles.plain else (-math.inf, torch.logaddexp, torch.logsumexp)
+    sums = tiles.columns.new_full((tiles.rows,), nothing)
     for row, column, tile in tiles:
         add(sums[row], add_up(tile, dim=1), out=sums[row])
-        if _is_mirrored(row, column, len(rows)):
+        if tiles.is_mirrored(row, column):
             add(sums[column], add_up(tile, dim=0), out=sums[column])
-    return sums.log_() if plain else sums
+    return sums.log_() if tiles.plain else sums
 
 
-def _gradient(
-        tiles: Iterable[tuple[slice, slice, torch.Tensor]],
-        columns: torch.Tensor,
-        log_sums: torch.Tensor,
-        towards_positive: torch.Tensor,
-        plain: bool,
-) -> torch.Tensor:
-    """The gradient of the sum of all losses at this rank's rows (rows, D). It changes the tiles.
+def _gradient(tiles: _Tiles, log_sums: torch.Tensor, towards_positive: torch.Tensor) -> torch.Tensor:
+    """The gradient of the sum of all losses at this rank's rows (rows, D), but for a factor. It changes the tiles.
 
     Args:
-        tiles: As `_tiles` gives them.
-        columns: As in `_NTXent` (M, D).
+        tiles: After a first pass.
         log_sums: For each column the log of the sum of exp(logit) over all others (M,).
         towards_positive: P_ij + P_ji - 2 for the two views of each of this rank's images (rows / 2,).
-        plain: As in `_tiles`.
     """
-    rows = 2 * len(towards_positive)
-    positives = columns[:rows].unflatten(0, (-1, 2)).flip(1)
+    columns = tiles.columns
+    positives = columns[:tiles.rows].unflatten(0, (-1, 2)).flip(1)
     gradient = positives.mul_(towards_positive[:, None, None]).flatten(0, 1)
-    shares = log_sums.neg().exp_() if plain else None
+    shares = log_sums.neg().exp_() if tiles.plain else None
+    memory = tiles.memory()
     for row, column, tile in tiles:
-        if plain:
-            tile.mul_(shares[row, None] + shares[column])
+        factors = _part(memory, tile.shape)
+        if tiles.plain:
+            tile.mul_(torch.add(shares[row, None], shares[column], out=factors))
         else:
-            other = (tile - log_sums[column]).exp_()
-            tile.sub_(log_sums[row, None]).exp_().add_(other)
+            torch.sub(tile, log_sums[column], out=factors).exp_()
+            tile.sub_(log_sums[row, None]).exp_().add_(factors)
         gradient[row].addmm_(tile, columns[column])
-        if _is_mirrored(row, column, rows):
+        if tiles.is_mirrored(row, column):
             gradient[column].addmm_(tile.T, columns[row])
     return gradient
