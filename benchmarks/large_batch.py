@@ -6,7 +6,7 @@ projector, NT-Xent, and the backward pass, without optimizer. Memory is what it 
 
 Cases:
     a piece: a batch of M images, as many as N is taken in pieces of.
-    pieces: `JointTask(micro_batch=M)` on N images.
+    pieces: `JointTask(micro_batch=M)` on N images: what `--micro-batch M -b N` does.
     whole: `JointTask` on N images at once; dense, lightly, pml: backbone and projector at once, with their NT-Xent.
 """
 import sys

@@ -34,7 +34,9 @@ def views(n, dim, kind, dtype=torch.float32):
 
 
 def with_tiles_of(rows, monkeypatch):
+    """Small tiles, of which the first is kept and the others are made twice."""
     monkeypatch.setattr(nt_xent, '_tile_rows', lambda device: rows)
+    monkeypatch.setattr(nt_xent._Tiles, 'keep', rows * rows)
 
 
 @pytest.mark.parametrize('temperature', [0.01, 0.05, 0.5, 1.0])
@@ -85,6 +87,16 @@ def test_rows_shorter_than_the_least_length_are_not_normalised():
 def test_gradcheck():
     a, b = (view.requires_grad_() for view in views(3, 4, 'random', torch.float64))
     assert torch.autograd.gradcheck(nt_xent_loss, (a, b))
+
+
+def test_kept_tiles_change_nothing(monkeypatch):
+    a, b = (view.requires_grad_() for view in views(40, 8, 'random', torch.float64))
+    with_tiles_of(16, monkeypatch)
+    gradients = []
+    for keep in (0, 3 * 256, 1000 * 256):
+        monkeypatch.setattr(nt_xent._Tiles, 'keep', keep)
+        gradients.append(torch.autograd.grad(nt_xent_loss(a, b), a)[0])
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[1], gradients[2])
 
 
 def test_there_is_no_second_derivative():
@@ -188,7 +200,7 @@ def test_wrong_input_is_refused(a, b, temperature, message):
 
 
 def _local_loss_and_gradient(rank, a, b, temperature, tile):
-    nt_xent._tile_rows = lambda device: tile
+    nt_xent._tile_rows, nt_xent._Tiles.keep = lambda device: tile, tile * tile
     n = len(a) // torch.distributed.get_world_size()
     mine = [view[rank * n:(rank + 1) * n].clone().requires_grad_() for view in (a, b)]
     loss = nt_xent_loss(*mine, temperature)
