@@ -32,7 +32,7 @@ def make(name: str, model: str, size: int, n: int, micro_batch: int, device: str
          small: bool = False) -> Callable[[], None]:
     """A step of a case."""
     torch.manual_seed(0)
-    n = min(n, 2 * micro_batch) if small else micro_batch if name == 'a piece' else n
+    n = micro_batch if name == 'a piece' else min(n, 2 * micro_batch) if small else n
     backbone = create_backbone(model, input_size={'img_size': size, 'input_size': None})
     task = JointTask(
         MultiLabelModel(backbone, LabelSpace(())),

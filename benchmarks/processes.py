@@ -1,4 +1,6 @@
 """Cases of a benchmark, each in a process of its own: its peak memory is its own, and what it breaks is its own."""
+import ctypes
+import gc
 import multiprocessing
 import os
 import statistics
@@ -137,9 +139,11 @@ def _seconds(step: Callable[[], Any], device: str) -> float:
 
 def _allocated(device: str) -> int:
     """Bytes of memory that this process has; the most that it has had starts again from there."""
+    gc.collect()
     if device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)  # else what the step before has freed would be there already
     with suppress(OSError):
         Path('/proc/self/clear_refs').write_text('5')
     return _resident('VmRSS')

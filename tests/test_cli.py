@@ -90,6 +90,7 @@ BAD_FLAGS = [
     (['--layer-decay', '0.7', '--sched', 'none'], '--sched constant'),
     (['-wlc', '0', '--heads', 'color'], '--heads would change nothing: -wlc 0 trains no heads'),
     (['-b', '13'], '12 rows do not fill a batch of 13'),
+    (['-wls', '0', '-b', '3', '--micro-batch', '2'], '--micro-batch 2: test_resnet has batch norm'),
     (['--no-such-flag'], 'unrecognized arguments: --no-such-flag'),
     (['-c', 'nowhere.yaml'], 'nowhere.yaml: cannot be read'),
 ]

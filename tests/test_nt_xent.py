@@ -193,6 +193,7 @@ def test_autocast_does_not_lower_the_precision():
     (torch.ones(0, 3), torch.ones(0, 3), 0.5, 'one shape'),
     (torch.ones(2, 3), torch.ones(2, 3), 0.0, 'temperature'),
     (torch.ones(2, 3), torch.ones(2, 3), float('nan'), 'temperature'),
+    (torch.ones(2, 3), torch.ones(2, 3), float('inf'), 'temperature'),
 ])
 def test_wrong_input_is_refused(a, b, temperature, message):
     with pytest.raises(ValueError, match=message):
@@ -203,11 +204,16 @@ def _local_loss_and_gradient(rank, a, b, temperature, tile):
     nt_xent._tile_rows, nt_xent._Tiles.keep = lambda device: tile, tile * tile
     n = len(a) // torch.distributed.get_world_size()
     mine = [view[rank * n:(rank + 1) * n].clone().requires_grad_() for view in (a, b)]
+    all_gather, met = torch.distributed.all_gather, []
+
+    def count(parts, tensor):
+        met.append(tuple(tensor.shape))
+        return all_gather(parts, tensor)
+
+    torch.distributed.all_gather = torch.distributed.all_reduce = count
     loss = nt_xent_loss(*mine, temperature)
-    collectives = []
-    torch.distributed.all_gather = torch.distributed.all_reduce = lambda *_: collectives.append('called')
     loss.backward()
-    return loss.item(), *(view.grad.tolist() for view in mine), collectives
+    return loss.item(), *(view.grad.tolist() for view in mine), met
 
 
 @pytest.mark.parametrize('ranks, tile, temperature', [(1, 10, 0.2), (2, 10, 0.2), (3, 6, 0.01), (4, 64, 0.5)])
@@ -221,7 +227,8 @@ def test_ranks_equal_one_process(ranks, tile, temperature):
         # The gradient of the sum of the ranks' losses; DDP divides by the number of ranks.
         gathered = torch.tensor([row for result in results for row in result[index]], dtype=torch.float64) / ranks
         torch.testing.assert_close(gathered, view.grad, rtol=1e-10, atol=1e-12)
-    assert not any(result[3] for result in results)
+    rows = 48 // ranks
+    assert all(result[3] == ([(1,), (rows, 8), (rows,)] if ranks > 1 else []) for result in results)
 
 
 def _unequal(rank):

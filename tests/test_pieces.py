@@ -193,6 +193,46 @@ def test_without_gradients():
     with torch.no_grad():
         result = task(*batch())
     torch.testing.assert_close(result['loss'], tiny_task(dtype=torch.float64)(*batch())['loss'])
+    task = restless_task(3)
+    with torch.no_grad():
+        task(*batch(dtype=torch.float32))
+    assert task.trainable_module.model.backbone.norm.num_batches_tracked == 4
+
+
+def test_an_error_leaves_the_buffers_as_they_were():
+    task = restless_task(3)
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError('out of memory')
+
+    task.trainable_module.model.backbone.drop.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match='out of memory'):
+        task(*batch(dtype=torch.float32))
+    assert task.trainable_module.model.backbone.norm.num_batches_tracked == 0
+
+
+def test_there_is_no_second_derivative():
+    task = tiny_task(micro_batch=3, simclr_weight=0)
+    result = task(*batch(views=1, dtype=torch.float32))
+    with pytest.raises(RuntimeError, match='no second derivative'):
+        result['loss'].backward(create_graph=True)
+
+
+def _compiled_rank_step(rank, compiled):
+    task = restless_task(2, compiled)
+    task.prepare_distributed()
+    torch.manual_seed(5)
+    images, target = batch(images=4, dtype=torch.float32)
+    return [gradient.tolist() for gradient in step(task, images, target)[1].values()]
+
+
+def test_compiled_ranks():
+    compiled, plain = (run_ranks(_compiled_rank_step, 2, which) for which in (True, False))
+    for mine, theirs in zip(compiled[0], plain[0], strict=True):
+        torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), rtol=1e-5, atol=1e-7)
 
 
 def test_a_frozen_backbone():
@@ -222,11 +262,11 @@ def test_size_is_checked():
         tiny_task(micro_batch=0)
 
 
-def _rank_step(rank, size, frozen):
+def _rank_step(rank, size):
     images, target = batch(images=6)
     views = images.chunk(2), target.chunk(2)
     mine = [torch.cat([view.chunk(2)[rank] for view in whole]) for whole in views]
-    task = tiny_task(dtype=torch.float64, micro_batch=size, **frozen)
+    task = tiny_task(dtype=torch.float64, micro_batch=size)
     task.prepare_distributed()
     reductions = []
 
@@ -246,7 +286,7 @@ def _rank_step(rank, size, frozen):
 @pytest.mark.parametrize('size', [2, None])
 def test_ranks_equal_one_process_with_one_reduction_a_step(size):
     whole, gradients = step(tiny_task(dtype=torch.float64), *batch(images=6))
-    results = run_ranks(_rank_step, 2, size, {})
+    results = run_ranks(_rank_step, 2, size)
     assert sum(result[0] for result in results) / 2 == pytest.approx(whole['loss'].item(), rel=1e-12)
     for _, of_rank, before, reductions in results:
         assert before == [] and reductions == [0]  # one bucket holds all
@@ -270,4 +310,4 @@ def _peak_megabytes(rank, images, size):
 def test_memory_is_that_of_a_piece():
     whole, in_pieces = (run_ranks(_peak_megabytes, 1, 1024, size)[0] for size in (None, 16))
     # 2,048 images are 24 MB; of each the convolution alone keeps 0.12 MB twice.
-    assert whole > 400 and in_pieces < 60
+    assert whole > 300 and in_pieces < whole / 4

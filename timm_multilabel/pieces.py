@@ -1,12 +1,11 @@
 """Batches larger than the memory: a module's outputs and gradient, a piece of the batch at a time."""
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 Outputs = tuple[dict[str, torch.Tensor], torch.Tensor | None]
 
@@ -31,6 +30,9 @@ def run_in_pieces(module: nn.Module, images: torch.Tensor, views: int, size: int
 
     Returns:
         What the module returns for the whole batch.
+
+    Raises:
+        RuntimeError: A backward pass that is to be differentiated itself.
     """
     number = len(images) // views
     pieces = math.ceil(number / size)
@@ -39,30 +41,34 @@ def run_in_pieces(module: nn.Module, images: torch.Tensor, views: int, size: int
     positions = torch.arange(len(images), device=images.device).view(views, number)
     parts = [positions[:, first::pieces].flatten() for first in range(pieces)]
     inner = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
+    with_gradient = torch.is_grad_enabled()
     states, found = [], []
-    with _kept_buffers(inner):
+    with _kept_buffers(inner) if with_gradient else nullcontext():  # the second run of the pieces changes them
         for part in parts:
-            states.append(_RandomState(images))
-            found.append(_without_graph(*inner(images[part])))
+            states.append(_RandomState(images.device))
+            found.append(_detached(inner(images[part])))
     back = torch.cat(parts).argsort()
-    whole = {name: torch.cat([each[name] for each in found]).index_select(0, back) for name in found[0]}
-    if torch.is_grad_enabled():
-        replay = _Replay(module, images, parts, states)
-        whole = dict(zip(whole, _Cached.apply(replay, torch.zeros((), requires_grad=True), *whole.values())))
-    return {name: output for name, output in whole.items() if name is not None}, whole.get(None)
+    names = list(found[0][0])
+    whole = [torch.cat(tensors).index_select(0, back) for tensors in zip(*map(_flat, found), strict=True)]
+    if with_gradient:
+        whole = _Cached.apply(_Replay(module, images, parts, states), torch.zeros((), requires_grad=True), *whole)
+    return dict(zip(names, whole)), whole[-1] if len(whole) > len(names) else None
 
 
-def _together(outputs: dict[str, torch.Tensor], projections: torch.Tensor | None) -> dict[str | None, torch.Tensor]:
-    """The outputs, and under None the projections where there are any."""
-    return outputs | ({} if projections is None else {None: projections})
+def _flat(result: Outputs) -> list[torch.Tensor]:
+    """The outputs, and last the projections where there are any."""
+    outputs, projections = result
+    return [*outputs.values(), *([] if projections is None else [projections])]
 
 
-def _without_graph(*outputs: Any) -> dict[str | None, torch.Tensor]:
-    """The same by itself: whatever activations a module has kept for its gradient are gone.
+def _detached(result: Outputs) -> Outputs:
+    """The same without what its gradient would need: activations go as soon as nothing else holds them.
 
-    It does run with them, and not in no_grad, where a compiled module is another program with other random numbers.
+    The module does not run in no_grad, since there a compiled one is another program with other random numbers.
     """
-    return {name: output.detach() for name, output in _together(*outputs).items()}
+    outputs, projections = result
+    return ({name: output.detach() for name, output in outputs.items()},
+            None if projections is None else projections.detach())
 
 
 class _Cached(torch.autograd.Function):
@@ -75,6 +81,8 @@ class _Cached(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor):
+        if torch.is_grad_enabled():
+            raise RuntimeError('a batch in pieces has no second derivative: call backward without create_graph=True')
         ctx.replay.run(gradients)
         return None, None, *(None for _ in gradients)
 
@@ -98,36 +106,53 @@ class _Replay:
                     stack.enter_context(self.module.no_sync())
                 stack.enter_context(torch.enable_grad())
                 with state.again(), torch.autocast(**self.autocast):
-                    outputs = _together(*self.module(self.images[part]))
+                    outputs = _flat(self.module(self.images[part]))
                 pairs = [(output, gradient.index_select(0, part))
-                         for output, gradient in zip(outputs.values(), gradients, strict=True) if output.requires_grad]
+                         for output, gradient in zip(outputs, gradients, strict=True) if output.requires_grad]
                 torch.autograd.backward(*zip(*pairs))
             del outputs, pairs
 
 
 class _RandomState:
-    """The state of the random numbers of the CPU and of some tensor's device."""
+    """The state of the random numbers of the CPU and of a device."""
 
-    def __init__(self, tensor: torch.Tensor):
-        self.cpu = torch.get_rng_state()
-        self.devices, self.states = get_device_states(tensor)
-        self.device_type = {'device_type': tensor.device.type} if self.devices else {}
+    def __init__(self, device: torch.device):
+        self.devices = [torch.device('cpu')] + ([device] if device.type != 'cpu' else [])
+        self.states = self._read()
+
+    def _read(self) -> list[torch.Tensor]:
+        return [module.get_rng_state(*where) for module, where in map(_random_numbers, self.devices)]
+
+    def _write(self, states: list[torch.Tensor]) -> None:
+        for (module, where), state in zip(map(_random_numbers, self.devices), states, strict=True):
+            module.set_rng_state(state, *where)
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """Draw from this state on, and go back to the present one."""
-        with torch.random.fork_rng(self.devices, **self.device_type):
-            torch.set_rng_state(self.cpu)
-            set_device_states(self.devices, self.states, **self.device_type)
+        present = self._read()
+        self._write(self.states)
+        try:
             yield
+        finally:
+            self._write(present)
+
+
+def _random_numbers(device: torch.device) -> tuple[Any, tuple]:
+    """What knows the state of a device's random numbers, and how to name the device to it."""
+    if device.type == 'cpu':
+        return torch, ()
+    return torch.get_device_module(device), () if device.type == 'mps' else (device,)
 
 
 @contextmanager
 def _kept_buffers(module: nn.Module) -> Iterator[None]:
-    """Undo what happens to a module's buffers meanwhile: the second run of the pieces does it."""
+    """Undo what happens to a module's buffers meanwhile."""
     buffers = list(module.buffers())
     before = [buffer.clone() for buffer in buffers]
-    yield
-    with torch.no_grad():
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)

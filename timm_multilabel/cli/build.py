@@ -96,6 +96,7 @@ def task(
         if device.type != 'cuda':
             raise UserError(f'--sync-bn needs CUDA, and the device is {device}; leave it out')
         model = convert_sync_batchnorm(model)
+    check_pieces(args, model, data)
     model.to(device=device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
     return JointTask(
         model,
@@ -130,6 +131,19 @@ def task(
         },
         device=device,
     )
+
+
+def check_pieces(args: argparse.Namespace, model: MultiLabelModel, data: Data) -> None:
+    """Raise UserError where batch norm would have to take its statistics from one input."""
+    images = data.batch_size + data.pool_batch_size
+    one_view = not args.simclr_loss_weight and not args.pseudo_label_weight
+    if args.micro_batch is None or args.micro_batch >= images or args.freeze_backbone or not one_view:
+        return
+    least = images // -(-images // args.micro_batch)
+    if least == 1 and any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise UserError(
+            f'--micro-batch {args.micro_batch}: {args.model} has batch norm, whose statistics are over 2 images or more, and of '
+            f'{images} images a step some would go through it alone; choose another')
 
 
 def surround(args: argparse.Namespace, made: JointTask) -> None:
@@ -298,7 +312,7 @@ def loaders(
         return train_loader, None
     eval_transform = eval_view(
         size, data_config['interpolation'], data_config['crop_pct'], data_config['crop_mode'])
-    batch_size = args.validation_batch_size or args.batch_size
+    batch_size = args.validation_batch_size or args.micro_batch or args.batch_size
     return train_loader, create_eval_loader(MultiLabelDataset(data.eval_rows, eval_transform), batch_size, **common)
 
 

@@ -181,9 +181,10 @@ def _add_schedule(group) -> None:
 def _add_run(group) -> None:
     group.add_argument('-b', '--batch-size', type=positive, default=128, metavar='N', help='images a GPU and step')
     group.add_argument('--micro-batch', type=positive, metavar='M',
-                       help='images that go through the model at once, labelled and unlabelled: batches larger than '
-                            'the memory, with the same gradient, at 4/3 of the time')
-    group.add_argument('-vb', '--validation-batch-size', type=positive, metavar='N', help='the same in evaluation')
+                       help='images that go through the model at once, labelled and unlabelled, where a step has more: '
+                            'the same gradient (batch norm sees M images) in less memory, at some 4/3 of the time')
+    group.add_argument('-vb', '--validation-batch-size', type=positive, metavar='N',
+                       help='the same in evaluation (default: as --micro-batch, else as -b)')
     group.add_argument('--device', metavar='NAME', help='cpu, cuda, cuda:1, mps (default: cuda where there is one)')
     group.add_argument('--amp', action=_SWITCH, default=False, help='mixed precision')
     group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'),

@@ -30,7 +30,8 @@ def nt_xent_loss(view_a: torch.Tensor, view_b: torch.Tensor, temperature: float 
     With several ranks the loss is the mean over this rank's anchors, against the views of all ranks: its mean over
     ranks is the loss of one process on the whole batch. The gradient is that of the sum of all ranks' losses, so what
     DDP averages is the gradient of one process, given that every rank calls backward with the same factor on its loss.
-    All ranks must have the same N.
+    All ranks must have the same N. Ranks meet three times, all in the forward pass: over N, the projections, and the
+    sums of their rows.
 
     Args:
         view_a: Projections (N, D) of one view of each image; they need not be normalised.
@@ -48,7 +49,7 @@ def nt_xent_loss(view_a: torch.Tensor, view_b: torch.Tensor, temperature: float 
     if view_a.ndim != 2 or view_a.shape != view_b.shape or not len(view_a):
         raise ValueError(
             f'NT-Xent expects two tensors of one shape (N, D), got {tuple(view_a.shape)} and {tuple(view_b.shape)}')
-    if not temperature > 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f'NT-Xent expects a temperature of more than 0, got {temperature}')
     with_gradient = torch.is_grad_enabled() and (view_a.requires_grad or view_b.requires_grad)
     autocast = torch.is_autocast_enabled(view_a.device.type)
