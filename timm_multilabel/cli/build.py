@@ -142,8 +142,8 @@ def check_pieces(args: argparse.Namespace, model: MultiLabelModel, data: Data) -
     least = images // -(-images // args.micro_batch)
     if least == 1 and any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         raise UserError(
-            f'--micro-batch {args.micro_batch}: {args.model} has batch norm, whose statistics are over 2 images or more, and of '
-            f'{images} images a step some would go through it alone; choose another')
+            f'--micro-batch {args.micro_batch}: {args.model} has batch norm, whose statistics are over 2 images or '
+            f'more, and of {images} images a step some would go through it alone; choose another')
 
 
 def surround(args: argparse.Namespace, made: JointTask) -> None:
