@@ -214,6 +214,7 @@ def test_an_error_leaves_the_buffers_as_they_were():
     assert task.trainable_module.model.backbone.norm.num_batches_tracked == 0
 
 
+@pytest.mark.filterwarnings('ignore:Using backward')
 def test_there_is_no_second_derivative():
     task = tiny_task(micro_batch=3, simclr_weight=0)
     result = task(*batch(views=1, dtype=torch.float32))
