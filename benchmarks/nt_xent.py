@@ -114,7 +114,8 @@ def row(n: int, figures: dict[str, Figures], device: str) -> str:
         memory = f', {peer.peak / ours.peak:.0f}' if ours.peak >= 8 * MEBIBYTE else ''  # less is noise
         cells.append(f'{peer.times_as_long_as(ours):.2f}{memory}')
     if device == 'cuda':
-        cells.append(f'{ours.times_as_long_as(figures["products"]):.2f}')
+        products_alone = figures['products']
+        cells.append(products_alone.skipped or f'{ours.times_as_long_as(products_alone):.2f}')
     return '| ' + ' | '.join([f'{n:,}', *cells]) + ' |'
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 Outputs = tuple[dict[str, torch.Tensor], torch.Tensor | None]
 
@@ -40,7 +41,7 @@ def run_in_pieces(module: nn.Module, images: torch.Tensor, views: int, size: int
         return module(images)
     positions = torch.arange(len(images), device=images.device).view(views, number)
     parts = [positions[:, first::pieces].flatten() for first in range(pieces)]
-    inner = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
+    inner = module.module if isinstance(module, DistributedDataParallel) else module
     with_gradient = torch.is_grad_enabled()
     states, found = [], []
     with _kept_buffers(inner) if with_gradient else nullcontext():  # the second run of the pieces changes them
@@ -100,10 +101,11 @@ class _Replay:
     def run(self, gradients: tuple[torch.Tensor, ...]) -> None:
         """Add the gradient of the parameters."""
         last = len(self.parts) - 1
+        no_sync = self.module.no_sync if isinstance(self.module, DistributedDataParallel) else nullcontext
         for index, (part, state) in enumerate(zip(self.parts, self.states, strict=True)):
             with ExitStack() as stack:
-                if index < last and hasattr(self.module, 'no_sync'):
-                    stack.enter_context(self.module.no_sync())
+                if index < last:
+                    stack.enter_context(no_sync())
                 stack.enter_context(torch.enable_grad())
                 with state.again(), torch.autocast(**self.autocast):
                     outputs = _flat(self.module(self.images[part]))
