@@ -9,7 +9,7 @@ import torch
 import yaml
 from common import write_data
 
-from timm_multilabel.cli import train, validate
+from timm_multilabel.cli import build, train, validate
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.errors import UserError
 from timm_multilabel.labels import LabelSpace
@@ -161,6 +161,15 @@ def test_micro_batches_train_as_whole_batches(data_dir, tmp_path):
     assert any(name.startswith('task_state_ema.projector') for name in whole)
     for name, value in whole.items():
         torch.testing.assert_close(pieces[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.parametrize('flags, size', [([], 4), (['--micro-batch', '3'], 3), (['--micro-batch', '3', '-vb', '2'], 2)])
+def test_evaluation_takes_micro_batches_too(data_dir, tmp_path, monkeypatch, flags, size):
+    sizes, create = [], build.create_eval_loader
+    monkeypatch.setattr(build, 'create_eval_loader', lambda rows, batch_size, **kwargs: (
+        sizes.append(batch_size), create(rows, batch_size, **kwargs))[1])
+    run(data_dir, tmp_path, *flags, epochs=1)
+    assert sizes == [size]
 
 
 def test_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(data_dir, tmp_path, capsys):
