@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from common import run_ranks, tiny_task
 
-from timm_multilabel.data.loaders import JoinedBatches, MultiLabelDataset, ShuffledBatches, create_train_loader
+from timm_multilabel.data.images import FilePhotos
 from timm_multilabel.data.pool import (
     join_rows,
     real_paths,
@@ -17,11 +17,14 @@ from timm_multilabel.data.pool import (
     without_images,
 )
 from timm_multilabel.data.table import encode_rows, read_table
-from timm_multilabel.data.views import eval_view
 from timm_multilabel.errors import UserError
 from timm_multilabel.labels import LabelSet, LabelSpace, Quantity, TagSet
+from timm_multilabel.loading.batches import Part
+from timm_multilabel.loading.loaders import create_train_loader
+from timm_multilabel.loading.sampling import JoinedBatches, ShuffledBatches
 from timm_multilabel.losses import categorical_entropy, marginal_entropy, nt_xent_loss
 from timm_multilabel.task import Pool
+from timm_multilabel.views.pillow import PillowViews, eval_views
 
 SPACE = LabelSpace((LabelSet('color', ('blue', 'green', 'red')), LabelSet('shape', ('disc', 'ring'))))
 MIXED = LabelSpace((
@@ -79,13 +82,16 @@ def test_parts_draw_apart_and_an_epoch_is_as_long_as_the_shorter():
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_batches_hold_the_pool_last_in_each_view(data_dir, workers):
-    view = eval_view((8, 8), 'bilinear', 1.0, 'center')
-    dark = lambda image: view(image) // 2  # noqa: E731
+    plain = eval_views((8, 8), 'bilinear', 1.0, 'center').transforms[0]
+    dark = lambda image: plain(image).point(lambda value: value // 2)  # noqa: E731
     rows = encode_rows(read_table(data_dir / 'train.csv'), SPACE)
     pool = rows_of_table(read_table(data_dir / 'val.csv'), SPACE)
+    parts = [
+        (Part(rows, FilePhotos(rows), PillowViews([plain, plain], (8, 8))), 4),
+        (Part(pool, FilePhotos(pool), PillowViews([dark, plain], (8, 8))), 2),
+    ]
     loader = create_train_loader(
-        MultiLabelDataset(rows, view, 2), 4, seed=0, mean=(0.,) * 3, std=(1.,) * 3, device=torch.device('cpu'),
-        workers=workers, steps=3, pool=MultiLabelDataset(pool, view, 2, first_transform=dark), pool_batch_size=2)
+        parts, views=2, seed=0, mean=(0.,) * 3, std=(1.,) * 3, device=torch.device('cpu'), workers=workers, steps=3)
     batches = list(loader)
     assert len(batches) == 3
     for images, targets in batches:

@@ -1,7 +1,7 @@
 """Several labels a photo and SimCLR, on any timm backbone."""
-from timm_multilabel.data.loaders import MultiLabelDataset
 from timm_multilabel.data.table import encode_rows, find_label_space, read_table
 from timm_multilabel.labels import LabelSpace
+from timm_multilabel.loading.dataset import MultiLabelDataset
 from timm_multilabel.model import MultiLabelModel, create_backbone
 from timm_multilabel.task import JointTask
 

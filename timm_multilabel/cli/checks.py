@@ -71,11 +71,8 @@ def check_flags(args: argparse.Namespace) -> None:
             'pass -wls 0 with them')
     if mixing and args.batch_size % 2:
         raise UserError(f'-b {args.batch_size}: --mixup and --cutmix mix pairs, so they need an even batch')
-    timm_only = ('aa', 'color_jitter', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob')
-    for name in timm_only if args.views == 'simclr' else ():
-        if getattr(args, name) is not None:
-            flag = '--' + name.replace('_', '-')
-            raise UserError(f"{flag} shapes timm's views; leave it out with --views simclr, which has its own recipe")
+    if args.aa and args.views in ('simclr', 'simclr-exact'):
+        raise UserError(f"--aa is a policy of timm's views, and --views {args.views} has its own recipe; leave one out")
     if args.color_jitter and (len(args.color_jitter) not in (1, 3, 4) or max(args.color_jitter[3:], default=0) > 0.5):
         raise UserError('--color-jitter takes 1, 3 or 4 numbers, the fourth (hue) 0.5 at most')
     if args.aa and args.color_jitter and '3a' not in args.aa:

@@ -13,20 +13,22 @@ import torch.distributed as dist
 from timm_multilabel.cli.data import split_path
 from timm_multilabel.cli.device import choose_precision, loader_workers, start_device
 from timm_multilabel.cli.flags import count, positive, separator
-from timm_multilabel.data.loaders import MultiLabelDataset, create_eval_loader
+from timm_multilabel.data.images import FilePhotos
 from timm_multilabel.data.table import Rows, Table, describe_unknown, encode_rows, read_table, unknown_labels
-from timm_multilabel.data.views import eval_view
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import write_whole
 from timm_multilabel.heads import Head, load_kinds
 from timm_multilabel.labels import LabelSet
+from timm_multilabel.loading.batches import Part
+from timm_multilabel.loading.loaders import create_eval_loader
 from timm_multilabel.metrics import MEANS, MultiLabelEvaluator, class_metrics, mean_over_heads
 from timm_multilabel.reports.confusion import confusion_stems, write_confusion
 from timm_multilabel.task import resolve_head_weights
 from timm_multilabel.training.checkpoint import Checkpoint, load_model, read_checkpoint
 from timm_multilabel.training.loop import evaluate
 from timm_multilabel.training.progress import Progress
+from timm_multilabel.views.pillow import eval_views
 
 NAME = 'validate'
 HELP = 'score a checkpoint on a labelled split'
@@ -152,11 +154,11 @@ def _say_unknown(table: Table, checkpoint: Checkpoint, say) -> None:
 def build_loader(checkpoint: Checkpoint, rows: Rows, args: argparse.Namespace, device: torch.device) -> Any:
     """Batches of the rows, resized as in training's evaluation."""
     config = checkpoint.data_config
-    view = eval_view(
+    views = eval_views(
         tuple(config['input_size'][-2:]), config['interpolation'], config['crop_pct'], config['crop_mode'])
     rank, ranks = world()
     return create_eval_loader(
-        MultiLabelDataset(rows, view),
+        Part(rows, FilePhotos(rows), views),
         args.batch_size,
         mean=tuple(config['mean']),
         std=tuple(config['std']),

@@ -1,27 +1,165 @@
-"""Image file -> upright RGB."""
+"""Image file -> photo: its size from the header, its pixels as upright RGB, at a reduced scale where that will do."""
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Protocol
+
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps
 
+from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import UserError
 
+REDUCTIONS = (1, 2, 4, 8)  # what libjpeg decodes at almost no cost for the pixels that are left out
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = {  # by its values: the pixels as stored -> upright
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.transpose(1, 0, 2),
+    6: lambda pixels: pixels.transpose(1, 0, 2)[:, ::-1],
+    7: lambda pixels: pixels.transpose(1, 0, 2)[::-1, ::-1],
+    8: lambda pixels: pixels.transpose(1, 0, 2)[::-1],
+}
 
-def read_image(path: str, where: str) -> Image.Image:
-    """Decode an image file of any mode as upright RGB; what is transparent becomes white.
+
+class Photo(Protocol):
+    """An image whose size is known, and whose pixels are made when asked for.
+
+    `height` and `width` are of the upright image. `reductions` are the divisors that `decode` takes.
+    """
+    height: int
+    width: int
+    reductions: Sequence[int]
+
+    def decode(self, reduction: int = 1) -> np.ndarray:
+        """The pixels (ceil(height / reduction), ceil(width / reduction), 3), RGB, uint8."""
+
+
+class Photos(Protocol):
+    """The photos of a data set, by the number of the row."""
+
+    def __getitem__(self, index: int) -> Photo: ...
+
+
+class DecodedPhoto:
+    """An image whose pixels are there already.
+
+    Args:
+        levels: Pixels (H, W, 3) at full scale, or by their reduction.
+        height: Of the whole image; that of the pixels when None.
+        width: Of the whole image.
+    """
+
+    def __init__(
+            self,
+            levels: np.ndarray | dict[int, np.ndarray],
+            height: int | None = None,
+            width: int | None = None,
+    ):
+        self.levels = levels if isinstance(levels, dict) else {1: levels}
+        self.height, self.width = height or self.levels[1].shape[0], width or self.levels[1].shape[1]
+        self.reductions = tuple(self.levels)
+
+    def decode(self, reduction: int = 1) -> np.ndarray:
+        """The pixels at a reduction that there is."""
+        return self.levels[reduction]
+
+
+class EncodedPhoto:
+    """An image as it lies in a file. JPEGs go through libjpeg-turbo (simplejpeg), all else through Pillow.
+
+    Both give the same pixels for a JPEG. Whatever its mode, an image comes out as upright RGB.
+
+    Args:
+        data: The file's bytes.
+        name: What messages call it: the file, and where the file is named.
+
+    Raises:
+        UserError: The header cannot be read.
+    """
+
+    def __init__(self, data: bytes, name: str):
+        self.data, self.name = data, name
+        self.reductions, self.orientation = REDUCTIONS[:1], 1
+        if data[:2] == b'\xff\xd8':
+            try:
+                self.height, self.width, colors, _ = simplejpeg.decode_jpeg_header(data)
+            except ValueError:
+                colors = 'unknown'
+            if colors in ('YCbCr', 'Gray', 'RGB'):
+                self.reductions = REDUCTIONS
+        # JPEGs without the marks of an orientation, most of all, need no look by Pillow.
+        if len(self.reductions) == 1 or b'Exif\0\0' in data or b'tiff:Orientation' in data:
+            try:
+                with Image.open(BytesIO(data)) as image:
+                    self.width, self.height = image.size
+                    self.orientation = image.getexif().get(_ORIENTATION, 1)
+            except Exception as error:  # each decoder of Pillow raises its own kinds
+                raise self._unreadable(error) from error
+        if self.orientation >= 5:
+            self.height, self.width = self.width, self.height
+
+    def decode(self, reduction: int = 1) -> np.ndarray:
+        """The pixels, RGB, uint8: (ceil(height / reduction), ceil(width / reduction), 3).
+
+        Raises:
+            UserError: They cannot be decoded.
+        """
+        if len(self.reductions) > 1:
+            try:
+                return self._decode_jpeg(reduction)
+            except ValueError:
+                if reduction > 1:  # Pillow, which is more patient, has no say in the scale
+                    return np.asarray(Image.fromarray(self.decode()).reduce(reduction))
+        try:
+            with Image.open(BytesIO(self.data)) as image:
+                return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
+        except Exception as error:
+            raise self._unreadable(error) from error
+
+    def _decode_jpeg(self, reduction: int) -> np.ndarray:
+        height, width = (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
+        pixels = simplejpeg.decode_jpeg(
+            self.data, 'RGB', min_height=-(-height // reduction), min_width=-(-width // reduction), min_factor=1)
+        turn = _TURNS.get(self.orientation)
+        return pixels if turn is None else np.ascontiguousarray(turn(pixels))
+
+    def _unreadable(self, error: Exception) -> UserError:
+        reason = ' '.join(str(error).replace(str(BytesIO), '').split()) or type(error).__name__
+        return UserError(f'{self.name}: cannot be decoded as an image ({reason}); replace it or remove the row')
+
+
+def read_photo(path: str, where: str) -> EncodedPhoto:
+    """Read an image file, not yet decoded.
 
     Args:
         path: The file.
         where: Where the file is named ("train.csv row 7"), for the message.
 
     Raises:
-        UserError: The file cannot be read or decoded.
+        UserError: It cannot be read, or its header cannot.
     """
     try:
-        with Image.open(path) as file:
-            return to_rgb(ImageOps.exif_transpose(file))
-    except Exception as error:  # each decoder of Pillow raises its own kinds
-        reason = ' '.join(str(error).split())
+        with open(path, 'rb') as file:
+            data = file.read()
+    except OSError as error:
         raise UserError(
-            f'{path} ({where}): cannot be decoded as an image ({reason}); replace it or remove the row') from error
+            f'{path} ({where}): cannot be read ({error.strerror}); mend that or remove the row') from error
+    return EncodedPhoto(data, f'{path} ({where})')
+
+
+class FilePhotos:
+    """The photos of rows, each read from its file when asked for."""
+
+    def __init__(self, rows: Rows):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Photo:
+        return read_photo(str(self.rows.images[index]), self.rows.where(index))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

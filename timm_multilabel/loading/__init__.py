@@ -1,0 +1,1 @@
+"""Rows and view recipes -> batches on the device."""

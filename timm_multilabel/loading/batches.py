@@ -1,0 +1,122 @@
+"""Draws -> whole batches: images (V * B, 3, H, W) uint8, view-major, and targets (V * B, W)."""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from timm_multilabel.data.images import DecodedPhoto, Photo, Photos
+from timm_multilabel.data.table import Rows
+from timm_multilabel.errors import UserError
+from timm_multilabel.loading.sampling import Draw
+
+_TRIES = 100  # at another image in place of a bad one
+
+
+class Views(Protocol):
+    """Makes the views of images. `size` is (H, W)."""
+    size: tuple[int, int]
+
+    def __call__(self, photos: Sequence[Photo], seeds: Sequence[int], out: np.ndarray) -> None:
+        """Write the views of N images into `out` (V, N, H, W, 3)."""
+
+
+@dataclass
+class Part:
+    """A data set: rows, their photos, and what makes the photos' views.
+
+    Args:
+        rows: Images and targets.
+        photos: A photo for each row.
+        views: Their views.
+        bad: Rows (N,) whose image turned out bad, where such rows are to be left out; None where one ends the run. It
+            lies in memory that the workers of a loader share.
+        stand_in: Targets (W,) of the black picture that takes the place of a bad image; when None, another row does.
+    """
+    rows: Rows
+    photos: Photos
+    views: Views
+    bad: torch.Tensor | None = None
+    stand_in: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def skip_bad(self, stand_in: torch.Tensor | None = None) -> 'Part':
+        """This part, leaving out bad images from now on."""
+        self.bad, self.stand_in = torch.zeros(len(self), dtype=torch.bool).share_memory_(), stand_in
+        return self
+
+    def write(self, draws: Sequence[Draw], out: np.ndarray) -> torch.Tensor:
+        """Write the views of draws into `out` (V, B, H, W, 3); their targets (B, W).
+
+        Raises:
+            UserError: An image cannot be read, and bad ones are not left out.
+        """
+        indices, seeds = [draw.index for draw in draws], [draw.seed for draw in draws]
+        if self.bad is None:
+            self.views([self.photos[index] for index in indices], seeds, out)
+            return self.rows.targets[indices]
+        good = [self._find_good(draw) for draw in draws]
+        try:
+            self.views([photo for _, photo in good], seeds, out)
+        except UserError:  # a header was well, and the rest is not
+            for index, photo in good:
+                if index is not None:
+                    self._try(index, photo)
+            return self.write(draws, out)
+        return torch.stack([self.stand_in if index is None else self.rows.targets[index] for index, _ in good])
+
+    def _find_good(self, draw: Draw) -> tuple[int | None, Photo]:
+        """The row and the photo of a draw; where that is bad, another one, the same for the same draw."""
+        generator, index = np.random.default_rng(draw.seed), draw.index
+        for _ in range(_TRIES):
+            if not self.bad[index]:
+                try:
+                    return index, self.photos[index]
+                except UserError:
+                    self.bad[index] = True
+            if self.stand_in is not None:
+                return None, DecodedPhoto(np.zeros((1, 1, 3), np.uint8))
+            index = int(generator.integers(len(self)))
+        raise UserError(
+            f'{self.rows.source}: {int(self.bad.sum())} of {len(self)} images are bad, too many to leave out')
+
+    def _try(self, index: int, photo: Photo) -> None:
+        """Find out whether a photo is bad."""
+        try:
+            photo.decode()
+        except UserError:
+            self.bad[index] = True
+
+
+class Batches(Dataset):
+    """Whole batches by their draws, of several parts side by side.
+
+    Args:
+        parts: The data sets; a draw says which one it is of, and draws of one part stand together.
+        views: V, the number of views of each image.
+    """
+
+    def __init__(self, parts: Sequence[Part], views: int):
+        self.parts, self.views = list(parts), views
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitems__(self, draws: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
+        images = torch.empty((self.views, len(draws), *self.parts[0].views.size, 3), dtype=torch.uint8)
+        targets, start = [], 0
+        for number, part in enumerate(self.parts):
+            its = [draw for draw in draws if draw.part == number]
+            targets.append(part.write(its, images[:, start:start + len(its)].numpy()))
+            start += len(its)
+        # Colors last in memory, as they were made: moving them is left to the device.
+        return images.flatten(0, 1).permute(0, 3, 1, 2), torch.cat(targets).repeat(self.views, 1)
+
+
+def as_it_is(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a loader has to do with a batch that is one already."""
+    return batch

@@ -1,0 +1,136 @@
+"""Rows and view recipes -> batches on the device.
+
+A batch is `(images, targets)`: images (V * B, 3, H, W) float, normalised, view-major (the B first views, then the B
+second ones), and targets (V * B, W), repeated for each view. With a pool of unlabelled images the last of the B are of
+the pool.
+"""
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import cv2
+import torch
+from timm.data import Mixup
+from timm.data.loader import PrefetchLoader
+from torch.utils.data import DataLoader, Sampler
+
+from timm_multilabel.labels import LabelSpace
+from timm_multilabel.loading.batches import Batches, Part, as_it_is
+from timm_multilabel.loading.sampling import BatchesInOrder, JoinedBatches, ShuffledBatches
+
+
+class TrainLoader(PrefetchLoader):
+    """timm's loader over draws of an epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch that the next pass draws."""
+        self.loader.batch_sampler.set_epoch(epoch)
+
+
+class MixedBatches:
+    """A loader whose images are mixed in pairs (Mixup, CutMix), with targets mixed alike for every head at once.
+
+    The targets become dense: (B, C) float32 with C the classes of all heads in a row, each head's part one-hot times
+    its share, and zero where the label is missing.
+    """
+
+    def __init__(self, loader: PrefetchLoader, mixup: Mixup, label_space: LabelSpace):
+        self.loader, self.mixup, self.label_space = loader, mixup, label_space
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.loader.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for images, targets in self.loader:
+            yield self.mixup(images, one_hot(targets, self.label_space))
+
+
+def one_hot(targets: torch.Tensor, label_space: LabelSpace) -> torch.Tensor:
+    """Class indices (B, H) as one-hot rows (B, C) of all heads side by side, zero where a label is missing."""
+    parts = [
+        (column[:, None] == torch.arange(size, device=targets.device)).float()
+        for column, size in zip(targets.unbind(1), label_space.sizes, strict=True)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def create_train_loader(
+        parts: Sequence[tuple[Part, int]],
+        *,
+        views: int,
+        seed: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        device: torch.device,
+        workers: int = 4,
+        rank: int = 0,
+        ranks: int = 1,
+        steps: int | None = None,
+        **random_erasing: Any,
+) -> TrainLoader:
+    """Shuffled batches of images with their views.
+
+    Args:
+        parts: The (labelled) images and how many of them a batch has on each rank; the same of the pool, if any.
+        views: V, the number of views of each image.
+        steps: Batches of an epoch; those of one pass over the images when None.
+        random_erasing: `re_prob`, `re_mode`, `re_count` and `re_num_splits` as in timm.
+    """
+    samplers = shuffled_batches(parts, seed, rank, ranks, steps)
+    loader = _data_loader([part for part, _ in parts], views, samplers, device, workers)
+    return TrainLoader(loader, mean, std, device=device, **random_erasing)
+
+
+def shuffled_batches(
+        parts: Sequence[tuple[Part, int]],
+        seed: int,
+        rank: int,
+        ranks: int,
+        steps: int | None,
+) -> JoinedBatches:
+    """The batches of an epoch: of each part so many images."""
+    return JoinedBatches([
+        ShuffledBatches(len(part), size, seed, rank, ranks, steps, number)
+        for number, (part, size) in enumerate(parts)
+    ])
+
+
+def create_eval_loader(
+        part: Part,
+        batch_size: int,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        device: torch.device,
+        workers: int = 4,
+        rank: int = 0,
+        ranks: int = 1,
+) -> PrefetchLoader:
+    """Every row once and in order, each rank its share; shares differ by one row at most."""
+    sampler = BatchesInOrder(len(part), batch_size, rank, ranks)
+    return PrefetchLoader(_data_loader([part], 1, sampler, device, workers), mean, std, device=device)
+
+
+def _data_loader(
+        parts: Sequence[Part],
+        views: int,
+        sampler: Sampler,
+        device: torch.device,
+        workers: int,
+) -> DataLoader:
+    return DataLoader(
+        Batches(parts, views),
+        batch_sampler=sampler,
+        collate_fn=as_it_is,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == 'cuda',
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # else starting workers, once a run, would draw from the run's own generator
+    )
+
+
+def _start_worker(worker: int) -> None:
+    cv2.setNumThreads(0)  # a worker is one of many, and OpenCV's threads do not survive the fork that made it

@@ -1,0 +1,100 @@
+"""Which rows come when, and the seed of each one's views."""
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class Draw(NamedTuple):
+    """A row of a data set, the seed of its random views in this epoch, and which data set: labelled 0, pool 1."""
+    index: int
+    seed: int
+    part: int = 0
+
+
+class ShuffledBatches(Sampler[list[Draw]]):
+    """One rank's share of an epoch in random order, in batches; order and seeds depend on (seed, part, epoch) alone.
+
+    Every rank gets the same number of rows and, in a pass over the data, no row comes twice; rows that do not fill a
+    batch on every rank sit a pass out. An epoch of more batches than a pass has goes on with another pass, reshuffled.
+
+    Args:
+        length: Rows of the data set.
+        batch_size: Rows of a batch.
+        seed: Seed of the run.
+        rank: This process.
+        ranks: Number of processes.
+        steps: Batches of an epoch; those of one pass when None.
+        part: The data set that the draws are of.
+    """
+
+    def __init__(
+            self,
+            length: int,
+            batch_size: int,
+            seed: int,
+            rank: int = 0,
+            ranks: int = 1,
+            steps: int | None = None,
+            part: int = 0,
+    ):
+        self.length, self.batch_size, self.seed, self.rank, self.ranks = length, batch_size, seed, rank, ranks
+        self.batches_of_pass = length // ranks // batch_size
+        self.steps = self.batches_of_pass if steps is None else steps
+        self.part = part
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def passes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The passes of the epoch: rows (S, B) of S batches, and their seeds (S, B)."""
+        generator = np.random.default_rng((self.seed, self.epoch, *([self.part] if self.part else [])))
+        left = self.steps
+        while left:
+            order = generator.permutation(self.length)[self.rank::self.ranks]
+            seeds = generator.integers(2 ** 32, size=self.length)
+            batches = min(left, self.batches_of_pass)
+            rows = order[:batches * self.batch_size].reshape(batches, self.batch_size)
+            yield rows, seeds[rows]
+            left -= batches
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for rows, seeds in self.passes():
+            for batch in zip(rows.tolist(), seeds.tolist()):
+                yield [Draw(row, seed, self.part) for row, seed in zip(*batch)]
+
+
+class JoinedBatches(Sampler[list[Draw]]):
+    """Batches of several samplers side by side."""
+
+    def __init__(self, samplers: list[ShuffledBatches]):
+        self.samplers = samplers
+
+    def set_epoch(self, epoch: int) -> None:
+        for sampler in self.samplers:
+            sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return min(map(len, self.samplers))
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        return (sum(batches, []) for batches in zip(*self.samplers))
+
+
+class BatchesInOrder(Sampler[list[Draw]]):
+    """One rank's share of all rows, in order; shares differ by one row at most."""
+
+    def __init__(self, length: int, batch_size: int, rank: int = 0, ranks: int = 1):
+        self.rows, self.batch_size = range(rank, length, ranks), batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for start in range(0, len(self.rows), self.batch_size):
+            yield [Draw(row, 0) for row in self.rows[start:start + self.batch_size]]

@@ -1,0 +1,134 @@
+"""Views through Pillow and torchvision: timm's policies as they are, SimCLR's recipe to the letter, evaluation."""
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch.utils.data import get_worker_info
+from torchvision import transforms
+
+from timm_multilabel.data.images import Photo
+from timm_multilabel.views.opencv import crop_and_resize
+from timm_multilabel.views.recipe import ViewRecipe
+
+Transform = Callable[[Image.Image], Image.Image]
+
+
+class PillowViews:
+    """The views of images by a transform each, PIL image -> PIL image, from one decode.
+
+    Args:
+        transforms: A transform for each view.
+        size: (H, W) of what they give.
+    """
+
+    def __init__(self, transforms: Sequence[Transform], size: tuple[int, int]):
+        self.transforms, self.size = tuple(transforms), size
+
+    def __call__(self, photos: Sequence[Photo], seeds: Sequence[int], out: np.ndarray) -> None:
+        """Write the views of N images into `out` (V, N, H, W, 3), uint8."""
+        for n, (photo, seed) in enumerate(zip(photos, seeds, strict=True)):
+            image = Image.fromarray(photo.decode())
+            with seeded(seed):
+                for view, transform in enumerate(self.transforms):
+                    out[view, n] = transform(image)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the random generators that augmentations use, so that a view depends on its seed alone.
+
+    In a loader's worker they are seeded for each image anyway; in the main process they also serve dropout and random
+    erasing, so they get their state back.
+    """
+    in_main_process = get_worker_info() is None
+    if in_main_process:
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        if in_main_process:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+
+
+def timm_transform(size: tuple[int, int], rotation: float = 0.0, **augmentation: Any) -> Transform:
+    """timm's training transform (`timm.data.create_transform`) for an image size (H, W).
+
+    Args:
+        rotation: Degrees, to either side, of a random rotation after crop and flip; the corners turn black.
+        augmentation: Arguments of timm's.
+    """
+    place, color, _ = create_transform(size, is_training=True, use_prefetcher=True, separate=True, **augmentation)
+    return transforms.Compose([place, *_rotations(rotation), color])
+
+
+def exact_transform(recipe: ViewRecipe) -> Transform:
+    """A recipe of SimCLR by the operations that define it: every one in turn, rounded and clamped, hue by HSV."""
+    kernel = 2 * recipe.blur_radius + 1
+    return transforms.Compose([
+        RandomResizedCropAndInterpolation(
+            recipe.size, scale=recipe.scale, ratio=recipe.ratio, interpolation=recipe.interpolation),
+        transforms.RandomHorizontalFlip(recipe.hflip),
+        transforms.RandomVerticalFlip(recipe.vflip),
+        *_rotations(recipe.rotation),
+        transforms.RandomApply([transforms.ColorJitter(*recipe.jitter)], p=recipe.jitter_prob),
+        transforms.RandomGrayscale(p=recipe.grayscale_prob),
+        transforms.RandomApply([transforms.GaussianBlur(kernel, sigma=recipe.blur_sigma)], p=recipe.blur_prob),
+    ])
+
+
+def _rotations(degrees: float) -> list[Callable]:
+    bilinear = transforms.InterpolationMode.BILINEAR
+    return [transforms.RandomRotation(degrees, interpolation=bilinear)] if degrees else []
+
+
+def eval_views(size: tuple[int, int], interpolation: str, crop_pct: float, crop_mode: str) -> PillowViews:
+    """timm's evaluation transform for an image size (H, W): resize and crop, nothing random.
+
+    Bilinear and bicubic resizing is the one of the training views (`crop_and_resize`), which is Pillow's, only faster.
+    """
+    steps = create_transform(
+        size, is_training=False, use_prefetcher=True, interpolation=interpolation, crop_pct=crop_pct,
+        crop_mode=crop_mode).transforms[:-1]
+    return PillowViews([transforms.Compose([_quicker(step) for step in steps])], size)
+
+
+def _quicker(step: Callable) -> Callable:
+    modes = {transforms.InterpolationMode.BILINEAR: False, transforms.InterpolationMode.BICUBIC: True}
+    if isinstance(step, transforms.Resize) and step.interpolation in modes:
+        return _Resize(step.size, modes[step.interpolation])
+    return step
+
+
+class _Resize:
+    """torchvision's Resize of PIL images, by `crop_and_resize`.
+
+    Args:
+        size: (H, W), or the length of the shorter edge.
+        bicubic: Not bilinear.
+    """
+
+    def __init__(self, size: int | Sequence[int], bicubic: bool):
+        self.size, self.bicubic = size, bicubic
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        height, width = image.height, image.width
+        if isinstance(self.size, int):
+            short, long = min(height, width), max(height, width)
+            edges = self.size, int(self.size * long / short)
+            size = edges if height <= width else edges[::-1]
+        else:
+            size = self.size
+        out = np.empty((*size, 3), np.uint8)
+        crop_and_resize(np.asarray(image), (0, 0, height, width), out, self.bicubic)
+        return Image.fromarray(out)
