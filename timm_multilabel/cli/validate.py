@@ -19,8 +19,8 @@ from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import write_whole
 from timm_multilabel.heads import Head, load_kinds
-from timm_multilabel.labels import LabelSet
-from timm_multilabel.loading.batches import Part
+from timm_multilabel.labels import LabelSet, missing_row
+from timm_multilabel.loading.batches import BadImages, Part
 from timm_multilabel.loading.loaders import create_eval_loader
 from timm_multilabel.metrics import MEANS, MultiLabelEvaluator, class_metrics, mean_over_heads
 from timm_multilabel.reports.confusion import confusion_stems, write_confusion
@@ -47,6 +47,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--head-module', metavar='FILE', help='Python file with the kinds of heads of your own')
     parser.add_argument('-b', '--batch-size', type=positive, default=128, metavar='N', help='images a batch')
     parser.add_argument('-j', '--workers', type=count, default=4, metavar='N', help='loader processes')
+    parser.add_argument('--skip-bad-images', action='store_true',
+                        help='leave out and report images that cannot be decoded')
     parser.add_argument('--device', metavar='NAME', help='cpu, cuda, ... (default: cuda where there is one)')
     parser.add_argument('--amp', action='store_true', help='mixed precision')
     parser.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), help='its lower precision')
@@ -77,12 +79,16 @@ def run(args: argparse.Namespace) -> None:
     label_space = checkpoint.label_space
     head_weights = resolve_head_weights(label_space.names, checkpoint.state.get('head_weights'))
     evaluator = MultiLabelEvaluator(model.named_heads, head_weights, device)
-    loader = build_loader(checkpoint, rows, args, device)
+    part = build_part(checkpoint, rows, args)
+    loader = build_loader(checkpoint, part, args, device)
     started = time.perf_counter()
     with Progress(f'Validate {rows.source.name}', len(loader), visible=rank == 0) as progress:
         figures = evaluate(model, loader, evaluator, precision, progress)
     seconds = time.perf_counter() - started
     predictions = evaluator.predictions(distributed=ranks > 1)
+    news = BadImages([part]).news() if args.skip_bad_images else None
+    if news:
+        say(news)
     if rank == 0:
         results = gather_results(model.named_heads, figures, predictions, head_weights)
         results['images_per_second'] = len(rows) / seconds
@@ -151,17 +157,23 @@ def _say_unknown(table: Table, checkpoint: Checkpoint, say) -> None:
         say(f'{table.path}: labels that the checkpoint does not know, not scored: {describe_unknown(unknown)}')
 
 
-def build_loader(checkpoint: Checkpoint, rows: Rows, args: argparse.Namespace, device: torch.device) -> Any:
-    """Batches of the rows, resized as in training's evaluation."""
+def build_part(checkpoint: Checkpoint, rows: Rows, args: argparse.Namespace) -> Part:
+    """The rows with their images, resized as in training's evaluation."""
     config = checkpoint.data_config
     views = eval_views(
         tuple(config['input_size'][-2:]), config['interpolation'], config['crop_pct'], config['crop_mode'])
+    part = Part(rows, FilePhotos(rows), views)
+    return part.skip_bad(stand_in=missing_row(checkpoint.label_space)) if args.skip_bad_images else part
+
+
+def build_loader(checkpoint: Checkpoint, part: Part, args: argparse.Namespace, device: torch.device) -> Any:
+    """Batches of the rows."""
     rank, ranks = world()
     return create_eval_loader(
-        Part(rows, FilePhotos(rows), views),
+        part,
         args.batch_size,
-        mean=tuple(config['mean']),
-        std=tuple(config['std']),
+        mean=tuple(checkpoint.data_config['mean']),
+        std=tuple(checkpoint.data_config['std']),
         device=device,
         workers=loader_workers(args.workers),
         rank=rank,
