@@ -9,6 +9,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter, ImageOps
 from scipy.stats import ks_2samp
 from timm.data import create_transform
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import RandomResizedCrop
 
 from timm_multilabel.data.images import DecodedPhoto, EncodedPhoto
@@ -231,6 +232,31 @@ def test_the_device_makes_the_hosts_views(options, mean, most, size):
     pixels = [picture(*shape, seed) for seed, shape in enumerate([(80, 60), (60, 60), (77, 60), (40, 90)] * 5)]
     off = np.abs(by_device(recipe, pixels) - by_opencv(recipe, [DecodedPhoto(image) for image in pixels]))
     assert off.mean() < mean and off.max() <= most
+
+
+class Operations(TorchDispatchMode):
+    """The names of what PyTorch computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_host_neither_waits_nor_copies_while_a_device_makes_views():
+    """No number is read back, no shape depends on data, and no constant is made on the host."""
+    with Operations() as seen:
+        by_device(ViewRecipe((32, 32), rotation=5.0), [picture(40, 30)])
+    inside = Operations()
+    shapes, images = torch.tensor([[40, 30]]), torch.zeros(1, 40, 3, 30, dtype=torch.uint8)
+    with inside:
+        make_views(ViewRecipe((32, 32), rotation=5.0), images, shapes, shapes, shapes[:, 0], 0)
+    waits = {'aten::lift_fresh', 'aten::_local_scalar_dense', 'aten::nonzero', 'aten::masked_select'}
+    assert 'aten::lift_fresh' in seen.names and len(inside.names) > 20  # the test sees what it looks for
+    assert not inside.names & waits
 
 
 def test_both_views_of_an_image_differ_and_repeat():

@@ -153,6 +153,7 @@ class Loaders:
                 part.skip_bad()
                 if isinstance(part.photos, CachedPhotos):
                     part.bad |= torch.from_numpy(part.photos.contents.bad)
+                    part.photos = part.photos if on_device is None else part.photos.files  # its memory is given back
         if on_device is not None:
             self.train = DeviceTrainLoader(list(zip(on_device, sizes)), **shared, **of_train)
         else:

@@ -133,6 +133,11 @@ class SharedBytes:
                 file.truncate(length)
         return cls(str(path), length, True)
 
+    def open(self) -> 'SharedBytes':
+        """This, mapped now, while the process that made it is there."""
+        assert len(self.array) == self.length
+        return self
+
     @cached_property
     def array(self) -> np.ndarray:
         """The bytes."""
@@ -243,7 +248,7 @@ def open_cache(
     if offer is None:
         return files
     contents, shared, ready = offer
-    made = CachedPhotos(files, contents, shared)
+    made = CachedPhotos(files, contents, shared.open())
     if ready:
         return made
     bad = made.fill(range(place, len(files), ranks), workers, skip_bad, title, visible)

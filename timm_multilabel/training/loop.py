@@ -36,7 +36,8 @@ class Precision:
         return torch.autocast(self.device.type, self.amp_dtype) if self.amp_dtype is not None else nullcontext()
 
     def layout(self, images: torch.Tensor) -> torch.Tensor:
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+        # Loaders may give either: bytes come with the colors last, images on a device are made with them first.
+        return images.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
 
 @dataclass

@@ -8,6 +8,7 @@ import torch
 
 from timm_multilabel.data.images import Photo
 from timm_multilabel.views.recipe import (
+    NEUTRAL,
     Draws,
     ViewRecipe,
     color_matrices,
@@ -129,7 +130,7 @@ def _rotate(views: list[np.ndarray], draws: Draws) -> None:
 
 
 def _color(views: list[np.ndarray], draws: Draws) -> None:
-    changed = ((draws.factors != torch.tensor([1.0, 1.0, 1.0, 0.0])).any(dim=1) | draws.gray).tolist()
+    changed = ((draws.factors != torch.tensor(NEUTRAL)).any(dim=1) | draws.gray).tolist()
     if not any(changed):
         return
     mean = torch.tensor([cv2.mean(view)[:3] if at else (0.0, 0.0, 0.0) for view, at in zip(views, changed)])

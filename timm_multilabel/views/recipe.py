@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from timm_multilabel.data.images import Photo
 
 GRAY = (0.299, 0.587, 0.114)  # the luma of ITU-R 601-2, as in Pillow and torchvision
+NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # brightness, contrast, saturation, hue that change nothing
 _TRIES = 10  # of a random crop, as in torchvision
 
 
@@ -131,9 +133,10 @@ def draw(recipe: ViewRecipe, seeds: torch.Tensor, height: torch.Tensor, width: t
     random = uniforms(seeds, 2 * _TRIES + 18)
     box = _draw_box(recipe, random[:, :2 * _TRIES + 2], height, width)
     (interpolation, hflip, vflip, angle, jitter, *strengths, gray, blur, sigma) = random[:, 2 * _TRIES + 2:-4].unbind(1)
-    one = torch.tensor([1.0, 1.0, 1.0, 0.0], device=seeds.device)
-    extent = torch.tensor(recipe.jitter, device=seeds.device)
-    factors = (one + extent * (2 * torch.stack(strengths, 1) - 1)).where((jitter < recipe.jitter_prob)[:, None], one)
+    # Numbers, not tensors of them: those would have to be copied to the device, and the host would wait.
+    factors = torch.stack([
+        (neutral + extent * (2 * strength - 1)).where(jitter < recipe.jitter_prob, neutral)
+        for neutral, extent, strength in zip(NEUTRAL, recipe.jitter, strengths, strict=True)], dim=1)
     factors[:, :3].clamp_(min=0)
     low, high = recipe.blur_sigma
     return Draws(
@@ -218,29 +221,31 @@ def color_matrices(draws: Draws, mean: torch.Tensor) -> torch.Tensor:
         draws: Of the views.
         mean: Mean color of each view before (N, 3), which contrast goes by.
     """
-    factors, device = draws.factors, mean.device
-    gray = torch.tensor(GRAY, device=device)
-    eye = torch.eye(3, device=device)
-    brightness, contrast, saturation, hue = factors.unbind(1)
+    brightness, contrast, saturation, hue = draws.factors.unbind(1)
     keep = torch.stack([brightness, contrast, saturation, torch.ones_like(hue)], dim=1)
+    eye = torch.eye(3, device=mean.device)
     linear = keep[:, :, None, None] * eye  # (N, 4, 3, 3), by operation
-    linear[:, 2] += (1 - saturation)[:, None, None] * gray.expand(3, 3)
-    linear[:, 3] = _hue_rotations(hue)
-    matrix = torch.zeros(len(mean), 3, 4, device=device)
-    matrix[:, :, :3] = eye
-    rows = torch.arange(len(mean), device=device)
+    for color, share in enumerate(GRAY):
+        linear[:, 2, :, color] += share * (1 - saturation)[:, None]
+    linear[:, 3] = _hue_rotations(hue, eye)
+    matrix = F.pad(eye, (0, 1)).repeat(len(mean), 1, 1)
+    rows = torch.arange(len(mean), device=mean.device)
     for operation in draws.order.unbind(1):
         # Contrast moves towards the mean grey of what the image is by then.
-        level = ((matrix[:, :, :3] @ mean[:, :, None])[:, :, 0] + matrix[:, :, 3]) @ gray
+        level = luma((matrix[:, :, :3] @ mean[:, :, None])[:, :, 0] + matrix[:, :, 3])
         matrix = linear[rows, operation] @ matrix
         matrix[:, :, 3] += ((1 - contrast) * level).where(operation == 1, 0.0)[:, None]
-    return (gray @ matrix)[:, None].expand(-1, 3, 4).where(draws.gray[:, None, None], matrix)
+    gray = luma(matrix.mT)[:, None].expand(-1, 3, 4)
+    return gray.where(draws.gray[:, None, None], matrix)
 
 
-def _hue_rotations(turns: torch.Tensor) -> torch.Tensor:
+def luma(colors: torch.Tensor) -> torch.Tensor:
+    """The grey of colors (..., 3): (...)."""
+    return sum(share * color for share, color in zip(GRAY, colors.unbind(-1), strict=True))
+
+
+def _hue_rotations(turns: torch.Tensor, eye: torch.Tensor) -> torch.Tensor:
     """Rotations about the grey axis by N angles in turns: (N,) -> (N, 3, 3) (Rodrigues' formula)."""
-    cos, sin = torch.cos(2 * math.pi * turns), torch.sin(2 * math.pi * turns)
-    third = torch.full((3, 3), 1 / 3, device=turns.device)
-    cross = torch.tensor([[0., -1., 1.], [1., 0., -1.], [-1., 1., 0.]], device=turns.device) / math.sqrt(3)
-    eye = torch.eye(3, device=turns.device)
-    return cos[:, None, None] * eye + (1 - cos)[:, None, None] * third + sin[:, None, None] * cross
+    cos, sin = torch.cos(2 * math.pi * turns)[:, None, None], torch.sin(2 * math.pi * turns)[:, None, None]
+    cross = (eye.roll(1, 0) - eye.roll(-1, 0)) / math.sqrt(3)
+    return cos * eye + (1 - cos) / 3 + sin * cross
