@@ -14,11 +14,13 @@ from timm_multilabel.cli import head_options
 from timm_multilabel.cli.data import Data
 from timm_multilabel.cli.device import loader_workers
 from timm_multilabel.data.images import FilePhotos
+from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.data.table import Rows
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
 from timm_multilabel.loading.batches import Part, Views
 from timm_multilabel.loading.loaders import MixedBatches, create_eval_loader, create_train_loader
+from timm_multilabel.loading.streaming import create_stream_loader
 from timm_multilabel.metrics import less_is_better
 from timm_multilabel.model import MultiLabelModel, create_backbone
 from timm_multilabel.optim import create_optimizer
@@ -322,21 +324,7 @@ def loaders(
         'rank': rank,
         'ranks': ranks,
     }
-    parts = [(_part(args, data.train_rows, train_views(args, data_config, task.views)), data.batch_size)]
-    if data.pool_rows is not None:
-        views = train_views(args, data_config, task.views, weak_first=bool(args.pseudo_label_weight))
-        parts.append((_part(args, data.pool_rows, views), data.pool_batch_size))
-    train_loader = create_train_loader(
-        parts,
-        views=task.views,
-        seed=args.seed,
-        steps=data.steps,
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-        re_num_splits=2 if args.pseudo_label_weight else 0,  # the first, weak views stay whole
-        **common,
-    )
+    train_loader = _train_loader(args, task, data, data_config, common)
     if args.mixup or args.cutmix:
         mixup = Mixup(
             mixup_alpha=args.mixup,
@@ -355,7 +343,34 @@ def loaders(
         tuple(data_config['input_size'][-2:]), data_config['interpolation'], data_config['crop_pct'],
         data_config['crop_mode'])
     batch_size = args.validation_batch_size or args.micro_batch or args.batch_size
+    if isinstance(data.eval_rows, StreamedRows):
+        return train_loader, create_stream_loader(data.eval_rows, views, batch_size, **common)
     return train_loader, create_eval_loader(_part(args, data.eval_rows, views), batch_size, **common)
+
+
+def _train_loader(
+        args: argparse.Namespace,
+        task: JointTask,
+        data: Data,
+        data_config: dict[str, Any],
+        common: dict[str, Any],
+) -> Any:
+    views = train_views(args, data_config, task.views)
+    common = common | {
+        'seed': args.seed,
+        'steps': data.steps,
+        're_prob': args.reprob,
+        're_mode': args.remode,
+        're_count': args.recount,
+        're_num_splits': 2 if args.pseudo_label_weight else 0,  # the first, weak views stay whole
+    }
+    if isinstance(data.train_rows, StreamedRows):
+        return create_stream_loader(data.train_rows, views, data.batch_size, count=task.views, **common)
+    parts = [(_part(args, data.train_rows, views), data.batch_size)]
+    if data.pool_rows is not None:
+        views = train_views(args, data_config, task.views, weak_first=bool(args.pseudo_label_weight))
+        parts.append((_part(args, data.pool_rows, views), data.pool_batch_size))
+    return create_train_loader(parts, views=task.views, **common)
 
 
 def _part(args: argparse.Namespace, rows: Rows, views: Views) -> Part:
