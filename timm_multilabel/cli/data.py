@@ -14,6 +14,7 @@ from timm_multilabel.data.pool import (
     split_labelled,
     without_images,
 )
+from timm_multilabel.data.shards import find_shards
 from timm_multilabel.data.streams import Stored, StreamedRows, StreamedTable, encode
 from timm_multilabel.data.table import (
     Rows,
@@ -192,6 +193,8 @@ def _read_unlabelled(args: argparse.Namespace, folder: Path, label_space: LabelS
     path = split_path(folder, args.unlabelled)
     if path.is_file():
         return rows_of_table(_read(args, path), label_space)
+    if (shards := find_shards(folder, args.unlabelled, args.image_column)) is not None:
+        raise UserError(f'--unlabelled {args.unlabelled}: {shards.source} are shards; name a CSV or a folder of images')
     for place in (Path(args.unlabelled), folder / args.unlabelled):
         if place.is_dir():
             return rows_of_folder(place, label_space)
@@ -211,6 +214,8 @@ def _scored(args: argparse.Namespace, folder: Path, say: Callable[[str], None]) 
                 found.update(real_paths(find_images(_read(args, path), passing_over=True)))
             except UserError as error:
                 say(f'{error.line}: cannot keep its images out of the unlabelled ones')
+        elif (shards := find_shards(folder, name, args.image_column)) is not None:
+            say(f'{shards.source}: cannot keep the images of shards out of the unlabelled ones')
     return found
 
 

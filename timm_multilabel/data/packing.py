@@ -6,16 +6,13 @@ from timm_multilabel.data.shards import find_library
 from timm_multilabel.data.table import Table, find_images
 
 FORMATS = ('webdataset', 'parquet')
-SHARD_SIZE = 1000
-"""Rows of a shard."""
-
 
 def check_packing(kind: str) -> None:
     """Raise UserError where the library of a format is missing."""
     find_library('webdataset' if kind == 'webdataset' else 'datasets')
 
 
-def pack(table: Table, folder: Path, name: str, kind: str) -> list[Path]:
+def pack(table: Table, folder: Path, name: str, kind: str, size: int = 1000) -> list[Path]:
     """Write a table and its images as the shards of a split; what was written.
 
     Args:
@@ -23,6 +20,7 @@ def pack(table: Table, folder: Path, name: str, kind: str) -> list[Path]:
         folder: Where to.
         name: The split.
         kind: One of `FORMATS`.
+        size: Rows of a shard.
 
     Raises:
         UserError: An image or a library is missing.
@@ -30,13 +28,13 @@ def pack(table: Table, folder: Path, name: str, kind: str) -> list[Path]:
     images = list(map(Path, find_images(table)))
     labels = [{column: text or None for column, text in row.items()}
               for row in table.frame[table.label_columns].to_dict('records')]
-    starts = range(0, len(images), SHARD_SIZE)
+    starts = range(0, len(images), size)
     write, ending = (_write_tar, 'tar') if kind == 'webdataset' else (_write_parquet, 'parquet')
     paths = []
     for number, start in enumerate(starts):
         place = f'{number:06d}' if kind == 'webdataset' else f'{number:05d}-of-{len(starts):05d}'
         paths.append(folder / f'{name}-{place}.{ending}')
-        write(paths[-1], images[start:start + SHARD_SIZE], labels[start:start + SHARD_SIZE])
+        write(paths[-1], images[start:start + size], labels[start:start + size])
     return paths
 
 

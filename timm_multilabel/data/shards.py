@@ -11,13 +11,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from timm.data import get_img_extensions
-
 from timm_multilabel.errors import UserError
 from timm_multilabel.labels import TAG_SEPARATOR
 
 BUFFER = 1000
 """Samples among which the next one is drawn, in each loader process."""
+
+_IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'bmp', 'gif', 'tif', 'tiff')
 
 
 class Sample(NamedTuple):
@@ -165,11 +165,11 @@ def find_library(name: str) -> ModuleType:
 def _from_tar(members: dict[str, Any], images: bool) -> tuple[str, bytes | None, dict[str, Any]]:
     """Name, image and cells of the files of one key."""
     name = f'{Path(members["__url__"]).name} sample {members["__key__"]}'
-    endings = get_img_extensions(as_set=True)
-    image = next((data for ending, data in members.items() if f'.{ending.rpartition(".")[2]}' in endings), None)
+    image = next((data for ending, data in members.items() if ending.rpartition('.')[2] in _IMAGES), None)
     if image is None:
-        raise UserError(f'{members["__url__"]} sample {members["__key__"]}: no image beside '
-                        f'{", ".join(ending for ending in members if ending[0] != "_")}; add one or remove the sample')
+        raise UserError(
+            f'{name}: no image ({", ".join(_IMAGES)}) among its files, which stand side by side in the tar: '
+            f'{", ".join(ending for ending in members if ending[0] != "_")}')
     try:
         cells = json.loads(members.get('json', b'{}'))
     except ValueError as error:

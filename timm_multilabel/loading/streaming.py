@@ -103,7 +103,9 @@ class StreamedBatches(IterableDataset):
             if self.steps is None:
                 return
             if not found:
-                raise UserError(f'{self.rows.source}: no image for loader process {self.rank} of {self.ranks} in it')
+                raise UserError(
+                    f'{self.rows.source}: no image that can be read in the share of process {self.rank + 1} of '
+                    f'{self.ranks}; mend the shards')
 
     def _images(self, drawn: list[_Drawn]) -> torch.Tensor:
         images = torch.empty((self.count, len(drawn), *self.views.size, 3), dtype=torch.uint8)
