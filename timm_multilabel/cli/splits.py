@@ -7,8 +7,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from timm_multilabel.cli import head_options
-from timm_multilabel.data.shards import Shards, find_shards
-from timm_multilabel.data.streams import Stored, StreamedTable, table_of_labels, table_without_labels
+from timm_multilabel.data.shards import Shards, find_library, find_shards
+from timm_multilabel.data.streams import Stored, StreamedTable, read_labels, table_of_labels, table_without_labels
 from timm_multilabel.data.table import Table, read_table
 from timm_multilabel.distributed import world
 from timm_multilabel.heads import Head
@@ -54,7 +54,8 @@ class Splits:
             return self.read_csv(path)
         if self.label_space is not None and name in self.stored.rows:
             return table_without_labels(shards, self.label_space, self.stored.rows[name])
-        table = _read_labels(shards)
+        self.say(f'{shards.source}: reading the labels')
+        table = _pass_over_labels(shards)
         self.counted[name] = table.count
         return table
 
@@ -66,7 +67,10 @@ class Splits:
         if path.is_file() and path.suffix not in ('.tar', '.parquet'):
             return None
         found = find_shards(self.stored.folder, name, self.image_column, self.missing_value)
-        return found and replace(found, columns=None if self.columns is None else tuple(self.columns))
+        if found is None:
+            return None
+        find_library(found.library)  # else it would be missed by the first loader process
+        return replace(found, columns=None if self.columns is None else tuple(self.columns))
 
     def save(self, label_space: LabelSpace | None) -> None:
         """Store what passes found, for the next run; the label space of all columns, if it is that.
@@ -88,21 +92,17 @@ def split_path(folder: Path, name: str) -> Path:
     return next((path for path in candidates if path.is_file()), candidates[0])
 
 
-def _read_labels(shards: Shards) -> StreamedTable:
-    """One pass over the labels, each rank over its share."""
+def _pass_over_labels(shards: Shards) -> StreamedTable:
+    """One pass, each rank over its share."""
     rank, ranks = world()
     samples = shards.samples(rank, ranks, images=False)
-    # Equal texts become one object, or a million labels would take some hundred megabytes.
-    texts: dict[str, str] = {}
-    labels = [
-        (sample.name, {texts.setdefault(column, column): texts.setdefault(text, text)
-                       for column, text in sample.cells.items()})
-        for sample in tqdm(samples, f'{shards.source}: labels', unit=' samples', disable=None if rank == 0 else True)]
+    labels = read_labels(tqdm(
+        samples, f'{shards.source}: labels', unit=' samples', disable=None if rank == 0 else True))
+    parts = [labels]
     if ranks > 1:
         parts = [None] * ranks
         dist.all_gather_object(parts, labels)
-        labels = sum(parts, [])
-    return table_of_labels(shards, labels)
+    return table_of_labels(shards, parts)
 
 
 def stored_heads(
@@ -123,6 +123,6 @@ def stored_heads(
         return None
     columns = [column for labels in stored.label_space.heads for column in labels.columns]
     head = head_options.expand(given, columns, heads)
-    if any(options.get('class_weights') == 'balanced' for options in head.values()):
-        return None
+    if any(options.get('class_weights') == 'balanced' or options.get('loss') == 'arcface' for options in head.values()):
+        return None  # these look at the labels of all samples
     return stored.choose(heads, head_options.readers(head, kinds), head_options.groups(head))

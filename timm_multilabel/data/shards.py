@@ -54,6 +54,10 @@ class Shards:
     def tars(self) -> bool:
         return self.files[0].endswith('.tar')
 
+    @property
+    def library(self) -> str:
+        return 'webdataset' if self.tars else 'datasets'
+
     def workers(self, asked: int, ranks: int) -> int:
         """The loader processes of a rank, at most so many as asked for, that the shards can be dealt out to."""
         files = len(self.files) // ranks if self._by_file(ranks) else len(self.files)
@@ -83,7 +87,7 @@ class Shards:
                 column: '' if text == self.missing_value else text for column, text in texts.items()})
 
     def _tar_samples(self, rank: int, ranks: int, seed: int | None, images: bool) -> Iterator[tuple]:
-        webdataset = find_library('webdataset')
+        webdataset = find_library(self.library)
         files = list(self.files)
         by_file = self._by_file(ranks)
         if seed is not None:
@@ -105,7 +109,7 @@ class Shards:
             raise UserError(f'{shard}: cannot be read as a tar ({error.args[0] if error.args else error})') from error
 
     def _parquet_samples(self, rank: int, ranks: int, seed: int | None, images: bool) -> Iterator[tuple]:
-        datasets = find_library('datasets')
+        datasets = find_library(self.library)
         # Not load_dataset('parquet'), which does not tell the file and the row of a sample. The list is dealt out.
         stream = datasets.IterableDataset.from_generator(_read_parquet, gen_kwargs={
             'files': list(self.files), 'image_column': self.image_column, 'label_columns': self.columns,
@@ -179,38 +183,42 @@ def _from_tar(members: dict[str, Any], images: bool) -> tuple[str, bytes | None,
     return name, image if images else None, cells
 
 
-def _read_parquet(
-        files: Sequence[str],
+def _read_parquet(files: Sequence[str], *args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
+    """The rows of Parquet files as `datasets` streams them."""
+    parquet = find_library('pyarrow.parquet')
+    for file in files:
+        try:
+            with parquet.ParquetFile(file) as table:
+                yield from _rows(table, file, *args, **kwargs)
+        except (ValueError, OSError) as error:  # pyarrow's errors of broken files are of these
+            raise UserError(f'{file}: cannot be read as Parquet ({" ".join(str(error).split())})') from error
+
+
+def _rows(
+        table: Any,
+        file: str,
         image_column: str,
         label_columns: tuple[str, ...] | None,
         images: bool,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of Parquet files as `datasets` streams them."""
-    parquet, features_of = find_library('pyarrow.parquet'), find_library('datasets').Features.from_arrow_schema
-    for file in files:
-        try:
-            table = parquet.ParquetFile(file)
-        except (ValueError, OSError) as error:  # pyarrow's errors of broken files are ValueErrors
-            raise UserError(f'{file}: cannot be read as Parquet ({" ".join(str(error).split())})') from error
-        with table:
-            columns = table.schema_arrow.names
-            column = next((name for name in (image_column, 'image') if name in columns), None)
-            if column is None:
-                raise UserError(f"{file}: no column '{image_column}' or 'image' (there are: {', '.join(columns)}); "
-                                'name the one that holds the images with --image-column')
-            features = features_of(table.schema_arrow)
-            wanted = [name for name in columns if (
-                images if name == column else label_columns is None or name in label_columns)]
-            number = 0
-            # Small batches, since a row may hold a megabyte; no threads, which a forked loader process has not.
-            for batch in table.iter_batches(batch_size=64, columns=wanted, use_threads=False):
-                # A table of no columns still has rows.
-                for row in batch.to_pylist() if wanted else [{}] * batch.num_rows:
-                    number += 1
-                    name = f'{Path(file).name} row {number}'
-                    image = _image_bytes(row.pop(column), name, column) if images else None
-                    cells = {key: _class_name(value, features[key]) for key, value in row.items()}
-                    yield {'name': name, 'image': image, 'cells': cells}
+    columns = table.schema_arrow.names
+    column = next((name for name in (image_column, 'image') if name in columns), None)
+    if column is None:
+        raise UserError(f"{file}: no column '{image_column}' or 'image' (there are: {', '.join(columns)}); "
+                        'name the one that holds the images with --image-column')
+    features = find_library('datasets').Features.from_arrow_schema(table.schema_arrow)
+    wanted = [name for name in columns if (
+        images if name == column else label_columns is None or name in label_columns)]
+    number = 0
+    # Small batches, since a row may hold a megabyte; no threads, which a forked loader process has not.
+    for batch in table.iter_batches(batch_size=64, columns=wanted, use_threads=False):
+        # A batch of no columns still has rows.
+        for row in batch.to_pylist() if wanted else [{}] * batch.num_rows:
+            number += 1
+            name = f'{Path(file).name} row {number}'
+            image = _image_bytes(row.pop(column), name, column) if images else None
+            cells = {key: _class_name(value, features[key]) for key, value in row.items()}
+            yield {'name': name, 'image': image, 'cells': cells}
 
 
 def _image_bytes(value: Any, name: str, column: str) -> bytes:

@@ -1,7 +1,8 @@
 """Shards as tables and rows: their labels from one pass, or none where the data directory's JSON files say enough."""
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +13,8 @@ from timm_multilabel.data.table import Rows, Table, encode_rows, encode_targets
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import write_whole
 from timm_multilabel.labels import Labels, LabelSet, LabelSpace
+
+_SEEN = 50_000  # combinations of labels that are kept
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,14 @@ class StreamedRows:
         targets: The targets (N, W) of all samples; (0, W) where the pass over them was spared.
         count: N.
         ignore_unknown: Take a label that is no class as missing.
+        seen: Targets by texts, since pandas takes its time for a batch, and most labels come again.
     """
     shards: Shards
     label_space: LabelSpace
     targets: torch.Tensor
     count: int
     ignore_unknown: bool = False
+    seen: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def source(self) -> Path:
@@ -58,24 +63,41 @@ class StreamedRows:
         Raises:
             UserError: A label is unknown, or a cell cannot be read.
         """
-        frame = pd.DataFrame(
-            [sample.cells for sample in samples], [sample.name for sample in samples], self.shards.columns, object)
-        return encode_targets(
-            Table(self.source, frame.fillna(''), self.shards.image_column), self.label_space, self.ignore_unknown,
-            f'mend them, or remove {Stored.LABEL_SPACE} for a new pass over the labels')
+        if len(self.seen) > _SEEN:
+            self.seen.clear()
+        columns = self.shards.columns
+        labels = [tuple(sample.cells.get(column, '') for column in columns) for sample in samples]
+        new = {texts: sample.name for texts, sample in zip(labels, samples) if texts not in self.seen}
+        if new:
+            frame = pd.DataFrame(dict(zip(columns, zip(*new))), list(new.values()), dtype=object)
+            self.seen.update(zip(new, encode_targets(
+                Table(self.source, frame, self.shards.image_column), self.label_space, self.ignore_unknown,
+                f'mend them, or remove {Stored.LABEL_SPACE} for a new pass over the labels')))
+        return torch.stack([self.seen[texts] for texts in labels])
 
 
-def table_of_labels(shards: Shards, labels: Sequence[tuple[str, dict[str, str]]]) -> StreamedTable:
-    """The table of the names and labels of all samples.
+def read_labels(samples: Iterable[Sample]) -> pd.DataFrame:
+    """The cells of samples as text, by their names; one that is missing may be NaN."""
+    # By parts, and equal texts as one object, which takes a tenth of the memory.
+    texts: dict[str, str] = {}
+    samples, frames = iter(samples), []
+    while part := list(islice(samples, 10_000)):
+        cells = [{column: texts.setdefault(text, text) for column, text in each.cells.items()} for each in part]
+        frames.append(pd.DataFrame(cells, [each.name for each in part], dtype=object))
+    return pd.concat(frames) if frames else pd.DataFrame()
+
+
+def table_of_labels(shards: Shards, labels: Sequence[pd.DataFrame]) -> StreamedTable:
+    """The table of what `read_labels` gave for all samples of shards, part by part.
 
     Raises:
         UserError: There is no sample.
     """
+    labels = [part for part in labels if len(part)]
     if not labels:
         raise UserError(f'{shards.source}: there are no samples in these shards')
-    names, cells = zip(*labels)
-    frame = pd.DataFrame(cells, names, dtype=object).fillna('')
-    return StreamedTable(shards.source, frame, shards.image_column, shards, len(names))
+    frame = pd.concat(labels).fillna('')
+    return StreamedTable(shards.source, frame, shards.image_column, shards, len(frame))
 
 
 def table_without_labels(shards: Shards, label_space: LabelSpace, count: int) -> StreamedTable:
