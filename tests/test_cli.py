@@ -54,7 +54,7 @@ BAD_FLAGS = [
     (['-wls', '0', '-wlc', '0'], 'nothing to train'),
     (['--mixup', '0.2'], 'pass -wls 0'),
     (['--cutmix', '1', '-wls', '0', '-b', '3'], 'even batch'),
-    (['--views', 'simclr', '--aa', 'rand-m9'], '--aa shapes timm'),
+    (['--views', 'simclr', '--aa', 'rand-m9'], "--aa is a policy of timm's views"),
     (['--color-jitter', '0.1', '0.2'], '1, 3 or 4 numbers'),
     (['--aa', 'no-such-policy'], '--aa no-such-policy'),
     (['--heads', 'colour'], r"train.csv: no label column 'colour' (there are: color, shape)"),
@@ -87,6 +87,9 @@ BAD_FLAGS = [
     (['--model-kwargs', 'global_pool='], 'no pooled features'),
     (['--color-jitter', '.4', '.4', '.4', '.9'], 'hue'),
     (['--aa', 'rand-m9', '--color-jitter', '.4'], 'pass one of them'),
+    (['--aa', 'rand-m9', '--cache', 'device'], 'the views here are timm'),
+    (['-wls', '0', '--cache', 'device'], 'the views here are timm'),
+    (['--cache', 'ram', '--cache-dir', 'x'], 'there is no --cache disk'),
     (['--layer-decay', '0.7', '--sched', 'none'], '--sched constant'),
     (['-wlc', '0', '--heads', 'color'], '--heads would change nothing: -wlc 0 trains no heads'),
     (['-b', '13'], '12 rows do not fill a batch of 13'),
@@ -371,7 +374,7 @@ def test_every_flag_is_used():
     parser = argparse.ArgumentParser()
     train_flags.add_flags(parser)
     code = ''.join((ROOT / 'timm_multilabel' / 'cli' / name).read_text()
-        for name in ('build.py', 'checks.py', 'data.py', 'head_options.py', 'train.py'))
+        for name in ('batches.py', 'build.py', 'checks.py', 'data.py', 'head_options.py', 'train.py'))
     names = {action.dest for action in parser._actions} - {'help'}
     unused = {name for name in names if f'args.{name}' not in code and f"'{name}'" not in code}
     assert not unused

@@ -25,6 +25,7 @@ from timm_multilabel.data.streams import Stored, encode, read_labels, table_of_l
 from timm_multilabel.data.table import find_label_space, read_table
 from timm_multilabel.errors import UserError
 from timm_multilabel.labels import LabelSet, LabelSpace, Quantity, TagSet
+from timm_multilabel.loading.batches import BadImages
 from timm_multilabel.loading.streaming import create_stream_loader
 from timm_multilabel.views.opencv import OpenCVViews
 from timm_multilabel.views.recipe import ViewRecipe
@@ -52,8 +53,8 @@ def rows(shards, label_space=IDS):
 
 
 def loader(rows, batch=3, workers=0, **kwargs):
-    views = OpenCVViews([ViewRecipe((16, 16))] * 2)
-    return create_stream_loader(rows, views, batch, count=2, seed=7, workers=workers, **PLAIN, **kwargs)
+    make = OpenCVViews([ViewRecipe((16, 16))] * 2)
+    return create_stream_loader(rows, make, batch, views=2, seed=7, workers=workers, **PLAIN, **kwargs)
 
 
 def ids(batches):
@@ -137,9 +138,13 @@ def test_a_bad_image_is_named(spoilt, workers, kind, tmp_path):
     assert error.value.line.startswith(tuple(f'{tmp_path}/{place}: cannot be decoded' for place in places))
 
 
-def test_bad_images_are_left_out(spoilt):
+def test_bad_images_are_left_out(spoilt, kind):
     assert [len(targets) // 2 for _, targets in loader(spoilt, batch=4, skip_bad=True)] == [4, 4, 2]
-    assert [len(targets) for _, targets in loader(spoilt, batch=4, steps=4, skip_bad=True)] == [8] * 4
+    batches = loader(spoilt, batch=4, steps=4, skip_bad=True, workers=2)
+    assert [len(targets) for _, targets in batches] == [8] * 4
+    news = BadImages([batches.loader.dataset]).news()
+    names = {'webdataset': ('0.tar sample 3', '1.tar sample 7'), 'parquet': ('0-of-00002.parquet row 4', 'row 2')}[kind]
+    assert news.startswith('2 images that cannot be decoded, left out') and all(name in news for name in names)
 
 
 @pytest.mark.parametrize('spoil, message', [
@@ -308,12 +313,14 @@ def test_a_missing_library_is_named_with_its_extra(packed, kind, tmp_path, capsy
 
 
 def test_what_is_refused(data_dir, packed, tmp_path, capsys):
+    assert '--cache ram: shards are streamed' in stopped(capsys, packed, tmp_path, '--cache', 'ram')
     assert 'shards go without --unlabelled' in stopped(capsys, packed, tmp_path, '--entropy-weight', '1')
     for path in packed.glob('train*'):
         shutil.copy(path, data_dir / path.name.replace('train', 'pool'))
     assert 'are shards; name a CSV or a folder' in stopped(capsys, data_dir, tmp_path, '--unlabelled', 'pool')
     LabelSpace((LabelSet('color', ('blue', 'green')), LabelSet('shape', ('disc', 'ring')))).save(
         packed / 'label_space.json')
+    (packed / 'rows.json').unlink()
     error = stopped(capsys, packed, tmp_path)
     assert "color 'red' in 4 rows" in error and f'remove {packed}/label_space.json' in error
     (packed / 'rows.json').write_text('{"train": 12, "val": 6}')  # now it is met in training

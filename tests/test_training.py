@@ -9,7 +9,7 @@ import torch
 import yaml
 from common import write_data
 
-from timm_multilabel.cli import build, train, validate
+from timm_multilabel.cli import batches, train, validate
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.errors import UserError
 from timm_multilabel.labels import LabelSpace
@@ -165,8 +165,8 @@ def test_micro_batches_train_as_whole_batches(data_dir, tmp_path):
 
 @pytest.mark.parametrize('flags, size', [([], 4), (['--micro-batch', '3'], 3), (['--micro-batch', '3', '-vb', '2'], 2)])
 def test_evaluation_takes_micro_batches_too(data_dir, tmp_path, monkeypatch, flags, size):
-    sizes, create = [], build.create_eval_loader
-    monkeypatch.setattr(build, 'create_eval_loader', lambda rows, batch_size, **kwargs: (
+    sizes, create = [], batches.create_eval_loader
+    monkeypatch.setattr(batches, 'create_eval_loader', lambda rows, batch_size, **kwargs: (
         sizes.append(batch_size), create(rows, batch_size, **kwargs))[1])
     run(data_dir, tmp_path, *flags, epochs=1)
     assert sizes == [size]

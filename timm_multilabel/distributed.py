@@ -47,6 +47,14 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def all_objects(item: Any) -> list[Any]:
+    """What each rank has, in rank order; it must be picklable."""
+    items = [item] * world()[1]
+    if len(items) > 1:
+        dist.all_gather_object(items, item)
+    return items
+
+
 def assert_same_on_all_ranks(number: int, device: torch.device, what: str) -> None:
     """Raise RuntimeError unless all ranks have the same number; on CUDA the device stops, and the host never waits."""
     numbers = gather(torch.full((1,), number, device=device))

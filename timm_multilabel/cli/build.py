@@ -5,31 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import Mixup, resolve_data_config
+from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.scheduler import create_scheduler_v2
 from timm.utils import CheckpointSaver
 
 from timm_multilabel.cli import head_options
 from timm_multilabel.cli.data import Data
-from timm_multilabel.cli.device import loader_workers
-from timm_multilabel.data.images import FilePhotos
-from timm_multilabel.data.streams import StreamedRows
-from timm_multilabel.data.table import Rows
-from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
-from timm_multilabel.loading.batches import Part, Views
-from timm_multilabel.loading.loaders import MixedBatches, create_eval_loader, create_train_loader
-from timm_multilabel.loading.streaming import create_stream_loader
 from timm_multilabel.metrics import less_is_better
 from timm_multilabel.model import MultiLabelModel, create_backbone
 from timm_multilabel.optim import create_optimizer
 from timm_multilabel.task import JointTask, Pool
 from timm_multilabel.training.checkpoint import Checkpoint
 from timm_multilabel.training.loop import Precision, Updater, make_scaler
-from timm_multilabel.views.opencv import OpenCVViews
-from timm_multilabel.views.pillow import PillowViews, eval_views, exact_transform, timm_transform
-from timm_multilabel.views.recipe import ViewRecipe, weak_recipe
 
 
 def model(
@@ -236,147 +225,6 @@ def updater(
     return made, epochs
 
 
-def which_views(args: argparse.Namespace) -> str:
-    """The recipe of training views: the one asked for, else SimCLR's where SimCLR is on and no policy of timm's is."""
-    return args.views or ('simclr' if args.simclr_loss_weight and not args.aa else 'timm')
-
-
-def view_recipe(args: argparse.Namespace, data_config: dict[str, Any]) -> ViewRecipe:
-    """SimCLR's recipe, with what the flags say otherwise."""
-    jitter = args.color_jitter
-    wishes = {
-        'jitter': jitter and tuple((3 * jitter if len(jitter) == 1 else jitter) + [0.0])[:4],
-        'jitter_prob': args.color_jitter_prob,
-        'grayscale_prob': args.grayscale_prob,
-        'blur_prob': args.gaussian_blur_prob,
-    }
-    return ViewRecipe(
-        **_placing(args, data_config, 'bilinear'),
-        scale=tuple(args.scale),
-        ratio=tuple(args.ratio),
-        rotation=args.rotation,
-        **{name: wish for name, wish in wishes.items() if wish is not None},
-    )
-
-
-def _placing(args: argparse.Namespace, data_config: dict[str, Any], interpolation: str) -> dict[str, Any]:
-    return {
-        'size': tuple(data_config['input_size'][-2:]),
-        'hflip': args.hflip,
-        'vflip': args.vflip,
-        'interpolation': args.train_interpolation or interpolation,
-    }
-
-
-def train_views(args: argparse.Namespace, data_config: dict[str, Any], count: int, weak_first: bool = False) -> Views:
-    """What makes the training views of an image.
-
-    Args:
-        args: The flags.
-        data_config: timm's.
-        count: Views of an image.
-        weak_first: The first of them is FixMatch's weak one.
-    """
-    kind = which_views(args)
-    weak = weak_recipe(**_placing(args, data_config, 'random' if kind == 'timm' else 'bilinear'))
-    if kind == 'simclr':
-        strong = view_recipe(args, data_config)
-        return OpenCVViews([weak if weak_first else strong] + [strong] * (count - 1))
-    strong = _timm_transform(args, data_config) if kind == 'timm' else exact_transform(view_recipe(args, data_config))
-    return PillowViews([exact_transform(weak) if weak_first else strong] + [strong] * (count - 1), weak.size)
-
-
-def _timm_transform(args: argparse.Namespace, data_config: dict[str, Any]):
-    jitter = args.color_jitter or [0.4]
-    try:
-        return timm_transform(
-            **_placing(args, data_config, 'random'),
-            scale=args.scale,
-            ratio=args.ratio,
-            rotation=args.rotation,
-            color_jitter=jitter[0] if len(jitter) == 1 else tuple(jitter),
-            color_jitter_prob=args.color_jitter_prob,
-            grayscale_prob=args.grayscale_prob or 0.0,
-            gaussian_blur_prob=args.gaussian_blur_prob or 0.0,
-            auto_augment=args.aa,
-            mean=tuple(data_config['mean']),
-        )
-    except (AssertionError, ValueError, KeyError) as error:
-        if not args.aa:
-            raise
-        raise UserError(f'--aa {args.aa}: timm knows no such policy') from error
-
-
-def loaders(
-        args: argparse.Namespace,
-        task: JointTask,
-        data: Data,
-        data_config: dict[str, Any],
-        device: torch.device,
-) -> tuple[Any, Any]:
-    """Training batches, and evaluation batches or None."""
-    rank, ranks = world()
-    common = {
-        'mean': tuple(data_config['mean']),
-        'std': tuple(data_config['std']),
-        'device': device,
-        'workers': loader_workers(args.workers),
-        'rank': rank,
-        'ranks': ranks,
-    }
-    train_loader = _train_loader(args, task, data, data_config, common)
-    if args.mixup or args.cutmix:
-        mixup = Mixup(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            label_smoothing=0.0,  # the heads' losses smooth
-            num_classes=sum(task.label_space.sizes),
-            multi_label=True,  # targets are one-hot rows of all heads
-        )
-        train_loader = MixedBatches(train_loader, mixup, task.label_space)
-    if data.eval_rows is None:
-        return train_loader, None
-    views = eval_views(
-        tuple(data_config['input_size'][-2:]), data_config['interpolation'], data_config['crop_pct'],
-        data_config['crop_mode'])
-    batch_size = args.validation_batch_size or args.micro_batch or args.batch_size
-    if isinstance(data.eval_rows, StreamedRows):
-        return train_loader, create_stream_loader(data.eval_rows, views, batch_size, **common)
-    return train_loader, create_eval_loader(_part(args, data.eval_rows, views), batch_size, **common)
-
-
-def _train_loader(
-        args: argparse.Namespace,
-        task: JointTask,
-        data: Data,
-        data_config: dict[str, Any],
-        common: dict[str, Any],
-) -> Any:
-    views = train_views(args, data_config, task.views)
-    common = common | {
-        'seed': args.seed,
-        'steps': data.steps,
-        're_prob': args.reprob,
-        're_mode': args.remode,
-        're_count': args.recount,
-        're_num_splits': 2 if args.pseudo_label_weight else 0,  # the first, weak views stay whole
-    }
-    if isinstance(data.train_rows, StreamedRows):
-        return create_stream_loader(data.train_rows, views, data.batch_size, count=task.views, **common)
-    parts = [(_part(args, data.train_rows, views), data.batch_size)]
-    if data.pool_rows is not None:
-        views = train_views(args, data_config, task.views, weak_first=bool(args.pseudo_label_weight))
-        parts.append((_part(args, data.pool_rows, views), data.pool_batch_size))
-    return create_train_loader(parts, views=task.views, **common)
-
-
-def _part(args: argparse.Namespace, rows: Rows, views: Views) -> Part:
-    return Part(rows, FilePhotos(rows), views)
-
-
 def saver(
         args: argparse.Namespace,
         task: JointTask,
@@ -398,4 +246,3 @@ def saver(
     if checkpoint is not None:
         made.load_state_dict(checkpoint.state['saver'])
     return made
-

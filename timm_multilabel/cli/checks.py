@@ -2,6 +2,7 @@
 import argparse
 from collections.abc import Iterable
 
+from timm_multilabel.cli.batches import which_views
 from timm_multilabel.cli.data import Data, wants_pool
 from timm_multilabel.errors import UserError
 from timm_multilabel.heads import Head
@@ -73,6 +74,10 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f'-b {args.batch_size}: --mixup and --cutmix mix pairs, so they need an even batch')
     if args.aa and args.views in ('simclr', 'simclr-exact'):
         raise UserError(f"--aa is a policy of timm's views, and --views {args.views} has its own recipe; leave one out")
+    if args.cache == 'device' and which_views(args) != 'simclr':
+        raise UserError(
+            f"--cache device makes SimCLR's views on the device, and the views here are {which_views(args)}; pass "
+            '--views simclr, or --cache ram')
     if args.color_jitter and (len(args.color_jitter) not in (1, 3, 4) or max(args.color_jitter[3:], default=0) > 0.5):
         raise UserError('--color-jitter takes 1, 3 or 4 numbers, the fourth (hue) 0.5 at most')
     if args.aa and args.color_jitter and '3a' not in args.aa:
@@ -100,6 +105,8 @@ def _check_idle(args: argparse.Namespace, pool: bool) -> None:
         'epoch_by': args.epoch_by != 'larger' and (without_heads or not pool and 'there are no unlabelled batches'),
         'entropy_ramp_up': args.entropy_ramp_up and not (args.entropy_weight or args.marginal_entropy_weight)
         and 'there is no entropy weight to ramp up',
+        'cache_dir': args.cache_dir != '~/.cache/timm-multilabel' and args.cache != 'disk'
+        and 'there is no --cache disk',
         'pseudo_label_threshold': args.pseudo_label_threshold != 0.95 and not args.pseudo_label_weight
         and 'there is no --pseudo-label-weight',
     }

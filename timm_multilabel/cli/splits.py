@@ -10,7 +10,7 @@ from timm_multilabel.cli import head_options
 from timm_multilabel.data.shards import Shards, find_library, find_shards
 from timm_multilabel.data.streams import Stored, StreamedTable, read_labels, table_of_labels, table_without_labels
 from timm_multilabel.data.table import Table, read_table
-from timm_multilabel.distributed import world
+from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.heads import Head
 from timm_multilabel.labels import LabelSpace
 
@@ -98,11 +98,7 @@ def _pass_over_labels(shards: Shards) -> StreamedTable:
     samples = shards.samples(rank, ranks, images=False)
     labels = read_labels(tqdm(
         samples, f'{shards.source}: labels', unit=' samples', disable=None if rank == 0 else True))
-    parts = [labels]
-    if ranks > 1:
-        parts = [None] * ranks
-        dist.all_gather_object(parts, labels)
-    return table_of_labels(shards, parts)
+    return table_of_labels(shards, all_objects(labels))
 
 
 def stored_heads(

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from timm.utils import random_seed
 
 from timm_multilabel.cli import build, head_options, train_flags
+from timm_multilabel.cli.batches import Loaders
 from timm_multilabel.cli.checks import check_metric, check_phases, check_terms, resolve_weights
 from timm_multilabel.cli.data import read_data
 from timm_multilabel.cli.device import choose_precision, start_device
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
 def rehearse(phases: 'list[Phase]', start: Checkpoint | None, checkpoint: Checkpoint | None) -> None:
     """Make phases without training them: what is wrong with a later one shows now, not after hours."""
     for phase in phases:
-        phase.make(start, checkpoint, _silent)
+        phase.make(start, checkpoint, _silent, cache=False)
         start, checkpoint = of_task(phase.task, 'the phase before it'), None
         phase.forget()
 
@@ -94,18 +95,19 @@ class Phase:
                 raise
             raise UserError(f"{self.args.config}, phase '{self.name}': {error.line}") from error
 
-    def make(self, start: Checkpoint | None, checkpoint: Checkpoint | None, say: Say) -> None:
+    def make(self, start: Checkpoint | None, checkpoint: Checkpoint | None, say: Say, cache: bool = True) -> None:
         """Make task, optimizer and loaders.
 
         Args:
             start: What to start from.
             checkpoint: One of its own, to go on from.
             say: Prints a line.
+            cache: Open the cache that the flags ask for.
         """
         with self.named():
-            self._make(start, checkpoint, say)
+            self._make(start, checkpoint, say, cache)
 
-    def _make(self, start: Checkpoint | None, checkpoint: Checkpoint | None, say: Say) -> None:
+    def _make(self, start: Checkpoint | None, checkpoint: Checkpoint | None, say: Say, cache: bool) -> None:
         args, data = self.args, self.data
         random_seed(args.seed, 0)  # the same first weights on every rank
         targets = data.label_space.split(data.train_rows.targets)
@@ -129,7 +131,7 @@ class Phase:
             if self.updater.scheduler is not None and self.first_epoch:
                 self.updater.scheduler.step(self.first_epoch)
                 self.updater.scheduler.step_update(self.first_epoch * self.updater.updates_per_epoch(data.steps))
-        self.loaders = build.loaders(args, self.task, data, self.data_config, self.precision.device)
+        self.loaders = Loaders(args, self.task, data, self.data_config, self.precision.device, say, cache)
 
     def forget(self) -> None:
         """Give the memory of task, optimizer and loaders back."""
@@ -152,12 +154,14 @@ class Phase:
         fit = Fit(
             self.updater,
             self.precision,
-            *self.loaders,
+            self.loaders.train,
+            self.loaders.eval,
             images_per_step=(data.batch_size + data.pool_batch_size) * ranks,
             seed=args.seed,
             metric=self.metric,
             phase=self.name,
             run_folder=writer,
+            bad_images=self.loaders.bad,
             log_interval=args.log_interval,
         )
         if writer is not None:

@@ -47,6 +47,12 @@ def _add_data(group) -> None:
     group.add_argument('--head-module', metavar='FILE', help='Python file with kinds of heads of your own')
     group.add_argument('--unknown-labels', choices=('error', 'ignore'), default='error',
                        help='labels of val.csv that training does not know: stop, or take them as missing')
+    group.add_argument('--skip-bad-images', action=_SWITCH, default=False,
+                       help='leave out and report images that cannot be decoded, where else the first one ends the run')
+    group.add_argument('--cache', choices=('ram', 'disk', 'device'),
+                       help='keep decoded images as bytes, if they fit: in memory or on disk, for all processes of a '
+                            'machine; or on the device, which then makes the views too')
+    group.add_argument('--cache-dir', default='~/.cache/timm-multilabel', metavar='DIR', help='where --cache disk is')
     group.add_argument('-j', '--workers', type=count, default=4, metavar='N', help='loader processes a GPU')
 
 

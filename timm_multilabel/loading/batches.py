@@ -9,9 +9,11 @@ from torch.utils.data import Dataset
 
 from timm_multilabel.data.images import DecodedPhoto, Photo, Photos
 from timm_multilabel.data.table import Rows
+from timm_multilabel.distributed import all_objects
 from timm_multilabel.errors import UserError
 from timm_multilabel.loading.sampling import Draw
 
+_NAMED = 10  # bad images in a line
 _TRIES = 100  # at another image in place of a bad one
 
 
@@ -84,6 +86,11 @@ class Part:
         raise UserError(
             f'{self.rows.source}: {int(self.bad.sum())} of {len(self)} images are bad, too many to leave out')
 
+    def bad_names(self) -> list[str]:
+        """The bad images found so far, as messages name them."""
+        return [f'{self.rows.images[index]} ({self.rows.where(index)})'
+                for index in self.bad.nonzero().flatten().tolist()]
+
     def _try(self, index: int, photo: Photo) -> None:
         """Find out whether a photo is bad."""
         try:
@@ -115,6 +122,28 @@ class Batches(Dataset):
             start += len(its)
         # Colors last in memory, as they were made: moving them is left to the device.
         return images.flatten(0, 1).permute(0, 3, 1, 2), torch.cat(targets).repeat(self.views, 1)
+
+
+class BadImages:
+    """The images that turned out bad and were left out, over all ranks.
+
+    Args:
+        parts: The data sets that leave them out.
+    """
+
+    def __init__(self, parts: Sequence[Part]):
+        self.parts = list(parts)
+        self.known: set[str] = set()
+
+    def news(self) -> str | None:
+        """One line about those that were found since the last call, if any. All ranks call it together."""
+        mine = [name for part in self.parts for name in part.bad_names()]
+        new = sorted(set().union(*all_objects(mine)) - self.known)
+        self.known.update(new)
+        if not new:
+            return None
+        return (f'{len(new)} image{"s" * (len(new) > 1)} that cannot be decoded, left out ({len(self.known)} so far): '
+                + ', '.join(new[:_NAMED]) + (', ...' if len(new) > _NAMED else ''))
 
 
 def as_it_is(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

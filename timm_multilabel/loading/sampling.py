@@ -54,7 +54,7 @@ class ShuffledBatches(Sampler[list[Draw]]):
     def passes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The passes of the epoch: rows (S, B) of S batches, and their seeds (S, B)."""
         generator = np.random.default_rng((self.seed, self.epoch, *([self.part] if self.part else [])))
-        left = self.steps
+        left = self.steps if self.batches_of_pass else 0
         while left:
             order = generator.permutation(self.length)[self.rank::self.ranks]
             seeds = generator.integers(2 ** 32, size=self.length)

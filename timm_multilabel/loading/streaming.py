@@ -2,6 +2,8 @@
 from collections.abc import Iterator
 from hashlib import blake2b
 from itertools import count, islice
+from multiprocessing import Queue
+from queue import Empty
 from typing import Any, NamedTuple
 
 import cv2
@@ -31,8 +33,8 @@ class StreamedBatches(IterableDataset):
 
     Args:
         rows: The samples.
-        views: Makes their views.
-        count: V, the number of views of each image.
+        make_views: Makes their views.
+        views: V, the number of views of each image.
         batch_size: Images of a batch.
         seed: Seed of the run.
         rank: This process.
@@ -44,8 +46,8 @@ class StreamedBatches(IterableDataset):
     def __init__(
             self,
             rows: StreamedRows,
-            views: Views,
-            count: int,
+            make_views: Views,
+            views: int,
             batch_size: int,
             *,
             seed: int = 0,
@@ -54,15 +56,17 @@ class StreamedBatches(IterableDataset):
             steps: int | None = None,
             skip_bad: bool = False,
     ):
-        self.rows, self.views, self.count, self.batch_size = rows, views, count, batch_size
+        self.rows, self.make_views, self.views, self.batch_size = rows, make_views, views, batch_size
         self.seed, self.rank, self.ranks, self.steps, self.skip_bad = seed, rank, ranks, steps, skip_bad
         # Shared, since loader processes that stay have this data set as it was when they started.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.left_out = Queue()  # from loader processes too
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         worker = get_worker_info()
         if worker is None:
             return islice(self._batches(), self.steps)
+        self.left_out.cancel_join_thread()  # none waits with its end for names to be read
         cv2.setNumThreads(0)  # as for the workers of `loaders.py`
         share = None if self.steps is None else len(range(worker.id, self.steps, worker.num_workers))
         return islice(self._batches(), share)
@@ -80,9 +84,11 @@ class StreamedBatches(IterableDataset):
                 bad += len(drawn) - len(good)
                 if not self.skip_bad or bad > len(self.rows):
                     raise
+                for name in {each.photo.name for each in drawn} - {each.photo.name for each in good}:
+                    self.left_out.put(name)
                 drawn = good
                 continue
-            yield images, self.rows.encode([each.sample for each in drawn]).repeat(self.count, 1)
+            yield images, self.rows.encode([each.sample for each in drawn]).repeat(self.views, 1)
             drawn, bad = [], 0
 
     def _draws(self) -> Iterator[_Drawn]:
@@ -97,6 +103,7 @@ class StreamedBatches(IterableDataset):
                 except UserError:
                     if not self.skip_bad:
                         raise
+                    self.left_out.put(f'{folder}/{sample.name}')
                     continue
                 found = True
                 yield _Drawn(sample, photo, self._hash(number, sample.name))
@@ -107,9 +114,18 @@ class StreamedBatches(IterableDataset):
                     f'{self.rows.source}: no image that can be read in the share of process {self.rank + 1} of '
                     f'{self.ranks}; mend the shards')
 
+    def bad_names(self) -> list[str]:
+        """The bad images found since the last call, as messages name them."""
+        names = []
+        while True:
+            try:
+                names.append(self.left_out.get(timeout=0.1))  # a thread brings them
+            except Empty:
+                return names
+
     def _images(self, drawn: list[_Drawn]) -> torch.Tensor:
-        images = torch.empty((self.count, len(drawn), *self.views.size, 3), dtype=torch.uint8)
-        self.views([each.photo for each in drawn], [each.seed for each in drawn], images.numpy())
+        images = torch.empty((self.views, len(drawn), *self.make_views.size, 3), dtype=torch.uint8)
+        self.make_views([each.photo for each in drawn], [each.seed for each in drawn], images.numpy())
         return images.flatten(0, 1).permute(0, 3, 1, 2)
 
     def _hash(self, *parts: Any) -> int:
@@ -142,10 +158,10 @@ class StreamLoader(PrefetchLoader):
 
 def create_stream_loader(
         rows: StreamedRows,
-        views: Any,
+        make_views: Views,
         batch_size: int,
         *,
-        count: int = 1,
+        views: int = 1,
         seed: int = 0,
         steps: int | None = None,
         mean: tuple[float, ...],
@@ -163,7 +179,7 @@ def create_stream_loader(
     """
     workers = rows.shards.workers(workers, ranks)
     batches = StreamedBatches(
-        rows, views, count, batch_size, seed=seed, rank=rank, ranks=ranks, steps=steps, skip_bad=skip_bad)
+        rows, make_views, views, batch_size, seed=seed, rank=rank, ranks=ranks, steps=steps, skip_bad=skip_bad)
     loader = DataLoader(
         batches,
         batch_size=None,

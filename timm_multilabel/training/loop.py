@@ -12,6 +12,7 @@ from torch import nn
 
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
+from timm_multilabel.loading.batches import BadImages
 from timm_multilabel.metrics import MultiLabelEvaluator, TrainingMeter, default_metric, less_is_better
 from timm_multilabel.task import JointTask
 from timm_multilabel.training.progress import Progress
@@ -183,6 +184,7 @@ class Fit:
         phase: Name of the phase, where the run has phases.
         run_folder: Where rows of figures go (first rank only, else None).
         saver: Writes checkpoints (first rank only, else None).
+        bad_images: Those that are left out, where they are; else None.
         log_interval: Steps between figures.
     """
     updater: Updater
@@ -195,6 +197,7 @@ class Fit:
     phase: str | None = None
     run_folder: RunFolder | None = None
     saver: CheckpointSaver | None = None
+    bad_images: BadImages | None = None
     log_interval: int = 50
     task: JointTask = field(init=False)
 
@@ -228,6 +231,11 @@ class Fit:
         if self.eval_loader is not None:
             row |= self.evaluate(title)
         row |= {'lr': sum(lrs) / len(lrs), 'images_per_second': images_per_second}
+        if self.bad_images is not None:
+            news = self.bad_images.news()
+            if news:
+                progress.say(news)
+            row['bad_images'] = len(self.bad_images.known)
         best = self.score(row)
         if math.isnan(row.get(best, math.nan)):
             raise UserError(

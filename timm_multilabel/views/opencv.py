@@ -6,7 +6,15 @@ import numpy as np
 import torch
 
 from timm_multilabel.data.images import Photo
-from timm_multilabel.views.recipe import Draws, ViewRecipe, color_matrices, draw, find_reduction, view_seeds
+from timm_multilabel.views.recipe import (
+    Draws,
+    ViewRecipe,
+    color_matrices,
+    draw,
+    find_reduction,
+    useful_reductions,
+    view_seeds,
+)
 
 
 class OpenCVViews:
@@ -42,6 +50,15 @@ class OpenCVViews:
             _rotate(views, drawn)
             _color(views, drawn)
             _blur(views, drawn, recipe.blur_radius)
+
+    def useful_reductions(self, photo: Photo) -> Sequence[int]:
+        """The reductions of a photo that some view of it could ask for."""
+        return useful_reductions(self.recipes, photo)
+
+    @property
+    def scales_key(self) -> str:
+        """What these depend on."""
+        return repr([(recipe.size, recipe.scale, recipe.ratio) for recipe in self.recipes])
 
     def _place(self, photos: Sequence[Photo], draws: list[Draws], out: np.ndarray) -> None:
         """Crop, resize and flip."""
@@ -83,7 +100,8 @@ def crop_and_resize(pixels: np.ndarray, box: Sequence[int], out: np.ndarray, bic
     else:
         # What torch.nn.functional.interpolate calls, but for its detour through another layout of the result.
         resize = torch.ops.aten._upsample_bicubic2d_aa if bicubic else torch.ops.aten._upsample_bilinear2d_aa
-        resize.out(_as_torch_images(np.require(crop, requirements='CW')), out.shape[:2], False, out=_as_torch_images(out))
+        images = _as_torch_images(np.require(crop, requirements='CW'))
+        resize.out(images, out.shape[:2], False, out=_as_torch_images(out))
 
 
 def _as_torch_images(pixels: np.ndarray) -> torch.Tensor:

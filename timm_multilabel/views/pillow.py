@@ -27,6 +27,9 @@ class PillowViews:
         size: (H, W) of what they give.
     """
 
+    scales_key = 'whole'
+    """What the reductions depend on that views could ask for."""
+
     def __init__(self, transforms: Sequence[Transform], size: tuple[int, int]):
         self.transforms, self.size = tuple(transforms), size
 
@@ -37,6 +40,10 @@ class PillowViews:
             with seeded(seed):
                 for view, transform in enumerate(self.transforms):
                     out[view, n] = transform(image)
+
+    def useful_reductions(self, photo: Photo) -> Sequence[int]:
+        """The reductions of a photo that some view of it could ask for."""
+        return photo.reductions[:1]
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from timm_multilabel.data.images import Photo
+
 GRAY = (0.299, 0.587, 0.114)  # the luma of ITU-R 601-2, as in Pillow and torchvision
 _TRIES = 10  # of a random crop, as in torchvision
 
@@ -185,24 +187,25 @@ def find_reduction(ratio: float, reductions: Sequence[int]) -> int:
     return max((each for each in reductions if each <= ratio), default=reductions[0])
 
 
-def useful_reductions(recipes: Sequence[ViewRecipe], height: int, width: int, reductions: Sequence[int]) -> list[int]:
-    """Those of an image's reductions that any crop of it could ask for (see `find_reduction`).
+def useful_reductions(recipes: Sequence[ViewRecipe], photo: Photo) -> list[int]:
+    """Those of a photo's reductions that any crop of it could ask for (see `find_reduction`).
 
     Args:
         recipes: The recipes of its views.
-        height: Of the image, in pixels.
-        width: Of the image.
-        reductions: Those that there are.
+        photo: The photo.
     """
-    size, least, most = torch.tensor([[height], [width]]), math.inf, 0.0
+    height, width = photo.height, photo.width
+    most = max(min(height / recipe.size[0], width / recipe.size[1]) for recipe in recipes)
+    if find_reduction(most, photo.reductions) == photo.reductions[0]:
+        return [photo.reductions[0]]
+    least = math.inf
     for recipe in recipes:
-        h, w = _fallback(recipe, *size)[0].tolist()
-        least_h = min(h, math.sqrt(recipe.scale[0] * height * width / recipe.ratio[1]) - 1)
-        least_w = min(w, math.sqrt(recipe.scale[0] * height * width * recipe.ratio[0]) - 1)
-        least = min(least, least_h / recipe.size[0], least_w / recipe.size[1])
-        most = max(most, min(height / recipe.size[0], width / recipe.size[1]))
-    low, high = find_reduction(least, reductions), find_reduction(most, reductions)
-    return [each for each in reductions if low <= each <= high]
+        h, w = _fallback(recipe, torch.tensor([height]), torch.tensor([width]))[0].tolist()
+        area = recipe.scale[0] * height * width
+        h, w = min(h, math.sqrt(area / recipe.ratio[1]) - 1), min(w, math.sqrt(area * recipe.ratio[0]) - 1)
+        least = min(least, h / recipe.size[0], w / recipe.size[1])
+    low, high = (find_reduction(ratio, photo.reductions) for ratio in (least, most))
+    return [each for each in photo.reductions if low <= each <= high]
 
 
 def color_matrices(draws: Draws, mean: torch.Tensor) -> torch.Tensor:

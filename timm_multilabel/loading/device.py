@@ -1,0 +1,190 @@
+"""Batches of images that lie on the device: no loader process, no decoding, no copy in the step."""
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data.random_erasing import RandomErasing
+
+from timm_multilabel.data.images import REDUCTIONS
+from timm_multilabel.loading.cache import CachedPhotos, free_memory
+from timm_multilabel.loading.loaders import shuffled_batches
+from timm_multilabel.views.device import make_views
+from timm_multilabel.views.recipe import ViewRecipe
+
+_SHARE = 0.8  # of the device's free memory, what images may take at most
+_CHUNK = 1024  # images that are copied there at once
+_VIEWS = 128  # views that are made at once
+
+
+@dataclass
+class DeviceImages:
+    """N images on a device.
+
+    Args:
+        pixels: The images (N, H_max, 3, W_max), uint8, each in the upper left corner.
+        shapes: Height and width that each has there (N, 2).
+        sizes: Height and width of the whole images (N, 2), larger where they are reduced.
+    """
+    pixels: torch.Tensor
+    shapes: torch.Tensor
+    sizes: torch.Tensor
+
+    @staticmethod
+    def shape_of(photos: CachedPhotos) -> tuple[int, int, int, int]:
+        """The shape that the pixels would have: every image takes the room of the largest."""
+        height, width = _shapes(photos).max(axis=0).tolist()
+        return int((~photos.contents.bad).sum()), height, 3, width
+
+    @classmethod
+    def copy(cls, photos: CachedPhotos, device: torch.device) -> 'DeviceImages':
+        """Copy the photos that are not bad to a device, in the largest scale that they have."""
+        (count, height, _, width), rows = cls.shape_of(photos), np.flatnonzero(~photos.contents.bad)
+        pixels = torch.empty(count, height, 3, width, dtype=torch.uint8, device=device)
+        for start in range(0, count, _CHUNK):
+            some = torch.zeros(min(_CHUNK, count - start), height, 3, width, dtype=torch.uint8)
+            for image, row in zip(some.numpy(), rows[start:start + _CHUNK].tolist()):
+                found = next(iter(photos.pixels(row).values()))
+                image[:found.shape[0], :, :found.shape[1]] = found.transpose(0, 2, 1)
+            pixels[start:start + len(some)] = some.to(device)
+        shapes, sizes = (torch.from_numpy(numbers[rows].astype(np.int64)).to(device)
+                         for numbers in (_shapes(photos), photos.contents.sizes))
+        return cls(pixels, shapes, sizes)
+
+
+def _shapes(photos: CachedPhotos) -> np.ndarray:
+    """Height and width of the largest scale that is kept of each photo (N, 2)."""
+    reductions = np.array(REDUCTIONS)[photos.contents.first]
+    return -(-photos.contents.sizes // reductions[:, None])
+
+
+def fits(parts: Sequence[CachedPhotos], device: torch.device) -> tuple[int, float]:
+    """Bytes that photos would take on a device, and bytes that they may take."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else free_memory()
+    return sum(int(np.prod(DeviceImages.shape_of(photos))) for photos in parts), _SHARE * free
+
+
+@dataclass
+class DevicePart:
+    """A data set on a device.
+
+    Args:
+        images: Its images.
+        targets: Their targets (N, W), on the device.
+        recipes: The recipe of each view.
+    """
+    images: DeviceImages
+    targets: torch.Tensor
+    recipes: Sequence[ViewRecipe]
+
+    @classmethod
+    def copy(cls, photos: CachedPhotos, recipes: Sequence[ViewRecipe], device: torch.device) -> 'DevicePart':
+        """Copy the photos that are not bad, and their targets, to a device."""
+        targets = photos.files.rows.targets[torch.from_numpy(~photos.contents.bad)]
+        return cls(DeviceImages.copy(photos, device), targets.to(device), recipes)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def make(self, view: int, rows: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        """One view of rows (B,): (B, 3, H, W) of 0 to 255."""
+        its = self.images
+        return torch.cat([
+            make_views(self.recipes[view], its.pixels[some], its.shapes[some], its.sizes[some], seed, view)
+            for some, seed in zip(rows.split(_VIEWS), seeds.split(_VIEWS))])
+
+
+class DeviceTrainLoader:
+    """`create_train_loader` for images on a device: the same batches of the same views, but for roundings of pixels.
+
+    Args:
+        parts: The (labelled) images and how many of them a batch has on each rank; the same of the pool, if any.
+        views: V, the number of views of each image.
+        seed: Seed of the run.
+        mean: To normalise with.
+        std: To normalise with.
+        rank: This process.
+        ranks: Number of processes.
+        steps: Batches of an epoch; those of one pass over the images when None.
+        random_erasing: `re_prob`, `re_mode`, `re_count` and `re_num_splits` as in timm.
+    """
+
+    def __init__(
+            self,
+            parts: Sequence[tuple[DevicePart, int]],
+            *,
+            views: int,
+            seed: int,
+            mean: tuple[float, ...],
+            std: tuple[float, ...],
+            rank: int = 0,
+            ranks: int = 1,
+            steps: int | None = None,
+            re_prob: float = 0.0,
+            re_mode: str = 'const',
+            re_count: int = 1,
+            re_num_splits: int = 0,
+    ):
+        self.parts, self.views = [part for part, _ in parts], views
+        self.samplers = shuffled_batches(parts, seed, rank, ranks, steps)
+        self.device = self.parts[0].targets.device
+        self.mean, self.std = (
+            255 * torch.tensor(numbers, device=self.device).view(1, -1, 1, 1) for numbers in (mean, std))
+        self.erase = None
+        if re_prob:
+            self.erase = RandomErasing(
+                re_prob, mode=re_mode, max_count=re_count, num_splits=re_num_splits, device=self.device)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch that the next pass draws."""
+        self.samplers.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.samplers)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        passes = [self._draws(sampler) for sampler in self.samplers.samplers]
+        for draws in zip(*passes):
+            images = torch.cat([
+                part.make(view, rows, seeds) for view in range(self.views)
+                for part, (rows, seeds) in zip(self.parts, draws)])
+            images.sub_(self.mean).div_(self.std)
+            if self.erase is not None:
+                images = self.erase(images)
+            targets = torch.cat([part.targets[rows] for part, (rows, _) in zip(self.parts, draws)])
+            yield images, targets.repeat(self.views, 1)
+
+    def _draws(self, sampler: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Rows and seeds of each batch; those of a pass come to the device at once."""
+        for rows, seeds in sampler.passes():
+            yield from zip(*(torch.from_numpy(numbers).to(self.device) for numbers in (rows, seeds)))
+
+
+class DeviceEvalLoader:
+    """An evaluation loader whose batches stay on the device, as bytes, once they have been made.
+
+    Args:
+        loader: Makes them: normalised images, targets.
+        mean: What they are normalised with.
+        std: What they are normalised with.
+    """
+
+    def __init__(self, loader: Any, mean: tuple[float, ...], std: tuple[float, ...]):
+        self.loader, self.kept = loader, []
+        self.mean, self.std = (255 * torch.tensor(numbers).view(1, -1, 1, 1) for numbers in (mean, std))
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        if self.kept:
+            for images, targets in self.kept:
+                yield images.float().sub_(self.mean).div_(self.std), targets
+            return
+        kept = []
+        for images, targets in self.loader:
+            self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+            kept.append(((images * self.std + self.mean).round().to(torch.uint8), targets))
+            yield images, targets
+        self.kept = kept
