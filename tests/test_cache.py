@@ -1,4 +1,5 @@
 """Decoded images in memory, on disk and on the device."""
+import json
 import multiprocessing
 import os
 import pickle
@@ -13,7 +14,7 @@ from PIL import Image
 from test_loading import PLAIN, spoil
 from test_views import picture
 
-from timm_multilabel.cli import train
+from timm_multilabel.cli import train, validate
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.images import FilePhotos
 from timm_multilabel.data.table import encode_rows, read_table
@@ -75,8 +76,8 @@ def test_cache_equals_no_cache_to_the_byte(photos_dir, kind, views):
 def test_large_images_are_kept_at_the_scales_that_crops_ask_for(photos_dir):
     cached = opened(photos_dir)
     levels = {row: [reduction for reduction, _ in cached.contents.levels(row)] for row in range(12)}
-    assert levels[0] == [1] and levels[1] == [1, 2] and levels[2] == [2, 4, 8]  # 40x30, 33x47 and 300x260 to 16
-    assert cached.contents.lengths()[2] == 3 * (150 * 130 + 75 * 65 + 38 * 33)
+    assert levels[0] == [1] and levels[1] == [1, 2] and levels[2] == [4, 8]  # 40x30, 33x47 and 300x260 to 16
+    assert cached.contents.lengths()[2] == 3 * (75 * 65 + 38 * 33)
 
 
 def _read_in_another_process(photos, queue):
@@ -267,6 +268,19 @@ def test_a_run_that_leaves_bad_images_out_says_so(photos_dir, tmp_path, capsys):
         assert summary['bad_images'].tolist() == [2, 2]
         out = capsys.readouterr().out
         assert out.count('2 images that cannot be decoded, left out (2 so far)') == 1 and 'train.csv row 4)' in out
+
+
+def test_validation_leaves_bad_images_out(photos_dir, tmp_path, capsys):
+    run(photos_dir, tmp_path / 'run')
+    spoil(photos_dir / 'images' / '14.png')
+    checkpoint = next((tmp_path / 'run').glob('*/last.pth.tar'))
+    flags = [str(photos_dir), '--checkpoint', str(checkpoint), '-j', '0', '--device', 'cpu']
+    with pytest.raises(SystemExit):
+        run_command(validate, 'validate.py', flags)
+    capsys.readouterr()
+    run_command(validate, 'validate.py', [*flags, '--skip-bad-images', '--results-file', str(tmp_path / 'r.json')])
+    assert '1 image that cannot be decoded, left out (1 so far): ' in capsys.readouterr().out
+    assert json.loads((tmp_path / 'r.json').read_text())['heads']['color']['labels'] == 5
 
 
 def test_the_device_that_is_too_small(photos_dir, tmp_path, capsys, monkeypatch):

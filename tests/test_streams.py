@@ -289,6 +289,15 @@ def test_a_run_on_shards(data_dir, packed, tmp_path, capsys):
     assert validated(packed, folder)['heads'] == figures['heads']
 
 
+def test_skipping_bad_images_of_shards(data_dir, packed, tmp_path, kind, capsys):
+    folder = run(packed, tmp_path)
+    (data_dir / 'images' / '13.png').write_bytes(b'nothing')
+    pack(read_table(data_dir / 'val.csv'), packed, 'val', kind, size=3)
+    assert pd.read_csv(run(packed, tmp_path / 'b', '--skip-bad-images') / 'summary.csv')['bad_images'].tolist() == [1]
+    assert validated(packed, folder, '--skip-bad-images')['heads']['color']['labels'] == 5
+    assert capsys.readouterr().out.count('1 image that cannot be decoded, left out') == 2
+
+
 @pytest.mark.parametrize('flags', [
     ['-wlc', '0', '-j', '2'],
     ['-wls', '0', '--head', 'color:class_weights=balanced', '--heads', 'color'],

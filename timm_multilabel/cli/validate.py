@@ -20,10 +20,10 @@ from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import write_whole
 from timm_multilabel.heads import Head, load_kinds
-from timm_multilabel.labels import LabelSet
-from timm_multilabel.loading.batches import Part
+from timm_multilabel.labels import LabelSet, missing_row
+from timm_multilabel.loading.batches import BadImages, Part
 from timm_multilabel.loading.loaders import create_eval_loader
-from timm_multilabel.loading.streaming import create_stream_loader
+from timm_multilabel.loading.streaming import StreamedBatches, create_stream_loader
 from timm_multilabel.metrics import MEANS, MultiLabelEvaluator, class_metrics, mean_over_heads
 from timm_multilabel.reports.confusion import confusion_stems, write_confusion
 from timm_multilabel.task import resolve_head_weights
@@ -49,6 +49,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--head-module', metavar='FILE', help='Python file with the kinds of heads of your own')
     parser.add_argument('-b', '--batch-size', type=positive, default=128, metavar='N', help='images a batch')
     parser.add_argument('-j', '--workers', type=count, default=4, metavar='N', help='loader processes')
+    parser.add_argument('--skip-bad-images', action='store_true',
+                        help='leave out and report images that cannot be decoded')
     parser.add_argument('--device', metavar='NAME', help='cpu, cuda, ... (default: cuda where there is one)')
     parser.add_argument('--amp', action='store_true', help='mixed precision')
     parser.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), help='its lower precision')
@@ -79,12 +81,15 @@ def run(args: argparse.Namespace) -> None:
     label_space = checkpoint.label_space
     head_weights = resolve_head_weights(label_space.names, checkpoint.state.get('head_weights'))
     evaluator = MultiLabelEvaluator(model.named_heads, head_weights, device)
-    loader = build_loader(checkpoint, rows, args, device)
+    loader, part = build_loader(checkpoint, rows, args, device)
     started = time.perf_counter()
     with Progress(f'Validate {rows.source.name}', len(loader), visible=rank == 0) as progress:
         figures = evaluate(model, loader, evaluator, precision, progress)
     seconds = time.perf_counter() - started
     predictions = evaluator.predictions(distributed=ranks > 1)
+    news = BadImages([part]).news() if args.skip_bad_images else None
+    if news:
+        say(news)
     if rank == 0:
         results = gather_results(model.named_heads, figures, predictions, head_weights)
         results['images_per_second'] = len(rows) / seconds
@@ -166,8 +171,8 @@ def build_loader(
         rows: Rows | StreamedRows,
         args: argparse.Namespace,
         device: torch.device,
-) -> Any:
-    """Batches of the rows, resized as in training's evaluation."""
+) -> tuple[Any, Part | StreamedBatches]:
+    """Batches of the rows, resized as in training's evaluation, and what knows which images were bad."""
     config = checkpoint.data_config
     views = eval_views(
         tuple(config['input_size'][-2:]), config['interpolation'], config['crop_pct'], config['crop_mode'])
@@ -181,8 +186,12 @@ def build_loader(
         'ranks': ranks,
     }
     if isinstance(rows, StreamedRows):
-        return create_stream_loader(rows, views, args.batch_size, **common)
-    return create_eval_loader(Part(rows, FilePhotos(rows), views), args.batch_size, **common)
+        loader = create_stream_loader(rows, views, args.batch_size, skip_bad=args.skip_bad_images, **common)
+        return loader, loader.loader.dataset
+    part = Part(rows, FilePhotos(rows), views)
+    if args.skip_bad_images:
+        part.skip_bad(stand_in=missing_row(checkpoint.label_space))
+    return create_eval_loader(part, args.batch_size, **common), part
 
 
 def gather_results(

@@ -1,11 +1,12 @@
 """Draws -> whole batches: images (V * B, 3, H, W) uint8, view-major, and targets (V * B, W)."""
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from timm_multilabel.data.images import DecodedPhoto, Photo, Photos
 from timm_multilabel.data.table import Rows
@@ -114,7 +115,7 @@ class Batches(Dataset):
         return sum(map(len, self.parts))
 
     def __getitems__(self, draws: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
-        images = torch.empty((self.views, len(draws), *self.parts[0].views.size, 3), dtype=torch.uint8)
+        images = _empty((self.views, len(draws), *self.parts[0].views.size, 3))
         targets, start = [], 0
         for number, part in enumerate(self.parts):
             its = [draw for draw in draws if draw.part == number]
@@ -122,6 +123,13 @@ class Batches(Dataset):
             start += len(its)
         # Colors last in memory, as they were made: moving them is left to the device.
         return images.flatten(0, 1).permute(0, 3, 1, 2), torch.cat(targets).repeat(self.views, 1)
+
+
+def _empty(shape: tuple[int, ...]) -> torch.Tensor:
+    """Bytes for a batch: in a worker of the memory that goes to the main process without another copy."""
+    if get_worker_info() is None:
+        return torch.from_numpy(np.empty(shape, np.uint8))  # which takes large pages where there are some
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape)), 0, shape)
 
 
 class BadImages:

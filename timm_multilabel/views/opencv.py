@@ -1,5 +1,6 @@
 """SimCLR's views on the host: one decode an image, bytes all the way."""
 from collections.abc import Sequence
+from itertools import groupby
 
 import cv2
 import numpy as np
@@ -44,12 +45,18 @@ class OpenCVViews:
         """
         seeds = torch.tensor(seeds)
         height, width = (torch.tensor([getattr(photo, side) for photo in photos]) for side in ('height', 'width'))
-        draws = [draw(recipe, view_seeds(seeds, view), height, width) for view, recipe in enumerate(self.recipes)]
-        self._place(photos, draws, out)
-        for recipe, drawn, views in zip(self.recipes, draws, out, strict=True):
-            _rotate(views, drawn)
-            _color(views, drawn)
-            _blur(views, drawn, recipe.blur_radius)
+        # Views of one recipe are drawn at once: what a draw costs is the number of its operations.
+        groups = [(recipe, [view for view, _ in group])
+                  for recipe, group in groupby(enumerate(self.recipes), key=lambda item: item[1])]
+        draws = [
+            draw(recipe, torch.cat([view_seeds(seeds, view) for view in views]), height.repeat(len(views)),
+                 width.repeat(len(views))) for recipe, views in groups]
+        _place(photos, self.size, draws, out)
+        for (recipe, views), drawn in zip(groups, draws, strict=True):
+            images = [image for view in views for image in out[view]]
+            _rotate(images, drawn)
+            _color(images, drawn)
+            _blur(images, drawn, recipe.blur_radius)
 
     def useful_reductions(self, photo: Photo) -> Sequence[int]:
         """The reductions of a photo that some view of it could ask for."""
@@ -60,20 +67,24 @@ class OpenCVViews:
         """What these depend on."""
         return repr([(recipe.size, recipe.scale, recipe.ratio) for recipe in self.recipes])
 
-    def _place(self, photos: Sequence[Photo], draws: list[Draws], out: np.ndarray) -> None:
-        """Crop, resize and flip."""
-        boxes = np.stack([drawn.box.numpy() for drawn in draws], axis=1)  # (N, V, 4)
-        ratios = (boxes[:, :, 2:] / self.size).min(axis=(1, 2)).tolist()
-        boxes = boxes.tolist()
-        flips = [list(zip(*(mask.tolist() for mask in (drawn.hflip, drawn.vflip, drawn.bicubic)))) for drawn in draws]
-        for n, photo in enumerate(photos):
-            reduction = find_reduction(ratios[n], photo.reductions)
-            pixels = photo.decode(reduction)
-            for view, box in enumerate(boxes[n]):
-                hflip, vflip, bicubic = flips[view][n]
-                crop_and_resize(pixels, _reduce(box, reduction, pixels.shape), out[view, n], bicubic)
-                if hflip or vflip:
-                    cv2.flip(out[view, n], -1 if hflip and vflip else int(hflip), dst=out[view, n])
+
+def _place(photos: Sequence[Photo], size: tuple[int, int], draws: list[Draws], out: np.ndarray) -> None:
+    """Crop, resize and flip."""
+    count = len(photos)
+    boxes = np.concatenate([drawn.box.numpy() for drawn in draws]).reshape(-1, count, 4)  # (V, N, 4)
+    ratios = (boxes[:, :, 2:] / size).min(axis=(0, 2)).tolist()
+    boxes = boxes.tolist()
+    hflips, vflips, bicubics = (
+        np.concatenate([getattr(drawn, name).numpy() for drawn in draws]).reshape(-1, count).tolist()
+        for name in ('hflip', 'vflip', 'bicubic'))
+    for n, photo in enumerate(photos):
+        reduction = find_reduction(ratios[n], photo.reductions)
+        pixels = photo.decode(reduction)
+        for view, made in enumerate(out[:, n]):
+            box = _reduce(boxes[view][n], reduction, pixels.shape)
+            crop_and_resize(pixels, box, made, bicubics[view][n])
+            if hflips[view][n] or vflips[view][n]:
+                cv2.flip(made, int(hflips[view][n]) if not vflips[view][n] else -int(hflips[view][n]), dst=made)
 
 
 def _reduce(box: list[int], reduction: int, shape: tuple[int, ...]) -> list[int]:
@@ -109,15 +120,15 @@ def _as_torch_images(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels[None]).permute(0, 3, 1, 2)
 
 
-def _rotate(views: np.ndarray, draws: Draws) -> None:
-    height, width = views.shape[1:3]
+def _rotate(views: list[np.ndarray], draws: Draws) -> None:
+    height, width = views[0].shape[:2]
     center = ((width - 1) / 2, (height - 1) / 2)
     for view, angle in zip(views, draws.angle.tolist()):
         if angle:
             view[...] = cv2.warpAffine(view, cv2.getRotationMatrix2D(center, angle, 1.0), (width, height))
 
 
-def _color(views: np.ndarray, draws: Draws) -> None:
+def _color(views: list[np.ndarray], draws: Draws) -> None:
     changed = ((draws.factors != torch.tensor([1.0, 1.0, 1.0, 0.0])).any(dim=1) | draws.gray).tolist()
     if not any(changed):
         return
@@ -128,7 +139,7 @@ def _color(views: np.ndarray, draws: Draws) -> None:
             cv2.transform(view, matrix, dst=view)
 
 
-def _blur(views: np.ndarray, draws: Draws, radius: int) -> None:
+def _blur(views: list[np.ndarray], draws: Draws, radius: int) -> None:
     for view, sigma in zip(views, draws.sigma.tolist()):
         if sigma and radius:
             kernel = blur_kernel(sigma, radius)

@@ -1,0 +1,139 @@
+"""How much of a training step is spent waiting for data, by the number of loader processes.
+
+`python -m benchmarks.train --help`. Every epoch goes through `training.loop.train_epoch`, twice in turns: with the
+loader, and with one of its batches again and again, which waits for nothing. The share that waits is what the second
+saves of the first. Photos are drawn, or taken from `--photos DIR`, and lie in files.
+"""
+import statistics
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from benchmarks.step import HEADS, machine
+from benchmarks.views import read_photos
+from timm_multilabel.cli import train_flags
+from timm_multilabel.cli.batches import Loaders
+from timm_multilabel.cli.checks import check_phases
+from timm_multilabel.cli.device import start_device
+from timm_multilabel.cli.flags import Parser, count, positive
+from timm_multilabel.cli.main import run_command
+from timm_multilabel.cli.train import Phase
+from timm_multilabel.training.loop import train_epoch
+from timm_multilabel.training.progress import Progress
+
+GOAL = 0.05
+
+
+class OneBatch:
+    """A batch again and again.
+
+    Args:
+        loader: Whose first batch it is.
+    """
+
+    def __init__(self, loader: Any):
+        self.steps, self.batch = len(loader), next(iter(loader))
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for _ in range(self.steps):
+            yield self.batch
+
+
+def write_photos(folder: Path, args: Namespace) -> None:
+    """A data directory: photos, and labels that mean nothing."""
+    (folder / 'images').mkdir()
+    photos = read_photos(args.photos, min(args.count, 256), *args.photo_size)
+    lines = ['image_path,' + ','.join(HEADS)]
+    for number in range(args.count):
+        name = f'images/{number}.jpg'
+        (folder / name).write_bytes(photos[number % len(photos)])
+        lines.append(name + ''.join(f',{number % size}' for size in HEADS.values()))
+    for split in ('train', 'val'):
+        (folder / f'{split}.csv').write_text('\n'.join(lines) + '\n')
+
+
+def seconds(phase: Phase, loader: Any, device: torch.device) -> float:
+    """Seconds of an epoch."""
+    started = time.perf_counter()
+    with Progress('', len(loader), visible=False) as progress:
+        train_epoch(phase.updater, loader, phase.precision, 0, progress, log_interval=len(loader))
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def measure(args: Namespace, flags: list[str], device: torch.device) -> None:
+    """Print the table."""
+    parser = Parser()
+    train_flags.add_flags(parser)
+    say = lambda line: None  # noqa: E731
+    phase = Phase(check_phases(parser.parse_args(flags))[0], device, say)
+    phase.make(None, None, say, cache=False)
+    print(f'{"loader processes":<18}{"images/s":>10}{"ms a step":>11}{"waiting":>9}', flush=True)
+    enough = None
+    for workers in args.workers:
+        phase.args.workers = workers
+        loaders = Loaders(phase.args, phase.task, phase.data, phase.data_config, device, print)
+        seconds(phase, loaders.train, device)  # starts the processes
+        one = OneBatch(loaders.train)
+        pairs = [(seconds(phase, loaders.train, device), seconds(phase, one, device)) for _ in range(args.rounds)]
+        share = statistics.median(1 - idle / real for real, idle in pairs)
+        taken = statistics.median(real for real, _ in pairs) / len(loaders.train)
+        print(f'{loaders.workers:<18}{args.batch_size / taken:>10.0f}{1000 * taken:>11.1f}{share:>8.1%}', flush=True)
+        if enough is None and share < GOAL:
+            enough = loaders.workers
+        del loaders
+    print(f'under {GOAL:.0%} of a step is spent waiting with '
+          + ('none of these' if enough is None else f'{enough} loader processes') + f', {phase.args.model} on {device}')
+
+
+def add_flags(parser: Parser) -> None:
+    parser.add_argument('--model', default='efficientnet_b0', help='a timm model')
+    parser.add_argument('--img-size', type=positive, default=224, metavar='N', help='height and width of the views')
+    parser.add_argument('-b', '--batch-size', type=positive, default=128, metavar='N', help='photos a step')
+    parser.add_argument('--photos', metavar='DIR', help='take photos of this folder (default: drawn ones)')
+    parser.add_argument('--photo-size', type=positive, nargs=2, default=[700, 500], metavar='N', help='height, width')
+    parser.add_argument('--count', type=positive, default=4096, metavar='N', help='photos')
+    parser.add_argument('--workers', type=count, nargs='+', default=[1, 2, 4, 8, 16], metavar='N',
+                        help='loader processes to try; no more than the machine has cores are started')
+    parser.add_argument('--views', choices=('simclr', 'simclr-exact', 'timm'), default='simclr', help="as training's")
+    parser.add_argument('--aa', metavar='POLICY', help="as training's; with --views timm")
+    parser.add_argument('--cache', choices=('ram', 'disk', 'device'), help="as training's")
+    parser.add_argument('--amp-dtype', choices=('float16', 'bfloat16', 'float32'),
+                        help='precision (default: bfloat16 on CUDA, else float32)')
+    parser.add_argument('--device', help='device (default: CUDA where there is one)')
+    parser.add_argument('--rounds', type=positive, default=3, metavar='N', help='epochs of each kind')
+
+
+def run(args: Namespace) -> None:
+    """Measure."""
+    device = start_device(args.device)
+    args.amp_dtype = args.amp_dtype or ('bfloat16' if device.type == 'cuda' else 'float32')
+    print(machine(device))
+    print(f'{args.model}, {args.batch_size} photos a step of {args.photo_size[1]}x{args.photo_size[0]} to '
+          f'{args.img_size}, two views, {args.amp_dtype}, --views {args.views}'
+          + (f', --aa {args.aa}' if args.aa else '') + (f', --cache {args.cache}' if args.cache else ''), flush=True)
+    with TemporaryDirectory() as folder:
+        write_photos(Path(folder), args)
+        flags = [folder, '--model', args.model, '--img-size', str(args.img_size), '-b', str(args.batch_size), '--views',
+                 args.views, '--device', str(device)]
+        if args.amp_dtype != 'float32':
+            flags += ['--amp', '--amp-dtype', args.amp_dtype, '--channels-last']
+        if args.cache == 'disk':
+            flags += ['--cache-dir', f'{folder}/cache']
+        for name in ('aa', 'cache'):
+            flags += [f'--{name}', getattr(args, name)] if getattr(args, name) else []
+        measure(args, flags, device)
+
+
+if __name__ == '__main__':
+    run_command(sys.modules[__name__], 'benchmarks.train', sys.argv[1:])
