@@ -10,6 +10,7 @@ from timm.data import Mixup
 from timm_multilabel.cli.data import Data
 from timm_multilabel.cli.device import loader_workers
 from timm_multilabel.data.images import FilePhotos, Photos
+from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.data.table import Rows
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
@@ -18,6 +19,7 @@ from timm_multilabel.loading.batches import BadImages, Part, Views
 from timm_multilabel.loading.cache import CachedPhotos, format_size, open_cache
 from timm_multilabel.loading.device import DeviceEvalLoader, DevicePart, DeviceTrainLoader, fits
 from timm_multilabel.loading.loaders import MixedBatches, create_eval_loader, create_train_loader
+from timm_multilabel.loading.streaming import create_stream_loader
 from timm_multilabel.task import JointTask
 from timm_multilabel.views.opencv import OpenCVViews
 from timm_multilabel.views.pillow import PillowViews, eval_views, exact_transform, timm_transform
@@ -137,18 +139,61 @@ class Loaders:
             're_count': args.recount,
             're_num_splits': 2 if args.pseudo_label_weight else 0,  # the first, weak views stay whole
         }
-        sets = [(data.train_rows, train_views(args, data_config, task.views), data.batch_size)]
+        streamed = [isinstance(rows, StreamedRows) for rows in (data.train_rows, data.eval_rows)]
+        if args.cache and any(streamed):
+            raise UserError(f'--cache {args.cache}: shards are streamed, and nothing of them is kept; leave it out')
+        of_stream = {'device': device, 'workers': self.workers, 'skip_bad': args.skip_bad_images, **shared}
+        kind = args.cache if cache else None
+        on_device = None
+        if streamed[0]:
+            self.train = create_stream_loader(
+                data.train_rows, train_views(args, data_config, task.views), data.batch_size, **of_stream, **of_train)
+            parts = [self.train.loader.dataset]
+        else:
+            parts, on_device = self._train_on_files(task, data, data_config, kind, shared, of_train)
+        if args.mixup or args.cutmix:
+            self.train = MixedBatches(self.train, _mixup(args, task), task.label_space)
+        self.eval = None
+        if data.eval_rows is not None:
+            views = eval_views(
+                tuple(data_config['input_size'][-2:]), data_config['interpolation'], data_config['crop_pct'],
+                data_config['crop_mode'])
+            size = args.validation_batch_size or args.micro_batch or args.batch_size
+            if streamed[1]:
+                self.eval = create_stream_loader(data.eval_rows, views, size, **of_stream)
+                parts.append(self.eval.loader.dataset)
+            else:
+                photos = self._open(data.eval_rows, views, None if kind == 'device' else kind)
+                part = Part(data.eval_rows, photos, views)
+                if args.skip_bad_images:
+                    part.skip_bad(stand_in=missing_row(task.label_space))
+                parts.append(part)
+                self.eval = create_eval_loader(part, size, device=device, workers=self.workers, **shared)
+            if on_device is not None:
+                self.eval = DeviceEvalLoader(self.eval, shared['mean'], shared['std'])
+        self.bad = BadImages(parts) if args.skip_bad_images else None
+
+    def _train_on_files(
+            self,
+            task: JointTask,
+            data: Data,
+            data_config: dict[str, Any],
+            kind: str | None,
+            shared: dict[str, Any],
+            of_train: dict[str, Any],
+    ) -> tuple[list[Part], list[DevicePart] | None]:
+        """Make the training batches of image files; their parts, and those on the device, if they are there."""
+        sets = [(data.train_rows, train_views(self.args, data_config, task.views), data.batch_size)]
         if data.pool_rows is not None:
-            views = train_views(args, data_config, task.views, weak_first=bool(args.pseudo_label_weight))
+            views = train_views(self.args, data_config, task.views, weak_first=bool(self.args.pseudo_label_weight))
             sets.append((data.pool_rows, views, data.pool_batch_size))
         sizes = [size for _, _, size in sets]
-        kind = args.cache if cache else None
         photos = [self._open(rows, views, 'ram' if kind == 'device' else kind) for rows, views, _ in sets]
         on_device = None
         if kind == 'device' and all(isinstance(each, CachedPhotos) for each in photos):
             on_device = self._copy(photos, [views for _, views, _ in sets])
         parts = [Part(rows, each, views) for (rows, views, _), each in zip(sets, photos)]
-        if args.skip_bad_images:
+        if self.args.skip_bad_images:
             for part in parts:
                 part.skip_bad()
                 if isinstance(part.photos, CachedPhotos):
@@ -158,23 +203,8 @@ class Loaders:
             self.train = DeviceTrainLoader(list(zip(on_device, sizes)), **shared, **of_train)
         else:
             self.train = create_train_loader(
-                list(zip(parts, sizes)), device=device, workers=self.workers, **shared, **of_train)
-        if args.mixup or args.cutmix:
-            self.train = MixedBatches(self.train, _mixup(args, task), task.label_space)
-        self.eval = None
-        if data.eval_rows is not None:
-            views = eval_views(
-                tuple(data_config['input_size'][-2:]), data_config['interpolation'], data_config['crop_pct'],
-                data_config['crop_mode'])
-            part = Part(data.eval_rows, self._open(data.eval_rows, views, None if kind == 'device' else kind), views)
-            if args.skip_bad_images:
-                part.skip_bad(stand_in=missing_row(task.label_space))
-            parts.append(part)
-            size = args.validation_batch_size or args.micro_batch or args.batch_size
-            self.eval = create_eval_loader(part, size, device=device, workers=self.workers, **shared)
-            if on_device is not None:
-                self.eval = DeviceEvalLoader(self.eval, shared['mean'], shared['std'])
-        self.bad = BadImages(parts) if args.skip_bad_images else None
+                list(zip(parts, sizes)), device=self.device, workers=self.workers, **shared, **of_train)
+        return parts, on_device
 
     def _open(self, rows: Rows, views: Views, kind: str | None) -> Photos:
         """The photos of rows, from a cache where one is asked for."""

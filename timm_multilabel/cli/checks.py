@@ -152,7 +152,9 @@ def check_metric(args: argparse.Namespace, data: Data, heads: Iterable[Head], we
     known += [f'{name}_{figure}' for name, figures in of_head.items() for figure in figures]
     if metric not in known:
         raise UserError(f"--eval-metric '{metric}': no such figure (there are: {', '.join(known)})")
-    labelled = data.label_space.labelled(data.eval_rows.targets).any(dim=0).tolist()
+    targets = data.eval_rows.targets
+    # Of shards whose labels were not read before training nothing is known.
+    labelled = (data.label_space.labelled(targets).any(dim=0) | (not len(targets))).tolist()
     scored = [name for name, found in zip(data.label_space.names, labelled, strict=True) if found and weights[name]]
     if not scored:
         raise UserError(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from timm_multilabel.cli import head_options
+from timm_multilabel.cli.splits import Splits, split_path, stored_heads
 from timm_multilabel.data.pool import (
     join_rows,
     real_paths,
@@ -13,11 +14,12 @@ from timm_multilabel.data.pool import (
     split_labelled,
     without_images,
 )
+from timm_multilabel.data.shards import find_shards
+from timm_multilabel.data.streams import Stored, StreamedRows, StreamedTable, encode
 from timm_multilabel.data.table import (
     Rows,
     Table,
     check_single_class,
-    encode_rows,
     find_images,
     find_label_space,
     read_table,
@@ -46,9 +48,9 @@ class Data:
     label_space: LabelSpace
     kinds: Mapping[str, type[Head]]
     head: head_options.Options
-    train_rows: Rows
+    train_rows: Rows | StreamedRows
     pool_rows: Rows | None
-    eval_rows: Rows | None
+    eval_rows: Rows | StreamedRows | None
     batch_size: int
     pool_batch_size: int
     steps: int
@@ -69,16 +71,25 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
     if not folder.is_dir():
         raise UserError(f'{folder}: no such data directory; it holds train.csv, val.csv and the images')
     kinds = load_kinds(args.head_module)
-    train = _read(args, split_path(folder, args.train_split))
+    splits = _splits(args, folder, kinds, say)
+    train = splits.read(args.train_split)
+    streamed = isinstance(train, StreamedTable)
+    if streamed and (args.unlabelled or wants_pool(args)):
+        raise UserError(
+            f'{train.path}: shards go without --unlabelled and the terms that learn from it; leave them out, or train '
+            'on a CSV')
     if not args.classification_loss_weight:
+        splits.save(None)
         return _without_heads(args, folder, train, kinds, say)
 
     all_path = folder / 'all.csv'
     tables = [_read(args, all_path)] if all_path.is_file() else []
     head_options.check_groups(args.head, train.label_columns)
     head = head_options.expand(args.head, train.label_columns, args.heads)
-    label_space = find_label_space(
-        [*tables, train], args.heads, head_options.readers(head, kinds), head_options.groups(head))
+    label_space = splits.label_space if streamed else None
+    if label_space is None:
+        label_space = find_label_space(
+            [*tables, train], args.heads, head_options.readers(head, kinds), head_options.groups(head))
     if not label_space.heads:
         raise UserError(
             f"{train.path}: no label column beside '{args.image_column}'; add one, or pass -wlc 0 for SimCLR alone")
@@ -87,14 +98,18 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
     for name, options in head.items():
         if options.get('loss') == 'arcface' and name in label_space.names:
             check_single_class(train, name)
-    val = _read(args, split_path(folder, args.val_split))
+    val = splits.read(args.val_split)
     for labels in label_space.heads:
         for column in labels.columns:
             if column not in val.label_columns:
                 raise UserError(
                     f"{val.path}: no column '{column}', which is a head; add it, or choose others with --heads")
-    train_rows = encode_rows(train, label_space, way_out=f'add rows with them to {all_path}, or mend them')
-    eval_rows = encode_rows(val, label_space, args.unknown_labels == 'ignore')
+    way_out = f'add rows with them to {all_path}'
+    if label_space is splits.label_space:
+        way_out = f'remove {folder / Stored.LABEL_SPACE}, so that it is made anew'
+    train_rows = encode(train, label_space, way_out=f'{way_out}, or mend them')
+    eval_rows = encode(val, label_space, args.unknown_labels == 'ignore')
+    splits.save(label_space if streamed and args.heads is None else None)
     pool_rows, pool_batch_size = None, 0
     if wants_pool(args):
         train_rows, pool_rows = split_labelled(train_rows, label_space)
@@ -102,7 +117,7 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
             raise UserError(f'{train.path}: no row has a label; pass -wlc 0 for SimCLR alone')
         pool_rows = _find_pool(args, folder, label_space, pool_rows, train_rows, say)
         pool_batch_size = args.unlabelled_batch_size or args.batch_size
-    elif not args.simclr_loss_weight:
+    elif not args.simclr_loss_weight and not streamed:
         train_rows, without = split_labelled(train_rows, label_space)
         if len(without) or args.unlabelled:
             say(f'{train.path}: with -wls 0 and without entropy or pseudo-labels nothing learns from images without '
@@ -120,7 +135,7 @@ def _without_heads(
 ) -> Data:
     """SimCLR alone: no image has a label that counts, so all of them are one set, and both batches of it."""
     label_space = LabelSpace(())
-    rows = rows_of_table(train, label_space)
+    rows = encode(train, label_space)
     if args.unlabelled:
         unlabelled = _leave_out(_read_unlabelled(args, folder, label_space), _scored(args, folder, say), say)
         rows = join_rows([rows, unlabelled], label_space)
@@ -134,10 +149,17 @@ def wants_pool(args: argparse.Namespace) -> bool:
     return bool(terms or args.simclr_loss_weight and (args.unlabelled or args.unlabelled_batch_size))
 
 
-def split_path(folder: Path, name: str) -> Path:
-    """The file of a split: NAME.csv or NAME in the data directory, or a path."""
-    candidates = [folder / f'{name}.csv', folder / name, Path(name)]
-    return next((path for path in candidates if path.is_file()), candidates[0])
+def _splits(
+        args: argparse.Namespace,
+        folder: Path,
+        kinds: Mapping[str, type[Head]],
+        say: Callable[[str], None],
+) -> Splits:
+    stored, columns = Stored.load(folder), args.heads
+    if columns is not None:
+        columns = [*columns, *(column for group in head_options.groups(args.head).values() for column in group)]
+    known = stored_heads(stored, args.head, args.heads, kinds) if args.classification_loss_weight else LabelSpace(())
+    return Splits(stored, known, say, args.image_column, args.separator, args.missing_value, columns)
 
 
 def _read(args: argparse.Namespace, path: Path) -> Table:
@@ -171,6 +193,8 @@ def _read_unlabelled(args: argparse.Namespace, folder: Path, label_space: LabelS
     path = split_path(folder, args.unlabelled)
     if path.is_file():
         return rows_of_table(_read(args, path), label_space)
+    if (shards := find_shards(folder, args.unlabelled, args.image_column)) is not None:
+        raise UserError(f'--unlabelled {args.unlabelled}: {shards.source} are shards; name a CSV or a folder of images')
     for place in (Path(args.unlabelled), folder / args.unlabelled):
         if place.is_dir():
             return rows_of_folder(place, label_space)
@@ -190,6 +214,8 @@ def _scored(args: argparse.Namespace, folder: Path, say: Callable[[str], None]) 
                 found.update(real_paths(find_images(_read(args, path), passing_over=True)))
             except UserError as error:
                 say(f'{error.line}: cannot keep its images out of the unlabelled ones')
+        elif (shards := find_shards(folder, name, args.image_column)) is not None:
+            say(f'{shards.source}: cannot keep the images of shards out of the unlabelled ones')
     return found
 
 

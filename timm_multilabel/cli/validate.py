@@ -10,11 +10,12 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
-from timm_multilabel.cli.data import split_path
 from timm_multilabel.cli.device import choose_precision, loader_workers, start_device
 from timm_multilabel.cli.flags import count, positive, separator
+from timm_multilabel.cli.splits import Splits
 from timm_multilabel.data.images import FilePhotos
-from timm_multilabel.data.table import Rows, Table, describe_unknown, encode_rows, read_table, unknown_labels
+from timm_multilabel.data.streams import Stored, StreamedRows, StreamedTable, encode
+from timm_multilabel.data.table import Rows, Table, describe_unknown, unknown_labels
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import write_whole
@@ -22,6 +23,7 @@ from timm_multilabel.heads import Head, load_kinds
 from timm_multilabel.labels import LabelSet, missing_row
 from timm_multilabel.loading.batches import BadImages, Part
 from timm_multilabel.loading.loaders import create_eval_loader
+from timm_multilabel.loading.streaming import StreamedBatches, create_stream_loader
 from timm_multilabel.metrics import MEANS, MultiLabelEvaluator, class_metrics, mean_over_heads
 from timm_multilabel.reports.confusion import confusion_stems, write_confusion
 from timm_multilabel.task import resolve_head_weights
@@ -79,8 +81,7 @@ def run(args: argparse.Namespace) -> None:
     label_space = checkpoint.label_space
     head_weights = resolve_head_weights(label_space.names, checkpoint.state.get('head_weights'))
     evaluator = MultiLabelEvaluator(model.named_heads, head_weights, device)
-    part = build_part(checkpoint, rows, args)
-    loader = build_loader(checkpoint, part, args, device)
+    loader, part = build_loader(checkpoint, rows, args, device)
     started = time.perf_counter()
     with Progress(f'Validate {rows.source.name}', len(loader), visible=rank == 0) as progress:
         figures = evaluate(model, loader, evaluator, precision, progress)
@@ -123,20 +124,26 @@ def prepare_outputs(args: argparse.Namespace) -> None:
         Path(args.confusion).mkdir(parents=True, exist_ok=True)
 
 
-def read_split(args: argparse.Namespace, checkpoint: Checkpoint, say) -> Rows:
+def read_split(args: argparse.Namespace, checkpoint: Checkpoint, say) -> Rows | StreamedRows:
     """The rows to score; what cannot be scored is named."""
     folder = Path(args.data_dir)
-    if args.split.endswith('.csv'):
-        path = Path(args.split)
-    elif not folder.is_dir():
+    is_path = args.split.endswith('.csv')
+    if not is_path and not folder.is_dir():
         raise UserError(f'{folder}: no such data directory')
-    else:
-        path = split_path(folder, args.split)
-    state = checkpoint.state
-    missing_value = args.missing_value if args.missing_value is not None else state.get('missing_value')
-    table = read_table(
-        path, args.image_column or state.get('image_column', 'image_path'), args.separator or state.get('separator'),
-        missing_value)
+    state, stored = checkpoint.state, Stored.load(folder)
+    known = checkpoint.label_space
+    if stored.label_space is None or not set(known.heads) <= set(stored.label_space.heads):
+        known = None
+    splits = Splits(
+        stored,
+        known,
+        say,
+        args.image_column or state.get('image_column', 'image_path'),
+        args.separator or state.get('separator'),
+        args.missing_value if args.missing_value is not None else state.get('missing_value'),
+    )
+    table = splits.read_csv(Path(args.split)) if is_path else splits.read(args.split)
+    path = table.path
     absent = [head.name for head in checkpoint.label_space.heads if not set(head.columns) <= set(table.label_columns)]
     if len(absent) == len(checkpoint.label_space.names):
         raise UserError(
@@ -145,8 +152,10 @@ def read_split(args: argparse.Namespace, checkpoint: Checkpoint, say) -> Rows:
     if absent:
         say(f'{path}: no column for {", ".join(absent)}: not scored')
     _say_unknown(table, checkpoint, say)
-    rows = encode_rows(table, checkpoint.label_space, ignore_unknown=True)
-    if not checkpoint.label_space.labelled(rows.targets).any():
+    rows = encode(table, checkpoint.label_space, ignore_unknown=True)
+    splits.save(None)
+    spared = isinstance(table, StreamedTable) and table.spared
+    if not spared and not checkpoint.label_space.labelled(rows.targets).any():
         raise UserError(f'{path}: no row has a label that the checkpoint knows; there is nothing to score')
     return rows
 
@@ -157,28 +166,32 @@ def _say_unknown(table: Table, checkpoint: Checkpoint, say) -> None:
         say(f'{table.path}: labels that the checkpoint does not know, not scored: {describe_unknown(unknown)}')
 
 
-def build_part(checkpoint: Checkpoint, rows: Rows, args: argparse.Namespace) -> Part:
-    """The rows with their images, resized as in training's evaluation."""
+def build_loader(
+        checkpoint: Checkpoint,
+        rows: Rows | StreamedRows,
+        args: argparse.Namespace,
+        device: torch.device,
+) -> tuple[Any, Part | StreamedBatches]:
+    """Batches of the rows, resized as in training's evaluation, and what knows which images were bad."""
     config = checkpoint.data_config
     views = eval_views(
         tuple(config['input_size'][-2:]), config['interpolation'], config['crop_pct'], config['crop_mode'])
-    part = Part(rows, FilePhotos(rows), views)
-    return part.skip_bad(stand_in=missing_row(checkpoint.label_space)) if args.skip_bad_images else part
-
-
-def build_loader(checkpoint: Checkpoint, part: Part, args: argparse.Namespace, device: torch.device) -> Any:
-    """Batches of the rows."""
     rank, ranks = world()
-    return create_eval_loader(
-        part,
-        args.batch_size,
-        mean=tuple(checkpoint.data_config['mean']),
-        std=tuple(checkpoint.data_config['std']),
-        device=device,
-        workers=loader_workers(args.workers),
-        rank=rank,
-        ranks=ranks,
-    )
+    common = {
+        'mean': tuple(config['mean']),
+        'std': tuple(config['std']),
+        'device': device,
+        'workers': loader_workers(args.workers),
+        'rank': rank,
+        'ranks': ranks,
+    }
+    if isinstance(rows, StreamedRows):
+        loader = create_stream_loader(rows, views, args.batch_size, skip_bad=args.skip_bad_images, **common)
+        return loader, loader.loader.dataset
+    part = Part(rows, FilePhotos(rows), views)
+    if args.skip_bad_images:
+        part.skip_bad(stand_in=missing_row(checkpoint.label_space))
+    return create_eval_loader(part, args.batch_size, **common), part
 
 
 def gather_results(

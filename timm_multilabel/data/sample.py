@@ -1,13 +1,18 @@
 """A sample data set drawn on the spot: one textured shape a picture, with three labels to learn."""
 import colorsys
 import math
+import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from timm_multilabel.data.packing import check_packing, pack
+from timm_multilabel.data.streams import Stored
+from timm_multilabel.data.table import read_table
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import write_whole
 
@@ -41,9 +46,10 @@ def write_sample(
         unlabelled: int = 1200,
         size: int = 64,
         seed: int = 0,
+        kind: str = 'csv',
         force: bool = False,
 ) -> None:
-    """Draw images/, train.csv, val.csv, test.csv, unlabelled.csv and preview.png into a folder.
+    """Draw images/, train.csv, val.csv, test.csv, unlabelled.csv and preview.png into a folder; or shards and preview.
 
     Args:
         directory: Folder to write to, made if it is not there.
@@ -53,24 +59,46 @@ def write_sample(
         unlabelled: Rows of unlabelled.csv, which has the column image_path only; 0 for no such file.
         size: Width and height of the pictures.
         seed: The same seed gives the same bytes.
+        kind: 'csv', or a format of `packing`.
         force: Overwrite what is there.
 
     Raises:
-        UserError: The folder holds such files already, or cannot be made.
+        UserError: The folder holds such files already, or cannot be made, or a library is missing.
     """
     directory = Path(directory)
     counts = {'train': train, 'val': val, 'test': test, 'unlabelled': unlabelled}
     tables = [directory / f'{name}.csv' for name in counts]
+    for name in counts:
+        tables += [*directory.glob(f'{name}-[0-9]*.tar'), *directory.glob(f'{name}-[0-9]*.parquet')]
+    tables += [directory / Stored.LABEL_SPACE, directory / Stored.ROWS]
     taken = [path.name for path in (*tables, directory / 'preview.png', directory / 'images') if path.exists()]
+    if kind != 'csv':
+        check_packing(kind)
     if taken and not force:
         raise UserError(f'{directory} already holds {", ".join(taken)}; overwrite with --force or choose another DIR')
     try:
-        (directory / 'images').mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f'{directory}: cannot make this folder ({error.strerror}); choose another DIR') from error
     for path in tables:  # old tables must not describe new pictures if this run is killed
         path.unlink(missing_ok=True)
+    if kind == 'csv':
+        _draw(directory, counts, size, seed)
+        return
+    with TemporaryDirectory(dir=directory, prefix='.sample-') as drawn:
+        folder = Path(drawn)
+        _draw(folder, counts, size, seed)
+        made = [folder / 'preview.png']
+        for name in counts:
+            if (folder / f'{name}.csv').exists():
+                made += pack(read_table(folder / f'{name}.csv'), folder, name, kind)
+        for path in made:
+            os.replace(path, directory / path.name)
 
+
+def _draw(directory: Path, counts: dict[str, int], size: int, seed: int) -> None:
+    """Draw the data set as pictures and CSVs."""
+    (directory / 'images').mkdir(exist_ok=True)
     rng = np.random.default_rng(seed)
     splits: dict[str, list[dict[str, str]]] = {}
     number = 0

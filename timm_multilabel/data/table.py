@@ -259,7 +259,23 @@ def encode_rows(
         ignore_unknown: bool = False,
         way_out: str = 'mend them, or take them as missing with --unknown-labels ignore',
 ) -> Rows:
-    """Find a table's images and turn its labels into targets.
+    """Find a table's images and turn its labels into targets, see `encode_targets`.
+
+    Raises:
+        UserError: Images are missing, a label is unknown, or a cell cannot be read.
+    """
+    targets = encode_targets(table, label_space, ignore_unknown, way_out)
+    return Rows(
+        images=np.array(find_images(table)),
+        targets=targets,
+        numbers=table.frame.index.to_numpy(),
+        sources=(table.path,),
+        which=np.zeros(len(table.frame), dtype=np.int8),
+    )
+
+
+def encode_targets(table: Table, label_space: LabelSpace, ignore_unknown: bool, way_out: str) -> torch.Tensor:
+    """The targets (N, W) of a table's labels.
 
     A head that the table has no column for is missing in every row.
 
@@ -270,7 +286,7 @@ def encode_rows(
         way_out: What to advise where such a label is an error.
 
     Raises:
-        UserError: Images are missing, a label is unknown, or a cell cannot be read.
+        UserError: A label is unknown, or a cell cannot be read.
     """
     unknown = unknown_labels(table, label_space)
     if unknown and not ignore_unknown:
@@ -289,13 +305,7 @@ def encode_rows(
                 encoded = np.where(encoded == UNKNOWN, MISSING, encoded)
             targets[:, left:left + head.width] = encoded
         left += head.width
-    return Rows(
-        images=np.array(find_images(table)),
-        targets=torch.from_numpy(targets),
-        numbers=table.frame.index.to_numpy(),
-        sources=(table.path,),
-        which=np.zeros(len(table.frame), dtype=np.int8),
-    )
+    return torch.from_numpy(targets)
 
 
 def missing_targets(label_space: LabelSpace, rows: int) -> torch.Tensor:

@@ -87,6 +87,11 @@ class Part:
         raise UserError(
             f'{self.rows.source}: {int(self.bad.sum())} of {len(self)} images are bad, too many to leave out')
 
+    def bad_names(self) -> list[str]:
+        """The bad images found so far, as messages name them."""
+        return [f'{self.rows.images[index]} ({self.rows.where(index)})'
+                for index in self.bad.nonzero().flatten().tolist()]
+
     def _try(self, index: int, photo: Photo) -> None:
         """Find out whether a photo is bad."""
         try:
@@ -140,9 +145,7 @@ class BadImages:
 
     def news(self) -> str | None:
         """One line about those that were found since the last call, if any. All ranks call it together."""
-        mine = [
-            f'{part.rows.images[index]} ({part.rows.where(index)})'
-            for part in self.parts for index in part.bad.nonzero().flatten().tolist()]
+        mine = [name for part in self.parts for name in part.bad_names()]
         new = sorted(set().union(*all_objects(mine)) - self.known)
         self.known.update(new)
         if not new:

@@ -1,0 +1,124 @@
+"""The splits of a data directory: CSVs, or shards whose labels are read in one pass."""
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from timm_multilabel.cli import head_options
+from timm_multilabel.data.shards import Shards, find_library, find_shards
+from timm_multilabel.data.streams import Stored, StreamedTable, read_labels, table_of_labels, table_without_labels
+from timm_multilabel.data.table import Table, read_table
+from timm_multilabel.distributed import all_objects, world
+from timm_multilabel.heads import Head
+from timm_multilabel.labels import LabelSpace
+
+
+class Splits:
+    """Reads the splits of a data directory.
+
+    Args:
+        stored: What its JSON files say.
+        label_space: The heads, where they are known and need no pass over the labels.
+        say: Prints a line.
+        image_column: See `read_table`, as the next two.
+        separator: It is between cells.
+        missing_value: A label that is missing.
+        columns: The label columns to read of shards; all when None.
+    """
+
+    def __init__(
+            self,
+            stored: Stored,
+            label_space: LabelSpace | None,
+            say: Callable[[str], None],
+            image_column: str,
+            separator: str | None,
+            missing_value: str | None,
+            columns: list[str] | None = None,
+    ):
+        self.stored, self.label_space, self.say = stored, label_space, say
+        self.image_column, self.separator, self.missing_value = image_column, separator, missing_value
+        self.columns, self.counted = columns, {}
+
+    def read(self, name: str) -> Table:
+        """Read NAME.csv, the CSV NAME, or else the labels of the shards of this name.
+
+        Raises:
+            UserError: There is no such split, or it cannot be read.
+        """
+        path = split_path(self.stored.folder, name)
+        shards = self._find_shards(path, name)
+        if shards is None:
+            return self.read_csv(path)
+        if self.label_space is not None and name in self.stored.rows:
+            return table_without_labels(shards, self.label_space, self.stored.rows[name])
+        self.say(f'{shards.source}: reading the labels')
+        table = _pass_over_labels(shards)
+        self.counted[name] = table.count
+        return table
+
+    def read_csv(self, path: Path) -> Table:
+        """Read a CSV by its path."""
+        return read_table(path, self.image_column, self.separator, self.missing_value)
+
+    def _find_shards(self, path: Path, name: str) -> Shards | None:
+        if path.is_file() and path.suffix not in ('.tar', '.parquet'):
+            return None
+        found = find_shards(self.stored.folder, name, self.image_column, self.missing_value)
+        if found is None:
+            return None
+        find_library(found.library)  # else it would be missed by the first loader process
+        return replace(found, columns=None if self.columns is None else tuple(self.columns))
+
+    def save(self, label_space: LabelSpace | None) -> None:
+        """Store what passes found, for the next run; the label space of all columns, if it is that.
+
+        Call it on all ranks.
+        """
+        if not self.counted:
+            return
+        rank, ranks = world()
+        if rank == 0:
+            self.say(self.stored.save(label_space, self.counted))
+        if ranks > 1:
+            dist.barrier()  # who reads the files before they are there would make a pass alone
+
+
+def split_path(folder: Path, name: str) -> Path:
+    """The file of a split: NAME.csv or NAME in the data directory, or a path."""
+    candidates = [folder / f'{name}.csv', folder / name, Path(name)]
+    return next((path for path in candidates if path.is_file()), candidates[0])
+
+
+def _pass_over_labels(shards: Shards) -> StreamedTable:
+    """One pass, each rank over its share."""
+    rank, ranks = world()
+    samples = shards.samples(rank, ranks, images=False)
+    labels = read_labels(tqdm(
+        samples, f'{shards.source}: labels', unit=' samples', disable=None if rank == 0 else True))
+    return table_of_labels(shards, all_objects(labels))
+
+
+def stored_heads(
+        stored: Stored,
+        given: head_options.Options,
+        heads: list[str] | None,
+        kinds: Mapping[str, type[Head]],
+) -> LabelSpace | None:
+    """The stored label space, where it is of the heads that the flags ask for and they need no look at the labels.
+
+    Args:
+        stored: What the JSON files of the data directory say.
+        given: What `--head` says.
+        heads: What `--heads` says.
+        kinds: The kinds of heads there are.
+    """
+    if stored.label_space is None:
+        return None
+    columns = [column for labels in stored.label_space.heads for column in labels.columns]
+    head = head_options.expand(given, columns, heads)
+    if any(options.get('class_weights') == 'balanced' or options.get('loss') == 'arcface' for options in head.values()):
+        return None  # these look at the labels of all samples
+    return stored.choose(heads, head_options.readers(head, kinds), head_options.groups(head))

@@ -1,0 +1,192 @@
+"""Streamed samples -> whole batches on the device, in the form of `batches.py`."""
+from collections.abc import Iterator
+from hashlib import blake2b
+from itertools import count, islice
+from multiprocessing import Queue
+from queue import Empty
+from typing import Any, NamedTuple
+
+import cv2
+import torch
+from timm.data.loader import PrefetchLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from timm_multilabel.data.images import EncodedPhoto
+from timm_multilabel.data.shards import Sample
+from timm_multilabel.data.streams import StreamedRows
+from timm_multilabel.errors import UserError
+from timm_multilabel.loading.batches import Views, as_it_is
+
+
+class _Drawn(NamedTuple):
+    """A sample, its photo, and the seed of its views."""
+    sample: Sample
+    photo: EncodedPhoto
+    seed: int
+
+
+class StreamedBatches(IterableDataset):
+    """The batches of one rank, in training as many as asked for, in evaluation those of one pass.
+
+    In training the order depends on the seed, the epoch and the number of loader processes, and a sample's views on the
+    seed, the epoch, its name and how often its rank has begun the shards again in the epoch.
+
+    Args:
+        rows: The samples.
+        make_views: Makes their views.
+        views: V, the number of views of each image.
+        batch_size: Images of a batch.
+        seed: Seed of the run.
+        rank: This process.
+        ranks: Number of processes.
+        steps: Batches of an epoch; one pass in order when None.
+        skip_bad: Leave out images that cannot be read.
+    """
+
+    def __init__(
+            self,
+            rows: StreamedRows,
+            make_views: Views,
+            views: int,
+            batch_size: int,
+            *,
+            seed: int = 0,
+            rank: int = 0,
+            ranks: int = 1,
+            steps: int | None = None,
+            skip_bad: bool = False,
+    ):
+        self.rows, self.make_views, self.views, self.batch_size = rows, make_views, views, batch_size
+        self.seed, self.rank, self.ranks, self.steps, self.skip_bad = seed, rank, ranks, steps, skip_bad
+        # Shared, since loader processes that stay have this data set as it was when they started.
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.left_out = Queue()  # from loader processes too
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        worker = get_worker_info()
+        if worker is None:
+            return islice(self._batches(), self.steps)
+        self.left_out.cancel_join_thread()  # none waits with its end for names to be read
+        cv2.setNumThreads(0)  # as for the workers of `loaders.py`
+        share = None if self.steps is None else len(range(worker.id, self.steps, worker.num_workers))
+        return islice(self._batches(), share)
+
+    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        draws, drawn, bad = self._draws(), [], 0
+        while True:
+            drawn += islice(draws, self.batch_size - len(drawn))
+            if not drawn:
+                return
+            try:
+                images = self._images(drawn)
+            except UserError:
+                good = [each for each in drawn if _is_good(each.photo)]
+                bad += len(drawn) - len(good)
+                if not self.skip_bad or bad > len(self.rows):
+                    raise
+                for name in {each.photo.name for each in drawn} - {each.photo.name for each in good}:
+                    self.left_out.put(name)
+                drawn = good
+                continue
+            yield images, self.rows.encode([each.sample for each in drawn]).repeat(self.views, 1)
+            drawn, bad = [], 0
+
+    def _draws(self) -> Iterator[_Drawn]:
+        """Samples whose header is well: those of one pass in order, or without end in random order."""
+        folder = self.rows.source.parent
+        for number in count():
+            seed = self._hash(number) if self.steps is not None else None
+            found = False
+            for sample in self.rows.shards.samples(self.rank, self.ranks, seed):
+                try:
+                    photo = EncodedPhoto(sample.image, f'{folder}/{sample.name}')
+                except UserError:
+                    if not self.skip_bad:
+                        raise
+                    self.left_out.put(f'{folder}/{sample.name}')
+                    continue
+                found = True
+                yield _Drawn(sample, photo, self._hash(number, sample.name))
+            if self.steps is None:
+                return
+            if not found:
+                raise UserError(
+                    f'{self.rows.source}: no image that can be read in the share of process {self.rank + 1} of '
+                    f'{self.ranks}; mend the shards')
+
+    def bad_names(self) -> list[str]:
+        """The bad images found since the last call, as messages name them."""
+        names = []
+        while True:
+            try:
+                names.append(self.left_out.get(timeout=0.1))  # a thread brings them
+            except Empty:
+                return names
+
+    def _images(self, drawn: list[_Drawn]) -> torch.Tensor:
+        images = torch.empty((self.views, len(drawn), *self.make_views.size, 3), dtype=torch.uint8)
+        self.make_views([each.photo for each in drawn], [each.seed for each in drawn], images.numpy())
+        return images.flatten(0, 1).permute(0, 3, 1, 2)
+
+    def _hash(self, *parts: Any) -> int:
+        text = repr((self.seed, int(self.epoch), *parts))
+        return int.from_bytes(blake2b(text.encode(), digest_size=4).digest(), 'big')
+
+
+def _is_good(photo: EncodedPhoto) -> bool:
+    try:
+        photo.decode()
+    except UserError:
+        return False
+    return True
+
+
+class StreamLoader(PrefetchLoader):
+    """timm's loader over streamed batches."""
+
+    def __len__(self) -> int:
+        """The batches of an epoch; in evaluation, where each process has a last one, about as many."""
+        batches = self.loader.dataset
+        if batches.steps is not None:
+            return batches.steps
+        return -(-len(batches.rows) // batches.ranks // batches.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch that the next pass draws."""
+        self.loader.dataset.epoch.fill_(epoch)
+
+
+def create_stream_loader(
+        rows: StreamedRows,
+        make_views: Views,
+        batch_size: int,
+        *,
+        views: int = 1,
+        seed: int = 0,
+        steps: int | None = None,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        device: torch.device,
+        workers: int = 4,
+        rank: int = 0,
+        ranks: int = 1,
+        skip_bad: bool = False,
+        **random_erasing: Any,
+) -> StreamLoader:
+    """Batches of streamed samples; see `StreamedBatches`, and `create_train_loader` for the others.
+
+    No more loader processes are started than shards can be dealt out to.
+    """
+    workers = rows.shards.workers(workers, ranks)
+    batches = StreamedBatches(
+        rows, make_views, views, batch_size, seed=seed, rank=rank, ranks=ranks, steps=steps, skip_bad=skip_bad)
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        collate_fn=as_it_is,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == 'cuda',
+        generator=torch.Generator(),  # as in `loaders.py`
+    )
+    return StreamLoader(loader, mean, std, device=device, **random_erasing)
