@@ -3,6 +3,8 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -121,14 +123,26 @@ def test_disk_cache_is_made_once_and_never_stale(photos_dir):
 
 @pytest.mark.parametrize('damage', ['index', 'half', 'none'])
 def test_a_damaged_cache_is_made_again(photos_dir, damage):
-    path = Path(opened(photos_dir, 'disk').shared.path)
+    expected = batch(files(photos_dir))[0]
+    opened(photos_dir, 'disk')
+    (path,) = (photos_dir / 'cache').glob('*.bin')
     if damage == 'half':
         os.truncate(path, 1000)
     elif damage == 'index':
-        path.with_suffix('.npz').write_bytes(b'PK\3\4 nothing')
+        next((photos_dir / 'cache').glob('*.npz')).write_bytes(b'PK\3\4 nothing')
     else:
         path.unlink()
-    assert torch.equal(batch(opened(photos_dir, 'disk'))[0], batch(files(photos_dir))[0])
+    assert torch.equal(batch(opened(photos_dir, 'disk'))[0], expected)
+
+
+def test_a_run_keeps_its_cache_while_another_makes_it_anew(photos_dir):
+    mine = opened(photos_dir, 'disk')
+    expected = batch(mine)[0]
+    Image.fromarray(picture(90, 90, 99)).save(photos_dir / 'images' / '0.png', 'JPEG')
+    opened(photos_dir, 'disk')
+    assert torch.equal(batch(mine)[0], expected)
+    assert torch.equal(batch(pickle.loads(pickle.dumps(mine)))[0], expected)
+    assert len(list((photos_dir / 'cache').iterdir())) == 2  # the old file is gone
 
 
 def test_what_does_not_fit_is_left_out_with_a_line(photos_dir, monkeypatch):
@@ -153,7 +167,9 @@ def test_bad_images_while_a_cache_is_made(photos_dir):
     spoil(photos_dir / 'images' / '2.png')
     with pytest.raises(UserError, match=r'images/[12]\.png \(.*train\.csv row [34]\): cannot be decoded'):
         opened(photos_dir, 'disk')
-    assert not list((photos_dir / 'cache').glob('*.npz'))
+    assert not list((photos_dir / 'cache').iterdir())
+    left = photos_dir / 'cache' / f'.{cache._find_index(files(photos_dir), VIEWS, photos_dir / "cache").stem}-x.tmp'
+    left.write_bytes(b'of a run that was killed')
     for kind in ('ram', 'disk', 'disk'):
         cached = opened(photos_dir, kind, skip_bad=True)
         assert cached.contents.bad.nonzero()[0].tolist() == [1, 2]
@@ -164,13 +180,15 @@ def test_bad_images_while_a_cache_is_made(photos_dir):
                 train, create_train_loader([(uncached, 4)], views=2, seed=0, workers=0, **PLAIN), strict=True):
             assert torch.equal(made, expected)
         assert part.bad.nonzero().flatten().tolist() == [1, 2]
+    assert not left.exists()
 
 
-def _open_in_a_rank(rank, folder, kind):
-    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE='2')
+def _open_in_a_rank(rank, folder, kind, machines, free):
+    socket.gethostname = lambda: machines[rank]
+    cache.free_memory = lambda: free[rank]
     said = []
-    cached = opened(folder, kind, said=said)
-    result = batch(cached)[0].long().sum().item(), os.path.basename(os.path.dirname(cached.shared.path)), said
+    cached = opened(f'{folder}/{machines[rank]}', kind, said=said)
+    result = batch(cached)[0].long().sum().item(), type(cached).__name__, said
     torch.distributed.barrier()  # the first rank's memory is there while the others map it
     return result
 
@@ -178,9 +196,23 @@ def _open_in_a_rank(rank, folder, kind):
 @pytest.mark.parametrize('kind', ['ram', 'disk'])
 def test_ranks_of_a_machine_share_a_cache(photos_dir, kind):
     expected = batch(files(photos_dir))[0].long().sum().item()
-    first, second = run_ranks(_open_in_a_rank, 2, str(photos_dir), kind)
-    assert first[0] == second[0] == expected
+    (photos_dir / 'one').symlink_to(photos_dir)
+    first, second = run_ranks(_open_in_a_rank, 2, str(photos_dir), kind, ['one', 'one'], [1e9, 1e9])
+    assert first[:2] == second[:2] == (expected, 'CachedPhotos')
     assert len(first[2]) == 1 and not second[2]
+
+
+@pytest.mark.parametrize('kind', ['ram', 'disk'])
+def test_machines_may_differ(photos_dir, tmp_path, kind):
+    """One has the cache, or room for it, and the other has not: none waits for ever."""
+    for name in ('one', 'two'):
+        shutil.copytree(photos_dir, photos_dir.parent / 'machines' / name)
+    folder = photos_dir.parent / 'machines'
+    if kind == 'disk':
+        opened(folder / 'two', 'disk')
+    first, second = run_ranks(_open_in_a_rank, 2, str(folder), kind, ['one', 'two'], [1000, 1e9])
+    assert first[0] == second[0]
+    assert [first[1], second[1]] == (['FilePhotos', 'CachedPhotos'] if kind == 'ram' else ['CachedPhotos'] * 2)
 
 
 def device_part(folder, recipes, split='train', skip_bad=False):
@@ -190,7 +222,7 @@ def device_part(folder, recipes, split='train', skip_bad=False):
 
 @pytest.mark.parametrize('ranks', [1, 2])
 def test_the_device_makes_the_loaders_batches(photos_dir, ranks):
-    """The same rows, targets and views, pool behind labelled ones in each view: within 6 of 255."""
+    """The same rows, targets and views, pool behind labelled ones in each view. Pixels: see test_views."""
     recipes = [ViewRecipe((16, 16))] * 2
     pool_recipes = [ViewRecipe((16, 16), scale=(0.8, 1.0), blur_prob=0.0), recipes[0]]
     (cached, labelled), (pool_cached, pool) = (
@@ -213,11 +245,22 @@ def test_the_device_makes_the_loaders_batches(photos_dir, ranks):
                 assert off.mean() < 3 and small.float().mean() >= 0.4
 
 
-def test_the_device_has_no_bad_images(photos_dir):
+def test_the_device_replaces_bad_images_as_a_loader_does(photos_dir):
     spoil(photos_dir / 'images' / '2.png')
-    cached, part = device_part(photos_dir, [ViewRecipe((16, 16))], skip_bad=True)
-    assert len(part) == 11 and len(part.images.pixels) == 11
-    assert torch.equal(part.targets, cached.files.rows.targets[[0, 1, *range(3, 12)]])
+    (photos_dir / 'images' / '7.png').write_bytes(b'')
+    recipes = [ViewRecipe((16, 16), jitter_prob=0.0, blur_prob=0.0, grayscale_prob=0.0)] * 2
+    cached, part = device_part(photos_dir, recipes, skip_bad=True)
+    common = {'views': 2, 'seed': 5, 'steps': 6}
+    host = create_train_loader(
+        [(Part(cached.files.rows, cached.files, OpenCVViews(recipes)).skip_bad(), 12)], workers=0, **PLAIN, **common)
+    made = device.DeviceTrainLoader([(part, 12)], mean=(0.0,) * 3, std=(1.0,) * 3, **common)
+    for (images, targets), (theirs, their_targets) in zip(made, host, strict=True):
+        assert torch.equal(targets, their_targets)
+        assert 255 * (images - theirs).abs().mean() < 3
+    for path in (photos_dir / 'images').iterdir():
+        path.write_bytes(b'')
+    with pytest.raises(UserError, match='all of its 12 images are bad'):
+        device_part(photos_dir, recipes, skip_bad=True)
 
 
 def test_evaluation_stays_on_the_device(photos_dir):

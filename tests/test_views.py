@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import RandomResizedCrop
 
 from timm_multilabel.data.images import DecodedPhoto, EncodedPhoto
+from timm_multilabel.errors import UserError
 from timm_multilabel.views.device import make_views
 from timm_multilabel.views.opencv import OpenCVViews, crop_and_resize
 from timm_multilabel.views.pillow import PillowViews, eval_views, exact_transform
@@ -346,3 +347,25 @@ def test_jpegs_have_pillows_pixels(mode):
     photo = EncodedPhoto(file.getvalue(), 'x.jpg')
     with Image.open(BytesIO(photo.data)) as theirs:
         assert len(photo.reductions) == 4 and np.array_equal(photo.decode(), np.asarray(theirs.convert('RGB')))
+
+
+@pytest.mark.parametrize('orientation', [1, 3, 6, 8, 9])
+@pytest.mark.parametrize('form', ['JPEG', 'PNG', 'WEBP', 'TIFF'])
+def test_the_header_tells_the_upright_size(form, orientation):
+    """In every format, and whatever nonsense stands where the orientation should."""
+    exif, file = Image.Exif(), BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(picture(40, 60)).save(file, form, exif=exif)
+    photo = EncodedPhoto(file.getvalue(), 'x')
+    with Image.open(BytesIO(photo.data)) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
+    assert photo.decode().shape == (photo.height, photo.width, 3)
+    assert (photo.height, photo.width) == ((60, 40) if orientation in (6, 8) else (40, 60))
+    assert np.array_equal(photo.decode(), expected)
+
+
+def test_an_image_that_is_not_what_its_header_says_is_bad():
+    photo = jpeg(picture(40, 60))
+    photo.height = 50
+    with pytest.raises(UserError, match='its header speaks of 60x50 pixels'):
+        photo.decode()

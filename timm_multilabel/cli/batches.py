@@ -1,5 +1,6 @@
 """From the flags of training to its batches: view recipes, caches, loaders."""
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,9 @@ class Loaders:
         photos = [self._open(rows, views, 'ram' if kind == 'device' else kind) for rows, views, _ in sets]
         on_device = None
         if kind == 'device' and all(isinstance(each, CachedPhotos) for each in photos):
-            on_device = self._copy(photos, [views for _, views, _ in sets])
+            evaluated = 0 if data.eval_rows is None else -(-len(data.eval_rows) // world()[1])
+            further = evaluated * math.prod(data_config['input_size'])
+            on_device = self._copy(photos, [views for _, views, _ in sets], further)
         parts = [Part(rows, each, views) for (rows, views, _), each in zip(sets, photos)]
         if self.args.skip_bad_images:
             for part in parts:
@@ -215,16 +218,20 @@ class Loaders:
             kind, files, views, folder=Path(self.args.cache_dir).expanduser(), workers=self.workers,
             skip_bad=self.args.skip_bad_images, say=self.say)
 
-    def _copy(self, photos: Sequence[CachedPhotos], views: Sequence[OpenCVViews]) -> list[DevicePart] | None:
-        """The photos on the device; None if they would not fit."""
-        size, free = fits(photos, self.device)
+    def _copy(
+            self,
+            photos: Sequence[CachedPhotos],
+            views: Sequence[OpenCVViews],
+            further: int,
+    ) -> list[DevicePart] | None:
+        """The photos on the device; None if they, and so many further bytes, would not fit."""
+        size, free = fits(photos, further, self.device)
         if size > free:
-            self.say(f'--cache device: {format_size(size)} would not fit into the {format_size(free)} of {self.device} '
-                     'that may be used; goes on with --cache ram')
+            self.say(f'--cache device: {format_size(size)} (every image takes the room of the largest) would not '
+                     f'fit into the {format_size(free)} of {self.device} that may be used; goes on with --cache ram')
             return None
         self.say(f'--cache device: {format_size(size)} on {self.device}, where the views are made')
-        return [
-            DevicePart.copy(each, its.recipes, self.device) for each, its in zip(photos, views)]
+        return [DevicePart.copy(each, its.recipes, self.device) for each, its in zip(photos, views)]
 
 
 def _mixup(args: argparse.Namespace, task: JointTask) -> Mixup:

@@ -82,6 +82,13 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError('--color-jitter takes 1, 3 or 4 numbers, the fourth (hue) 0.5 at most')
     if args.aa and args.color_jitter and '3a' not in args.aa:
         raise UserError('--aa has colors of its own, and timm then leaves --color-jitter out; pass one of them')
+    if args.aa and args.color_jitter_prob is not None and '3a' not in args.aa:
+        raise UserError('--aa has colors of its own, and timm then leaves --color-jitter-prob out; pass one of them')
+    for name in ('scale', 'ratio'):
+        low, high = getattr(args, name)
+        if low > high or name == 'scale' and high > 1:
+            raise UserError(f'--{name} {low:g} {high:g}: the least comes first'
+                            + (', and the most is 1' if name == 'scale' else ''))
     if args.layer_decay and args.sched == 'none':
         raise UserError('--layer-decay works through the schedule; pass --sched constant in place of none')
     if args.sched == 'plateau' and args.sched_on_updates:

@@ -1,10 +1,12 @@
 """Train a timm backbone on several labels at once, together with SimCLR and with images that have no label."""
 import argparse
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from timm.utils import random_seed
 
@@ -136,6 +138,9 @@ class Phase:
     def forget(self) -> None:
         """Give the memory of task, optimizer and loaders back."""
         self.task = self.updater = self.loaders = None
+        if self.precision.device.type == 'cuda':
+            gc.collect()
+            torch.cuda.empty_cache()  # else the next phase's --cache device would take it for used
 
     def fit(self, folder: Path, writer: RunFolder | None, checkpoint: Checkpoint | None, say: Say) -> None:
         """Train it.

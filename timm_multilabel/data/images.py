@@ -12,6 +12,7 @@ from timm_multilabel.errors import UserError
 
 REDUCTIONS = (1, 2, 4, 8)  # what libjpeg decodes at almost no cost for the pixels that are left out
 _ORIENTATION = 0x0112  # the EXIF tag
+_MARKS = (b'Exif\0\0', b'eXIf', b'EXIF', b'tiff:Orientation')  # of JPEG, PNG, WebP, XMP
 _TURNS = {  # by its values: the pixels as stored -> upright
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
@@ -89,16 +90,29 @@ class EncodedPhoto:
                 colors = 'unknown'
             if colors in ('YCbCr', 'Gray', 'RGB'):
                 self.reductions = REDUCTIONS
-        # JPEGs without the marks of an orientation, most of all, need no look by Pillow.
-        if len(self.reductions) == 1 or b'Exif\0\0' in data or b'tiff:Orientation' in data:
+        # Without the marks of an orientation, as most are, JPEGs need no look by Pillow, and PNGs no decoding for it.
+        marked = any(mark in data for mark in _MARKS)
+        if marked or len(self.reductions) == 1:
             try:
-                with Image.open(BytesIO(data)) as image:
-                    self.width, self.height = image.size
-                    self.orientation = image.getexif().get(_ORIENTATION, 1)
+                self._look(marked)
+            except UserError:
+                raise
             except Exception as error:  # each decoder of Pillow raises its own kinds
                 raise self._unreadable(error) from error
+
+    def _look(self, marked: bool) -> None:
+        """Let Pillow read size and orientation."""
+        with Image.open(BytesIO(self.data)) as image:
+            self.width, self.height = image.size
+            tiff = image.format == 'TIFF'
+            if marked or tiff:
+                orientation = image.getexif().get(_ORIENTATION)
+                self.orientation = orientation if isinstance(orientation, int) and orientation in _TURNS else 1
         if self.orientation >= 5:
-            self.height, self.width = self.width, self.height
+            if tiff:  # some versions of Pillow have turned the size already
+                self.height, self.width = self._decode_by_pillow().shape[:2]
+            else:
+                self.height, self.width = self.width, self.height
 
     def decode(self, reduction: int = 1) -> np.ndarray:
         """The pixels, RGB, uint8: (ceil(height / reduction), ceil(width / reduction), 3).
@@ -106,12 +120,13 @@ class EncodedPhoto:
         Raises:
             UserError: They cannot be decoded.
         """
-        if len(self.reductions) > 1:
-            try:
-                return self._decode_jpeg(reduction)
-            except ValueError:
-                if reduction > 1:  # Pillow, which is more patient, has no say in the scale
-                    return np.asarray(Image.fromarray(self.decode()).reduce(reduction))
+        pixels = self._decode_jpeg(reduction) if len(self.reductions) > 1 else self._decode_by_pillow()
+        expected = -(-self.height // reduction), -(-self.width // reduction)
+        if pixels.shape[:2] != expected:
+            raise self._unreadable(f'its header speaks of {self.width}x{self.height} pixels, and it has others')
+        return pixels
+
+    def _decode_by_pillow(self) -> np.ndarray:
         try:
             with Image.open(BytesIO(self.data)) as image:
                 return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
@@ -120,12 +135,16 @@ class EncodedPhoto:
 
     def _decode_jpeg(self, reduction: int) -> np.ndarray:
         height, width = (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
-        pixels = simplejpeg.decode_jpeg(
-            self.data, 'RGB', min_height=-(-height // reduction), min_width=-(-width // reduction), min_factor=1)
+        try:
+            pixels = simplejpeg.decode_jpeg(
+                self.data, 'RGB', min_height=-(-height // reduction), min_width=-(-width // reduction), min_factor=1)
+        except ValueError:  # Pillow, which is more patient, has no say in the scale
+            pixels = self._decode_by_pillow()
+            return pixels if reduction == 1 else np.asarray(Image.fromarray(pixels).reduce(reduction))
         turn = _TURNS.get(self.orientation)
         return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
-    def _unreadable(self, error: Exception) -> UserError:
+    def _unreadable(self, error: Exception | str) -> UserError:
         reason = ' '.join(str(error).replace(str(BytesIO), '').split()) or type(error).__name__
         return UserError(f'{self.name}: cannot be decoded as an image ({reason}); replace it or remove the row')
 

@@ -5,6 +5,7 @@ import random
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from glob import escape, glob
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -131,17 +132,17 @@ def find_shards(folder: Path, name: str, image_column: str, missing_value: str |
         image_column: See `Shards`.
         missing_value: See `Shards`.
     """
+    place = Path(escape(str(folder)))
     for ending in ('.tar', '.parquet'):
         if name.endswith(ending):
-            patterns = [folder / name, Path(name)]
+            patterns = [place / name, Path(name)]
         else:
             # A number follows, so that train-small-000000.tar is no shard of train.
-            patterns = [folder / f'{name}{rest}{ending}' for rest in ('-[0-9]*', '/*', '')]
+            patterns = [place / f'{name}{rest}{ending}' for rest in ('-[0-9]*', '/*', '')]
         for pattern in patterns:
-            root = Path(pattern.anchor)
-            files = sorted(map(str, root.glob(str(pattern.relative_to(root)))))
+            files = sorted(glob(str(pattern)))
             if files:
-                shown = Path(str(pattern).replace('-[0-9]*', '-*'))
+                shown = Path(files[0]).with_name(pattern.name.replace('-[0-9]*', '-*'))
                 return Shards(shown, tuple(files), image_column, missing_value)
     return None
 

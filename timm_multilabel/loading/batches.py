@@ -2,6 +2,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Protocol
 
 import numpy as np
@@ -12,7 +13,7 @@ from timm_multilabel.data.images import DecodedPhoto, Photo, Photos
 from timm_multilabel.data.table import Rows
 from timm_multilabel.distributed import all_objects
 from timm_multilabel.errors import UserError
-from timm_multilabel.loading.sampling import Draw
+from timm_multilabel.loading.sampling import Draw, other_rows
 
 _NAMED = 10  # bad images in a line
 _TRIES = 100  # at another image in place of a bad one
@@ -74,8 +75,7 @@ class Part:
 
     def _find_good(self, draw: Draw) -> tuple[int | None, Photo]:
         """The row and the photo of a draw; where that is bad, another one, the same for the same draw."""
-        generator, index = np.random.default_rng(draw.seed), draw.index
-        for _ in range(_TRIES):
+        for index in islice(chain([draw.index], other_rows(draw.seed, len(self))), _TRIES):
             if not self.bad[index]:
                 try:
                     return index, self.photos[index]
@@ -83,7 +83,6 @@ class Part:
                     self.bad[index] = True
             if self.stand_in is not None:
                 return None, DecodedPhoto(np.zeros((1, 1, 3), np.uint8))
-            index = int(generator.integers(len(self)))
         raise UserError(
             f'{self.rows.source}: {int(self.bad.sum())} of {len(self)} images are bad, too many to leave out')
 

@@ -1,11 +1,13 @@
 """Decoded images as bytes, in memory or on disk, shared by the workers and the ranks of a machine."""
+import fcntl
 import hashlib
 import mmap
 import os
 import shutil
+import socket
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +28,7 @@ from timm_multilabel.files import write_whole
 
 FORMAT = 1  # of the files; another one is another cache
 _SHARE = 0.8  # of the memory or the disk that is free, what a cache may take at most
-_CHUNK = 64  # images that a thread decodes at once
+_CHUNK = 64  # images that a thread takes at once
 _SAMPLED = 1000  # images that a first estimate goes by
 
 
@@ -59,7 +61,15 @@ class Contents:
     stamps: np.ndarray
 
     @classmethod
-    def of(cls, photos: FilePhotos, views: Scales, rows: Sequence[int], skip_bad: bool, bar: tqdm) -> 'Contents':
+    def of(
+            cls,
+            photos: FilePhotos,
+            views: Scales,
+            rows: Sequence[int],
+            workers: int,
+            skip_bad: bool,
+            bar: tqdm,
+    ) -> 'Contents':
         """Read the headers of images.
 
         Raises:
@@ -67,20 +77,22 @@ class Contents:
         """
         made = cls(*(np.zeros((len(rows), *shape), kind) for shape, kind in (
             ((2,), np.int32), ((), np.uint8), ((), np.uint8), ((), bool), ((3,), np.int64))))
-        for place, row in enumerate(rows):
-            made.stamps[place] = _stamp(photos.rows.images[row])  # before it is read, so that no change is missed
-            try:
-                photo = photos[row]
-            except UserError:
-                if not skip_bad:
-                    raise
-                made.bad[place] = True
-                continue
-            finally:
-                bar.update()
-            useful = views.useful_reductions(photo)
-            made.sizes[place] = photo.height, photo.width
-            made.first[place], made.last[place] = REDUCTIONS.index(useful[0]), REDUCTIONS.index(useful[-1])
+
+        def look(places: Sequence[int]) -> None:
+            for place in places:
+                made.stamps[place] = _stamp(photos.rows.images[rows[place]])  # first, so that no change is missed
+                try:
+                    photo = photos[rows[place]]
+                    useful = views.useful_reductions(photo)
+                    made.sizes[place] = photo.height, photo.width
+                    made.first[place], made.last[place] = REDUCTIONS.index(useful[0]), REDUCTIONS.index(useful[-1])
+                except UserError:
+                    if not skip_bad:
+                        raise
+                    made.bad[place] = True
+            bar.update(len(places))
+
+        _in_threads(look, range(len(rows)), workers)
         return made
 
     def lengths(self) -> np.ndarray:
@@ -114,24 +126,38 @@ class SharedBytes:
 
     @classmethod
     def in_memory(cls, length: int) -> 'SharedBytes':
-        """Memory that has no name in any folder, and goes when the last process that maps it ends."""
+        """Memory without a name in any folder, where the system has such; it goes when the last process ends."""
         if hasattr(os, 'memfd_create'):
             descriptor = os.memfd_create('timm-multilabel')
-            path = f'/proc/{os.getpid()}/fd/{descriptor}'
+            path = _path_of(descriptor)
         else:
             descriptor, path = tempfile.mkstemp(prefix='timm-multilabel-')
         os.ftruncate(descriptor, length)
         return cls(path, length, True, descriptor)
 
     @classmethod
-    def in_file(cls, path: Path, length: int) -> 'SharedBytes':
-        """A new file, its room on the disk taken."""
-        with open(path, 'wb') as file:
+    def of_file(cls, path: Path, length: int) -> 'SharedBytes':
+        """A file that is there, and stays what it is for this and its processes even where another takes its place."""
+        descriptor = os.open(path, os.O_RDONLY)
+        opened = _path_of(descriptor)
+        return cls(opened if os.path.exists(opened) else str(path), length, descriptor=descriptor).open()
+
+    @classmethod
+    def in_file(cls, folder: Path, name: str, length: int) -> 'SharedBytes':
+        """A new file `.NAME-....tmp`, its room on the disk taken; it is locked while this process has it."""
+        for path in folder.glob(f'.{name}-*.tmp'):
+            _remove_unless_locked(path)  # what a run that was killed has left
+        descriptor, path = tempfile.mkstemp('.tmp', f'.{name}-', folder)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
             if hasattr(os, 'posix_fallocate'):
-                os.posix_fallocate(file.fileno(), 0, length)
+                os.posix_fallocate(descriptor, 0, length)
             else:
-                file.truncate(length)
-        return cls(str(path), length, True)
+                os.ftruncate(descriptor, length)
+        except OSError:
+            os.unlink(path)
+            raise
+        return cls(path, length, True, descriptor)
 
     def open(self) -> 'SharedBytes':
         """This, mapped now, while the process that made it is there."""
@@ -151,6 +177,22 @@ class SharedBytes:
     def __del__(self):
         if self.descriptor is not None:
             os.close(self.descriptor)
+            if os.path.basename(self.path).startswith('timm-multilabel-'):  # the file that stands for memory
+                os.unlink(self.path)
+
+
+def _path_of(descriptor: int) -> str:
+    """A path by which other processes may open a file that this one has open (Linux)."""
+    return f'/proc/{os.getpid()}/fd/{descriptor}'
+
+
+def _remove_unless_locked(path: Path) -> None:
+    try:
+        with open(path, 'rb') as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+    except OSError:  # another run is about to fill it, or has just taken it away
+        pass
 
 
 class CachedPhotos:
@@ -204,12 +246,18 @@ class CachedPhotos:
             return bad
 
         todo = [row for row in rows if not self.contents.bad[row]]
-        chunks = [todo[start:start + _CHUNK] for start in range(0, len(todo), _CHUNK)]
-        with ThreadPoolExecutor(max(1, workers)) as pool, _bar(title, len(todo), visible) as bar:
-            try:
-                return sum(pool.map(decode, chunks), [])
-            finally:
-                pool.shutdown(cancel_futures=True)
+        with _bar(title, len(todo), visible) as bar:
+            return sum(_in_threads(decode, todo, workers), [])
+
+
+def _in_threads(work: Callable[[Sequence[int]], Any], items: Sequence[int], workers: int) -> list[Any]:
+    """What work gives for chunks of items, several at a time; the first error ends it."""
+    chunks = [items[start:start + _CHUNK] for start in range(0, len(items), _CHUNK)]
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        try:
+            return list(pool.map(work, chunks))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def open_cache(
@@ -239,77 +287,89 @@ def open_cache(
         UserError: An image is bad, and such are not left out.
     """
     title = f'{files.rows.source}: --cache {kind}'
-    # As torchrun says them: this rank among those of its machine, and how many they are.
-    place, ranks = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    leader, visible = world()[0] - place, not world()[0]
-    path = _find_path(files, views, folder) if kind == 'disk' else None
-    offer = None if place else _lead(files, views, path, skip_bad, title, say, visible)
-    offer = all_objects(offer)[leader] if place else (offer, all_objects(offer))[0]
-    if offer is None:
-        return files
-    contents, shared, ready = offer
-    made = CachedPhotos(files, contents, shared.open())
-    if ready:
-        return made
-    bad = made.fill(range(place, len(files), ranks), workers, skip_bad, title, visible)
-    contents.bad[sum(all_objects(bad)[leader:leader + ranks], [])] = True
+    machines = all_objects((socket.gethostname(), _boot()))
+    here = [rank for rank, machine in enumerate(machines) if machine == machines[world()[0]]]
+    leader, place, visible = here[0], here.index(world()[0]), not world()[0]
+    index = _find_index(files, views, folder) if kind == 'disk' else None
+    old = _data_of(index) if index is not None else None
+    offer = _lead(files, views, index, workers, skip_bad, title, say, visible) if not place else None
+    offers = all_objects(offer)
+    made, bad, ready = None, [], True
+    try:
+        if offers[leader] is not None:
+            contents, shared, ready = offer or offers[leader]
+            made = CachedPhotos(files, contents, shared.open())
+        if not ready:
+            bad = made.fill(range(place, len(files), len(here)), workers, skip_bad, title, visible)
+        # From here on all ranks of all machines, since some may have a cache, and some no room for one.
+        everyone = all_objects(bad)
+        if not ready:
+            contents.bad[sum((everyone[rank] for rank in here), [])] = True
+        path = _finish(index, shared, contents, old) if not ready and index is not None and not place else None
+    except BaseException:
+        if not ready and index is not None and not place:
+            Path(shared.path).unlink(missing_ok=True)
+        raise
+    path = all_objects(path)[leader]
     if path is not None:
-        if not place:
-            _finish(shared, path, contents)
-        all_objects(None)
-        made.shared = SharedBytes(str(path), shared.length)
-    return made
+        made.shared = SharedBytes.of_file(path, shared.length)
+    return files if made is None else made
+
+
+def _boot() -> str:
+    """What tells this start of this machine from others of its name (Linux)."""
+    path = Path('/proc/sys/kernel/random/boot_id')
+    return path.read_text() if path.exists() else ''
 
 
 def _lead(
         files: FilePhotos,
         views: Scales,
-        path: Path | None,
+        index: Path | None,
+        workers: int,
         skip_bad: bool,
         title: str,
         say: Callable[[str], None],
         visible: bool,
 ) -> tuple[Contents, SharedBytes, bool] | None:
     """Find out what a cache holds, and where, and whether it is there already; None if it would not fit."""
-    contents = _read_index(files, path, title, say) if path is not None else None
-    if contents is not None:
+    found = _read_index(files, index, title, say) if index is not None else None
+    if found is not None:
+        contents, path = found
         length = int(contents.lengths().sum())
         say(f'{title}: {format_size(length)} in {path}, whole and up to date')
-        return contents, SharedBytes(str(path), max(1, length)), True
+        return contents, SharedBytes.of_file(path, max(1, length)), True
     count = len(files)
-    free = _SHARE * (free_memory() if path is None else shutil.disk_usage(path.parent).free)
+    free = _SHARE * (free_memory() if index is None else shutil.disk_usage(index.parent).free)
     if count > 2 * _SAMPLED:  # the headers of all may take minutes; often some say that it is not worth it
-        with _bar(f'{title}: sizes', _SAMPLED, visible) as bar:
-            some = Contents.of(files, views, range(0, count, count // _SAMPLED), True, bar).lengths().mean() * count
-        if some > 1.2 * free:
-            say(f'{title}: some {format_size(some)} would not fit into the {format_size(free)} that may be used; goes '
-                'on without it')
+        some = range(0, count, count // _SAMPLED)
+        with _bar(f'{title}: sizes', len(some), visible) as bar:
+            length = Contents.of(files, views, some, workers, True, bar).lengths().mean() * count
+        if length > 1.2 * free:
+            say(f'{title}: some {format_size(length)} would not fit into the {format_size(free)} that may be used; '
+                'goes on without it')
             return None
     with _bar(f'{title}: sizes', count, visible) as bar:
-        contents = Contents.of(files, views, range(count), skip_bad, bar)
+        contents = Contents.of(files, views, range(count), workers, skip_bad, bar)
     length = int(contents.lengths().sum())
     if length > free:
         say(f'{title}: {format_size(length)} would not fit into the {format_size(free)} that may be used; goes on '
             'without it')
         return None
-    say(f'{title}: decodes {count} images into {format_size(length)} of ' + ('memory' if path is None else str(path)))
-    if path is None:
-        return contents, SharedBytes.in_memory(max(1, length)), False
-    _index_of(path).unlink(missing_ok=True)
-    return contents, SharedBytes.in_file(path.with_name(f'.{path.name}.{os.getpid()}.tmp'), max(1, length)), False
+    say(f'{title}: decodes {count} images into {format_size(length)} of '
+        + ('memory' if index is None else str(index.parent)))
+    length = max(1, length)
+    shared = SharedBytes.in_memory(length) if index is None else SharedBytes.in_file(index.parent, index.stem, length)
+    return contents, shared, False
 
 
-def _find_path(files: FilePhotos, views: Scales, folder: Path) -> Path:
-    """The file of a cache: another one for other images, other scales, another decoder."""
+def _find_index(files: FilePhotos, views: Scales, folder: Path) -> Path:
+    """The index of a cache on disk: another one for other images, other scales, another decoder."""
     key = hashlib.sha256(repr((FORMAT, simplejpeg.__version__, PIL.__version__, views.scales_key)).encode())
     for image in files.rows.images:
         key.update(os.path.abspath(image).encode() + b'\0')
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f'{Path(files.rows.source).stem}-{key.hexdigest()[:16]}.bin'
-
-
-def _index_of(path: Path) -> Path:
-    return path.with_suffix('.npz')
+    return folder / f'{Path(files.rows.source).stem}-{key.hexdigest()[:16]}.npz'
 
 
 def _stamp(image: str) -> tuple[int, int, int]:
@@ -320,44 +380,71 @@ def _stamp(image: str) -> tuple[int, int, int]:
     return state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
-def _read_index(files: FilePhotos, path: Path, title: str, say: Callable[[str], None]) -> Contents | None:
-    """What a cache on disk holds; None where there is none, or not a whole one, or images have changed since."""
+def _read_index(
+        files: FilePhotos,
+        index: Path,
+        title: str,
+        say: Callable[[str], None],
+) -> tuple[Contents, Path] | None:
+    """What a cache on disk holds, and its file; None where there is none that is whole and up to date."""
     try:
-        with np.load(_index_of(path), allow_pickle=False) as index:
-            contents = Contents(**index)
+        with np.load(index, allow_pickle=False) as stored:
+            found = dict(stored)
+        path = index.with_name(str(found.pop('data')))
+        contents = Contents(**found)
         if path.stat().st_size != max(1, contents.lengths().sum()):
             return None
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     stamps = np.array([_stamp(image) for image in files.rows.images], np.int64)
     changed = int((stamps != contents.stamps).any(axis=1).sum())
     if changed:
         say(f'{title}: {changed} of {len(files)} images have changed since it was made')
         return None
-    return contents
+    return contents, path
 
 
-def _finish(shared: SharedBytes, path: Path, contents: Contents) -> None:
-    """Put a cache on disk into its place, whole."""
-    with open(shared.path, 'rb') as file:
-        os.fsync(file.fileno())
+def _data_of(index: Path) -> Path | None:
+    """The file that an index names."""
+    try:
+        with np.load(index, allow_pickle=False) as stored:
+            return index.with_name(str(stored['data']))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _finish(index: Path, shared: SharedBytes, contents: Contents, old: Path | None) -> Path:
+    """Put a cache on disk into its place. The index names the file, so that both change at once, however many write."""
+    os.fsync(shared.descriptor)
+    path = index.with_name(Path(shared.path).name.removeprefix('.').removesuffix('.tmp') + '.bin')
     os.replace(shared.path, path)
-    index = BytesIO()
-    np.savez(index, **vars(contents))
-    write_whole(_index_of(path), index.getvalue())
+    written = BytesIO()
+    np.savez(written, **vars(contents), data=np.array(path.name))
+    write_whole(index, written.getvalue())
+    if old is not None:
+        old.unlink(missing_ok=True)  # who has it open keeps it
+    return path
 
 
 def free_memory() -> int:
     """Bytes of memory that this process may still take, its container's limit included."""
-    free = psutil.virtual_memory().available
-    folder = Path('/sys/fs/cgroup')
-    for limit, used in (('memory.max', 'memory.current'),
-                        ('memory/memory.limit_in_bytes', 'memory/memory.usage_in_bytes')):
+    return max(0, min([psutil.virtual_memory().available, *_container_memory()]))
+
+
+def _container_memory() -> Iterator[int]:
+    """Bytes that the control groups of this process (cgroups, version 2) still allow; caches of files may go."""
+    root = Path('/sys/fs/cgroup')
+    try:
+        own = root / Path('/proc/self/cgroup').read_text().strip().rpartition('::/')[2]
+    except OSError:
+        return
+    for folder in (own, *own.parents):
         try:
-            free = min(free, int((folder / limit).read_text()) - int((folder / used).read_text()))
-        except (OSError, ValueError):  # no such version of cgroups, or 'max'
-            pass
-    return max(0, free)
+            limit, used = (int((folder / f'memory.{name}').read_text()) for name in ('max', 'current'))
+            statistics = dict(line.split() for line in (folder / 'memory.stat').read_text().splitlines())
+            yield limit - used + int(statistics['inactive_file'])
+        except (OSError, ValueError, KeyError):  # no limit ('max'), or no such group
+            continue
 
 
 def format_size(count: float) -> str:

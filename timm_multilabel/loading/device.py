@@ -8,14 +8,17 @@ import torch
 from timm.data.random_erasing import RandomErasing
 
 from timm_multilabel.data.images import REDUCTIONS
+from timm_multilabel.errors import UserError
 from timm_multilabel.loading.cache import CachedPhotos, free_memory
 from timm_multilabel.loading.loaders import shuffled_batches
+from timm_multilabel.loading.sampling import ShuffledBatches, other_rows
 from timm_multilabel.views.device import make_views
 from timm_multilabel.views.recipe import ViewRecipe
 
 _SHARE = 0.8  # of the device's free memory, what images may take at most
 _CHUNK = 1024  # images that are copied there at once
-_VIEWS = 128  # views that are made at once
+_VIEWS = 128  # views that are made at once, at most
+_BYTES = 2 ** 28  # of their images as floats, at most
 
 
 @dataclass
@@ -35,20 +38,21 @@ class DeviceImages:
     def shape_of(photos: CachedPhotos) -> tuple[int, int, int, int]:
         """The shape that the pixels would have: every image takes the room of the largest."""
         height, width = _shapes(photos).max(axis=0).tolist()
-        return int((~photos.contents.bad).sum()), height, 3, width
+        return len(photos), height, 3, width
 
     @classmethod
     def copy(cls, photos: CachedPhotos, device: torch.device) -> 'DeviceImages':
-        """Copy the photos that are not bad to a device, in the largest scale that they have."""
-        (count, height, _, width), rows = cls.shape_of(photos), np.flatnonzero(~photos.contents.bad)
+        """Copy photos to a device, in the largest scale that they have; a bad one is black."""
+        count, height, _, width = cls.shape_of(photos)
         pixels = torch.empty(count, height, 3, width, dtype=torch.uint8, device=device)
         for start in range(0, count, _CHUNK):
             some = torch.zeros(min(_CHUNK, count - start), height, 3, width, dtype=torch.uint8)
-            for image, row in zip(some.numpy(), rows[start:start + _CHUNK].tolist()):
-                found = next(iter(photos.pixels(row).values()))
-                image[:found.shape[0], :, :found.shape[1]] = found.transpose(0, 2, 1)
+            for row, image in enumerate(some.numpy(), start):
+                if not photos.contents.bad[row]:
+                    found = next(iter(photos.pixels(row).values()))
+                    image[:found.shape[0], :, :found.shape[1]] = found.transpose(0, 2, 1)
             pixels[start:start + len(some)] = some.to(device)
-        shapes, sizes = (torch.from_numpy(numbers[rows].astype(np.int64)).to(device)
+        shapes, sizes = (torch.from_numpy(numbers.astype(np.int64)).to(device)
                          for numbers in (_shapes(photos), photos.contents.sizes))
         return cls(pixels, shapes, sizes)
 
@@ -59,10 +63,10 @@ def _shapes(photos: CachedPhotos) -> np.ndarray:
     return -(-photos.contents.sizes // reductions[:, None])
 
 
-def fits(parts: Sequence[CachedPhotos], device: torch.device) -> tuple[int, float]:
-    """Bytes that photos would take on a device, and bytes that they may take."""
+def fits(parts: Sequence[CachedPhotos], further: int, device: torch.device) -> tuple[int, float]:
+    """Bytes that photos, and so many further bytes, would take on a device, and bytes that they may take."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else free_memory()
-    return sum(int(np.prod(DeviceImages.shape_of(photos))) for photos in parts), _SHARE * free
+    return sum(int(np.prod(DeviceImages.shape_of(photos))) for photos in parts) + further, _SHARE * free
 
 
 @dataclass
@@ -73,16 +77,24 @@ class DevicePart:
         images: Its images.
         targets: Their targets (N, W), on the device.
         recipes: The recipe of each view.
+        bad: Rows whose image is bad (N,), on the host; another row takes the place of each.
     """
     images: DeviceImages
     targets: torch.Tensor
     recipes: Sequence[ViewRecipe]
+    bad: np.ndarray
 
     @classmethod
     def copy(cls, photos: CachedPhotos, recipes: Sequence[ViewRecipe], device: torch.device) -> 'DevicePart':
-        """Copy the photos that are not bad, and their targets, to a device."""
-        targets = photos.files.rows.targets[torch.from_numpy(~photos.contents.bad)]
-        return cls(DeviceImages.copy(photos, device), targets.to(device), recipes)
+        """Copy photos and their targets to a device.
+
+        Raises:
+            UserError: All are bad.
+        """
+        if photos.contents.bad.all():
+            raise UserError(f'{photos.files.rows.source}: all of its {len(photos)} images are bad')
+        targets = photos.files.rows.targets.to(device)
+        return cls(DeviceImages.copy(photos, device), targets, recipes, photos.contents.bad)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -90,9 +102,18 @@ class DevicePart:
     def make(self, view: int, rows: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
         """One view of rows (B,): (B, 3, H, W) of 0 to 255."""
         its = self.images
+        views = max(1, min(_VIEWS, _BYTES // (4 * its.pixels[0].numel())))
         return torch.cat([
             make_views(self.recipes[view], its.pixels[some], its.shapes[some], its.sizes[some], seed, view)
-            for some, seed in zip(rows.split(_VIEWS), seeds.split(_VIEWS))])
+            for some, seed in zip(rows.split(views), seeds.split(views))])
+
+    def replace_bad(self, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        """Rows (S, B) with another one in place of each bad one, the one that a loader would take."""
+        rows = rows.copy()
+        for place in np.argwhere(self.bad[rows]).tolist():
+            stand_ins = other_rows(int(seeds[tuple(place)]), len(self))
+            rows[tuple(place)] = next(row for row in stand_ins if not self.bad[row])
+        return rows
 
 
 class DeviceTrainLoader:
@@ -144,7 +165,7 @@ class DeviceTrainLoader:
         return len(self.samplers)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        passes = [self._draws(sampler) for sampler in self.samplers.samplers]
+        passes = [self._draws(*each) for each in zip(self.parts, self.samplers.samplers)]
         for draws in zip(*passes):
             images = torch.cat([
                 part.make(view, rows, seeds) for view in range(self.views)
@@ -155,9 +176,10 @@ class DeviceTrainLoader:
             targets = torch.cat([part.targets[rows] for part, (rows, _) in zip(self.parts, draws)])
             yield images, targets.repeat(self.views, 1)
 
-    def _draws(self, sampler: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _draws(self, part: DevicePart, sampler: ShuffledBatches) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Rows and seeds of each batch; those of a pass come to the device at once."""
         for rows, seeds in sampler.passes():
+            rows = part.replace_bad(rows, seeds)
             yield from zip(*(torch.from_numpy(numbers).to(self.device) for numbers in (rows, seeds)))
 
 

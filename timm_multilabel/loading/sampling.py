@@ -54,10 +54,10 @@ class ShuffledBatches(Sampler[list[Draw]]):
     def passes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The passes of the epoch: rows (S, B) of S batches, and their seeds (S, B)."""
         generator = np.random.default_rng((self.seed, self.epoch, *([self.part] if self.part else [])))
-        left = self.steps if self.batches_of_pass else 0
+        left = self.steps
         while left:
             order = generator.permutation(self.length)[self.rank::self.ranks]
-            seeds = generator.integers(2 ** 32, size=self.length)
+            seeds = generator.integers(2 ** 59, size=self.length)  # so many that no two are alike
             batches = min(left, self.batches_of_pass)
             rows = order[:batches * self.batch_size].reshape(batches, self.batch_size)
             yield rows, seeds[rows]
@@ -98,3 +98,10 @@ class BatchesInOrder(Sampler[list[Draw]]):
     def __iter__(self) -> Iterator[list[Draw]]:
         for start in range(0, len(self.rows), self.batch_size):
             yield [Draw(row, 0) for row in self.rows[start:start + self.batch_size]]
+
+
+def other_rows(seed: int, length: int) -> Iterator[int]:
+    """Rows that may take the place of a draw whose image is bad: endless, and the same for the same seed."""
+    generator = np.random.default_rng(seed)
+    while True:
+        yield int(generator.integers(length))

@@ -60,7 +60,7 @@ class StreamedBatches(IterableDataset):
         self.seed, self.rank, self.ranks, self.steps, self.skip_bad = seed, rank, ranks, steps, skip_bad
         # Shared, since loader processes that stay have this data set as it was when they started.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self.left_out = Queue()  # from loader processes too
+        self.left_out, self.left_out_here = Queue(), []  # by loader processes, and by this one
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         worker = get_worker_info()
@@ -85,7 +85,7 @@ class StreamedBatches(IterableDataset):
                 if not self.skip_bad or bad > len(self.rows):
                     raise
                 for name in {each.photo.name for each in drawn} - {each.photo.name for each in good}:
-                    self.left_out.put(name)
+                    self._leave_out(name)
                 drawn = good
                 continue
             yield images, self.rows.encode([each.sample for each in drawn]).repeat(self.views, 1)
@@ -103,7 +103,7 @@ class StreamedBatches(IterableDataset):
                 except UserError:
                     if not self.skip_bad:
                         raise
-                    self.left_out.put(f'{folder}/{sample.name}')
+                    self._leave_out(f'{folder}/{sample.name}')
                     continue
                 found = True
                 yield _Drawn(sample, photo, self._hash(number, sample.name))
@@ -114,9 +114,15 @@ class StreamedBatches(IterableDataset):
                     f'{self.rows.source}: no image that can be read in the share of process {self.rank + 1} of '
                     f'{self.ranks}; mend the shards')
 
+    def _leave_out(self, name: str) -> None:
+        if get_worker_info() is None:
+            self.left_out_here.append(name)
+        else:
+            self.left_out.put(name)
+
     def bad_names(self) -> list[str]:
         """The bad images found since the last call, as messages name them."""
-        names = []
+        names, self.left_out_here = self.left_out_here, []
         while True:
             try:
                 names.append(self.left_out.get(timeout=0.1))  # a thread brings them
@@ -130,7 +136,7 @@ class StreamedBatches(IterableDataset):
 
     def _hash(self, *parts: Any) -> int:
         text = repr((self.seed, int(self.epoch), *parts))
-        return int.from_bytes(blake2b(text.encode(), digest_size=4).digest(), 'big')
+        return int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), 'big')
 
 
 def _is_good(photo: EncodedPhoto) -> bool:

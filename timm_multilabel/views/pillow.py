@@ -57,7 +57,7 @@ def seeded(seed: int) -> Iterator[None]:
     if in_main_process:
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2 ** 32)
     torch.default_generator.manual_seed(seed)
     try:
         yield
