@@ -14,7 +14,7 @@ import torch
 from common import SPACE, run_ranks, write_data
 from PIL import Image
 from test_loading import PLAIN, spoil
-from test_views import picture
+from test_views import WAITS, Operations, picture
 
 from timm_multilabel.cli import train, validate
 from timm_multilabel.cli.main import run_command
@@ -243,6 +243,16 @@ def test_the_device_makes_the_loaders_batches(photos_dir, ranks):
                 # Large images are kept at half scale, where the host may take a quarter.
                 small = off.mean(dim=(1, 2, 3)) < 0.6
                 assert off.mean() < 3 and small.float().mean() >= 0.4
+
+
+def test_a_step_on_device_images_waits_for_nothing(photos_dir):
+    _, part = device_part(photos_dir, [ViewRecipe((16, 16))] * 2)
+    batches = iter(device.DeviceTrainLoader(
+        [(part, 4)], views=2, seed=0, mean=(0.5,) * 3, std=(0.2,) * 3, re_prob=1.0, re_mode='pixel'))
+    next(batches)  # the draws of the pass came to the device with it
+    with Operations() as seen:
+        next(batches)
+    assert len(seen.names) > 20 and not seen.names & WAITS
 
 
 def test_the_device_replaces_bad_images_as_a_loader_does(photos_dir):

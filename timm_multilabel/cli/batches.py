@@ -216,7 +216,7 @@ class Loaders:
             return files
         return open_cache(
             kind, files, views, folder=Path(self.args.cache_dir).expanduser(), workers=self.workers,
-            skip_bad=self.args.skip_bad_images, say=self.say)
+            skip_bad=self.args.skip_bad_images, say=self.say, flag=self.args.cache)
 
     def _copy(
             self,

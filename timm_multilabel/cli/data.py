@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from timm_multilabel.cli import head_options
-from timm_multilabel.cli.splits import Splits, split_path, stored_heads
+from timm_multilabel.cli.splits import Splits, read_stored, split_path, stored_heads
 from timm_multilabel.data.pool import (
     join_rows,
     real_paths,
@@ -155,7 +155,7 @@ def _splits(
         kinds: Mapping[str, type[Head]],
         say: Callable[[str], None],
 ) -> Splits:
-    stored, columns = Stored.load(folder), args.heads
+    stored, columns = read_stored(folder), args.heads
     if columns is not None:
         columns = [*columns, *(column for group in head_options.groups(args.head).values() for column in group)]
     known = stored_heads(stored, args.head, args.heads, kinds) if args.classification_loss_weight else LabelSpace(())

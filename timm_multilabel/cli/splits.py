@@ -86,6 +86,11 @@ class Splits:
             dist.barrier()  # who reads the files before they are there would make a pass alone
 
 
+def read_stored(folder: Path) -> Stored:
+    """What the JSON files of a data directory say to the first rank, so that all ranks make a pass, or none does."""
+    return replace(all_objects(Stored.load(folder))[0], folder=folder)
+
+
 def split_path(folder: Path, name: str) -> Path:
     """The file of a split: NAME.csv or NAME in the data directory, or a path."""
     candidates = [folder / f'{name}.csv', folder / name, Path(name)]

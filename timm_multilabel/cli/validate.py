@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from timm_multilabel.cli.device import choose_precision, loader_workers, start_device
 from timm_multilabel.cli.flags import count, positive, separator
-from timm_multilabel.cli.splits import Splits
+from timm_multilabel.cli.splits import Splits, read_stored
 from timm_multilabel.data.images import FilePhotos
-from timm_multilabel.data.streams import Stored, StreamedRows, StreamedTable, encode
+from timm_multilabel.data.streams import StreamedRows, StreamedTable, encode
 from timm_multilabel.data.table import Rows, Table, describe_unknown, unknown_labels
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
@@ -130,7 +130,7 @@ def read_split(args: argparse.Namespace, checkpoint: Checkpoint, say) -> Rows | 
     is_path = args.split.endswith('.csv')
     if not is_path and not folder.is_dir():
         raise UserError(f'{folder}: no such data directory')
-    state, stored = checkpoint.state, Stored.load(folder)
+    state, stored = checkpoint.state, read_stored(folder)
     known = checkpoint.label_space
     if stored.label_space is None or not set(known.heads) <= set(stored.label_space.heads):
         known = None

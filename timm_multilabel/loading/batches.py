@@ -114,7 +114,7 @@ class Batches(Dataset):
         return sum(map(len, self.parts))
 
     def __getitems__(self, draws: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
-        images = _empty((self.views, len(draws), *self.parts[0].views.size, 3))
+        images = empty_batch((self.views, len(draws), *self.parts[0].views.size, 3))
         targets, start = [], 0
         for number, part in enumerate(self.parts):
             its = [draw for draw in draws if draw.part == number]
@@ -124,7 +124,7 @@ class Batches(Dataset):
         return images.flatten(0, 1).permute(0, 3, 1, 2), torch.cat(targets).repeat(self.views, 1)
 
 
-def _empty(shape: tuple[int, ...]) -> torch.Tensor:
+def empty_batch(shape: tuple[int, ...]) -> torch.Tensor:
     """Bytes for a batch: in a worker of the memory that goes to the main process without another copy."""
     if get_worker_info() is None:
         return torch.from_numpy(np.empty(shape, np.uint8))  # which takes large pages where there are some

@@ -269,6 +269,7 @@ def open_cache(
         workers: int,
         skip_bad: bool,
         say: Callable[[str], None],
+        flag: str | None = None,
 ) -> CachedPhotos | FilePhotos:
     """Keep the images of rows decoded; where that would not fit, the files themselves.
 
@@ -282,11 +283,12 @@ def open_cache(
         workers: Threads that decode.
         skip_bad: Leave out images that are bad.
         say: Prints a line.
+        flag: The kind that was asked for, where this one is a step to it.
 
     Raises:
         UserError: An image is bad, and such are not left out.
     """
-    title = f'{files.rows.source}: --cache {kind}'
+    title = f'{files.rows.source}: --cache {flag or kind}'
     machines = all_objects((socket.gethostname(), _boot()))
     here = [rank for rank, machine in enumerate(machines) if machine == machines[world()[0]]]
     leader, place, visible = here[0], here.index(world()[0]), not world()[0]

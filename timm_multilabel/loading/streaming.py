@@ -15,7 +15,7 @@ from timm_multilabel.data.images import EncodedPhoto
 from timm_multilabel.data.shards import Sample
 from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.errors import UserError
-from timm_multilabel.loading.batches import Views, as_it_is
+from timm_multilabel.loading.batches import Views, as_it_is, empty_batch
 
 
 class _Drawn(NamedTuple):
@@ -130,7 +130,7 @@ class StreamedBatches(IterableDataset):
                 return names
 
     def _images(self, drawn: list[_Drawn]) -> torch.Tensor:
-        images = torch.empty((self.views, len(drawn), *self.make_views.size, 3), dtype=torch.uint8)
+        images = empty_batch((self.views, len(drawn), *self.make_views.size, 3))
         self.make_views([each.photo for each in drawn], [each.seed for each in drawn], images.numpy())
         return images.flatten(0, 1).permute(0, 3, 1, 2)
 
