@@ -93,7 +93,7 @@ def measure(args: Namespace, flags: list[str], device: torch.device) -> None:
             enough = loaders.workers
         del loaders
     print(f'under {GOAL:.0%} of a step is spent waiting with '
-          + ('none of these' if enough is None else f'{enough} loader processes') + f', {phase.args.model} on {device}')
+          + ('none of these' if enough is None else f'{enough} loader process{"es" * (enough != 1)}') + f', {phase.args.model} on {device}')
 
 
 def add_flags(parser: Parser) -> None:
