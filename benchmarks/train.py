@@ -92,8 +92,8 @@ def measure(args: Namespace, flags: list[str], device: torch.device) -> None:
         if enough is None and share < GOAL:
             enough = loaders.workers
         del loaders
-    print(f'under {GOAL:.0%} of a step is spent waiting with '
-          + ('none of these' if enough is None else f'{enough} loader process{"es" * (enough != 1)}') + f', {phase.args.model} on {device}')
+    which = 'none of these' if enough is None else f'{enough} loader process{"es" * (enough != 1)}'
+    print(f'under {GOAL:.0%} of a step is spent waiting with {which}, {phase.args.model} on {device}')
 
 
 def add_flags(parser: Parser) -> None:
