@@ -170,6 +170,7 @@ def test_bad_images_while_a_cache_is_made(photos_dir):
     assert not list((photos_dir / 'cache').iterdir())
     left = photos_dir / 'cache' / f'.{cache._find_index(files(photos_dir), VIEWS, photos_dir / "cache").stem}-x.tmp'
     left.write_bytes(b'of a run that was killed')
+    os.utime(left, (0, 0))
     for kind in ('ram', 'disk', 'disk'):
         cached = opened(photos_dir, kind, skip_bad=True)
         assert cached.contents.bad.nonzero()[0].tolist() == [1, 2]

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -190,8 +191,9 @@ def _remove_unless_locked(path: Path) -> None:
     try:
         with open(path, 'rb') as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
-    except OSError:  # another run is about to fill it, or has just taken it away
+            if time.time() - path.stat().st_mtime > 60:  # else its process may be about to lock it
+                path.unlink()
+    except OSError:  # another run is filling it, or has just taken it away
         pass
 
 
