@@ -17,9 +17,10 @@ from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
 from timm_multilabel.labels import missing_row
 from timm_multilabel.loading.batches import BadImages, Part, Views
-from timm_multilabel.loading.cache import CachedPhotos, format_size, open_cache
+from timm_multilabel.loading.cache import CachedPhotos, open_cache
 from timm_multilabel.loading.device import DeviceEvalLoader, DevicePart, DeviceTrainLoader, fits
 from timm_multilabel.loading.loaders import MixedBatches, create_eval_loader, create_train_loader
+from timm_multilabel.loading.shared import format_size
 from timm_multilabel.loading.streaming import create_stream_loader
 from timm_multilabel.task import JointTask
 from timm_multilabel.views.opencv import OpenCVViews

@@ -1,24 +1,18 @@
 """Decoded images as bytes, in memory or on disk, shared by the workers and the ranks of a machine."""
-import fcntl
 import hashlib
-import mmap
 import os
 import shutil
 import socket
-import tempfile
-import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import PIL
-import psutil
 import simplejpeg
 from tqdm import tqdm
 
@@ -26,6 +20,7 @@ from timm_multilabel.data.images import REDUCTIONS, DecodedPhoto, FilePhotos, Ph
 from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import write_whole
+from timm_multilabel.loading.shared import SharedBytes, format_size, free_memory
 
 FORMAT = 1  # of the files; another one is another cache
 _SHARE = 0.8  # of the memory or the disk that is free, what a cache may take at most
@@ -110,91 +105,6 @@ class Contents:
         return [
             (each, (-(-height // each), -(-width // each), 3))
             for each in REDUCTIONS[self.first[row]:self.last[row] + 1]]
-
-
-class SharedBytes:
-    """A file that processes map into their memory; pickled, it is its path, and mapped anew where it is needed.
-
-    Args:
-        path: The file.
-        length: Its bytes, at least one.
-        writable: Map it for writing.
-        descriptor: The open file, where only that keeps it alive.
-    """
-
-    def __init__(self, path: str, length: int, writable: bool = False, descriptor: int | None = None):
-        self.path, self.length, self.writable, self.descriptor = path, length, writable, descriptor
-
-    @classmethod
-    def in_memory(cls, length: int) -> 'SharedBytes':
-        """Memory without a name in any folder, where the system has such; it goes when the last process ends."""
-        if hasattr(os, 'memfd_create'):
-            descriptor = os.memfd_create('timm-multilabel')
-            path = _path_of(descriptor)
-        else:
-            descriptor, path = tempfile.mkstemp(prefix='timm-multilabel-')
-        os.ftruncate(descriptor, length)
-        return cls(path, length, True, descriptor)
-
-    @classmethod
-    def of_file(cls, path: Path, length: int) -> 'SharedBytes':
-        """A file that is there, and stays what it is for this and its processes even where another takes its place."""
-        descriptor = os.open(path, os.O_RDONLY)
-        opened = _path_of(descriptor)
-        return cls(opened if os.path.exists(opened) else str(path), length, descriptor=descriptor).open()
-
-    @classmethod
-    def in_file(cls, folder: Path, name: str, length: int) -> 'SharedBytes':
-        """A new file `.NAME-....tmp`, its room on the disk taken; it is locked while this process has it."""
-        for path in folder.glob(f'.{name}-*.tmp'):
-            _remove_unless_locked(path)  # what a run that was killed has left
-        descriptor, path = tempfile.mkstemp('.tmp', f'.{name}-', folder)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        try:
-            if hasattr(os, 'posix_fallocate'):
-                os.posix_fallocate(descriptor, 0, length)
-            else:
-                os.ftruncate(descriptor, length)
-        except OSError:
-            os.unlink(path)
-            raise
-        return cls(path, length, True, descriptor)
-
-    def open(self) -> 'SharedBytes':
-        """This, mapped now, while the process that made it is there."""
-        assert len(self.array) == self.length
-        return self
-
-    @cached_property
-    def array(self) -> np.ndarray:
-        """The bytes."""
-        access = mmap.ACCESS_WRITE if self.writable else mmap.ACCESS_READ
-        with open(self.path, 'r+b' if self.writable else 'rb') as file:
-            return np.frombuffer(mmap.mmap(file.fileno(), self.length, access=access), np.uint8)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return SharedBytes, (self.path, self.length, self.writable)
-
-    def __del__(self):
-        if self.descriptor is not None:
-            os.close(self.descriptor)
-            if os.path.basename(self.path).startswith('timm-multilabel-'):  # the file that stands for memory
-                os.unlink(self.path)
-
-
-def _path_of(descriptor: int) -> str:
-    """A path by which other processes may open a file that this one has open (Linux)."""
-    return f'/proc/{os.getpid()}/fd/{descriptor}'
-
-
-def _remove_unless_locked(path: Path) -> None:
-    try:
-        with open(path, 'rb') as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if time.time() - path.stat().st_mtime > 60:  # else its process may be about to lock it
-                path.unlink()
-    except OSError:  # another run is filling it, or has just taken it away
-        pass
 
 
 class CachedPhotos:
@@ -428,32 +338,6 @@ def _finish(index: Path, shared: SharedBytes, contents: Contents, old: Path | No
     if old is not None:
         old.unlink(missing_ok=True)  # who has it open keeps it
     return path
-
-
-def free_memory() -> int:
-    """Bytes of memory that this process may still take, its container's limit included."""
-    return max(0, min([psutil.virtual_memory().available, *_container_memory()]))
-
-
-def _container_memory() -> Iterator[int]:
-    """Bytes that the control groups of this process (cgroups, version 2) still allow; caches of files may go."""
-    root = Path('/sys/fs/cgroup')
-    try:
-        own = root / Path('/proc/self/cgroup').read_text().strip().rpartition('::/')[2]
-    except OSError:
-        return
-    for folder in (own, *own.parents):
-        try:
-            limit, used = (int((folder / f'memory.{name}').read_text()) for name in ('max', 'current'))
-            statistics = dict(line.split() for line in (folder / 'memory.stat').read_text().splitlines())
-            yield limit - used + int(statistics['inactive_file'])
-        except (OSError, ValueError, KeyError):  # no limit ('max'), or no such group
-            continue
-
-
-def format_size(count: float) -> str:
-    """Bytes for a person."""
-    return f'{count / 1e9:.2f} GB' if count >= 1e8 else f'{count / 1e6:.1f} MB'
 
 
 def _bar(title: str, total: int, visible: bool) -> tqdm:

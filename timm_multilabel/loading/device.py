@@ -9,9 +9,10 @@ from timm.data.random_erasing import RandomErasing
 
 from timm_multilabel.data.images import REDUCTIONS
 from timm_multilabel.errors import UserError
-from timm_multilabel.loading.cache import CachedPhotos, free_memory
+from timm_multilabel.loading.cache import CachedPhotos
 from timm_multilabel.loading.loaders import shuffled_batches
 from timm_multilabel.loading.sampling import ShuffledBatches, other_rows
+from timm_multilabel.loading.shared import free_memory
 from timm_multilabel.views.device import make_views
 from timm_multilabel.views.recipe import ViewRecipe
 
