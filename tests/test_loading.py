@@ -164,6 +164,15 @@ def test_a_bad_image_of_the_evaluation_is_not_scored(data_dir):
     assert torch.equal(targets, expected)
 
 
+def test_an_error_that_no_image_explains_ends_the_run(data_dir):
+    class Broken(PillowViews):
+        def __call__(self, photos, seeds, out):
+            raise UserError('broken')
+
+    with pytest.raises(UserError, match='broken'):
+        list(loader(data_dir, Broken(plain().transforms, (16, 16)), skip_bad=True))
+
+
 def test_all_images_bad_is_an_error(data_dir):
     for path in (data_dir / 'images').iterdir():
         path.write_bytes(b'')

@@ -67,9 +67,8 @@ class Part:
         try:
             self.views([photo for _, photo in good], seeds, out)
         except UserError:  # a header was well, and the rest is not
-            for index, photo in good:
-                if index is not None:
-                    self._try(index, photo)
+            if not any([self._is_bad(index, photo) for index, photo in good if index is not None]):
+                raise
             return self.write(draws, out)
         return torch.stack([self.stand_in if index is None else self.rows.targets[index] for index, _ in good])
 
@@ -91,12 +90,14 @@ class Part:
         return [f'{self.rows.images[index]} ({self.rows.where(index)})'
                 for index in self.bad.nonzero().flatten().tolist()]
 
-    def _try(self, index: int, photo: Photo) -> None:
-        """Find out whether a photo is bad."""
+    def _is_bad(self, index: int, photo: Photo) -> bool:
+        """Whether a photo is bad; kept in mind where it is."""
         try:
             photo.decode()
+            return False
         except UserError:
             self.bad[index] = True
+            return True
 
 
 class Batches(Dataset):

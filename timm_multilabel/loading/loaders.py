@@ -124,12 +124,19 @@ def _data_loader(
         Batches(parts, views),
         batch_sampler=sampler,
         collate_fn=as_it_is,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=device.type == 'cuda',
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # else starting workers, once a run, would draw from the run's own generator
+        **worker_options(device, workers),
     )
+
+
+def worker_options(device: torch.device, workers: int) -> dict[str, Any]:
+    """How a loader starts its processes, and hands over what they make."""
+    return {
+        'num_workers': workers,
+        'persistent_workers': workers > 0,
+        'pin_memory': device.type == 'cuda',
+        'worker_init_fn': _start_worker,
+        'generator': torch.Generator(),  # else starting workers, once a run, would draw from the run's own generator
+    }
 
 
 def _start_worker(worker: int) -> None:

@@ -6,7 +6,6 @@ from multiprocessing import Queue
 from queue import Empty
 from typing import Any, NamedTuple
 
-import cv2
 import torch
 from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -16,6 +15,7 @@ from timm_multilabel.data.shards import Sample
 from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.errors import UserError
 from timm_multilabel.loading.batches import Views, as_it_is, empty_batch
+from timm_multilabel.loading.loaders import worker_options
 
 
 class _Drawn(NamedTuple):
@@ -67,7 +67,6 @@ class StreamedBatches(IterableDataset):
         if worker is None:
             return islice(self._batches(), self.steps)
         self.left_out.cancel_join_thread()  # none waits with its end for names to be read
-        cv2.setNumThreads(0)  # as for the workers of `loaders.py`
         share = None if self.steps is None else len(range(worker.id, self.steps, worker.num_workers))
         return islice(self._batches(), share)
 
@@ -82,7 +81,7 @@ class StreamedBatches(IterableDataset):
             except UserError:
                 good = [each for each in drawn if _is_good(each.photo)]
                 bad += len(drawn) - len(good)
-                if not self.skip_bad or bad > len(self.rows):
+                if not self.skip_bad or len(good) == len(drawn) or bad > len(self.rows):
                     raise
                 for name in {each.photo.name for each in drawn} - {each.photo.name for each in good}:
                     self._leave_out(name)
@@ -186,13 +185,5 @@ def create_stream_loader(
     workers = rows.shards.workers(workers, ranks)
     batches = StreamedBatches(
         rows, make_views, views, batch_size, seed=seed, rank=rank, ranks=ranks, steps=steps, skip_bad=skip_bad)
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        collate_fn=as_it_is,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=device.type == 'cuda',
-        generator=torch.Generator(),  # as in `loaders.py`
-    )
+    loader = DataLoader(batches, batch_size=None, collate_fn=as_it_is, **worker_options(device, workers))
     return StreamLoader(loader, mean, std, device=device, **random_erasing)

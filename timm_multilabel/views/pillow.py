@@ -1,7 +1,7 @@
 """Views through Pillow and torchvision: timm's policies as they are, SimCLR's recipe to the letter, evaluation."""
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -25,19 +25,20 @@ class PillowViews:
     Args:
         transforms: A transform for each view.
         size: (H, W) of what they give.
+        random: They draw random numbers.
     """
 
     scales_key = 'whole'
     """What the reductions depend on that views could ask for."""
 
-    def __init__(self, transforms: Sequence[Transform], size: tuple[int, int]):
-        self.transforms, self.size = tuple(transforms), size
+    def __init__(self, transforms: Sequence[Transform], size: tuple[int, int], random: bool = True):
+        self.transforms, self.size, self.random = tuple(transforms), size, random
 
     def __call__(self, photos: Sequence[Photo], seeds: Sequence[int], out: np.ndarray) -> None:
         """Write the views of N images into `out` (V, N, H, W, 3), uint8."""
         for n, (photo, seed) in enumerate(zip(photos, seeds, strict=True)):
             image = Image.fromarray(photo.decode())
-            with seeded(seed):
+            with seeded(seed) if self.random else nullcontext():
                 for view, transform in enumerate(self.transforms):
                     out[view, n] = transform(image)
 
@@ -107,7 +108,7 @@ def eval_views(size: tuple[int, int], interpolation: str, crop_pct: float, crop_
     steps = create_transform(
         size, is_training=False, use_prefetcher=True, interpolation=interpolation, crop_pct=crop_pct,
         crop_mode=crop_mode).transforms[:-1]
-    return PillowViews([transforms.Compose([_quicker(step) for step in steps])], size)
+    return PillowViews([transforms.Compose([_quicker(step) for step in steps])], size, random=False)
 
 
 def _quicker(step: Callable) -> Callable:
