@@ -154,7 +154,7 @@ class Loaders:
         else:
             parts, on_device = self._train_on_files(task, data, data_config, kind, shared, of_train)
         if args.mixup or args.cutmix:
-            self.train = MixedBatches(self.train, _mixup(args, task), task.label_space)
+            self.train = MixedBatches(self.train, _mixup(args, task), task.label_space, args.seed, rank)
         self.eval = None
         if data.eval_rows is not None:
             views = eval_views(

@@ -8,9 +8,10 @@ import torch
 from timm.data.random_erasing import RandomErasing
 
 from timm_multilabel.data.images import REDUCTIONS
+from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import UserError
 from timm_multilabel.loading.cache import CachedPhotos
-from timm_multilabel.loading.loaders import shuffled_batches
+from timm_multilabel.loading.loaders import RepeatableErasing, names_of, shuffled_batches
 from timm_multilabel.loading.sampling import ShuffledBatches, other_rows
 from timm_multilabel.loading.shared import free_memory
 from timm_multilabel.views.device import make_views
@@ -79,11 +80,13 @@ class DevicePart:
         targets: Their targets (N, W), on the device.
         recipes: The recipe of each view.
         bad: Rows whose image is bad (N,), on the host; another row takes the place of each.
+        rows: The rows.
     """
     images: DeviceImages
     targets: torch.Tensor
     recipes: Sequence[ViewRecipe]
     bad: np.ndarray
+    rows: Rows
 
     @classmethod
     def copy(cls, photos: CachedPhotos, recipes: Sequence[ViewRecipe], device: torch.device) -> 'DevicePart':
@@ -95,7 +98,7 @@ class DevicePart:
         if photos.contents.bad.all():
             raise UserError(f'{photos.files.rows.source}: all of its {len(photos)} images are bad')
         targets = photos.files.rows.targets.to(device)
-        return cls(DeviceImages.copy(photos, device), targets, recipes, photos.contents.bad)
+        return cls(DeviceImages.copy(photos, device), targets, recipes, photos.contents.bad, photos.files.rows)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -155,12 +158,19 @@ class DeviceTrainLoader:
             255 * torch.tensor(numbers, device=self.device).view(1, -1, 1, 1) for numbers in (mean, std))
         self.erase = None
         if re_prob:
-            self.erase = RandomErasing(
-                re_prob, mode=re_mode, max_count=re_count, num_splits=re_num_splits, device=self.device)
+            self.erase = RepeatableErasing(RandomErasing(
+                re_prob, mode=re_mode, max_count=re_count, num_splits=re_num_splits, device=self.device), seed, rank)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that the next pass draws."""
-        self.samplers.set_epoch(epoch)
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Set the epoch that the next pass draws, and the first of its batches."""
+        self.samplers.set_epoch(epoch, first)
+        if self.erase is not None:
+            self.erase.set_epoch(epoch, first)
+
+    def rows_of(self, epoch: int, step: int) -> list[str]:
+        """The rows of a batch, as messages name them; a bad image's place has been taken by another."""
+        self.set_epoch(epoch, step)
+        return names_of(next(iter(self.samplers)), [part.rows for part in self.parts])
 
     def __len__(self) -> int:
         return len(self.samplers)

@@ -4,6 +4,7 @@ A batch is `(images, targets)`: images (V * B, 3, H, W) float, normalised, view-
 second ones), and targets (V * B, W), repeated for each view. With a pool of unlabelled images the last of the B are of
 the pool.
 """
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,19 +12,71 @@ import cv2
 import torch
 from timm.data import Mixup
 from timm.data.loader import PrefetchLoader
+from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Sampler
 
+from timm_multilabel.data.table import Rows
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.loading.batches import Batches, Part, as_it_is
-from timm_multilabel.loading.sampling import BatchesInOrder, JoinedBatches, ShuffledBatches
+from timm_multilabel.loading.sampling import BatchesInOrder, Draw, JoinedBatches, ShuffledBatches
+from timm_multilabel.seeds import ERASING, MIXING, seed_step
+
+
+class RepeatableErasing:
+    """Random erasing whose randomness in a batch depends on (seed, rank, epoch, number of the batch) alone.
+
+    Args:
+        erase: timm's.
+        seed: Seed of the run.
+        rank: This process.
+    """
+
+    def __init__(self, erase: RandomErasing, seed: int, rank: int):
+        self.erase, self.seed, self.rank = erase, seed, rank
+        self.epoch = self.batch = 0
+
+    def set_epoch(self, epoch: int, first: int) -> None:
+        """Set the epoch, and the number of the batch that comes next."""
+        self.epoch, self.batch = epoch, first
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        seed_step(ERASING, self.seed, self.rank, self.epoch, self.batch)
+        self.batch += 1
+        return self.erase(images)
 
 
 class TrainLoader(PrefetchLoader):
-    """timm's loader over draws of an epoch."""
+    """timm's loader over draws of an epoch.
 
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that the next pass draws."""
-        self.loader.batch_sampler.set_epoch(epoch)
+    Args:
+        loader: Makes the batches.
+        seed: Seed of the run.
+        rank: This process.
+        args: Further ones of timm's loader.
+        kwargs: Further ones of timm's loader.
+    """
+
+    def __init__(self, loader: DataLoader, *args: Any, seed: int, rank: int, **kwargs: Any):
+        super().__init__(loader, *args, **kwargs)
+        if self.random_erasing is not None:
+            self.random_erasing = RepeatableErasing(self.random_erasing, seed, rank)
+
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Set the epoch that the next pass draws, and the first of its batches."""
+        self.loader.batch_sampler.set_epoch(epoch, first)
+        if self.random_erasing is not None:
+            self.random_erasing.set_epoch(epoch, first)
+
+    def rows_of(self, epoch: int, step: int) -> list[str]:
+        """The rows of a batch, as messages name them."""
+        self.set_epoch(epoch, step)
+        return names_of(next(iter(self.loader.batch_sampler)), [part.rows for part in self.loader.dataset.parts])
+
+
+def names_of(draws: Sequence[Draw], rows: Sequence[Rows]) -> list[str]:
+    """The rows of draws, by part, as messages name them."""
+    return [rows[draw.part].where(draw.index) if rows[draw.part].numbers[draw.index] else
+            str(rows[draw.part].images[draw.index]) for draw in draws]
 
 
 class MixedBatches:
@@ -33,17 +86,25 @@ class MixedBatches:
     its share, and zero where the label is missing.
     """
 
-    def __init__(self, loader: PrefetchLoader, mixup: Mixup, label_space: LabelSpace):
+    def __init__(self, loader: TrainLoader, mixup: Mixup, label_space: LabelSpace, seed: int, rank: int = 0):
         self.loader, self.mixup, self.label_space = loader, mixup, label_space
+        self.seed, self.rank, self.epoch, self.first = seed, rank, 0, 0
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.loader.set_epoch(epoch)
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Set the epoch that the next pass draws, and the first of its batches."""
+        self.epoch, self.first = epoch, first
+        self.loader.set_epoch(epoch, first)
+
+    def rows_of(self, epoch: int, step: int) -> list[str]:
+        """The rows of a batch, as messages name them."""
+        return self.loader.rows_of(epoch, step)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for images, targets in self.loader:
+        for batch, (images, targets) in enumerate(self.loader, self.first):
+            seed_step(MIXING, self.seed, self.rank, self.epoch, batch)
             yield self.mixup(images, one_hot(targets, self.label_space))
 
 
@@ -80,7 +141,7 @@ def create_train_loader(
     """
     samplers = shuffled_batches(parts, seed, rank, ranks, steps)
     loader = _data_loader([part for part, _ in parts], views, samplers, device, workers)
-    return TrainLoader(loader, mean, std, device=device, **random_erasing)
+    return TrainLoader(loader, mean, std, device=device, seed=seed, rank=rank, **random_erasing)
 
 
 def shuffled_batches(
@@ -140,4 +201,6 @@ def worker_options(device: torch.device, workers: int) -> dict[str, Any]:
 
 
 def _start_worker(worker: int) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)  # the main process has its last batches made; a worker ends with it
     cv2.setNumThreads(0)  # a worker is one of many, and OpenCV's threads do not survive the fork that made it

@@ -43,25 +43,28 @@ class ShuffledBatches(Sampler[list[Draw]]):
         self.batches_of_pass = length // ranks // batch_size
         self.steps = self.batches_of_pass if steps is None else steps
         self.part = part
-        self.epoch = 0
+        self.epoch = self.first = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Set the epoch that the next pass draws, and the first of its batches."""
+        self.epoch, self.first = epoch, first
 
     def __len__(self) -> int:
         return self.steps
 
     def passes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The passes of the epoch: rows (S, B) of S batches, and their seeds (S, B)."""
+        """The passes of the epoch from its first batch on: rows (S, B) of S batches, and their seeds (S, B)."""
         generator = np.random.default_rng((self.seed, self.epoch, *([self.part] if self.part else [])))
-        left = self.steps
+        left, skipped = self.steps, self.first
         while left:
             order = generator.permutation(self.length)[self.rank::self.ranks]
             seeds = generator.integers(2 ** 59, size=self.length)  # so many that no two are alike
             batches = min(left, self.batches_of_pass)
-            rows = order[:batches * self.batch_size].reshape(batches, self.batch_size)
-            yield rows, seeds[rows]
+            rows = order[:batches * self.batch_size].reshape(batches, self.batch_size)[skipped:]
+            if len(rows):
+                yield rows, seeds[rows]
             left -= batches
+            skipped = max(0, skipped - batches)
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for rows, seeds in self.passes():
@@ -75,9 +78,10 @@ class JoinedBatches(Sampler[list[Draw]]):
     def __init__(self, samplers: list[ShuffledBatches]):
         self.samplers = samplers
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Set the epoch that the next pass draws, and the first of its batches."""
         for sampler in self.samplers:
-            sampler.set_epoch(epoch)
+            sampler.set_epoch(epoch, first)
 
     def __len__(self) -> int:
         return min(map(len, self.samplers))

@@ -7,7 +7,6 @@ from queue import Empty
 from typing import Any, NamedTuple
 
 import torch
-from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from timm_multilabel.data.images import EncodedPhoto
@@ -15,7 +14,7 @@ from timm_multilabel.data.shards import Sample
 from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.errors import UserError
 from timm_multilabel.loading.batches import Views, as_it_is, empty_batch
-from timm_multilabel.loading.loaders import worker_options
+from timm_multilabel.loading.loaders import TrainLoader, worker_options
 
 
 class _Drawn(NamedTuple):
@@ -59,23 +58,33 @@ class StreamedBatches(IterableDataset):
         self.rows, self.make_views, self.views, self.batch_size = rows, make_views, views, batch_size
         self.seed, self.rank, self.ranks, self.steps, self.skip_bad = seed, rank, ranks, steps, skip_bad
         # Shared, since loader processes that stay have this data set as it was when they started.
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.epoch, self.first = (torch.zeros((), dtype=torch.int64).share_memory_() for _ in range(2))
         self.left_out, self.left_out_here = Queue(), []  # by loader processes, and by this one
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         worker = get_worker_info()
         if worker is None:
-            return islice(self._batches(), self.steps)
+            return islice(self._batches(int(self.first)), self.steps)
         self.left_out.cancel_join_thread()  # none waits with its end for names to be read
         share = None if self.steps is None else len(range(worker.id, self.steps, worker.num_workers))
-        return islice(self._batches(), share)
+        return islice(self._batches(len(range(worker.id, int(self.first), worker.num_workers))), share)
 
-    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _batches(self, skipped: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The batches of this process.
+
+        Args:
+            skipped: So many of the first ones were trained on already: they come without images.
+        """
         draws, drawn, bad = self._draws(), [], 0
         while True:
             drawn += islice(draws, self.batch_size - len(drawn))
             if not drawn:
                 return
+            if skipped and not self.skip_bad:  # else a bad image among them tells which samples come later
+                skipped -= 1
+                yield torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0)
+                drawn = []
+                continue
             try:
                 images = self._images(drawn)
             except UserError:
@@ -146,8 +155,11 @@ def _is_good(photo: EncodedPhoto) -> bool:
     return True
 
 
-class StreamLoader(PrefetchLoader):
+class StreamLoader(TrainLoader):
     """timm's loader over streamed batches."""
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return islice(super().__iter__(), int(self.loader.dataset.first), None)
 
     def __len__(self) -> int:
         """The batches of an epoch; in evaluation, where each process has a last one, about as many."""
@@ -156,9 +168,16 @@ class StreamLoader(PrefetchLoader):
             return batches.steps
         return -(-len(batches.rows) // batches.ranks // batches.batch_size)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that the next pass draws."""
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Set the epoch that the next pass draws, and the first of its batches that is wanted."""
         self.loader.dataset.epoch.fill_(epoch)
+        self.loader.dataset.first.fill_(first)
+        if self.random_erasing is not None:
+            self.random_erasing.set_epoch(epoch, 0)  # those before it come too
+
+    def rows_of(self, epoch: int, step: int) -> list[str]:
+        """Streamed rows have no numbers; the batch is named by its place."""
+        return [f'batch {step + 1} of epoch {epoch + 1} of the shards {self.loader.dataset.rows.source}']
 
 
 def create_stream_loader(
@@ -186,4 +205,4 @@ def create_stream_loader(
     batches = StreamedBatches(
         rows, make_views, views, batch_size, seed=seed, rank=rank, ranks=ranks, steps=steps, skip_bad=skip_bad)
     loader = DataLoader(batches, batch_size=None, collate_fn=as_it_is, **worker_options(device, workers))
-    return StreamLoader(loader, mean, std, device=device, **random_erasing)
+    return StreamLoader(loader, mean, std, device=device, seed=seed, rank=rank, **random_erasing)
