@@ -16,8 +16,10 @@ from timm_multilabel.heads import KINDS
 from timm_multilabel.model import MultiLabelModel
 from timm_multilabel.task import JointTask
 from timm_multilabel.training.checkpoint import read_checkpoint
-from timm_multilabel.training.loop import Fit, Precision, Updater, make_scaler, train_epoch
+from timm_multilabel.training.loop import Fit, Precision, make_scaler
+from timm_multilabel.training.place import Place
 from timm_multilabel.training.progress import Progress
+from timm_multilabel.training.updater import Updater
 
 CPU = Precision(torch.device('cpu'))
 
@@ -30,7 +32,8 @@ def batches(count, seed=0):
 
 def train(task, loader, precision=CPU, epoch=0, **updater):
     optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.1)
-    return train_epoch(Updater(task, optimizer, **updater), loader, precision, epoch, Progress('', len(loader), False))
+    fit = Fit(Updater(task, optimizer, **updater), precision, Loader(loader), None, images_per_step=6, seed=0)
+    return fit.train(epoch, Place(epoch), 0.1, Progress('', len(loader), False))
 
 
 def weights(task):
@@ -136,7 +139,7 @@ class Normed(nn.Module):
 
 
 class Loader(list):
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch, first=0):
         pass
 
 

@@ -1,21 +1,63 @@
 """Files written whole or not at all."""
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+from timm_multilabel.errors import UserError
 
 
-def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Write a file beside its final place and rename it, so that a reader or a crash never meets half of it.
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file that is written beside its final place, and renamed when all of it is on disk.
 
-    Text is written as UTF-8, line ends as they are. The folder must exist.
+    A reader, a crash or a loss of power never meets half of it. The folder must exist.
+
+    Raises:
+        UserError: The disk is full, or the folder cannot be written to; what was there before is left as it is.
     """
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    data = content.encode('utf-8') if isinstance(content, str) else content
     try:
         with open(temporary, 'wb') as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        before = ', and what was there before is left as it is' if path.exists() else ''
+        raise UserError(f'{path}: cannot be written ({error.strerror}){before}; make room or mend that') from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """Write a file as `whole_file` does; text as UTF-8, line ends as they are."""
+    with whole_file(path) as file:
+        file.write(content.encode('utf-8') if isinstance(content, str) else content)
+
+
+def link_whole(source: str | Path, path: str | Path) -> None:
+    """Give a file another name, in place of the file that may have it; where there are no links, a copy."""
+    path = Path(path)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        os.link(source, temporary)
+    except OSError:
+        write_whole(path, Path(source).read_bytes())
+        return
+    os.replace(temporary, path)  # does nothing where both are one file already
+    temporary.unlink(missing_ok=True)
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Let the names in a folder reach the disk."""
+    if hasattr(os, 'O_DIRECTORY'):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

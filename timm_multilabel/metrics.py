@@ -183,16 +183,18 @@ class TrainingMeter:
         self.losses = _zeros(len(heads), device=device)
         self.hits = _zeros(2, len(heads), device=device)
         self.shares = _zeros(len(heads), device=device)
-        self.steps = 0
+        self.steps = _zeros(1, device=device)
 
     @torch.no_grad()
     def update(self, result: dict[str, Any]) -> None:
-        """Add a step: what `JointTask` returned."""
-        self.totals += torch.stack([result['loss'].detach(), *(result[f'{term}_loss'] for term in self.terms)])
-        self.losses += result['head_losses']
+        """Add a step: what `JointTask` returned; its losses only where the objective is a finite number."""
+        finite = result['loss'].detach().isfinite()
+        losses = torch.stack([result['loss'].detach(), *(result[f'{term}_loss'] for term in self.terms)])
+        self.totals += torch.where(finite, losses, 0)
+        self.losses += torch.where(finite, result['head_losses'], 0)
         if 'pseudo_label_shares' in result:
-            self.shares += result['pseudo_label_shares']
-        self.steps += 1
+            self.shares += torch.where(finite, result['pseudo_label_shares'], 0)
+        self.steps += finite
         for column, (name, target) in enumerate(result['target'].items()):
             head = self.heads[name]
             if not isinstance(head.labels, LabelSet):
@@ -202,15 +204,29 @@ class TrainingMeter:
             self.hits[0, column] += (head.predict(result['output'][name]) == target).sum()
             self.hits[1, column] += (target != MISSING).sum()
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """The sums so far."""
+        return {name: getattr(self, name) for name in ('totals', 'losses', 'hits', 'shares', 'steps')}
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from sums."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+
+    @staticmethod
+    def join(states: list[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The sums of several ranks as one."""
+        return {name: sum(state[name] for state in states) for name in states[0]}
+
     def compute(self, distributed: bool = False) -> dict[str, float]:
         """'train_loss', its weighted terms '<term>_loss', 'train_<head>_loss', of classes 'train_<head>_top1', and with
         pseudo-labels 'train_<head>_pseudo_labelled', the percentage that passes; reads from the device.
         """
-        tensors, ranks = [self.totals, self.losses, self.hits, self.shares], 1
+        tensors = list(self.state().values())
         if distributed:
-            tensors, ranks = [sum_over_ranks(tensor) for tensor in tensors], dist.get_world_size()
-        steps = max(self.steps, 1) * ranks
-        (total, *terms), losses, (correct, labels), shares = (tensor.tolist() for tensor in tensors)
+            tensors = [sum_over_ranks(tensor) for tensor in tensors]
+        (total, *terms), losses, (correct, labels), shares, (steps,) = (tensor.tolist() for tensor in tensors)
+        steps = max(steps, 1)
         figures = {'train_loss': total / steps}
         figures |= {f'{name}_loss': value / steps for name, value in zip(self.terms, terms, strict=True)}
         for column, (name, head) in enumerate(self.heads.items()):

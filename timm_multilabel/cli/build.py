@@ -8,7 +8,6 @@ import torch
 from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.scheduler import create_scheduler_v2
-from timm.utils import CheckpointSaver
 
 from timm_multilabel.cli import head_options
 from timm_multilabel.cli.data import Data
@@ -18,7 +17,9 @@ from timm_multilabel.model import MultiLabelModel, create_backbone
 from timm_multilabel.optim import create_optimizer
 from timm_multilabel.task import JointTask, Pool
 from timm_multilabel.training.checkpoint import Checkpoint
-from timm_multilabel.training.loop import Precision, Updater, make_scaler
+from timm_multilabel.training.loop import Precision, make_scaler
+from timm_multilabel.training.saver import WholeSaver
+from timm_multilabel.training.updater import Updater
 
 
 def model(
@@ -232,9 +233,9 @@ def saver(
         metric: str,
         folder: Path,
         checkpoint: Checkpoint | None,
-) -> CheckpointSaver:
+) -> WholeSaver:
     """timm's checkpoint saver, with the history of the run that goes on."""
-    made = CheckpointSaver(
+    made = WholeSaver(
         model=task.get_eval_model(),
         task=task,
         optimizer=updater.optimizer,
@@ -244,5 +245,5 @@ def saver(
         max_history=args.checkpoint_hist,
     )
     if checkpoint is not None:
-        made.load_state_dict(checkpoint.state['saver'])
+        made.go_on(checkpoint.path, checkpoint.state)
     return made

@@ -8,6 +8,7 @@ from types import ModuleType
 from timm_multilabel.cli import sample, split, train, validate
 from timm_multilabel.cli.flags import Parser, parse_with_config
 from timm_multilabel.errors import UserError
+from timm_multilabel.training.signals import SAVED, Stopped
 
 COMMANDS = (train, validate, sample, split)
 
@@ -37,10 +38,18 @@ def run_command(command: ModuleType, prog: str, argv: Sequence[str]) -> None:
         line = error.line if isinstance(error, UserError) else f'{error.filename}: {error.strerror}'
         print(f'{prog}: error: {line}', file=sys.stderr, flush=True)
         sys.exit(2)
+    except Stopped as stop:
+        if not int(os.environ.get('RANK', 0)):
+            print(f'{prog}: {stop}; go on with --resume', file=sys.stderr, flush=True)
+        sys.exit(SAVED)
     except KeyboardInterrupt:
         print(f'{prog}: stopped', file=sys.stderr)
         sys.exit(130)
-    except Exception:
+    except Exception as error:
+        if str(error).startswith('DataLoader worker'):
+            print(f'{prog}: error: {" ".join(str(error).split())} -- a loader process has died; if it was killed for '
+                  'want of memory, lower -j or -b', file=sys.stderr, flush=True)
+            sys.exit(1)
         if int(os.environ.get('WORLD_SIZE', 1)) > 1:
             # Where another rank has ended, its error is the one to read: the launcher ends this one while it waits.
             time.sleep(5)

@@ -1,6 +1,7 @@
 """Train a timm backbone on several labels at once, together with SimCLR and with images that have no label."""
 import argparse
 import gc
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +16,21 @@ from timm_multilabel.cli.batches import Loaders
 from timm_multilabel.cli.checks import check_metric, check_phases, check_terms, resolve_weights
 from timm_multilabel.cli.data import read_data
 from timm_multilabel.cli.device import choose_precision, start_device
-from timm_multilabel.distributed import world
+from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import UserError
-from timm_multilabel.training.checkpoint import Checkpoint, of_task, read_checkpoint, resume, start_from
+from timm_multilabel.training.checkpoint import (
+    Checkpoint,
+    newest_checkpoint,
+    of_task,
+    read_checkpoint,
+    resume,
+    start_from,
+    what_differs,
+)
 from timm_multilabel.training.loop import Fit
-from timm_multilabel.training.run_folder import RunFolder, phase_folder, run_folder_path
+from timm_multilabel.training.place import Place
+from timm_multilabel.training.run_folder import RunFolder, find_launched, phase_folder, run_folder_path
+from timm_multilabel.training.signals import StopSignals
 
 NAME = 'train'
 HELP = 'train a backbone on the labels of a CSV, together with SimCLR'
@@ -37,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     if args.old_amp:
         say('--apex-amp and --native-amp are read as --amp: PyTorch has mixed precision of its own')
     phases = [Phase(each, device, say) for each in flags]
-    checkpoint = read_checkpoint(args.resume) if args.resume else None
+    checkpoint = find_checkpoint(args, say)
     start = read_checkpoint(args.initial_checkpoint) if args.initial_checkpoint and checkpoint is None else None
     names = [phase.name for phase in phases] if args.phases else []
     first_phase = find_phase(checkpoint, names) if checkpoint is not None else 0
@@ -45,18 +56,19 @@ def run(args: argparse.Namespace) -> None:
         rehearse(phases[first_phase:], start, checkpoint)
 
     folder, writer = None, None
-    for index in range(first_phase, len(phases)):
-        phase = phases[index]
-        phase.make(start, checkpoint, say)
-        phase.task.metadata |= {'phase': index, 'phases': names}
-        start = None  # it holds the weights of the phase before
-        if folder is None:
-            folder = find_folder(args, phase, checkpoint, names, index)
-            if world()[0] == 0:
-                writer = RunFolder(folder, settings(args), phases[-1].data.label_space, names)
-        phase.fit(phase_folder(folder, names, index), writer, checkpoint, say)
-        start, checkpoint = of_task(phase.task, f"phase '{phase.name}'"), None
-        phase.forget()
+    with StopSignals(visible=world()[0] == 0) as signals:
+        for index in range(first_phase, len(phases)):
+            phase = phases[index]
+            phase.make(start, checkpoint, say)
+            phase.task.metadata |= {'phase': index, 'phases': names}
+            start = None  # it holds the weights of the phase before
+            if folder is None:
+                folder = find_folder(args, phase, checkpoint, names, index)
+                if world()[0] == 0:
+                    writer = RunFolder(folder, settings(args), phases[-1].data.label_space, names)
+            phase.fit(phase_folder(folder, names, index), writer, checkpoint, signals, say)
+            start, checkpoint = of_task(phase.task, f"phase '{phase.name}'"), None
+            phase.forget()
     say(f'{folder}: {"all phases" if names else f"{phase.epochs} epochs"} done')
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -127,12 +139,14 @@ class Phase:
             say(start_from(self.task, start, start.best_weights))
         build.surround(args, self.task)
         self.updater, self.epochs = build.updater(args, self.task, self.precision, data.steps, self.metric, say)
-        self.first_epoch = 0
+        self.start = Place(0)
         if checkpoint is not None:
-            self.first_epoch = resume(checkpoint, self.task, self.updater.optimizer, self.updater.scaler)
-            if self.updater.scheduler is not None and self.first_epoch:
-                self.updater.scheduler.step(self.first_epoch)
-                self.updater.scheduler.step_update(self.first_epoch * self.updater.updates_per_epoch(data.steps))
+            self.start = resume(checkpoint, self.task, self.updater, data.steps)
+            differs = what_differs(
+                checkpoint, ranks=world()[1], images_per_step=self.images_per_step, accumulate=args.grad_accum_steps,
+                seed=args.seed)
+            if differs:
+                say(differs)
         self.loaders = Loaders(args, self.task, data, self.data_config, self.precision.device, say, cache)
 
     def forget(self) -> None:
@@ -142,13 +156,26 @@ class Phase:
             gc.collect()
             torch.cuda.empty_cache()  # else the next phase's --cache device would take it for used
 
-    def fit(self, folder: Path, writer: RunFolder | None, checkpoint: Checkpoint | None, say: Say) -> None:
+    @property
+    def images_per_step(self) -> int:
+        """Photos of a step, over all ranks."""
+        return (self.data.batch_size + self.data.pool_batch_size) * world()[1]
+
+    def fit(
+            self,
+            folder: Path,
+            writer: RunFolder | None,
+            checkpoint: Checkpoint | None,
+            signals: StopSignals,
+            say: Say,
+    ) -> None:
         """Train it.
 
         Args:
             folder: Where its checkpoints go.
             writer: The run folder, on the first rank.
             checkpoint: What it goes on from, for the history of the best.
+            signals: What may tell it to stop.
             say: Prints a line.
         """
         args, data, task, device, ranks = self.args, self.data, self.task, self.precision.device, world()[1]
@@ -161,22 +188,65 @@ class Phase:
             self.precision,
             self.loaders.train,
             self.loaders.eval,
-            images_per_step=(data.batch_size + data.pool_batch_size) * ranks,
+            images_per_step=self.images_per_step,
             seed=args.seed,
             metric=self.metric,
             phase=self.name,
             run_folder=writer,
             bad_images=self.loaders.bad,
             log_interval=args.log_interval,
+            save_interval=args.checkpoint_steps,
+            signals=signals,
         )
         if writer is not None:
             folder.mkdir(exist_ok=True)
             fit.saver = build.saver(args, task, self.updater, self.metric, folder, checkpoint)
-        fit.run(self.first_epoch, self.epochs)
+        if checkpoint is not None and self.loaders.bad is not None:
+            self.loaders.bad.known.update(checkpoint.state.get('run', {}).get('bad_images', []))
+        fit.run(self.start, self.epochs)
 
 
 def _silent(line: str) -> None:
     """Say nothing."""
+
+
+def find_checkpoint(args: argparse.Namespace, say: Say) -> Checkpoint | None:
+    """The checkpoint to go on from: that of --resume, or, where torchrun starts a run again, its newest one.
+
+    Raises:
+        UserError: There is none, it is not whole, or the run that 'auto' means is not named.
+    """
+    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+    if args.resume is None and not restarted:
+        return None
+    if args.resume not in ('auto', None) and Path(args.resume).is_file() and not restarted:
+        try:
+            return read_checkpoint(args.resume)
+        except UserError as error:
+            before, _ = newest_checkpoint(Path(args.resume).parent)
+            if before is None:
+                raise
+            raise UserError(f'{error.line}; the one before it: --resume {before}') from error
+    if args.resume not in ('auto', None):
+        folder = Path(args.resume)
+        folder = folder.parent if folder.is_file() else folder
+        if not folder.is_dir():
+            raise UserError(f'--resume {folder}: no such checkpoint or run folder')
+    elif args.experiment:
+        folder = Path(args.output) / args.experiment
+    elif restarted:
+        folder = find_launched(Path(args.output))
+    else:
+        raise UserError("--resume auto goes on with a run that has a name: add --experiment NAME")
+    path, damaged = all_objects(newest_checkpoint(folder) if folder is not None else (None, []))[0]
+    for line in damaged:
+        say(f'{line}: passed over')
+    if path is None and (damaged or args.resume not in ('auto', None)):
+        raise UserError(f'{folder}: no whole checkpoint in this run folder; start anew under another --experiment')
+    if path is None:
+        return None
+    say(f'{path}: goes on from here')
+    return read_checkpoint(path)
 
 
 def find_phase(checkpoint: Checkpoint, names: list[str]) -> int:

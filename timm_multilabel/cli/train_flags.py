@@ -205,7 +205,11 @@ def _add_run(group) -> None:
                        help='makes a run repeatable')
     group.add_argument('--output', default='output/train', metavar='DIR', help='where run folders go')
     group.add_argument('--experiment', metavar='NAME', help='name of the run folder (default: time-model-size)')
-    group.add_argument('--resume', metavar='FILE', help='go on from a checkpoint, in its run folder and phase')
+    group.add_argument('--resume', metavar='FILE',
+                       help="go on from a checkpoint; from the newest whole one of a run folder; or 'auto': of that of "
+                            '--experiment, where there is one, else start')
+    group.add_argument('--checkpoint-steps', type=positive, metavar='N',
+                       help='save within an epoch too, every N steps (the last two are kept until its end)')
     group.add_argument('--eval-metric', metavar='NAME',
                        help='what makes a checkpoint the best: loss, top1, HEAD_top1, HEAD_map, ... (default: top1, or '
                             "score, the mean of the heads' main figures, where a head has tags or numbers)")

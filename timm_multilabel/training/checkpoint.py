@@ -15,6 +15,8 @@ from timm_multilabel.heads import KINDS, Head, default_kind
 from timm_multilabel.labels import Labels, LabelSpace
 from timm_multilabel.model import MultiLabelModel, create_backbone
 from timm_multilabel.task import JointTask
+from timm_multilabel.training.place import Place
+from timm_multilabel.training.updater import Updater
 
 WEIGHTS = {'plain': 'state_dict', 'ema': 'state_dict_ema'}
 """The two kinds of weights that a checkpoint may hold, and their keys."""
@@ -176,13 +178,19 @@ def of_task(task: JointTask, name: str) -> Checkpoint:
 def resume(
         checkpoint: Checkpoint,
         task: JointTask,
-        optimizer: torch.optim.Optimizer,
-        scaler: Any | None,
-) -> int:
-    """Bring a run back to the end of the epoch that a checkpoint was written at.
+        updater: Updater,
+        steps: int,
+) -> Place:
+    """Bring a run back to where a checkpoint was written.
+
+    Args:
+        checkpoint: It.
+        task: The task.
+        updater: Its optimizer, schedule and loss scaler.
+        steps: Batches of an epoch.
 
     Returns:
-        The epoch to go on with.
+        The place to go on from.
 
     Raises:
         UserError: The checkpoint is of other classes, another model or another optimizer.
@@ -203,13 +211,64 @@ def resume(
             kind = 'ema' if state.get(WEIGHTS['ema']) is not None else 'plain'
             projector = state.get('task_state_ema' if kind == 'ema' else 'task_state')
             task.load_checkpoint_state(checkpoint.weights(kind), projector, ema=True)
-        optimizer.load_state_dict(state['optimizer'])
+        updater.optimizer.load_state_dict(state['optimizer'])
     except (RuntimeError, ValueError, KeyError) as error:
         reason = ' '.join(str(error).split())[:200]
         raise UserError(
             f'{checkpoint.path}: does not fit this run ({reason}); give the flags it was trained with '
             '(-c args.yaml of its run folder)') from error
     task.metadata['best_weights'] = checkpoint.best_weights
-    if scaler is not None and scaler.state_dict_key in state:
-        scaler.load_state_dict(state[scaler.state_dict_key])
-    return state['epoch'] + 1
+    scaler, scheduler = updater.scaler, updater.scheduler
+    try:
+        if scaler is not None and scaler.state_dict_key in state:
+            scaler.load_state_dict(state[scaler.state_dict_key])
+        place = Place.of(state)
+        plateau = state.get('run', {}).get('plateau')
+        if plateau is not None and hasattr(scheduler, 'lr_scheduler'):
+            scheduler.lr_scheduler.load_state_dict(plateau)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f'{checkpoint.path}: its place in the run cannot be read; resume from another') from error
+    if scheduler is not None and (place.epoch or place.step):
+        # All but plateau are functions of these.
+        scheduler.step(place.epoch)
+        scheduler.step_update(place.epoch * updater.updates_per_epoch(steps) + place.step // updater.accumulate)
+    return place
+
+
+def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run folder, and what is wrong with those that are not whole.
+
+    Newest by what they say of themselves (phase, epoch, step), since a copied folder has lost the times of its files.
+    """
+    places, damaged = {}, []
+    for path in sorted([*run.glob('*.pth.tar'), *run.glob('*/*.pth.tar')], key=_last_first):
+        try:
+            state = read_checkpoint(path).state
+        except UserError as error:
+            damaged.append(error.line)
+            continue
+        within = state.get('within')
+        done = (state['epoch'], within['step']) if within is not None else (state['epoch'] + 1, 0)
+        places[path] = state.get('phase', 0), *done
+    return max(places, key=places.get, default=None), damaged
+
+
+def _last_first(path: Path) -> bool:
+    return not path.name.startswith('last')  # of equals the first counts
+
+
+def what_differs(checkpoint: Checkpoint, **ours: int) -> str | None:
+    """A line on what a run has other than the one that it goes on with, where its result will be another; else None.
+
+    Args:
+        checkpoint: What it goes on from.
+        ours: Processes ('ranks'), 'images_per_step', batches an update ('accumulate') and 'seed' of this run.
+    """
+    words = {'ranks': 'processes', 'images_per_step': 'images a step', 'accumulate': 'batches an update',
+             'seed': 'the seed'}
+    theirs = checkpoint.state.get('run') or {}
+    found = [f'{words[name]}: {theirs[name]} before, {value} now'
+             for name, value in ours.items() if name in theirs and theirs[name] != value]
+    if not found:
+        return None
+    return f'{checkpoint.path}: goes on with other batches, so not to the same result ({"; ".join(found)})'

@@ -6,17 +6,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import CheckpointSaver, NativeScaler, dispatch_clip_grad, distribute_bn, random_seed
+from timm.utils import NativeScaler, distribute_bn
 from torch import nn
 
-from timm_multilabel.distributed import world
+from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import UserError
 from timm_multilabel.loading.batches import BadImages
 from timm_multilabel.metrics import MultiLabelEvaluator, TrainingMeter, default_metric, less_is_better
+from timm_multilabel.seeds import MODEL, seed_step
 from timm_multilabel.task import JointTask
+from timm_multilabel.training.agreement import Agreement, Verdict
+from timm_multilabel.training.place import Place
 from timm_multilabel.training.progress import Progress
 from timm_multilabel.training.run_folder import RunFolder
+from timm_multilabel.training.saver import WholeSaver
+from timm_multilabel.training.signals import Stopped, StopSignals
+from timm_multilabel.training.updater import Updater
+
+WAY_OUT = 'lower --lr, clip with --clip-grad 1, or leave --amp out'
+_STRIKES = 20  # updates skipped in a row that end a run; where some are good between them, later
+_FORGIVEN = 0.1  # of a strike, by an update that is good
 
 
 @dataclass(frozen=True)
@@ -40,103 +49,10 @@ class Precision:
         return images.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
 
-@dataclass
-class Updater:
-    """Gradients -> weights: accumulation, loss scaling, clipping, the optimizer, the EMA, a schedule of updates.
-
-    Args:
-        task: What is trained.
-        optimizer: Changes its weights.
-        scheduler: Learning rate schedule, or None.
-        scaler: Loss scaler for float16, or None.
-        accumulate: Batches an update.
-        clip_grad: Clipping value, or None.
-        clip_mode: 'norm', 'value' or 'agc'.
-    """
-    task: JointTask
-    optimizer: torch.optim.Optimizer
-    scheduler: Scheduler | None = None
-    scaler: NativeScaler | None = None
-    accumulate: int = 1
-    clip_grad: float | None = None
-    clip_mode: str = 'norm'
-
-    def updates_per_epoch(self, steps: int) -> int:
-        return math.ceil(steps / self.accumulate)
-
-    def is_update(self, step: int, steps: int) -> bool:
-        """Whether the weights change after a step (from 0); the last group of an epoch may be a smaller one."""
-        return (step + 1) % self.accumulate == 0 or step + 1 == steps
-
-    def batches_in_update(self, step: int, steps: int) -> int:
-        """The number of batches that the update which a step (from 0) belongs to is over."""
-        return min(self.accumulate, steps - step // self.accumulate * self.accumulate)
-
-    def backward(self, loss: torch.Tensor, update: bool) -> None:
-        """Add the gradient of a loss, and change the weights if it is the update's last."""
-        parameters = self.task.get_clip_parameters(exclude_head=self.clip_mode == 'agc') if self.clip_grad else None
-        if self.scaler is not None:
-            self.scaler(loss, self.optimizer, self.clip_grad, self.clip_mode, parameters, need_update=update)
-        else:
-            loss.backward()
-            if update and self.clip_grad is not None:
-                dispatch_clip_grad(parameters, self.clip_grad, self.clip_mode)
-            if update:
-                self.optimizer.step()
-        if update:
-            self.optimizer.zero_grad()
-
-
-def train_epoch(
-        updater: Updater,
-        loader: Any,
-        precision: Precision,
-        epoch: int,
-        progress: Progress,
-        log_interval: int = 50,
-) -> dict[str, float]:
-    """Train on every batch of a loader.
-
-    Figures are read from the device every `log_interval` steps and at the end, nowhere else.
-
-    Returns:
-        The figures of `TrainingMeter`, over all ranks.
-
-    Raises:
-        UserError: The loss is no longer a finite number.
-    """
-    task = updater.task
-    task.start_epoch(epoch)
-    task.train()
-    meter = TrainingMeter(task.terms, task.heads, precision.device)
-    steps = len(loader)
-    updates = epoch * updater.updates_per_epoch(steps)
-    for step, (images, target) in enumerate(loader):
-        update = updater.is_update(step, steps)
-        with nullcontext() if update else task.no_sync():
-            with precision.autocast():
-                result = task(precision.layout(images), target)
-            updater.backward(result['loss'] / updater.batches_in_update(step, steps), update)
-        if update:
-            updates += 1
-            task.update_ema(step=updates)
-            if updater.scheduler is not None:
-                updater.scheduler.step_update(updates)
-        meter.update(result)
-        progress.advance()
-        if (step + 1) % log_interval == 0 or step + 1 == steps:
-            figures = meter.compute()
-            check_finite(figures['train_loss'], f'the training loss is {figures["train_loss"]} at step {step + 1}')
-            progress.show(step + 1, training_line(figures, task))
-    return meter.compute(distributed=world()[1] > 1)
-
-
 def check_finite(value: float, what: str) -> None:
     """Raise UserError unless a loss is a finite number."""
     if not math.isfinite(value):
-        raise UserError(
-            f'{what}: stopped, and the checkpoints of earlier epochs are kept; lower --lr, clip with --clip-grad 1, '
-            'or leave --amp out')
+        raise UserError(f'{what}: stopped, and the checkpoints of earlier epochs are kept; {WAY_OUT}')
 
 
 def training_line(figures: dict[str, float], task: JointTask) -> str:
@@ -187,6 +103,8 @@ class Fit:
         saver: Writes checkpoints (first rank only, else None).
         bad_images: Those that are left out, where they are; else None.
         log_interval: Steps between figures.
+        save_interval: Steps between checkpoints within an epoch; none when None.
+        signals: What may tell this process to stop, if anything.
     """
     updater: Updater
     precision: Precision
@@ -197,32 +115,39 @@ class Fit:
     metric: str = 'top1'
     phase: str | None = None
     run_folder: RunFolder | None = None
-    saver: CheckpointSaver | None = None
+    saver: WholeSaver | None = None
     bad_images: BadImages | None = None
     log_interval: int = 50
+    save_interval: int | None = None
+    signals: StopSignals | None = None
     task: JointTask = field(init=False)
+    strikes: float = field(default=0.0, init=False)
+    stopping: bool = field(default=False, init=False)
 
     def __post_init__(self):
         self.task = self.updater.task
 
-    def run(self, first: int, epochs: int) -> None:
-        """Train the epochs `first` to `epochs - 1`."""
-        for epoch in range(first, epochs):
-            self.run_epoch(epoch, (f'{self.phase}: ' if self.phase else '') + f'Epoch {epoch + 1}/{epochs}')
+    def run(self, start: Place, epochs: int) -> None:
+        """Train from a place up to and without the epoch `epochs`.
 
-    def run_epoch(self, epoch: int, title: str) -> dict[str, Any]:
+        Raises:
+            Stopped: A rank was told to stop, and the state is saved.
+        """
+        self.strikes = start.strikes
+        for epoch in range(start.epoch, epochs):
+            title = (f'{self.phase}: ' if self.phase else '') + f'Epoch {epoch + 1}/{epochs}'
+            self.run_epoch(epoch, title, start if epoch == start.epoch else Place(epoch))
+
+    def run_epoch(self, epoch: int, title: str, start: Place | None = None) -> dict[str, Any]:
         """Train an epoch, evaluate it, write its row and its checkpoint."""
         rank, ranks = world()
-        # What is random in an epoch depends on (seed, epoch, rank) alone, so that a run resumed at its start is the
-        # run that never stopped.
-        random_seed(self.seed + epoch * ranks, rank)
-        self.train_loader.set_epoch(epoch)
-        lrs = [group['lr'] for group in self.updater.optimizer.param_groups]
+        start = start or Place(epoch)
+        lr = start.lr if start.step else self._mean_lr()
         started = time.perf_counter()
-        with Progress(title, len(self.train_loader), rank == 0, self.images_per_step) as progress:
-            row = train_epoch(
-                self.updater, self.train_loader, self.precision, epoch, progress, self.log_interval)
-        images_per_second = len(self.train_loader) * self.images_per_step / (time.perf_counter() - started)
+        with Progress(title, len(self.train_loader), rank == 0, self.images_per_step, start.step) as progress:
+            row = self.train(epoch, start, lr, progress)
+        seconds = time.perf_counter() - started
+        images_per_second = (len(self.train_loader) - start.step) * self.images_per_step / seconds
         if ranks > 1:
             for ema in (False, True):
                 module = self.task.get_trainable_module(ema=ema)
@@ -231,11 +156,9 @@ class Fit:
         row = {**({'phase': self.phase} if self.phase else {}), 'epoch': epoch, **row}
         if self.eval_loader is not None:
             row |= self.evaluate(title)
-        row |= {'lr': sum(lrs) / len(lrs), 'images_per_second': images_per_second}
+        row |= {'lr': lr, 'images_per_second': images_per_second}
         if self.bad_images is not None:
-            news = self.bad_images.news()
-            if news:
-                progress.say(news)
+            self._tell_bad_images(progress)
             row['bad_images'] = len(self.bad_images.known)
         best = self.score(row)
         if math.isnan(row.get(best, math.nan)):
@@ -248,8 +171,136 @@ class Fit:
         self.task.metadata['best_weights'] = 'ema' if best == 'eval_ema_' + self.metric else 'plain'
         if self.run_folder is not None:
             self.run_folder.add_summary(row)
+            self.saver.progress = {'run': self._state()}
             self.saver.save_checkpoint(epoch, row[best])
+        if self.stopping or any(all_objects(self._told)):
+            raise Stopped(f'stopped after {title}, saved')
         return row
+
+    def train(self, epoch: int, start: Place, lr: float, progress: Progress) -> dict[str, float]:
+        """Train on the batches of an epoch, those before `start.step` left out.
+
+        Figures are read from the device every `log_interval` steps and at the end, and the verdict on an update when
+        the device is done with it: no step waits for its device.
+
+        Returns:
+            The figures of `TrainingMeter`, over all ranks.
+
+        Raises:
+            UserError: Too many updates were skipped, since loss or gradient are no finite numbers.
+            Stopped: A rank was told to stop, and the state is saved.
+        """
+        rank, ranks = world()
+        task, updater = self.task, self.updater
+        task.start_epoch(epoch)
+        task.train()
+        meter = TrainingMeter(task.terms, task.heads, self.precision.device)
+        if start.step:
+            start.restore(meter, task)
+        agreement, skipped = Agreement(self.precision.device), 0
+        steps = len(self.train_loader)
+        updates = epoch * updater.updates_per_epoch(steps) + start.step // updater.accumulate
+        self.train_loader.set_epoch(epoch, start.step)
+        for step, (images, target) in enumerate(self.train_loader, start.step):
+            # What is random in a step depends on these numbers alone, so that a run that goes on from here is the run
+            # that never stopped.
+            seed_step(MODEL, self.seed, epoch, rank, step)
+            update = updater.is_update(step, steps)
+            updater.begin()
+            with nullcontext() if update else task.no_sync():
+                with self.precision.autocast():
+                    result = task(self.precision.layout(images), target)
+                updater.backward(
+                    result['loss'] / updater.batches_in_update(step, steps), update, agreement, step, self._told)
+            if update:
+                updates += 1
+                task.update_ema(step=updates)
+                if updater.scheduler is not None:
+                    updater.scheduler.step_update(updates)
+            meter.update(result)
+            progress.advance()
+            done, last = step + 1, step + 1 == steps
+            verdicts = agreement.verdicts(all_of_them=last) if update else []
+            for verdict in verdicts:
+                skipped += self._judge(verdict, epoch)
+            if last and skipped and skipped == updater.updates_per_epoch(steps):
+                self._give_up(verdicts[-1], epoch)
+            if done % self.log_interval == 0 or last:
+                progress.show(done, training_line(meter.compute(), task))
+            stop = any(verdict.stop for verdict in verdicts)
+            due = self.save_interval and update and done // self.save_interval > (
+                done - updater.batches_in_update(step, steps)) // self.save_interval
+            if (stop or due) and not last:
+                self._save_within(Place.here(epoch, done, lr, meter, task), progress, stop)
+            self.stopping = stop
+        if skipped:
+            progress.say(f'{progress.title}: skipped {skipped} updates whose loss or gradient was no finite number')
+        return meter.compute(distributed=ranks > 1)
+
+    @property
+    def _told(self) -> bool:
+        return self.signals is not None and self.signals.received is not None
+
+    def _mean_lr(self) -> float:
+        lrs = [group['lr'] for group in self.updater.optimizer.param_groups]
+        return sum(lrs) / len(lrs)
+
+    def _judge(self, verdict: Verdict, epoch: int) -> int:
+        """Count an update that was skipped; 1 if it was.
+
+        Raises:
+            UserError: They are too many.
+        """
+        self.strikes = self.strikes + 1 if verdict.bad else max(0.0, self.strikes - _FORGIVEN)
+        if self.strikes >= _STRIKES:
+            self._give_up(verdict, epoch)
+        return int(verdict.bad)
+
+    def _give_up(self, verdict: Verdict, epoch: int) -> None:
+        """Raise UserError that names the rows of an update that was skipped."""
+        first = verdict.step // self.updater.accumulate * self.updater.accumulate
+        rows = [row for step in range(first, verdict.step + 1) for row in self.train_loader.rows_of(epoch, step)]
+        told = all_objects((verdict.bad_here, rows))
+        guilty = [rows for bad, rows in told if bad] or [rows for _, rows in told]
+        where = 'loss' if any(bad for bad, _ in told) else 'gradient'
+        raise UserError(
+            f'the {where} is no finite number, update after update, last at step {verdict.step + 1} of epoch '
+            f'{epoch + 1}: stopped, weights and checkpoints are those from before; {WAY_OUT}; the rows of that batch: '
+            f'{", ".join(dict.fromkeys(sum(guilty, [])))}')
+
+    def _tell_bad_images(self, progress: Progress) -> None:
+        news = self.bad_images.news()
+        if news:
+            progress.say(news)
+
+    def _state(self) -> dict[str, Any]:
+        """What the run needs to go on, beside the task, the optimizer and the place."""
+        plateau = getattr(self.updater.scheduler, 'lr_scheduler', None)  # the only schedule with a memory
+        return {
+            'ranks': world()[1],
+            'images_per_step': self.images_per_step,
+            'accumulate': self.updater.accumulate,
+            'seed': self.seed,
+            'strikes': self.strikes,
+            'bad_images': sorted(self.bad_images.known) if self.bad_images is not None else [],
+            'plateau': plateau.state_dict() if plateau is not None else None,
+        }
+
+    def _save_within(self, place: Place, progress: Progress, stop: bool) -> None:
+        """Save the state within an epoch.
+
+        Raises:
+            Stopped: It was the last step.
+        """
+        within = place.to_dict()
+        if self.bad_images is not None:
+            self._tell_bad_images(progress)
+        if self.saver is not None:
+            self.saver.progress = {'run': self._state(), 'within': within}
+            path = self.saver.save_within(place.epoch, place.step)
+        if stop:
+            raise Stopped(f'stopped at step {place.step} of {progress.title}, saved' + (
+                f' as {path}' if self.saver is not None else ''))
 
     def evaluate(self, title: str) -> dict[str, float]:
         """The evaluation's figures of the plain weights ('eval_...') and of the EMA ('eval_ema_...')."""

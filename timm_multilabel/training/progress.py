@@ -13,12 +13,15 @@ class Progress:
         steps: Number of steps.
         visible: Show anything.
         images_per_step: Images of a step, over all ranks.
+        first: Steps that are done already.
     """
 
-    def __init__(self, title: str, steps: int, visible: bool, images_per_step: int = 0):
+    def __init__(self, title: str, steps: int, visible: bool, images_per_step: int = 0, first: int = 0):
         self.title, self.steps, self.visible, self.images_per_step = title, steps, visible, images_per_step
+        self.first = first
         self.bar = tqdm(
             total=steps,
+            initial=first,
             desc=title,
             bar_format='{desc} {bar:12} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}',
             dynamic_ncols=True,
@@ -40,11 +43,11 @@ class Progress:
     def show(self, step: int, figures: str) -> None:
         """Show figures and speed after a step: beside the bar, or as a line of their own."""
         elapsed = time.perf_counter() - self.started
-        figures += f'  {step * self.images_per_step / elapsed:.0f} images/s'
+        figures += f'  {(step - self.first) * self.images_per_step / elapsed:.0f} images/s'
         if not self.bar.disable:
             self.bar.set_postfix_str(figures)
         elif self.visible:
-            left = tqdm.format_interval(elapsed / step * (self.steps - step))
+            left = tqdm.format_interval(elapsed / (step - self.first) * (self.steps - step))
             print(f'{self.title}  step {step}/{self.steps}  {figures}  left {left}', flush=True)
 
     def say(self, line: str) -> None:

@@ -1,0 +1,71 @@
+"""What all ranks know of a step at the same time, and no host waits for its device to know it."""
+from collections import deque
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from timm_multilabel.distributed import world
+
+_LAG = 2  # updates after which a verdict is read on a device that runs behind its host
+
+
+class Verdict(NamedTuple):
+    """What became of an update.
+
+    `step` is its last one. `bad`: the loss or the gradient was not finite on some rank; `bad_here`: the loss was not on
+    this one. `stop`: some rank was told to stop.
+    """
+    step: int
+    bad: bool
+    bad_here: bool
+    stop: bool
+
+
+class Agreement:
+    """Verdicts on updates, the same on every rank after the same step.
+
+    On a CPU a verdict is read at once. On other devices it is copied to the host in the background and read two updates
+    later: until then the device has work, so nobody waits for anybody.
+
+    Args:
+        device: Where the task is.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.lag = device, 0 if device.type == 'cpu' else _LAG
+        self.pending: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
+
+    def reach(self, step: int, finite: torch.Tensor, finite_here: torch.Tensor, stop: bool) -> torch.Tensor:
+        """Tell the others how an update went.
+
+        Args:
+            step: The last step of the update.
+            finite: Whether this rank's loss and gradient are finite, a scalar on the device.
+            finite_here: The same of its loss alone.
+            stop: Whether this rank was told to stop.
+
+        Returns:
+            Whether all is finite on all ranks, a scalar on the device.
+        """
+        votes = torch.stack([~finite, torch.full_like(finite, stop)]).float()
+        if world()[1] > 1:
+            dist.all_reduce(votes)
+        told = torch.cat([votes, (~finite_here).float().view(1)])
+        event = None
+        if self.device.type == 'cuda':
+            told, event = told.to('cpu', non_blocking=True), torch.cuda.Event()
+            event.record()
+        self.pending.append((step, told, event))
+        return votes[0] == 0
+
+    def verdicts(self, all_of_them: bool = False) -> list[Verdict]:
+        """The verdicts that may be read by now, in order; at the end of an epoch all of them."""
+        found = []
+        while len(self.pending) > (0 if all_of_them else self.lag):
+            step, told, event = self.pending.popleft()
+            if event is not None:
+                event.synchronize()
+            bad, stop, bad_here = told.tolist()
+            found.append(Verdict(step, bad > 0, bad_here > 0, stop > 0))
+        return found

@@ -1,0 +1,71 @@
+"""A place in a run: an epoch, a step in it, and what has added up until then."""
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from timm_multilabel.distributed import all_objects, world
+from timm_multilabel.metrics import TrainingMeter
+from timm_multilabel.task import JointTask
+
+
+@dataclass
+class Place:
+    """Where a run is, or goes on.
+
+    Args:
+        epoch: The epoch, from 0.
+        step: The batches of it that are done.
+        lr: The learning rate that the epoch began with.
+        strikes: What `Fit` counts of updates that were skipped.
+        mine: Of this rank, the sums of the epoch's figures and the buffers of the weights and of their EMA, which DDP
+            makes alike only at the next step.
+    """
+    epoch: int
+    step: int = 0
+    lr: float = 0.0
+    strikes: float = 0.0
+    mine: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def here(cls, epoch: int, step: int, lr: float, meter: TrainingMeter, task: JointTask) -> 'Place':
+        """The place after a step."""
+        buffers = [list(module.buffers()) for module in _modules(task)]
+        sums = {name: tensor.cpu() for name, tensor in meter.state().items()}
+        mine = {'meter': sums, 'buffers': [[buffer.cpu() for buffer in each] for each in buffers]}
+        return cls(epoch, step, lr, mine=mine)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it, of all ranks; all of them call it."""
+        return {'step': self.step, 'lr': self.lr, 'ranks': all_objects(self.mine)}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> 'Place':
+        """The place that a checkpoint goes on at: the end of its epoch, or the step where it was saved.
+
+        With another number of ranks it is the step at which about as many rows have been seen.
+        """
+        strikes = state.get('run', {}).get('strikes', 0.0)
+        within = state.get('within')
+        if within is None:
+            return cls(state['epoch'] + 1, strikes=strikes)
+        rank, ranks = world()
+        theirs = within['ranks']
+        if len(theirs) == ranks:
+            return cls(state['epoch'], within['step'], within['lr'], strikes, theirs[rank])
+        mine = {'meter': TrainingMeter.join([each['meter'] for each in theirs])} if rank == 0 else {}
+        return cls(state['epoch'], within['step'] * len(theirs) // ranks, within['lr'], strikes, mine)
+
+    def restore(self, meter: TrainingMeter, task: JointTask) -> None:
+        """Bring back what has added up."""
+        if 'meter' in self.mine:
+            meter.load(self.mine['meter'])
+        with torch.no_grad():
+            for module, values in zip(_modules(task), self.mine.get('buffers', [])):
+                for buffer, value in zip(module.buffers(), values, strict=True):
+                    buffer.copy_(value)
+
+
+def _modules(task: JointTask) -> list[torch.nn.Module]:
+    modules = [task.get_trainable_module(), task.get_trainable_module(ema=True)]
+    return [module for module in modules if module is not None]

@@ -1,0 +1,103 @@
+"""Gradients -> weights, and never weights that are no numbers."""
+import math
+from dataclasses import dataclass, field
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import NativeScaler, dispatch_clip_grad, unwrap_model
+
+from timm_multilabel.task import JointTask
+from timm_multilabel.training.agreement import Agreement
+
+
+@dataclass
+class Updater:
+    """Gradients -> weights: accumulation, loss scaling, clipping, the optimizer, the EMA, a schedule of updates.
+
+    An update whose loss or gradient is not finite on any rank is skipped on all of them, on the device: weights and
+    the statistics of batch norm stay as they were, and the optimizer's moments see a gradient of zero. It takes a copy
+    of the weights.
+
+    Args:
+        task: What is trained.
+        optimizer: Changes its weights.
+        scheduler: Learning rate schedule, or None.
+        scaler: Loss scaler for float16, or None.
+        accumulate: Batches an update.
+        clip_grad: Clipping value, or None.
+        clip_mode: 'norm', 'value' or 'agc'.
+    """
+    task: JointTask
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler | None = None
+    scaler: NativeScaler | None = None
+    accumulate: int = 1
+    clip_grad: float | None = None
+    clip_mode: str = 'norm'
+    finite: torch.Tensor | None = field(default=None, init=False)
+    buffers: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list, init=False)
+
+    def updates_per_epoch(self, steps: int) -> int:
+        return math.ceil(steps / self.accumulate)
+
+    def is_update(self, step: int, steps: int) -> bool:
+        """Whether the weights change after a step (from 0); the last group of an epoch may be a smaller one."""
+        return (step + 1) % self.accumulate == 0 or step + 1 == steps
+
+    def batches_in_update(self, step: int, steps: int) -> int:
+        """The number of batches that the update which a step (from 0) belongs to is over."""
+        return min(self.accumulate, steps - step // self.accumulate * self.accumulate)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Before the forward pass of a step: keep what a skipped update must leave as it was."""
+        if self.finite is None:
+            module = unwrap_model(self.task.get_trainable_module())
+            self.buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+
+    def backward(self, loss: torch.Tensor, update: bool, agreement: Agreement, step: int, stop: bool) -> None:
+        """Add the gradient of a loss, and change the weights if it is the update's last.
+
+        Args:
+            loss: The loss.
+            update: Whether it is.
+            agreement: Tells the other ranks.
+            step: The number of the step.
+            stop: Whether this rank was told to stop.
+        """
+        here = loss.detach().isfinite()
+        here = self.finite = here if self.finite is None else self.finite & here
+        if self.scaler is not None:
+            self.scaler._scaler.scale(loss).backward()
+        else:
+            loss.backward()
+        if not update:
+            return
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
+        finite = here & torch.stack(torch._foreach_norm(gradients, math.inf)).isfinite().all()
+        finite = agreement.reach(step, finite, here, stop)
+        self._update(gradients, finite)
+        self.finite = None
+
+    @torch.no_grad()
+    def _update(self, gradients: list[torch.Tensor], finite: torch.Tensor) -> None:
+        weights = [p for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
+        before = [(p, p.detach().clone()) for p in weights]
+        parameters = self.task.get_clip_parameters(exclude_head=self.clip_mode == 'agc') if self.clip_grad else None
+        if self.scaler is not None:
+            # It looks at the gradient too, lowers the scale and leaves the optimizer out.
+            scaler = self.scaler._scaler
+            if self.clip_grad is not None:
+                scaler.unscale_(self.optimizer)
+                dispatch_clip_grad(parameters, self.clip_grad, self.clip_mode)
+            scaler.step(self.optimizer)
+            scaler.update()
+        else:
+            for gradient in gradients:
+                gradient.masked_fill_(~finite, 0)
+            if self.clip_grad is not None:
+                dispatch_clip_grad(parameters, self.clip_grad, self.clip_mode)
+            self.optimizer.step()
+        for tensor, old in (*before, *self.buffers):
+            torch.where(finite, tensor, old, out=tensor)
+        self.optimizer.zero_grad()
