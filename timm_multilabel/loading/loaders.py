@@ -4,8 +4,11 @@ A batch is `(images, targets)`: images (V * B, 3, H, W) float, normalised, view-
 second ones), and targets (V * B, W), repeated for each view. With a pool of unlabelled images the last of the B are of
 the pool.
 """
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
+from multiprocessing import parent_process
 from typing import Any
 
 import cv2
@@ -201,6 +204,16 @@ def worker_options(device: torch.device, workers: int) -> dict[str, Any]:
 
 
 def _start_worker(worker: int) -> None:
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)  # the main process has its last batches made; a worker ends with it
     cv2.setNumThreads(0)  # a worker is one of many, and OpenCV's threads do not survive the fork that made it
+    # Signals to the whole process group are for the main process, which has its last batches made before it stops.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, 'sigwaitinfo'):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told_by, args=(parent_process().pid,), daemon=True).start()
+
+
+def _end_when_told_by(process: int) -> None:
+    """End this process at a SIGTERM of that one, which waits for it, and not of others."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
+        pass
+    os._exit(0)
