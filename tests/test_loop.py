@@ -33,7 +33,7 @@ def batches(count, seed=0):
 def train(task, loader, precision=CPU, epoch=0, **updater):
     optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.1)
     fit = Fit(Updater(task, optimizer, **updater), precision, Loader(loader), None, images_per_step=6, seed=0)
-    return fit.train(epoch, Place(epoch), 0.1, Progress('', len(loader), False))
+    return fit.train(Place(epoch), 0.1, Progress('', len(loader), False))
 
 
 def weights(task):
@@ -149,7 +149,7 @@ def _train_rank(rank):
     task.setup_ema(decay=0.5)
     task.prepare_distributed()
     updater = Updater(task, torch.optim.SGD(task.trainable_module.parameters(), lr=0.1))
-    Fit(updater, CPU, Loader(batches(3, seed=rank)), None, images_per_step=6, seed=0).run_epoch(0, '')
+    Fit(updater, CPU, Loader(batches(3, seed=rank)), None, images_per_step=6, seed=0).run_epoch(Place(0), '')
     return [{name: value.tolist() for name, value in task.get_trainable_module(ema).state_dict().items()}
             for ema in (False, True)]
 

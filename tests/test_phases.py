@@ -101,11 +101,11 @@ def test_a_killed_run_resumes_in_its_phase_to_the_same_result(recipe, tmp_path, 
     epochs = []
     run_epoch = loop.Fit.run_epoch
 
-    def interrupted(self, epoch, title):
+    def interrupted(self, start, title):
         if len(epochs) == stop_after:
             raise KeyboardInterrupt
         epochs.append(title)
-        return run_epoch(self, epoch, title)
+        return run_epoch(self, start, title)
 
     monkeypatch.setattr(loop.Fit, 'run_epoch', interrupted)
     with pytest.raises(SystemExit):

@@ -93,6 +93,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError('--layer-decay works through the schedule; pass --sched constant in place of none')
     if args.sched == 'plateau' and args.sched_on_updates:
         raise UserError('--sched plateau goes by epochs; leave --sched-on-updates out')
+    if args.resume == 'auto' and not args.experiment:
+        raise UserError('--resume auto goes on with a run that has a name: add --experiment NAME')
     if args.input_size and args.input_size[0] != 3:
         raise UserError(f'--input-size {args.input_size[0]} ...: images are RGB, so the first number is 3')
 

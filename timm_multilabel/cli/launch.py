@@ -1,11 +1,40 @@
-"""torchrun, ended by the error of the process that failed and with its exit status, not by a traceback of its own."""
+"""torchrun, ended by the error of the process that failed and with its exit status, not by a traceback of its own.
+
+SIGTERM and SIGINT are passed on to the training processes, which save and end; the exit status is then `SAVED`.
+"""
 import logging
 import os
+import signal
 import sys
+import tempfile
+from pathlib import Path
+from types import FrameType
 
+import psutil
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
+
+from timm_multilabel.training.signals import LAUNCHER_ENDS, SAVED, SAVED_FILE
+
+
+class Forward:
+    """Passes signals on to the training processes. `received` are those that came."""
+
+    def __init__(self):
+        self.received: list[int] = []
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.received.append(number)
+        os.environ[LAUNCHER_ENDS] = '1'  # for processes that torchrun starts again in place of those that end
+        training = psutil.Process().children()
+        if not training:
+            sys.exit(128 + number)
+        for process in training:
+            try:
+                process.send_signal(number)
+            except psutil.NoSuchProcess:
+                pass
 
 
 def main() -> None:
@@ -15,15 +44,33 @@ def main() -> None:
     # torchrun's default of one thread a process is right for GPUs; on CPUs the processes share the cores.
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // processes)))
     logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)
+    forward = Forward()
+    if hasattr(args, 'signals_to_handle'):  # an older torchrun takes all signals, and gives processes 30 s to end
+        args.signals_to_handle = 'SIGHUP,SIGQUIT'
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, forward)
+    with tempfile.TemporaryDirectory(prefix='timm-multilabel-') as folder:
+        os.environ[SAVED_FILE] = os.path.join(folder, 'saved')
+        status = launch(args, forward)
+        saved = Path(os.environ[SAVED_FILE]).exists()
+    sys.exit(SAVED if saved and len(forward.received) < 2 else status)
+
+
+def launch(args, forward: Forward) -> int:
+    """Run torchrun; the exit status."""
     try:
         run(args)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            print(f'launch: process {failure.global_rank} was ended by signal {-failure.exitcode}', file=sys.stderr)
-        sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+        if failure.exitcode > 0:
+            return failure.exitcode
+        if not forward.received:
+            print(f'launch: process {failure.global_rank} was ended by signal {-failure.exitcode}'
+                  + (', perhaps for want of memory' if failure.exitcode == -signal.SIGKILL else ''), file=sys.stderr)
+        return 128 - failure.exitcode
     except SignalException as error:
-        sys.exit(128 + error.sigval)
+        return 128 + error.sigval
+    return 0
 
 
 if __name__ == '__main__':

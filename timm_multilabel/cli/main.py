@@ -8,7 +8,7 @@ from types import ModuleType
 from timm_multilabel.cli import sample, split, train, validate
 from timm_multilabel.cli.flags import Parser, parse_with_config
 from timm_multilabel.errors import UserError
-from timm_multilabel.training.signals import SAVED, Stopped
+from timm_multilabel.training.signals import Stopped, exit_when_stopped
 
 COMMANDS = (train, validate, sample, split)
 
@@ -41,7 +41,7 @@ def run_command(command: ModuleType, prog: str, argv: Sequence[str]) -> None:
     except Stopped as stop:
         if not int(os.environ.get('RANK', 0)):
             print(f'{prog}: {stop}; go on with --resume', file=sys.stderr, flush=True)
-        sys.exit(SAVED)
+        exit_when_stopped()
     except KeyboardInterrupt:
         print(f'{prog}: stopped', file=sys.stderr)
         sys.exit(130)

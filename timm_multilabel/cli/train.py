@@ -3,7 +3,7 @@ import argparse
 import gc
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from timm_multilabel.training.checkpoint import (
 from timm_multilabel.training.loop import Fit
 from timm_multilabel.training.place import Place
 from timm_multilabel.training.run_folder import RunFolder, find_launched, phase_folder, run_folder_path
-from timm_multilabel.training.signals import StopSignals
+from timm_multilabel.training.signals import LAUNCHER_ENDS, Stopped, StopSignals
 
 NAME = 'train'
 HELP = 'train a backbone on the labels of a CSV, together with SimCLR'
@@ -43,6 +43,8 @@ Say = Callable[[str], None]
 def run(args: argparse.Namespace) -> None:
     """Train."""
     flags = check_phases(args)
+    if os.environ.get(LAUNCHER_ENDS):
+        raise Stopped('stopped before it began')
     device = start_device(args.device)
     say = print if world()[0] == 0 else _silent
     if args.old_amp:
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         rehearse(phases[first_phase:], start, checkpoint)
 
     folder, writer = None, None
-    with StopSignals(visible=world()[0] == 0) as signals:
+    with StopSignals(visible=world()[0] == 0) as signals, ExitStack() as stack:
         for index in range(first_phase, len(phases)):
             phase = phases[index]
             phase.make(start, checkpoint, say)
@@ -65,7 +67,8 @@ def run(args: argparse.Namespace) -> None:
             if folder is None:
                 folder = find_folder(args, phase, checkpoint, names, index)
                 if world()[0] == 0:
-                    writer = RunFolder(folder, settings(args), phases[-1].data.label_space, names)
+                    writer = stack.enter_context(closing(
+                        RunFolder(folder, settings(args), phases[-1].data.label_space, names)))
             phase.fit(phase_folder(folder, names, index), writer, checkpoint, signals, say)
             start, checkpoint = of_task(phase.task, f"phase '{phase.name}'"), None
             phase.forget()
@@ -214,39 +217,38 @@ def find_checkpoint(args: argparse.Namespace, say: Say) -> Checkpoint | None:
     """The checkpoint to go on from: that of --resume, or, where torchrun starts a run again, its newest one.
 
     Raises:
-        UserError: There is none, it is not whole, or the run that 'auto' means is not named.
+        UserError: There is none, or it is not whole.
     """
-    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
-    if args.resume is None and not restarted:
-        return None
-    if args.resume not in ('auto', None) and Path(args.resume).is_file() and not restarted:
-        try:
-            return read_checkpoint(args.resume)
-        except UserError as error:
-            before, _ = newest_checkpoint(Path(args.resume).parent)
-            if before is None:
-                raise
-            raise UserError(f'{error.line}; the one before it: --resume {before}') from error
-    if args.resume not in ('auto', None):
-        folder = Path(args.resume)
-        folder = folder.parent if folder.is_file() else folder
-        if not folder.is_dir():
-            raise UserError(f'--resume {folder}: no such checkpoint or run folder')
-    elif args.experiment:
-        folder = Path(args.output) / args.experiment
-    elif restarted:
-        folder = find_launched(Path(args.output))
-    else:
-        raise UserError("--resume auto goes on with a run that has a name: add --experiment NAME")
+    named = None if args.resume in ('auto', None) else Path(args.resume)
+    experiment = Path(args.output) / args.experiment if args.experiment else None
+    folder = None
+    if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
+        folder = find_launched([named, *named.absolute().parents[:2]] if named else
+                               [experiment] if experiment else Path(args.output).glob('*'))
+    if folder is None and named is not None and not named.is_dir():
+        return read_or_offer(named)
+    if folder is None and args.resume is not None:
+        folder = named or experiment
     path, damaged = all_objects(newest_checkpoint(folder) if folder is not None else (None, []))[0]
     for line in damaged:
         say(f'{line}: passed over')
-    if path is None and (damaged or args.resume not in ('auto', None)):
+    if path is None and (damaged or named is not None):
         raise UserError(f'{folder}: no whole checkpoint in this run folder; start anew under another --experiment')
     if path is None:
         return None
     say(f'{path}: goes on from here')
     return read_checkpoint(path)
+
+
+def read_or_offer(path: Path) -> Checkpoint:
+    """Read a checkpoint; where it is damaged, the error names the newest whole one beside it."""
+    try:
+        return read_checkpoint(path)
+    except UserError as error:
+        before, _ = newest_checkpoint(path.parent)
+        if before is None:
+            raise
+        raise UserError(f'{error.line}; the newest whole one beside it: --resume {before}') from error
 
 
 def find_phase(checkpoint: Checkpoint, names: list[str]) -> int:

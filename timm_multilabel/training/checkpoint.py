@@ -61,8 +61,12 @@ class Checkpoint:
         return clean_state_dict(self.state[WEIGHTS[kind]])
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, mapped: bool = False) -> Checkpoint:
     """Read a checkpoint of this program without running anything that it contains.
+
+    Args:
+        path: The file.
+        mapped: Leave the tensors in the file until they are asked for.
 
     Raises:
         UserError: The file is missing, damaged, would run code, or comes from elsewhere.
@@ -72,7 +76,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f'{path}: no such checkpoint')
     try:
         with torch.serialization.safe_globals([Namespace]):  # timm's script saves its flags; a Namespace runs nothing
-            state = torch.load(path, map_location='cpu', weights_only=True)
+            state = torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)
     except Exception as error:  # damaged files make it raise nearly anything
         reason = 'it holds more than weights and plain values' if 'weights_only' in str(error).lower() else 'damaged?'
         raise UserError(f'{path}: cannot be loaded as a checkpoint ({reason})') from error
@@ -228,6 +232,8 @@ def resume(
             scheduler.lr_scheduler.load_state_dict(plateau)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f'{checkpoint.path}: its place in the run cannot be read; resume from another') from error
+    # On another number of processes it is between two updates as well, or at the epoch's end.
+    place.step = place.step - place.step % updater.accumulate if place.step < steps else steps
     if scheduler is not None and (place.epoch or place.step):
         # All but plateau are functions of these.
         scheduler.step(place.epoch)
@@ -236,25 +242,38 @@ def resume(
 
 
 def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run folder, and what is wrong with those that are not whole.
+    """The newest whole checkpoint of a run folder, and what is wrong with newer ones that are not whole.
 
     Newest by what they say of themselves (phase, epoch, step), since a copied folder has lost the times of its files.
     """
     places, damaged = {}, []
-    for path in sorted([*run.glob('*.pth.tar'), *run.glob('*/*.pth.tar')], key=_last_first):
+    for path in [*run.glob('*.pth.tar'), *run.glob('*/*.pth.tar')]:
         try:
-            state = read_checkpoint(path).state
+            places[path] = _place_of(read_checkpoint(path, mapped=True)), path.name.startswith('last')
         except UserError as error:
             damaged.append(error.line)
-            continue
+    for path in sorted(places, key=places.get, reverse=True):
+        try:
+            read_checkpoint(path)
+            return path, damaged
+        except UserError as error:
+            damaged.append(error.line)
+    return None, damaged
+
+
+def _place_of(checkpoint: Checkpoint) -> tuple[int, int, int]:
+    """Phase, epoch and step that come next.
+
+    Raises:
+        UserError: It does not say.
+    """
+    state = checkpoint.state
+    try:
         within = state.get('within')
         done = (state['epoch'], within['step']) if within is not None else (state['epoch'] + 1, 0)
-        places[path] = state.get('phase', 0), *done
-    return max(places, key=places.get, default=None), damaged
-
-
-def _last_first(path: Path) -> bool:
-    return not path.name.startswith('last')  # of equals the first counts
+        return int(state.get('phase', 0)), int(done[0]), int(done[1])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f'{checkpoint.path}: its place in the run cannot be read') from error
 
 
 def what_differs(checkpoint: Checkpoint, **ours: int) -> str | None:

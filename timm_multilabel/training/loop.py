@@ -122,7 +122,6 @@ class Fit:
     signals: StopSignals | None = None
     task: JointTask = field(init=False)
     strikes: float = field(default=0.0, init=False)
-    stopping: bool = field(default=False, init=False)
 
     def __post_init__(self):
         self.task = self.updater.task
@@ -136,16 +135,19 @@ class Fit:
         self.strikes = start.strikes
         for epoch in range(start.epoch, epochs):
             title = (f'{self.phase}: ' if self.phase else '') + f'Epoch {epoch + 1}/{epochs}'
-            self.run_epoch(epoch, title, start if epoch == start.epoch else Place(epoch))
+            self.run_epoch(start if epoch == start.epoch else Place(epoch), title)
 
-    def run_epoch(self, epoch: int, title: str, start: Place | None = None) -> dict[str, Any]:
-        """Train an epoch, evaluate it, write its row and its checkpoint."""
+    def run_epoch(self, start: Place, title: str) -> dict[str, Any]:
+        """Train an epoch from a place in it, evaluate it, write its row and its checkpoint.
+
+        Raises:
+            Stopped: A rank was told to stop, and the state is saved.
+        """
         rank, ranks = world()
-        start = start or Place(epoch)
-        lr = start.lr if start.step else self._mean_lr()
+        epoch, lr = start.epoch, start.lr if start.step else self._mean_lr()
         started = time.perf_counter()
         with Progress(title, len(self.train_loader), rank == 0, self.images_per_step, start.step) as progress:
-            row = self.train(epoch, start, lr, progress)
+            row = self.train(start, lr, progress)
         seconds = time.perf_counter() - started
         images_per_second = (len(self.train_loader) - start.step) * self.images_per_step / seconds
         if ranks > 1:
@@ -173,12 +175,12 @@ class Fit:
             self.run_folder.add_summary(row)
             self.saver.progress = {'run': self._state()}
             self.saver.save_checkpoint(epoch, row[best])
-        if self.stopping or any(all_objects(self._told)):
+        if any(all_objects(self._told)):
             raise Stopped(f'stopped after {title}, saved')
         return row
 
-    def train(self, epoch: int, start: Place, lr: float, progress: Progress) -> dict[str, float]:
-        """Train on the batches of an epoch, those before `start.step` left out.
+    def train(self, start: Place, lr: float, progress: Progress) -> dict[str, float]:
+        """Train on the batches of an epoch from `start.step` on; `lr` is the learning rate that it began with.
 
         Figures are read from the device every `log_interval` steps and at the end, and the verdict on an update when
         the device is done with it: no step waits for its device.
@@ -191,7 +193,7 @@ class Fit:
             Stopped: A rank was told to stop, and the state is saved.
         """
         rank, ranks = world()
-        task, updater = self.task, self.updater
+        task, updater, epoch = self.task, self.updater, start.epoch
         task.start_epoch(epoch)
         task.train()
         meter = TrainingMeter(task.terms, task.heads, self.precision.device)
@@ -230,9 +232,8 @@ class Fit:
             stop = any(verdict.stop for verdict in verdicts)
             due = self.save_interval and update and done // self.save_interval > (
                 done - updater.batches_in_update(step, steps)) // self.save_interval
-            if (stop or due) and not last:
+            if stop or due and not last:
                 self._save_within(Place.here(epoch, done, lr, meter, task), progress, stop)
-            self.stopping = stop
         if skipped:
             progress.say(f'{progress.title}: skipped {skipped} updates whose loss or gradient was no finite number')
         return meter.compute(distributed=ranks > 1)
@@ -299,6 +300,7 @@ class Fit:
             self.saver.progress = {'run': self._state(), 'within': within}
             path = self.saver.save_within(place.epoch, place.step)
         if stop:
+            all_objects(None)  # a process that ends has the launcher end the others, so none does before all is saved
             raise Stopped(f'stopped at step {place.step} of {progress.title}, saved' + (
                 f' as {path}' if self.saver is not None else ''))
 

@@ -1,13 +1,16 @@
 """The folder of a run: settings, label space, one row of figures an epoch."""
+import fcntl
 import io
 import itertools
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import yaml
 from timm.models import safe_model_name
 
@@ -17,6 +20,9 @@ from timm_multilabel.labels import LabelSpace
 
 _LAUNCH = '.launch'
 """The file that names the launch of torchrun, so that its restarts find the folder."""
+
+_PATIENCE = 15
+"""Seconds in which loader processes of a run that was killed end, and with them its lock."""
 
 
 def run_folder_path(output: str, experiment: str | None, model: str, size: int) -> Path:
@@ -31,25 +37,31 @@ def run_folder_path(output: str, experiment: str | None, model: str, size: int) 
         tries = (Path(output) / (f'{name}-{number}' if number else name) for number in itertools.count())
         return next(path for path in tries if not path.exists())
     path = Path(output) / experiment
-    last = next(iter([*path.glob('last.pth.tar'), *sorted(path.glob('*/last.pth.tar'), reverse=True)]), None)
-    if last is not None:
+    if [*path.glob('*.pth.tar'), *path.glob('*/*.pth.tar')]:
         raise UserError(
-            f'{path}: holds a run already; go on with it (--resume {last}), choose another --experiment, or remove it')
+            f'{path}: holds a run already; go on with it (--resume auto), choose another --experiment, or remove it')
     if path.exists() and not path.is_dir():
         raise UserError(f'{path}: is a file; choose another --experiment')
     return path
 
 
-def find_launched(output: Path) -> Path | None:
-    """The run folder that an earlier try of this launch of torchrun has made, if it came that far."""
-    found = [path for path in output.glob(f'*/{_LAUNCH}') if path.read_text(encoding='utf-8') == _launch()]
-    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
+def find_launched(folders: Iterable[Path]) -> Path | None:
+    """The run folder, of several, that an earlier try of this launch of torchrun has made, if any.
+
+    Launches may share a name, so it must have been written to since torchrun, the parent of this process, started.
+    """
+    started = psutil.Process(os.getppid()).create_time() - 1  # files have coarser times
+    found = {}
+    for folder in folders:
+        path = folder / _LAUNCH
+        if path.is_file() and path.read_text(encoding='utf-8') == _launch() and path.stat().st_mtime >= started:
+            found[folder] = path.stat().st_mtime
+    return max(found, key=found.get, default=None)
 
 
 def _launch() -> str:
     """What the processes of one launch of torchrun have in common, restarts included; '' without torchrun."""
-    name = os.environ.get('TORCHELASTIC_RUN_ID', '')
-    return f"{name} {os.environ.get('MASTER_PORT')}" if name == 'none' else name  # its default, of many launches
+    return os.environ.get('TORCHELASTIC_RUN_ID', '')
 
 
 def phase_folder(run: Path, phases: Sequence[str], phase: int) -> Path:
@@ -58,25 +70,34 @@ def phase_folder(run: Path, phases: Sequence[str], phase: int) -> Path:
 
 
 class RunFolder:
-    """A run's folder, written by the first rank only.
+    """A run's folder, written by the first rank only, and by one run at a time.
 
     Args:
         path: The folder; made where there is none.
         args: The settings of the run.
         label_space: Its heads.
         phases: The names of its phases, where it has some.
+
+    Raises:
+        UserError: Another process trains in it.
     """
 
     def __init__(self, path: Path, args: dict[str, Any], label_space: LabelSpace, phases: Sequence[str] = ()):
         self.path = path
         self.phases = list(phases)
         path.mkdir(parents=True, exist_ok=True)
-        for left_over in path.glob('.*.tmp'):  # of a process that was killed
+        self._lock = _lock(path)
+        for left_over in [*path.glob('.*.tmp'), *path.glob('*/.*.tmp')]:  # of a process that was killed
             left_over.unlink(missing_ok=True)
         if launch := _launch():
             write_whole(path / _LAUNCH, launch)
         write_whole(path / 'args.yaml', yaml.safe_dump(args, sort_keys=False, allow_unicode=True))
         label_space.save(path / 'label_space.json')
+
+    def close(self) -> None:
+        """Let other runs into the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
 
     def add_summary(self, row: dict[str, Any]) -> None:
         """Add an epoch's figures to summary.csv, in place of what an earlier try left of this epoch and later ones.
@@ -94,6 +115,28 @@ class RunFolder:
                 before = (order < phase) | ((order == phase) & before)
             rows = pd.concat([earlier[before], rows])
         write_whole(path, rows.to_csv(index=False))
+
+
+def _lock(path: Path) -> int | None:
+    """Keep other runs out of a folder as long as this process lives: its descriptor, or None where there are no locks.
+
+    Raises:
+        UserError: Another process has it.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    for _ in range(_PATIENCE):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            time.sleep(1)
+        except OSError:  # a file system without locks
+            break
+    else:
+        os.close(descriptor)
+        raise UserError(f'{path}: another process trains in this folder; stop it first, or choose another --experiment')
+    os.close(descriptor)
+    return None
 
 
 def _read_texts(file: Path | io.StringIO) -> pd.DataFrame:

@@ -2,16 +2,33 @@
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 SAVED = 75
 """The exit status of a run that was told to stop, and goes on with --resume: sysexits' EX_TEMPFAIL, try again."""
+
+SAVED_FILE = 'TIMM_MULTILABEL_SAVED_FILE'
+"""The environment variable by which a launcher names a file: a process that saved and stopped makes it and ends with
+status 0, since torchrun would take another one for a failure and start the run again."""
+
+LAUNCHER_ENDS = 'TIMM_MULTILABEL_LAUNCHER_ENDS'
+"""The environment variable by which a launcher that was told to stop tells so to processes that start only then."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(Exception):
     """A run was told to stop, and has saved what it takes to go on."""
+
+
+def exit_when_stopped() -> NoReturn:
+    """End this process, which has saved, so that whoever started it knows."""
+    if SAVED_FILE in os.environ:
+        Path(os.environ[SAVED_FILE]).touch()
+        sys.exit(0)
+    sys.exit(SAVED)
 
 
 class StopSignals:
