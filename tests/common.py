@@ -7,16 +7,21 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
+from timm_multilabel.cli import train
+from timm_multilabel.cli.main import run_command
 from timm_multilabel.labels import LabelSet, LabelSpace
 from timm_multilabel.model import MultiLabelModel
 from timm_multilabel.task import JointTask
 
 SPACE = LabelSpace((LabelSet('color', ('blue', 'green', 'red')), LabelSet('shape', ('disc', 'ring'))))
+TINY = ['--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0', '--device', 'cpu', '--lr', '0.05',
+        '--warmup-epochs', '0', '--cooldown-epochs', '0', '--drop', '0.2', '--reprob', '0.3']
 COLORS = {'red': (200, 30, 30), 'green': (30, 180, 60), 'blue': (40, 60, 210)}
 
 
@@ -61,7 +66,7 @@ def run_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]
     """Call `function(rank, *args)` in `ranks` processes that form a gloo group; their results in rank order."""
     # A server forks the processes, so that they start at once and without the state of this one.
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['timm_multilabel.task'])
+    context.set_forkserver_preload(['timm_multilabel.cli.train'])
     queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -93,3 +98,35 @@ def _rank_main(function, rank: int, ranks: int, store: str, queue, args) -> None
     except BaseException:
         result = traceback.format_exc()
     queue.put((rank, result))
+
+
+def train_run(data_dir, output, *flags, epochs=2):
+    """Train with a tiny model in this process; the run folder."""
+    run_command(train, 'train.py', [
+        str(data_dir), *TINY, '--epochs', str(epochs), '--output', str(output), '--experiment', 'run', *flags])
+    return output / 'run'
+
+
+def weights(path):
+    """The weights of a checkpoint, EMA and projector included, by name."""
+    state = torch.load(path, weights_only=True)
+    flat = dict(state['state_dict'])
+    for part in ('state_dict_ema', 'task_state', 'task_state_ema'):
+        for name, value in state.get(part, {}).items():
+            flat.update({f'{part}.{name}.{k}': v for k, v in value.items()} if isinstance(value, dict)
+                        else {f'{part}.{name}': value})
+    return flat
+
+
+def assert_same_weights(a, b):
+    """Two checkpoints have the same weights, bit for bit."""
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+def assert_same_summary(a: Path, b: Path) -> None:
+    """Two run folders have the same summary.csv, but for what a clock says."""
+    rows = [pd.read_csv(folder / 'summary.csv', dtype=str).drop(columns='images_per_second') for folder in (a, b)]
+    pd.testing.assert_frame_equal(*rows)

@@ -7,40 +7,14 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from common import write_data
+from common import TINY, assert_same_summary, assert_same_weights, weights, write_data
+from common import train_run as run
 
 from timm_multilabel.cli import batches, train, validate
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.errors import UserError
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.training.checkpoint import load_model, read_checkpoint
-
-TINY = ['--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0', '--device', 'cpu', '--lr', '0.05',
-        '--warmup-epochs', '0', '--cooldown-epochs', '0', '--drop', '0.2', '--reprob', '0.3']
-
-
-def run(data_dir, output, *flags, epochs=2):
-    """Train; the run folder."""
-    run_command(train, 'train.py', [
-        str(data_dir), *TINY, '--epochs', str(epochs), '--output', str(output), '--experiment', 'run', *flags])
-    return output / 'run'
-
-
-def weights(path):
-    state = torch.load(path, weights_only=True)
-    flat = dict(state['state_dict'])
-    for part in ('state_dict_ema', 'task_state', 'task_state_ema'):
-        for name, value in state.get(part, {}).items():
-            flat.update({f'{part}.{name}.{k}': v for k, v in value.items()} if isinstance(value, dict)
-                        else {f'{part}.{name}': value})
-    return flat
-
-
-def assert_same_weights(a, b):
-    a, b = weights(a), weights(b)
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        assert torch.equal(value, b[name]), name
 
 
 def test_run_folder(data_dir, tmp_path, capsys):
@@ -88,9 +62,7 @@ def test_resumed_run_is_the_run_that_never_stopped(data_dir, tmp_path, flags):
     os.link(part / 'checkpoint-0.pth.tar', part / 'last.pth.tar')
     run_command(train, 'train.py', ['-c', str(part / 'args.yaml'), '--resume', str(part / 'last.pth.tar')])
     assert_same_weights(whole / 'last.pth.tar', part / 'last.pth.tar')
-    timing = ['images_per_second']
-    a, b = (pd.read_csv(folder / 'summary.csv').drop(columns=timing) for folder in (whole, part))
-    pd.testing.assert_frame_equal(a, b)
+    assert_same_summary(whole, part)
 
 
 def test_same_seed_same_run_and_workers_do_not_matter(data_dir, tmp_path):

@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from timm_multilabel.training.signals import LAUNCHER_ENDS, SAVED, SAVED_FILE
+from timm_multilabel.training.signals import LAUNCHER_ENDS, SAVED, SAVED_FILE, say_received
 
 
 class Forward:
@@ -25,6 +25,7 @@ class Forward:
         self.received: list[int] = []
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        say_received(number)
         self.received.append(number)
         os.environ[LAUNCHER_ENDS] = '1'  # for processes that torchrun starts again in place of those that end
         training = psutil.Process().children()
@@ -43,6 +44,8 @@ def main() -> None:
     processes = int(args.nproc_per_node) if args.nproc_per_node.isdigit() else 1
     # torchrun's default of one thread a process is right for GPUs; on CPUs the processes share the cores.
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // processes)))
+    # A store that outlives a restart gives the new processes the addresses of those that are gone.
+    os.environ.setdefault('TORCH_DISABLE_SHARE_RDZV_TCP_STORE', '1')
     logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)
     forward = Forward()
     if hasattr(args, 'signals_to_handle'):  # an older torchrun takes all signals, and gives processes 30 s to end
@@ -61,11 +64,11 @@ def launch(args, forward: Forward) -> int:
     try:
         run(args)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
             return failure.exitcode
         if not forward.received:
-            print(f'launch: process {failure.global_rank} was ended by signal {-failure.exitcode}'
+            print(f'launch: process {rank} was ended by signal {-failure.exitcode}'
                   + (', perhaps for want of memory' if failure.exitcode == -signal.SIGKILL else ''), file=sys.stderr)
         return 128 - failure.exitcode
     except SignalException as error:

@@ -31,13 +31,6 @@ def run_command(command: ModuleType, prog: str, argv: Sequence[str]) -> None:
     parser.usage = ' '.join(['%(prog)s', *positionals, '[flags]'])
     try:
         command.run(parse_with_config(parser, list(argv)))
-    except (UserError, OSError) as error:  # OSError: a full disk, a folder that is a file, no permission
-        if int(os.environ.get('RANK', 0)):
-            # All ranks meet most errors alike. The first one has the word; it ends, and the launcher ends the others.
-            time.sleep(3)
-        line = error.line if isinstance(error, UserError) else f'{error.filename}: {error.strerror}'
-        print(f'{prog}: error: {line}', file=sys.stderr, flush=True)
-        sys.exit(2)
     except Stopped as stop:
         if not int(os.environ.get('RANK', 0)):
             print(f'{prog}: {stop}; go on with --resume', file=sys.stderr, flush=True)
@@ -46,11 +39,25 @@ def run_command(command: ModuleType, prog: str, argv: Sequence[str]) -> None:
         print(f'{prog}: stopped', file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if str(error).startswith('DataLoader worker'):
-            print(f'{prog}: error: {" ".join(str(error).split())} -- a loader process has died; if it was killed for '
-                  'want of memory, lower -j or -b', file=sys.stderr, flush=True)
-            sys.exit(1)
-        if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-            # Where another rank has ended, its error is the one to read: the launcher ends this one while it waits.
-            time.sleep(5)
-        raise
+        status, line = describe(error)
+        if line is None:
+            if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+                # Where another rank has ended, its error is the one to read: the launcher ends this one while it waits.
+                time.sleep(5)
+            raise
+        if status == 2 and int(os.environ.get('RANK', 0)):
+            # All ranks meet most errors alike. The first one has the word; it ends, and the launcher ends the others.
+            time.sleep(3)
+        print(f'{prog}: error: {line}', file=sys.stderr, flush=True)
+        sys.exit(status)
+
+
+def describe(error: Exception) -> tuple[int, str | None]:
+    """Exit status and line of an error; no line where only a traceback tells what happened."""
+    if isinstance(error, UserError):
+        return 2, error.line
+    if isinstance(error, OSError) and error.filename is not None:  # a folder that is a file, a missing permission
+        return 2, f'{error.filename}: {error.strerror}'
+    if str(error).startswith('DataLoader worker'):
+        return 1, f'{" ".join(str(error).split())} -- a loader process has died; if for want of memory, lower -j or -b'
+    return 1, None

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from multiprocessing import parent_process
+from multiprocessing import active_children, parent_process
 from typing import Any
 
 import cv2
@@ -184,12 +184,27 @@ def _data_loader(
         device: torch.device,
         workers: int,
 ) -> DataLoader:
-    return DataLoader(
+    return WatchedLoader(
         Batches(parts, views),
         batch_sampler=sampler,
         collate_fn=as_it_is,
         **worker_options(device, workers),
     )
+
+
+class WatchedLoader(DataLoader):
+    """torch's loader, which names a process that died also where it notices that by a broken connection."""
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = super().__iter__()
+        processes = active_children()
+        try:
+            yield from batches
+        except (ConnectionError, EOFError) as error:
+            for process in processes:
+                process.join(1)  # its end may not have been noticed yet
+            dead = [str(process.pid) for process in processes if process.exitcode]
+            raise RuntimeError(f'DataLoader worker (pid {", ".join(dead)}) exited unexpectedly') from error
 
 
 def worker_options(device: torch.device, workers: int) -> dict[str, Any]:

@@ -7,14 +7,14 @@ from queue import Empty
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from timm_multilabel.data.images import EncodedPhoto
 from timm_multilabel.data.shards import Sample
 from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.errors import UserError
 from timm_multilabel.loading.batches import Views, as_it_is, empty_batch
-from timm_multilabel.loading.loaders import TrainLoader, worker_options
+from timm_multilabel.loading.loaders import TrainLoader, WatchedLoader, worker_options
 
 
 class _Drawn(NamedTuple):
@@ -204,5 +204,5 @@ def create_stream_loader(
     workers = rows.shards.workers(workers, ranks)
     batches = StreamedBatches(
         rows, make_views, views, batch_size, seed=seed, rank=rank, ranks=ranks, steps=steps, skip_bad=skip_bad)
-    loader = DataLoader(batches, batch_size=None, collate_fn=as_it_is, **worker_options(device, workers))
+    loader = WatchedLoader(batches, batch_size=None, collate_fn=as_it_is, **worker_options(device, workers))
     return StreamLoader(loader, mean, std, device=device, seed=seed, rank=rank, **random_erasing)

@@ -235,7 +235,8 @@ class Fit:
             if stop or due and not last:
                 self._save_within(Place.here(epoch, done, lr, meter, task), progress, stop)
         if skipped:
-            progress.say(f'{progress.title}: skipped {skipped} updates whose loss or gradient was no finite number')
+            progress.say(f'{progress.title}: skipped {skipped} update{"s" * (skipped > 1)} whose loss or gradient is '
+                         'no finite number')
         return meter.compute(distributed=ranks > 1)
 
     @property

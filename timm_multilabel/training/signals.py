@@ -31,15 +31,21 @@ def exit_when_stopped() -> NoReturn:
     sys.exit(SAVED)
 
 
+def say_received(number: int) -> None:
+    """Say what a first signal does; by the system call, since print may be what the signal has interrupted."""
+    os.write(sys.__stderr__.fileno(), f'\n{signal.Signals(number).name}: ends the step and saves; once more to stop at '
+             'once\n'.encode())
+
+
 class StopSignals:
     """Within it the first signal is noted, and a second one stops at once.
 
     Args:
-        visible: Say so.
+        visible: Say so, unless the launcher does.
     """
 
     def __init__(self, visible: bool):
-        self.visible, self.received = visible, None
+        self.visible, self.received = visible and SAVED_FILE not in os.environ, None
         self.before = {}
 
     def __enter__(self) -> 'StopSignals':
@@ -61,9 +67,7 @@ class StopSignals:
             self._stop(number)
         self.received = number
         if self.visible:
-            # By the system call: print may be what the signal has interrupted.
-            os.write(sys.__stderr__.fileno(), f'\n{signal.Signals(number).name}: ends the step and saves; once more to '
-                     'stop at once\n'.encode())
+            say_received(number)
 
     @staticmethod
     def _stop(number: int) -> None:
