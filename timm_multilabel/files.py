@@ -30,8 +30,9 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save puts its own error over it
         if not isinstance(cause, OSError):
             raise
-        before = ', and what was there before is left as it is' if path.exists() else ''
-        raise UserError(f'{path}: cannot be written ({cause.strerror}){before}; make room or mend that') from error
+        raise UserError(
+            f'{path}: cannot be written ({cause.strerror}), and what was there before is left as it is; make room or '
+            'mend that') from error
     finally:
         temporary.unlink(missing_ok=True)
 
