@@ -14,4 +14,9 @@ class UserError(Exception):
         A DataLoader worker's error is raised again in the main process with the worker's traceback put before it.
         """
         text = str(self).rpartition(f'{__name__}.{type(self).__name__}: ')[2]
-        return ''.join(letter if letter.isprintable() else ' ' for letter in text).strip()
+        return printable(text).strip()
+
+
+def printable(text: str) -> str:
+    """A text without the characters by which it could do something to a terminal or take several lines."""
+    return ''.join(letter if letter.isprintable() else ' ' for letter in text)

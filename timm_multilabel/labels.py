@@ -325,7 +325,7 @@ class LabelSpace:
         """
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding='utf-8')))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f'{path}: cannot be read as a label space ({error})') from error
 
 

@@ -13,6 +13,8 @@ from timm.utils import ParseKwargs
 
 from timm_multilabel.errors import UserError
 
+_VALUES = 10_000  # in a YAML file of flags, at most
+
 
 class _HelpFormatter(argparse.HelpFormatter):
     """Names the default of a flag, where it has one that says something and the help does not say it already."""
@@ -189,11 +191,23 @@ def _parse_over(parser: Parser, argv: list[str], where: str, settings: dict[Any,
 def _read_yaml(path: Path) -> dict[Any, Any]:
     try:
         settings = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f'{path}: cannot be read as YAML ({" ".join(str(error).split())})') from error
     if not isinstance(settings, dict):
         raise UserError(f'{path}: expected a mapping of flags to values, such as "lr: 0.1"')
+    _check_extent(path, settings)
     return settings
+
+
+def _check_extent(path: Path, settings: Any) -> None:
+    """Raise UserError where aliases (`*name`) make more of a small file than anyone has written."""
+    left, seen = [settings], 0
+    while left:
+        value, seen = left.pop(), seen + 1
+        if seen > _VALUES:
+            raise UserError(f'{path}: holds more than {_VALUES} values, or itself; expected flags and their values')
+        if isinstance(value, dict | list):
+            left.extend([*value, *value.values()] if isinstance(value, dict) else value)
 
 
 def _action(parser: Parser, where: str, key: Any) -> argparse.Action:

@@ -2,8 +2,11 @@
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
+
+from PIL import Image
 
 from timm_multilabel.cli import sample, split, train, validate
 from timm_multilabel.cli.flags import Parser, parse_with_config
@@ -25,6 +28,7 @@ def main() -> None:
 
 def run_command(command: ModuleType, prog: str, argv: Sequence[str]) -> None:
     """Run a subcommand; what the user can mend becomes one line on standard error and exit status 2."""
+    warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # images have a limit, `MAX_PIXELS`
     parser = Parser(prog=prog, description=command.__doc__.split('\n')[0])
     command.add_flags(parser)
     positionals = [action.metavar for action in parser._actions if not action.option_strings]

@@ -26,6 +26,7 @@ from timm_multilabel.loading.loaders import create_eval_loader
 from timm_multilabel.loading.streaming import StreamedBatches, create_stream_loader
 from timm_multilabel.metrics import MEANS, MultiLabelEvaluator, class_metrics, mean_over_heads
 from timm_multilabel.reports.confusion import confusion_stems, write_confusion
+from timm_multilabel.reports.escaping import spreadsheet_text
 from timm_multilabel.task import resolve_head_weights
 from timm_multilabel.training.checkpoint import Checkpoint, load_model, read_checkpoint
 from timm_multilabel.training.loop import evaluate
@@ -246,7 +247,7 @@ def write_outputs(
         if path.suffix == '.json':
             write_whole(path, json.dumps(_without_nan(results), indent=1) + '\n')
         else:
-            rows = [{'head': name, **values} for name, values in results['heads'].items()]
+            rows = [{'head': spreadsheet_text(name), **values} for name, values in results['heads'].items()]
             table = pd.DataFrame([*rows, {'head': '', **results['mean']}]).astype({'labels': 'Int64'})
             write_whole(path, table.to_csv(index=False))
         print(f'figures: {path}')

@@ -1,7 +1,9 @@
 """Image file -> photo: its size from the header, its pixels as upright RGB, at a reduced scale where that will do."""
+import os
+import stat
 from collections.abc import Sequence
 from io import BytesIO
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import simplejpeg
@@ -10,7 +12,15 @@ from PIL import Image, ImageOps
 from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import UserError
 
+MAX_PIXELS = 178_956_970
+"""Pixels of an image at most, a gigabyte at 16 bits a color; also what Pillow refuses by itself."""
+
+MAX_BYTES = 2 ** 31
+"""Bytes of an image's file at most."""
+
 REDUCTIONS = (1, 2, 4, 8)  # what libjpeg decodes at almost no cost for the pixels that are left out
+# Pillow's formats of photos. Of its others some start a program (EPS) or read files that the image names.
+_FORMATS = ('JPEG', 'MPO', 'PNG', 'WEBP', 'GIF', 'BMP', 'DIB', 'TIFF', 'JPEG2000', 'AVIF', 'PPM', 'TGA', 'PCX', 'ICO')
 _ORIENTATION = 0x0112  # the EXIF tag
 _MARKS = (b'Exif\0\0', b'eXIf', b'EXIF', b'tiff:Orientation')  # of JPEG, PNG, WebP, XMP
 _TURNS = {  # by its values: the pixels as stored -> upright
@@ -70,14 +80,15 @@ class DecodedPhoto:
 class EncodedPhoto:
     """An image as it lies in a file. JPEGs go through libjpeg-turbo (simplejpeg), all else through Pillow.
 
-    Both give the same pixels for a JPEG. Whatever its mode, an image comes out as upright RGB.
+    Both give the same pixels for a JPEG. Whatever its mode, an image comes out as upright RGB, and an animation as its
+    first picture. EXIF that cannot be read says nothing.
 
     Args:
         data: The file's bytes.
         name: What messages call it: the file, and where the file is named.
 
     Raises:
-        UserError: The header cannot be read.
+        UserError: The header cannot be read, or speaks of more than `MAX_PIXELS`.
     """
 
     def __init__(self, data: bytes, name: str):
@@ -99,15 +110,16 @@ class EncodedPhoto:
                 raise
             except Exception as error:  # each decoder of Pillow raises its own kinds
                 raise self._unreadable(error) from error
+        if self.height * self.width > MAX_PIXELS:
+            raise self._unreadable(f'{self.width}x{self.height} pixels are more than {MAX_PIXELS:,}')
 
     def _look(self, marked: bool) -> None:
         """Let Pillow read size and orientation."""
-        with Image.open(BytesIO(self.data)) as image:
+        with open_image(BytesIO(self.data)) as image:
             self.width, self.height = image.size
             tiff = image.format == 'TIFF'
             if marked or tiff:
-                orientation = image.getexif().get(_ORIENTATION)
-                self.orientation = orientation if isinstance(orientation, int) and orientation in _TURNS else 1
+                self.orientation = _orientation(image)
         if self.orientation >= 5:
             if tiff:  # some versions of Pillow have turned the size already
                 self.height, self.width = self._decode_by_pillow().shape[:2]
@@ -128,8 +140,8 @@ class EncodedPhoto:
 
     def _decode_by_pillow(self) -> np.ndarray:
         try:
-            with Image.open(BytesIO(self.data)) as image:
-                return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
+            with open_image(BytesIO(self.data)) as image:
+                return np.asarray(to_rgb(image if _orientation(image) == 1 else ImageOps.exif_transpose(image)))
         except Exception as error:
             raise self._unreadable(error) from error
 
@@ -149,6 +161,25 @@ class EncodedPhoto:
         return UserError(f'{self.name}: cannot be decoded as an image ({reason}); replace it or remove the row')
 
 
+def open_image(file: BinaryIO | str) -> Image.Image:
+    """Pillow's `Image.open`, of photos only.
+
+    Raises:
+        Exception: Of many kinds, as Pillow's decoders raise them.
+    """
+    Image.init()
+    return Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation that an image says it has."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # whatever an absurd EXIF makes of the reader
+        return 1
+    return orientation if isinstance(orientation, int) and orientation in _TURNS else 1
+
+
 def read_photo(path: str, where: str) -> EncodedPhoto:
     """Read an image file, not yet decoded.
 
@@ -160,6 +191,10 @@ def read_photo(path: str, where: str) -> EncodedPhoto:
         UserError: It cannot be read, or its header cannot.
     """
     try:
+        state = os.stat(path)
+        if not stat.S_ISREG(state.st_mode) or state.st_size > MAX_BYTES:  # a pipe would never end
+            what = f'of more than {MAX_BYTES:,} bytes' if stat.S_ISREG(state.st_mode) else 'that is no file'
+            raise UserError(f'{path} ({where}): cannot be read as an image, {what}; replace it or remove the row')
         with open(path, 'rb') as file:
             data = file.read()
     except OSError as error:

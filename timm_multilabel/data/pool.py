@@ -31,7 +31,7 @@ def rows_of_folder(folder: Path, label_space: LabelSpace) -> Rows:
     """All images in a folder and those below it, in the order of their names.
 
     Raises:
-        UserError: There is none.
+        UserError: There is none, or a name that ends like an image is no file.
     """
     endings = get_img_extensions(as_set=True)
     images = sorted(
@@ -39,6 +39,9 @@ def rows_of_folder(folder: Path, label_space: LabelSpace) -> Rows:
         if os.path.splitext(name)[1].lower() in endings)
     if not images:
         raise UserError(f'{folder}: no images in this folder (files that end in {", ".join(sorted(endings))})')
+    for image in images:
+        if not os.path.isfile(image):
+            raise UserError(f'{image}: is no file (a link that leads nowhere, perhaps); mend or remove it')
     return Rows(
         images=np.array(images),
         targets=missing_targets(label_space, len(images)),

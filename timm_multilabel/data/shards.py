@@ -177,7 +177,7 @@ def _from_tar(members: dict[str, Any], images: bool) -> tuple[str, bytes | None,
             f'{", ".join(ending for ending in members if ending[0] != "_")}')
     try:
         cells = json.loads(members.get('json', b'{}'))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f'{name}: its JSON cannot be read ({error}); mend it') from error
     if not isinstance(cells, dict):
         raise UserError(f'{name}: its JSON is no mapping of label columns to labels; mend it')

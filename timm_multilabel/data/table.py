@@ -1,14 +1,15 @@
 """CSV -> rows: image paths that exist and class indices, or one clear line about what is wrong."""
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import UserError, printable
 from timm_multilabel.labels import MISSING, UNKNOWN, BadCell, Labels, LabelSet, LabelSpace, Quantity, missing_row
 
 _EXAMPLES = 3  # rows, files or labels named in a message
@@ -86,14 +87,15 @@ def read_table(
     path = Path(path)
     if not path.is_file():
         raise UserError(f'{path}: no such file')
+    text = _read_text(path)
     try:
         # The header is read as a row: pandas would rename repeated columns and take surplus cells for an index.
         cells = pd.read_csv(
-            path, sep=separator or _find_separator(path), header=None, dtype=str, keep_default_na=False,
-            skip_blank_lines=False, encoding='utf-8-sig')
-    except (ValueError, OSError) as error:  # pandas' parser errors and wrong encodings are ValueErrors
+            StringIO(text), sep=separator or _find_separator(text), header=None, dtype=str, keep_default_na=False,
+            skip_blank_lines=False)
+    except ValueError as error:  # pandas' parser errors
         reason = ' '.join(str(error).split())
-        raise UserError(f'{path}: cannot be read as a CSV in UTF-8 ({reason})') from error
+        raise UserError(f'{path}: cannot be read as a CSV ({reason}); mend it') from error
     cells = cells.fillna('').map(str.strip)
     cells.index = np.arange(1, len(cells) + 1)
     header, frame = cells.iloc[0].tolist(), cells.iloc[1:]
@@ -102,6 +104,9 @@ def read_table(
     for position, name in enumerate(header, 1):
         if not name:
             raise UserError(f'{path} row 1: column {position} has no name; name it or remove it')
+        if not name.isprintable():
+            raise UserError(f'{path} row 1: the name of column {position} holds a character that cannot be shown; '
+                            'rename it')
         if header.index(name) != position - 1:
             raise UserError(f"{path} row 1: two columns are called '{name}'; rename or remove one")
     frame.columns = header
@@ -120,9 +125,31 @@ def read_table(
     return Table(path, frame, image_column)
 
 
-def _find_separator(path: Path) -> str:
-    with open(path, encoding='utf-8-sig') as file:
-        header = file.readline()
+def _read_text(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte-order mark.
+
+    Raises:
+        UserError: It cannot be read, or is something else.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read ({error.strerror})') from error
+    try:
+        text = data.decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        row = data.count(b'\n', 0, error.start) + 1
+        utf_16 = ' (it looks like UTF-16)' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else ''
+        raise UserError(
+            f'{path} row {row}: byte 0x{data[error.start]:02x} is not UTF-8{utf_16}; save the file as UTF-8') from error
+    if '\0' in text:
+        row = text.count('\n', 0, text.index('\0')) + 1
+        raise UserError(f'{path} row {row}: holds a zero byte, so this is no text; save the table as a CSV in UTF-8')
+    return text
+
+
+def _find_separator(text: str) -> str:
+    header = text.split('\n', 1)[0]
     return next((mark for mark in ',\t;|' if mark in header), ',')
 
 
@@ -140,21 +167,11 @@ def find_images(table: Table, passing_over: bool = False) -> list[str]:
     Raises:
         UserError: Images are missing, with how many and the first few.
     """
-    folder = table.path.parent
-    rules = {
-        f'in {folder}': lambda text: folder / text,
-        f'in {folder / ".."}': lambda text: folder / '..' / text,
-        'in the working directory': lambda text: Path(text),
-        f'by name in {folder / "images"}': lambda text: folder / 'images' / Path(text).name,
-    }
+    rules = _rules(table.path.parent)
+    paths, exists = look_for_images(table)
     texts = table.frame[table.image_column]
-    for rule in rules.values():
-        paths = [rule(text) for text in texts]
-        exists = [os.path.isfile(path) for path in paths]
-        if any(exists):
-            break
     if all(exists) or passing_over:
-        return [str(path) for path, found in zip(paths, exists) if found]
+        return [path for path, found in zip(paths, exists) if found]
     missing = [f'{text} (row {row})' for (row, text), found in zip(texts.items(), exists) if not found]
     examples = ', '.join(missing[:_EXAMPLES]) + (', ...' if len(missing) > _EXAMPLES else '')
     if len(missing) == len(texts):
@@ -163,6 +180,26 @@ def find_images(table: Table, passing_over: bool = False) -> list[str]:
     raise UserError(
         f'{table.path}: {len(missing)} of {len(texts)} images are missing on disk: {examples}; '
         'add them or remove their rows')
+
+
+def look_for_images(table: Table) -> tuple[list[str], list[bool]]:
+    """Where the image of each row (N,) is looked for, as `find_images` says it, and whether a file is there (N,)."""
+    for rule in _rules(table.path.parent).values():
+        paths = [str(rule(text)) for text in table.frame[table.image_column]]
+        exists = [os.path.isfile(path) for path in paths]
+        if any(exists):
+            break
+    return paths, exists
+
+
+def _rules(folder: Path) -> dict[str, Callable[[str], Path]]:
+    """Where images are looked for, in order: how a message names the place, and a cell's path there."""
+    return {
+        f'in {folder}': lambda text: folder / text,
+        f'in {folder / ".."}': lambda text: folder / '..' / text,
+        'in the working directory': lambda text: Path(text),
+        f'by name in {folder / "images"}': lambda text: folder / 'images' / Path(text).name,
+    }
 
 
 def find_label_space(
@@ -248,7 +285,7 @@ def describe_unknown(unknown: dict[str, dict[str, list[int]]]) -> str:
     for head, labels in unknown.items():
         for label, rows in labels.items():
             shown = ', '.join(str(row) for row in rows[:_EXAMPLES]) + (', ...' if len(rows) > _EXAMPLES else '')
-            parts.append(f"{head} '{label}' in {len(rows)} row{'s' if len(rows) > 1 else ''} ({shown})")
+            parts.append(f"{head} '{printable(label)}' in {len(rows)} row{'s' if len(rows) > 1 else ''} ({shown})")
     more = len(parts) - 2 * _EXAMPLES
     return '; '.join(parts[:2 * _EXAMPLES]) + (f'; and {more} more labels' if more > 0 else '')
 

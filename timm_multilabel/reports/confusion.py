@@ -12,6 +12,7 @@ from sklearn.metrics import confusion_matrix
 
 from timm_multilabel.files import write_whole
 from timm_multilabel.labels import Labels, LabelSet, Quantity, TagSet
+from timm_multilabel.reports.escaping import spreadsheet_text
 
 _READABLE = 20  # classes of which a matrix is legible
 _PAIRS = 25  # confused pairs shown of more classes than that
@@ -59,13 +60,19 @@ def write_confusion(
         table = pd.DataFrame(
             matrix, index=pd.Index(labels.classes, name='label \\ prediction'), columns=labels.classes)
         figure = _matrix(labels, matrix) if len(labels.classes) <= _READABLE else _pairs(labels, matrix)
-    write_whole(folder / f'{stem}.csv', table.to_csv())
+    write_whole(folder / f'{stem}.csv', _escaped(table).to_csv())
     picture = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph .* missing')  # the fonts at hand may lack a script
         figure.savefig(picture, format='png', dpi=120)
     write_whole(folder / f'{stem}.png', picture.getvalue())
     return [folder / f'{stem}.csv', folder / f'{stem}.png']
+
+
+def _escaped(table: pd.DataFrame) -> pd.DataFrame:
+    """A table whose names of rows and columns no spreadsheet computes."""
+    return table.rename(
+        index=lambda name: spreadsheet_text(name) if isinstance(name, str) else name, columns=spreadsheet_text)
 
 
 def _tags(labels: TagSet, target: np.ndarray, measured: np.ndarray) -> tuple[pd.DataFrame, Figure]:

@@ -22,6 +22,29 @@ WEIGHTS = {'plain': 'state_dict', 'ema': 'state_dict_ema'}
 """The two kinds of weights that a checkpoint may hold, and their keys."""
 
 
+def _is_data_config(value: Any) -> bool:
+    size, colors = value.get('input_size', ()), [value.get(name, ()) for name in ('mean', 'std')]
+    return (
+        len(size) == 3 and all(isinstance(number, int) and 0 < number <= _LARGEST for number in size)
+        and all(len(numbers) == 3 and all(isinstance(number, float) for number in numbers) for numbers in colors)
+        and isinstance(value.get('crop_pct'), float | int) and 0 < value['crop_pct'] <= _LARGEST
+        and all(isinstance(value.get(name), str) for name in ('interpolation', 'crop_mode')))
+
+
+_LARGEST = 2 ** 16  # pixels of a side
+_SETTINGS = {  # of a checkpoint, and what each must be
+    'arch': lambda value: isinstance(value, str),
+    'model_kwargs': lambda value: value is None or isinstance(value, dict),
+    'head_options': lambda value: value is None or isinstance(value, dict) and all(
+        isinstance(options, dict) for options in value.values()),
+    'projection_dim': lambda value: isinstance(value, int) and 0 < value <= _LARGEST,
+    'data_config': lambda value: isinstance(value, dict) and _is_data_config(value),
+    'phases': lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    'phase': lambda value: isinstance(value, int) and value >= 0,
+    'epoch': lambda value: isinstance(value, int) and value >= 0,
+}
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint file in memory, on the CPU."""
@@ -83,6 +106,9 @@ def read_checkpoint(path: str | Path, mapped: bool = False) -> Checkpoint:
     foreign = UserError(f'{path}: not a checkpoint of timm-multilabel (no weights with a label space and a model name)')
     if not isinstance(state, dict) or not isinstance(state.get('state_dict'), dict) or 'arch' not in state:
         raise foreign
+    for name, is_well in _SETTINGS.items():
+        if name in state and not is_well(state[name]):
+            raise UserError(f"{path}: its '{name}' cannot be what this program wrote; take another checkpoint")
     try:
         return Checkpoint(path, state, LabelSpace.from_dict(state.get('label_space')))
     except ValueError as error:
@@ -95,12 +121,12 @@ def load_model(checkpoint: Checkpoint, weights: str, kinds: Mapping[str, type[He
     Raises:
         UserError: The checkpoint has no such weights, they do not fit its model, or a head is of an unknown kind.
     """
-    backbone = create_backbone(
-        checkpoint.arch,
-        input_size={'input_size': checkpoint.data_config['input_size']},
-        model_kwargs=checkpoint.state.get('model_kwargs'),
-    )
     try:
+        backbone = create_backbone(
+            checkpoint.arch,
+            input_size={'input_size': checkpoint.data_config['input_size']},
+            model_kwargs=checkpoint.state.get('model_kwargs'),
+        )
         model = MultiLabelModel(
             backbone,
             checkpoint.label_space,
@@ -108,8 +134,8 @@ def load_model(checkpoint: Checkpoint, weights: str, kinds: Mapping[str, type[He
             kinds=kinds,
             projection_dim=checkpoint.state.get('projection_dim', 64),
         )
-    except ValueError as error:
-        raise UserError(f'{checkpoint.path}: {error}') from error
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
+        raise UserError(f'{checkpoint.path}: {" ".join(str(error).split())}') from error
     try:
         model.load_state_dict(checkpoint.weights(weights))
     except RuntimeError as error:
