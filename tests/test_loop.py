@@ -1,5 +1,7 @@
 """What happens between a loss and the weights: accumulation, clipping, precision, EMA, batch norm, ranking."""
+import math
 from argparse import Namespace
+from itertools import pairwise
 
 import pandas as pd
 import pytest
@@ -12,9 +14,12 @@ from timm_multilabel.cli import train_flags
 from timm_multilabel.cli.build import model as build_model
 from timm_multilabel.cli.flags import Parser
 from timm_multilabel.cli.main import run_command
+from timm_multilabel.errors import UserError
 from timm_multilabel.heads import KINDS
 from timm_multilabel.model import MultiLabelModel
 from timm_multilabel.task import JointTask
+from timm_multilabel.training import loop
+from timm_multilabel.training.agreement import Agreement
 from timm_multilabel.training.checkpoint import read_checkpoint
 from timm_multilabel.training.loop import Fit, Precision, make_scaler
 from timm_multilabel.training.place import Place
@@ -168,3 +173,72 @@ def test_gradient_checkpointing_and_image_sizes_reach_the_backbone():
     model, config = build_model(args, data, {})
     assert model.backbone.grad_checkpointing and model.heads[0].drop.p == 0.4
     assert config['input_size'] == [3, 64, 64] and model(torch.zeros(1, 3, 64, 64))['color'].shape == (1, 3)
+
+
+def _poisoned_rank(rank):
+    """Three steps of which the second is no number on the second rank alone."""
+    task, loader = tiny_task(simclr_weight=0), Loader(batches(3, seed=rank))
+    task.prepare_distributed()
+    updater = Updater(task, torch.optim.AdamW(task.trainable_module.parameters(), lr=0.1))
+    seen = []
+
+    class Meter(Agreement):
+        def verdicts(self, all_of_them=False):
+            found = super().verdicts(all_of_them)
+            seen.extend((verdict.step, verdict.bad, verdict.bad_here) for verdict in found)
+            return found
+
+    history = [weights(task)]
+    task.trainable_module.register_forward_pre_hook(lambda module, inputs: history.append(weights(task)))
+    if rank == 1:
+        loader[1][0].fill_(math.inf)
+    loop.Agreement, before = Meter, loop.Agreement
+    try:
+        Fit(updater, CPU, loader, None, images_per_step=6, seed=0).train(Place(0), 0.1, Progress('', 3, False))
+    finally:
+        loop.Agreement = before
+    same = [all(torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in pairwise([*history, weights(task)])]
+    return seen, same, [weight.tolist() for weight in weights(task)]
+
+
+def test_a_loss_that_is_no_number_on_one_rank_is_skipped_on_all():
+    (first, first_same, ours), (second, second_same, theirs) = run_ranks(_poisoned_rank, 2)
+    assert first == [(0, False, False), (1, True, False), (2, False, False)]
+    assert second == [(0, False, False), (1, True, True), (2, False, False)]
+    # The first pair is before the first step: nothing has changed there either.
+    assert first_same == second_same == [True, False, True, False]
+    assert ours == theirs and all(math.isfinite(value) for weight in ours for value in torch.tensor(weight).flatten())
+
+
+def _ended_rank(rank):
+    """A run whose losses are no numbers on the second rank; its error. NT-Xent would spread them over all ranks."""
+    task, loader = tiny_task(simclr_weight=0), Loader(batches(30, seed=rank))
+    loader.rows_of = lambda epoch, step: [f'rank {rank} epoch {epoch} step {step}']
+    task.prepare_distributed()
+    if rank == 1:
+        for images, _ in loader:
+            images.fill_(math.nan)
+    fit = Fit(Updater(task, torch.optim.SGD(task.trainable_module.parameters(), lr=0.1), accumulate=1), CPU, loader,
+              None, images_per_step=6, seed=0)
+    with pytest.raises(UserError) as error:
+        fit.train(Place(0), 0.1, Progress('', 30, False))
+    return error.value.line
+
+
+def test_too_many_of_them_end_all_ranks_at_the_same_step_with_the_rows_of_the_guilty_one():
+    first, second = run_ranks(_ended_rank, 2)
+    assert first == second and 'last at step 20 of epoch 1' in first
+    assert first.endswith('the rows of that batch: rank 1 epoch 0 step 19')
+
+
+def test_verdicts_of_a_device_are_read_later_and_all_of_them_at_the_end():
+    agreement = Agreement(torch.device('cpu'))
+    agreement.lag = 2  # as on a device that runs behind its host
+    good, bad = torch.tensor(True), torch.tensor(False)
+    found = []
+    for step in range(4):
+        agreement.reach(step, bad if step == 1 else good, good, stop=step == 2)
+        found.append([verdict.step for verdict in agreement.verdicts()])
+    assert found == [[], [], [0], [1]]
+    assert [(each.step, each.bad, each.stop) for each in agreement.verdicts(True)] == [(2, False, True),
+                                                                                     (3, False, False)]

@@ -6,14 +6,12 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-from PIL import Image
-
-from timm_multilabel.cli import sample, split, train, validate
+from timm_multilabel.cli import check, sample, split, train, validate
 from timm_multilabel.cli.flags import Parser, parse_with_config
 from timm_multilabel.errors import UserError
 from timm_multilabel.training.signals import Stopped, exit_when_stopped
 
-COMMANDS = (train, validate, sample, split)
+COMMANDS = (train, validate, sample, split, check)
 
 
 def main() -> None:
@@ -28,7 +26,7 @@ def main() -> None:
 
 def run_command(command: ModuleType, prog: str, argv: Sequence[str]) -> None:
     """Run a subcommand; what the user can mend becomes one line on standard error and exit status 2."""
-    warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # images have a limit, `MAX_PIXELS`
+    warnings.filterwarnings('ignore', module=r'PIL\.')  # an image is well or is named as bad; EXIF may be absurd
     parser = Parser(prog=prog, description=command.__doc__.split('\n')[0])
     command.add_flags(parser)
     positionals = [action.metavar for action in parser._actions if not action.option_strings]

@@ -155,7 +155,7 @@ class Stored:
         path = folder / cls.ROWS
         try:
             rows = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f'{path}: cannot be read as JSON ({error}); mend or remove it') from error
         if not isinstance(rows, dict) or not all(isinstance(count, int) and count > 0 for count in rows.values()):
             raise UserError(f'{path}: expected the number of samples by split, such as {{"train": 4000}}')

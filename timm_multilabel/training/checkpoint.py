@@ -134,7 +134,7 @@ def load_model(checkpoint: Checkpoint, weights: str, kinds: Mapping[str, type[He
             kinds=kinds,
             projection_dim=checkpoint.state.get('projection_dim', 64),
         )
-    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
+    except (UserError, ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
         raise UserError(f'{checkpoint.path}: {" ".join(str(error).split())}') from error
     try:
         model.load_state_dict(checkpoint.weights(weights))

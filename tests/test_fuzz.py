@@ -1,0 +1,169 @@
+"""Any text as a table, any option of a head, any recipe: a result or one clean line, never a traceback."""
+import sys
+from io import StringIO
+from unittest.mock import patch
+
+import pytest
+import yaml
+from common import TinyBackbone, write_data
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from test_hostile import ramp, saved
+
+from timm_multilabel.cli import head_options, train_flags
+from timm_multilabel.cli.checks import check_phases
+from timm_multilabel.cli.flags import Parser, parse_with_config
+from timm_multilabel.data.images import EncodedPhoto
+from timm_multilabel.data.split import split_csv
+from timm_multilabel.data.table import encode_rows, find_label_space, read_table
+from timm_multilabel.errors import UserError
+from timm_multilabel.heads import KINDS
+from timm_multilabel.labels import LabelSpace
+from timm_multilabel.model import MultiLabelModel
+
+QUIET = settings(
+    max_examples=150, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+def ends_well(work, *args, **kwargs):
+    """What some work gives, or None where it ends in one clean line."""
+    try:
+        return work(*args, **kwargs)
+    except UserError as error:
+        assert error.line and error.line.isprintable()
+        return None
+
+
+CELLS = st.one_of(
+    st.sampled_from(['', 'red', 'blue', 'NA', 'a|b', '1.5', '-1', '"', '""', 'images/0.png', 'images/1.png', ' ', '\t',
+                     "'", '1e999', 'nan', '\x1b', 'image_path']),
+    st.text(max_size=8))
+LINES = st.lists(st.lists(CELLS, min_size=1, max_size=4).map(lambda cells: ','.join(cells)), max_size=6)
+TABLES = st.one_of(
+    LINES.map('\n'.join),
+    LINES.map(lambda lines: '\n'.join(['image_path,color,size', *(f'images/0.png,{line}' for line in lines)])),
+    st.text(max_size=60),
+)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp('fuzz') / 'data', train=2, val=1, size=8)
+
+
+@QUIET
+@given(content=st.one_of(TABLES.map(lambda text: text.encode('utf-8', 'surrogatepass')), st.binary(max_size=60)),
+       separator=st.sampled_from([None, ',', '\t', '|', 'a', '"', '\\', '.', '*']),
+       missing=st.sampled_from([None, '-1', '']))
+@example(b'image_path\n"', None, None)
+@example(b'image_path,a\nimages/0.png,\n', None, None)
+def test_tables(folder, content, separator, missing):
+    path = folder / 'fuzz.csv'
+    path.write_bytes(content)
+
+    def read():
+        table = read_table(path, separator=separator, missing_value=missing)
+        space = find_label_space([table], None)
+        rows = encode_rows(table, space)
+        assert len(rows) == len(table.frame) and LabelSpace.from_dict(space.to_dict()) == space
+
+    ends_well(read)
+
+
+@QUIET
+@given(content=st.one_of(TABLES.map(lambda text: text.encode('utf-8', 'surrogatepass')), st.binary(max_size=60)),
+       image=st.one_of(st.sampled_from(['{image_path}', '{0}', '{', '{image_path.__class__}', '{image_path!x}']),
+                       st.text(max_size=10)))
+def test_split(folder, content, image):
+    (folder / 'source.csv').write_bytes(content)
+    ends_well(split_csv, folder / 'source.csv', folder / 'out', image=image, heads=[('color', 'color')], force=True)
+
+
+OPTIONS = st.dictionaries(
+    st.sampled_from(['loss', 'drop', 'smoothing', 'class_weights', 'scale', 'margin', 'weight', 'input', 'columns',
+                     'x']),
+    st.one_of(
+        st.sampled_from(['softmax', 'arcface', 'tags', 'numeric', 'balanced', 'projection', 'features', 'red:2',
+                         'red:x', 'shape+size', '', '0', '-1', '1e400', 'nan', 'true']),
+        st.text(max_size=5), st.floats(), st.integers(-5, 5), st.booleans(), st.none(),
+        st.lists(st.one_of(st.text(max_size=3), st.integers(0, 3)), max_size=3),
+        st.dictionaries(st.text(max_size=3), st.integers(), max_size=2)),
+    max_size=4)
+
+
+@QUIET
+@given(given_options=st.dictionaries(st.sampled_from(['color', 'shape', '*', 'no']), OPTIONS, max_size=3))
+def test_head_options(folder, given_options):
+    def make():
+        table = read_table(folder / 'train.csv')
+        head_options.check_groups(given_options, table.label_columns)
+        head = head_options.expand(given_options, table.label_columns, None)
+        space = find_label_space([table], None, head_options.readers(head, KINDS), head_options.groups(head))
+        targets = space.split(encode_rows(table, space).targets)
+        options, _ = head_options.resolve(head, KINDS, space, targets)
+        try:
+            return MultiLabelModel(TinyBackbone(), space, head_options=options)
+        except ValueError as error:  # as cli/build.py takes it
+            assert str(error)
+
+    ends_well(make)
+
+
+def parsed(path, *argv):
+    """What a recipe comes to, or None where the parser ends the program with status 2 and one line."""
+    parser = Parser(prog='train.py')
+    train_flags.add_flags(parser)
+    errors = StringIO()
+    with patch.object(sys, 'stderr', errors):
+        try:
+            return check_phases(parse_with_config(parser, [*argv, '-c', str(path)]))
+        except SystemExit as stop:
+            assert stop.code == 2 and errors.getvalue().startswith('train.py: error: ')
+    return None
+
+
+def flag_names():
+    parser = Parser(prog='train.py')
+    train_flags.add_flags(parser)
+    return sorted({action.dest for action in parser._actions} - {'help', 'config'})
+
+
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-3, 10 ** 12), st.floats(), st.text(max_size=6),
+              st.sampled_from(['simclr', 'auto', '0.1', '--lr', '-1', 'color', 'adamw'])),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
+    max_leaves=6)
+SETTINGS = st.dictionaries(st.one_of(st.sampled_from(flag_names()), st.text(max_size=6)), VALUES, max_size=5)
+RECIPES = st.one_of(
+    SETTINGS,
+    st.builds(lambda above, phases: {**above, 'phases': phases}, SETTINGS, st.lists(SETTINGS, max_size=3)))
+
+
+@QUIET
+@given(recipe=RECIPES)
+def test_recipes(folder, recipe):
+    path = folder / 'recipe.yaml'
+    path.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding='utf-8')
+    ends_well(parsed, path, 'data')
+
+
+@QUIET
+@given(content=st.one_of(st.binary(max_size=100), st.text(max_size=100).map(lambda text: text.encode()),
+                         st.text('[]{}&*!:-?,| \n"\'%@`#abc', max_size=60).map(str.encode)))
+def test_texts_as_recipes(folder, content):
+    path = folder / 'recipe.yaml'
+    path.write_bytes(content)
+    ends_well(parsed, path, 'data')
+
+
+@QUIET
+@given(kind=st.sampled_from(['JPEG', 'PNG', 'GIF', 'BMP', 'TIFF', 'WEBP']), data=st.data())
+def test_images(kind, data):
+    content = bytearray(saved(ramp((9, 7)), kind))
+    changes = st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)), max_size=5)
+    for place, value in data.draw(changes):
+        content[place] = value
+    content = content[:data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
+    pixels = ends_well(lambda: EncodedPhoto(bytes(content), 'x').decode())
+    assert pixels is None or pixels.ndim == 3 and pixels.shape[2] == 3
