@@ -167,7 +167,6 @@ def find_images(table: Table, passing_over: bool = False) -> list[str]:
     Raises:
         UserError: Images are missing, with how many and the first few.
     """
-    rules = _rules(table.path.parent)
     paths, exists = look_for_images(table)
     texts = table.frame[table.image_column]
     if all(exists) or passing_over:
@@ -175,8 +174,8 @@ def find_images(table: Table, passing_over: bool = False) -> list[str]:
     missing = [f'{text} (row {row})' for (row, text), found in zip(texts.items(), exists) if not found]
     examples = ', '.join(missing[:_EXAMPLES]) + (', ...' if len(missing) > _EXAMPLES else '')
     if len(missing) == len(texts):
-        raise UserError(
-            f'{table.path}: none of its {len(texts)} images is on disk: {examples}; looked {", ".join(rules)}')
+        looked = ', '.join(_rules(table.path.parent))
+        raise UserError(f'{table.path}: none of its {len(texts)} images is on disk: {examples}; looked {looked}')
     raise UserError(
         f'{table.path}: {len(missing)} of {len(texts)} images are missing on disk: {examples}; '
         'add them or remove their rows')

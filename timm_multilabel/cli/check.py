@@ -1,0 +1,134 @@
+"""Check a data directory for what would spoil a result: bad images, the same image twice, strange labels."""
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from timm_multilabel.cli.flags import count, positive, separator
+from timm_multilabel.data.scan import read_contents, scan_images
+from timm_multilabel.errors import UserError, printable
+from timm_multilabel.files import write_whole
+from timm_multilabel.reports.data_check import Report, report_on, shortened
+
+NAME = 'check'
+HELP = 'check a data directory for what would spoil a result'
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this command."""
+    parser.add_argument('data_dir', metavar='DIR', help='folder with train.csv, val.csv, ... and the images')
+    parser.add_argument('--image-column', default='image_path', metavar='NAME', help='column of the image paths')
+    parser.add_argument('--separator', type=separator, metavar='CHAR',
+                        help="what is between cells: a character or 'tab' (default: what the header has)")
+    parser.add_argument('--missing-value', metavar='TEXT', help='a cell that means no label, beside the empty one')
+    parser.add_argument('--heads', nargs='+', metavar='NAME',
+                        help='label columns to check, as classes; leave out those of tags or numbers (default: all)')
+    parser.add_argument('-j', '--workers', type=positive, default=os.cpu_count() or 1, metavar='N',
+                        help='threads that decode (default: the cores)')
+    parser.add_argument('--examples', type=count, default=5, metavar='N',
+                        help='rows, images or labels that a finding names at most')
+    parser.add_argument('--json', metavar='FILE', help='write the report as JSON; - prints it, and nothing else')
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check, and end with exit status 1 where something would spoil a result."""
+    path = _prepare_output(args.json)
+    contents = read_contents(
+        Path(args.data_dir), args.image_column, args.separator, args.missing_value, args.heads)
+    with tqdm(total=len(contents.files), desc=printable(f'{contents.folder}: images'), unit=' images', leave=False,
+              disable=None) as bar:
+        scans = scan_images(contents.files, args.workers, bar.update)
+    report = report_on(contents, scans, args.examples)
+    if args.json is not None:
+        # ASCII, so that no text of a cell does anything to a terminal.
+        text = json.dumps(report.to_dict(), indent=1)
+        if path is None:
+            print(text)
+        else:
+            write_whole(path, text + '\n')
+    if args.json != '-':
+        for line in report_lines(report):
+            print(printable(line))
+    if report.errors:
+        sys.exit(1)
+
+
+def _prepare_output(name: str | None) -> Path | None:
+    """Find out that the file could not be written before the work, not after it."""
+    if name in (None, '-'):
+        return None
+    path = Path(name)
+    if path.is_dir():
+        raise UserError(f'--json {path}: is a folder; name a file')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def report_lines(report: Report) -> list[str]:
+    """A report as lines of text, the last one with the numbers of errors and notes."""
+    lines = _split_lines(report) + _head_lines(report) + _image_lines(report) + ['']
+    for finding in report.findings:
+        lines.append(f'{finding.severity}: {finding.text}')
+        if finding.examples:
+            more = '; ...' if finding.count > len(finding.examples) else ''
+            lines.append('    ' + '; '.join(finding.examples) + more)
+    errors, notes = (
+        f'{number} {name}{"" if number == 1 else "s"}'
+        for number, name in ((report.errors, 'error'), (report.notes, 'note')))
+    return [*lines, f'{errors}, {notes}']
+
+
+def _split_lines(report: Report) -> list[str]:
+    names = {name: Path(split['csv']).name for name, split in report.splits.items()}
+    width = max(map(len, names.values()))
+    lines = []
+    for name, split in report.splits.items():
+        labels = sum(split['labels'].values())
+        of_labels = f', {labels} labels' if split['labels'] else ''
+        lines.append(f'{names[name]:<{width}}  {split["rows"]} rows, {split["images"]} images{of_labels}')
+    return lines
+
+
+def _head_lines(report: Report) -> list[str]:
+    """The table of heads."""
+    if not report.heads:
+        return []
+    labelled = [name for name, split in report.splits.items() if split['labels']]
+    rows = [['head', 'classes', *(f'labels in {name}' for name in labelled)]]
+    if 'train' in labelled:
+        rows[0] += ['rarest in train', 'most frequent in train']
+    for name, head in report.heads.items():
+        rows.append([shortened(name), str(head['classes']), *(
+            str(report.splits[split]['labels'][name]) for split in labelled)])
+        if 'train' in labelled:
+            rows[-1] += _extremes(head['counts']['train'])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    numbers = range(1, 2 + len(labelled))
+    return ['', *('  '.join(
+        f'{cell:>{width}}' if place in numbers else f'{cell:<{width}}'
+        for place, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows), '']
+
+
+def _extremes(counts: dict[str, int]) -> list[str]:
+    """The rarest and the most frequent label, the latter with its share."""
+    rarest, frequent = min(counts, key=counts.get), max(counts, key=counts.get)
+    share = 100 * counts[frequent] / max(1, sum(counts.values()))
+    return [f'{shortened(rarest)} {counts[rarest]}', f'{shortened(frequent)} {counts[frequent]} ({share:.1f} %)']
+
+
+def _image_lines(report: Report) -> list[str]:
+    images, sizes = report.images, report.images['sizes']
+    lines = [f'{images["files"]} image files']
+    if not sizes['different']:
+        return lines
+    shown = ', '.join(f'{width}x{height} ({number})' for width, height, number in sizes['most_common'])
+    more = ', ...' if sizes['different'] > len(sizes['most_common']) else ''
+    ends = ', '.join(
+        f'{name} {width}x{height}' for name in ('smallest', 'largest') for width, height, _ in sizes[name])
+    lines.append(f'sizes: {sizes["different"]} different, {ends}; {shown}{more}')
+    for name in ('modes', 'formats'):
+        lines.append(f'{name}: ' + ', '.join(f'{kind} ({number})' for kind, number in images[name].items()))
+    return lines
