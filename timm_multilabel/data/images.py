@@ -1,5 +1,6 @@
 """Image file -> photo: its size from the header, its pixels as upright RGB, at a reduced scale where that will do."""
 import os
+import re
 import stat
 from collections.abc import Sequence
 from io import BytesIO
@@ -157,7 +158,7 @@ class EncodedPhoto:
         return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
     def _unreadable(self, error: Exception | str) -> UserError:
-        reason = ' '.join(str(error).replace(str(BytesIO), '').split()) or type(error).__name__
+        reason = ' '.join(re.sub(r'<_io.BytesIO .*?>', '', str(error)).split()) or type(error).__name__
         return UserError(f'{self.name}: cannot be decoded as an image ({reason}); replace it or remove the row')
 
 
