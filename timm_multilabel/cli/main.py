@@ -26,7 +26,7 @@ def main() -> None:
 
 def run_command(command: ModuleType, prog: str, argv: Sequence[str]) -> None:
     """Run a subcommand; what the user can mend becomes one line on standard error and exit status 2."""
-    warnings.filterwarnings('ignore', module=r'PIL\.')  # an image is well or is named as bad; EXIF may be absurd
+    warnings.filterwarnings('ignore', module=r'PIL\.|torch\._weights')  # of absurd files, which are named
     parser = Parser(prog=prog, description=command.__doc__.split('\n')[0])
     command.add_flags(parser)
     positionals = [action.metavar for action in parser._actions if not action.option_strings]

@@ -25,6 +25,9 @@ class ClassHead(Head):
     def predict(self, output: torch.Tensor) -> torch.Tensor:
         return output.argmax(dim=1)
 
+    def probabilities(self, output: torch.Tensor) -> torch.Tensor:
+        return float32(output).softmax(dim=1).float()
+
     def measure(self, output: torch.Tensor) -> torch.Tensor:
         """The five likeliest classes, the likeliest first."""
         return output.topk(min(5, output.shape[1]), dim=1).indices.float()

@@ -1,6 +1,7 @@
 """What every kind of head says of itself."""
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from timm_multilabel.labels import Labels, LabelSet, TagSet
@@ -45,6 +46,16 @@ class Head(nn.Module):
     def predict(self, output: torch.Tensor) -> torch.Tensor:
         """Class indices (B,), probabilities of tags (B, C), or standardised numbers (B,)."""
         raise NotImplementedError
+
+    def probabilities(self, output: torch.Tensor) -> torch.Tensor:
+        """Probabilities of classes or tags (B, C), or standardised numbers (B, 1), float32.
+
+        A kind of classes that knows none is certain of what it predicts.
+        """
+        predicted = self.predict(output)
+        if isinstance(self.labels, LabelSet):
+            return F.one_hot(predicted, len(self.labels.classes)).float()
+        return predicted.float().reshape(len(output), -1)
 
     def measure(self, output: torch.Tensor) -> torch.Tensor:
         """What evaluation keeps of each row (B, K), float32; the first columns are those of `predict`."""

@@ -1,0 +1,1 @@
+"""Trained models at work: what they say of images, and where images lie among each other."""

@@ -1,0 +1,108 @@
+"""What a model says of each row of a split, kept in a file, so that reports and comparisons need no second pass."""
+import io
+import json
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from timm_multilabel.data.table import Rows
+from timm_multilabel.errors import UserError
+from timm_multilabel.files import write_whole
+from timm_multilabel.labels import LabelSpace
+from timm_multilabel.model import MultiLabelModel
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Outputs of a model for the N rows of a split.
+
+    Args:
+        label_space: The heads.
+        rows: Each row as messages name it, such as "val.csv row 17" (N,).
+        images: The image files (N,).
+        targets: Labels, as `LabelSpace.split` takes them (N, W).
+        outputs: By head what `Head.probabilities` gives: of classes (N, C), of tags (N, C), or a standardised number
+            (N, 1); float32.
+        features: Pooled features of the backbone (N, F), float32.
+    """
+    label_space: LabelSpace
+    rows: np.ndarray
+    images: np.ndarray
+    targets: np.ndarray
+    outputs: dict[str, np.ndarray]
+    features: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def target(self, head: str) -> np.ndarray:
+        """The labels of a head: class indices (N,) or tags (N, C), -1 where missing, or numbers (N,), NaN where so."""
+        columns = self.label_space.split(torch.from_numpy(self.targets))
+        return columns[self.label_space.names.index(head)].numpy()
+
+    def save(self, path: str | Path) -> None:
+        """Write them as an npz file."""
+        arrays = {name: getattr(self, name) for name in ('rows', 'images', 'targets', 'features')}
+        # By number, since a head may be called anything.
+        arrays |= {f'output_{number}': self.outputs[name] for number, name in enumerate(self.label_space.names)}
+        written = io.BytesIO()
+        np.savez_compressed(written, label_space=np.array(json.dumps(self.label_space.to_dict())), **arrays)
+        write_whole(path, written.getvalue())
+
+    @classmethod
+    def load(cls, path: str | Path) -> 'Predictions':
+        """Read what `save` wrote, without running anything that it contains.
+
+        Raises:
+            UserError: The file is missing, damaged or something else.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                label_space = LabelSpace.from_dict(json.loads(str(stored['label_space'])))
+                outputs = {name: stored[f'output_{number}'] for number, name in enumerate(label_space.names)}
+                return cls(label_space, *(stored[name] for name in ('rows', 'images', 'targets')), outputs,
+                           stored['features'])
+        except (OSError, ValueError, KeyError, EOFError, RecursionError, zipfile.BadZipFile) as error:
+            raise UserError(f'{path}: cannot be read as stored predictions ({error}); remove it to have them made '
+                            'again') from error
+
+
+@torch.no_grad()
+def predict_rows(
+        model: MultiLabelModel,
+        loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        rows: Rows,
+        precision: Any,
+        progress: Any,
+) -> Predictions:
+    """Run a model over all rows, in order, in one process.
+
+    Args:
+        model: In evaluation mode, on the device of the loader's batches.
+        loader: Of `create_eval_loader`, over these rows.
+        rows: The rows.
+        precision: `training.loop.Precision`.
+        progress: Has `advance()`, called after each batch.
+    """
+    features, outputs = [], {name: [] for name in model.named_heads}
+    for images, _ in loader:
+        with precision.autocast():
+            pooled = model.backbone(precision.layout(images))
+            made = model.forward_heads(pooled)
+        features.append(pooled.float().cpu())
+        for name, head in model.named_heads.items():
+            outputs[name].append(head.probabilities(made[name]).cpu())
+        progress.advance()
+    return Predictions(
+        model.label_space,
+        np.array([rows.where(index) for index in range(len(rows))]),
+        np.array([str(image) for image in rows.images]),
+        rows.targets.numpy().astype(np.float32),
+        {name: torch.cat(parts).numpy() for name, parts in outputs.items()},
+        torch.cat(features).numpy(),
+    )
