@@ -190,8 +190,14 @@ def test_tables_that_are_the_same(tmp_path, how):
     assert find_label_space([read], None).heads == (LabelSet('color', ('NA', 'red')),)
 
 
+def test_the_header_ends_at_its_own_line_end(tmp_path):
+    read = read_table(table(tmp_path, 'image_path;color\rimages/a.png;a,b\r'))
+    assert read.frame['color'].tolist() == ['a,b']
+
+
 WRONG = {
     'Latin-1': (PLAIN.replace('NA', 'caf\xe9').encode('latin-1'), 'row 4: byte 0xe9 is not UTF-8; save the file'),
+    'Latin-1, CR alone': (PLAIN.replace('NA', 'caf\xe9').replace('\n', '\r').encode('latin-1'), 'row 4: byte 0xe9 is'),
     'UTF-16': (PLAIN.encode('utf-16'), r'row 1: byte 0xff is not UTF-8 \(it looks like UTF-16\)'),
     'UTF-16 without a mark': (PLAIN.encode('utf-16-le'), 'row 1: holds a zero byte'),
     'a workbook': (b'PK\x03\x04\x14\0\x06\0\x08\0\0\0!\0', 'row 1: holds a zero byte'),
@@ -303,7 +309,8 @@ def test_a_pickle_that_would_run_code_is_refused(trained, tmp_path, where):
     ('arch', 7), ('arch', 'no_such_model'), ('model_kwargs', {'no_such': 1}), ('model_kwargs', 'x'),
     ('head_options', {'color': {'loss': 'none'}}), ('head_options', [1]), ('projection_dim', -1),
     ('data_config', {}), ('data_config', {'input_size': [3, 10 ** 9, 10 ** 9]}), ('epoch', 'one'),
-    ('label_space', {'heads': [{'name': 'color', 'classes': []}]}), ('label_space', None),
+    ('label_space', {'heads': [{'name': 'color', 'classes': []}]}), ('label_space', None), ('phase', 1), ('run', 5),
+    ('saver', {'checkpoint_files': [('../../harm.pth.tar', 1.0)]}), ('saver', 7), ('within', {'step': 1}),
     ('state_dict', {'backbone.x': 'y'}), ('state_dict', [])])
 def test_settings_of_a_checkpoint_that_nobody_wrote(trained, tmp_path, name, value):
     state = torch.load(trained, weights_only=True)

@@ -20,7 +20,7 @@ from timm_multilabel.data.sample import write_sample
 from timm_multilabel.errors import UserError
 from timm_multilabel.training import saver, updater
 from timm_multilabel.training.checkpoint import newest_checkpoint, read_checkpoint
-from timm_multilabel.training.run_folder import RunFolder
+from timm_multilabel.training.run_folder import RunLock, find_launched, launcher
 
 ROOT = Path(__file__).parent.parent
 
@@ -145,14 +145,97 @@ def test_nothing_whole_to_resume_from(data_dir, tmp_path, capsys):
     assert len(pd.read_csv(tmp_path / 'run' / 'summary.csv')) == 1
 
 
-def test_one_run_in_a_folder_at_a_time(data_dir, tmp_path, monkeypatch):
+def test_one_run_in_a_folder_at_a_time(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('timm_multilabel.training.run_folder._PATIENCE', 1)
-    space = read_checkpoint(train_run(data_dir, tmp_path, epochs=1) / 'last.pth.tar').label_space
-    first = RunFolder(tmp_path / 'run', {}, space)
-    with pytest.raises(UserError, match='another process trains in this folder'):
-        RunFolder(tmp_path / 'run', {}, space)
+    train_run(data_dir, tmp_path, epochs=1)
+    first = RunLock()
+    first.take(tmp_path / 'run')
+    with pytest.raises(SystemExit):
+        train_run(data_dir, tmp_path, '--resume', 'auto')
+    assert 'another process trains in this folder' in capsys.readouterr().err
     first.close()
-    RunFolder(tmp_path / 'run', {}, space).close()
+    train_run(data_dir, tmp_path, '--resume', 'auto')
+
+
+def test_going_back_sets_aside_what_came_later(data_dir, tmp_path, monkeypatch, capsys):
+    """The whole run of another learning rate, from the first epoch on, whatever happens to it on its way."""
+    whole = train_run(data_dir, tmp_path, epochs=4)
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    start = whole / 'checkpoint-0.pth.tar'
+    train_run(data_dir, tmp_path / 'other', '--lr', '0.02', '--checkpoint-hist', '9', epochs=1)
+    flags = ['--lr', '0.02', '--checkpoint-steps', '1']
+    killed_run(data_dir, tmp_path, monkeypatch, 3, *flags, '--resume', str(start), epochs=4)
+    aside = whole / 'set-aside-1'
+    assert f'{start}: goes back to here; ' in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == {
+        name: content for name, content in before.items()
+        if name in ('last.pth.tar', 'summary.csv') or name.startswith('checkpoint-') and name != 'checkpoint-0.pth.tar'
+        or name == 'model_best.pth.tar' and content != before['checkpoint-0.pth.tar']}
+    train_run(data_dir, tmp_path, *flags, '--resume', 'auto', epochs=4)
+    out = capsys.readouterr().out
+    assert f'{whole}/recovery-2-1.pth.tar: goes on from here' in out and 'goes back' not in out
+    summary, aside_summary = (pd.read_csv(folder / 'summary.csv', dtype=str) for folder in (whole, aside))
+    assert summary['epoch'].tolist() == aside_summary['epoch'].tolist() == ['0', '1', '2', '3']
+    assert summary['train_loss'][0] == aside_summary['train_loss'][0]
+    assert summary['train_loss'][2] != aside_summary['train_loss'][2]
+
+
+def test_another_batch_size_goes_on_at_the_same_share_of_the_epoch(data_dir, tmp_path, monkeypatch, capsys):
+    flags = ['-wls', '0', '--checkpoint-steps', '4']
+    killed_run(data_dir, tmp_path, monkeypatch, 1, *flags, '-b', '2', epochs=2)  # after 4 of 6 steps
+    capsys.readouterr()
+    train_run(data_dir, tmp_path, *flags, '-b', '4', '--log-interval', '1', '--resume', 'auto')
+    out = capsys.readouterr().out
+    assert 'images a step: 2 before, 4 now' in out
+    assert 'Epoch 1/2  step 2/3' not in out and 'Epoch 1/2  step 3/3' in out  # it had 2 of 3
+
+
+def test_within_an_epoch_the_terms_stay(data_dir, tmp_path, monkeypatch, capsys):
+    write_data(tmp_path / 'more', train=8)
+    killed_run(data_dir, tmp_path, monkeypatch, 1, '--checkpoint-steps', '1')
+    with pytest.raises(SystemExit) as stop:
+        train_run(data_dir, tmp_path, '--resume', 'auto', '--unlabelled', str(tmp_path / 'more' / 'images'),
+                  '--epoch-by', 'labelled', '--entropy-weight', '0.1')
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and 'saved within an epoch of other loss terms' in error and error.count('\n') == 1
+
+
+def test_restarts_take_over_their_own_run_alone(tmp_path, monkeypatch):
+    """Of two launches into one output folder, and of an older one, each with the same name."""
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
+    for name, text in (('mine', f'other 1\n{launcher()}'), ('theirs', 'other 1'), ('none', '')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / '.launch').write_text(text)
+    assert find_launched(tmp_path.glob('*'), [launcher(), 'third 3']) == tmp_path / 'mine'
+    assert find_launched([tmp_path / 'theirs', tmp_path / 'none', tmp_path / 'nowhere'], [launcher(), '']) is None
+    os.utime(tmp_path / 'mine' / '.launch', (0, 0))  # of a process that had the number before
+    assert find_launched(tmp_path.glob('*'), [launcher()]) is None
+
+
+def test_a_signal_while_it_prepares_is_status_75_too(data_dir, tmp_path, monkeypatch, capsys):
+    def read_data(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr(train, 'read_data', read_data)
+    with pytest.raises(SystemExit) as stop:
+        train_run(data_dir, tmp_path)
+    assert stop.value.code == 75 and 'train.py: stopped before it began' in capsys.readouterr().err
+    assert not (tmp_path / 'run').exists()
+
+
+def test_what_goes_wrong_after_a_signal_is_said(data_dir, tmp_path, monkeypatch, capsys):
+    def save_within(self, epoch, step):
+        raise UserError('x: the disk is full')
+
+    def begin(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(saver.WholeSaver, 'save_within', save_within)
+    monkeypatch.setattr(updater.Updater, 'begin', begin)
+    with pytest.raises(SystemExit) as stop:
+        train_run(data_dir, tmp_path)
+    assert stop.value.code == 2 and 'train.py: error: x: the disk is full' in capsys.readouterr().err
 
 
 # Real processes
@@ -248,6 +331,19 @@ def test_a_signal_to_one_process_without_launcher_and_a_second_one(data, tmp_pat
         status, _, errors = process.end()
     assert status in (-signal.SIGTERM, -signal.SIGINT), (status, errors)
     assert newest_checkpoint(tmp_path / 'b' / 'run')[0] is not None
+
+
+def test_a_signal_to_all_processes_at_once_and_a_reader_that_has_gone(data, tmp_path):
+    """As systemd tells a unit to stop; and `train ... 2>&1 | tee`, whose tee gets Ctrl-C too."""
+    with Process(command(data, tmp_path, ranks=2)) as process:
+        process.wait_for('run/recovery-*', tmp_path)
+        for stream in (process.process.stdout, process.process.stderr):
+            os.close(os.dup(stream.fileno()))
+            stream.close()
+        for each in (*process.trainers(), process.process):
+            each.send_signal(signal.SIGTERM)
+        assert process.process.wait(100) == 75
+    assert newest_checkpoint(tmp_path / 'run')[0].name.startswith('recovery-')
 
 
 def test_torchrun_restarts_a_run_from_where_it_was(data, tmp_path, undisturbed):

@@ -3,6 +3,7 @@
 Both gather on the device, without a host sync a batch, and talk to the other ranks once, at the end. Accuracies are
 percentages.
 """
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -226,7 +227,7 @@ class TrainingMeter:
         if distributed:
             tensors = [sum_over_ranks(tensor) for tensor in tensors]
         (total, *terms), losses, (correct, labels), shares, (steps,) = (tensor.tolist() for tensor in tensors)
-        steps = max(steps, 1)
+        steps = steps or math.nan
         figures = {'train_loss': total / steps}
         figures |= {f'{name}_loss': value / steps for name, value in zip(self.terms, terms, strict=True)}
         for column, (name, head) in enumerate(self.heads.items()):

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -15,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from timm_multilabel.training.signals import LAUNCHER_ENDS, SAVED, SAVED_FILE, say_received
+from timm_multilabel.training.signals import LAUNCHER_ENDS, SAME, SAVED, SAVED_FILE, say_received
 
 
 class Forward:
@@ -23,10 +24,15 @@ class Forward:
 
     def __init__(self):
         self.received: list[int] = []
+        self.since = 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        say_received(number)
+        if self.received and time.monotonic() - self.since <= SAME:
+            return
+        if not self.received:
+            say_received(number)
         self.received.append(number)
+        self.since = time.monotonic()
         os.environ[LAUNCHER_ENDS] = '1'  # for processes that torchrun starts again in place of those that end
         training = psutil.Process().children()
         if not training:
@@ -67,6 +73,8 @@ def launch(args, forward: Forward) -> int:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
             return failure.exitcode
+        if forward.received == [-failure.exitcode]:  # before it had anything to save
+            return SAVED
         if not forward.received:
             print(f'launch: process {rank} was ended by signal {-failure.exitcode}'
                   + (', perhaps for want of memory' if failure.exitcode == -signal.SIGKILL else ''), file=sys.stderr)

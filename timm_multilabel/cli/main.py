@@ -8,6 +8,7 @@ from types import ModuleType
 
 from timm_multilabel.cli import check, sample, split, train, validate
 from timm_multilabel.cli.flags import Parser, parse_with_config
+from timm_multilabel.cli.output import patient_streams
 from timm_multilabel.errors import UserError
 from timm_multilabel.training.signals import Stopped, exit_when_stopped
 
@@ -26,6 +27,11 @@ def main() -> None:
 
 def run_command(command: ModuleType, prog: str, argv: Sequence[str]) -> None:
     """Run a subcommand; what the user can mend becomes one line on standard error and exit status 2."""
+    with patient_streams():
+        _run(command, prog, argv)
+
+
+def _run(command: ModuleType, prog: str, argv: Sequence[str]) -> None:
     warnings.filterwarnings('ignore', module=r'PIL\.|torch\._weights')  # of absurd files, which are named
     parser = Parser(prog=prog, description=command.__doc__.split('\n')[0])
     command.add_flags(parser)

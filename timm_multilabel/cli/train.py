@@ -2,7 +2,7 @@
 import argparse
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,20 @@ from timm_multilabel.training.checkpoint import (
     of_task,
     read_checkpoint,
     resume,
+    set_aside_later,
     start_from,
     what_differs,
 )
 from timm_multilabel.training.loop import Fit
 from timm_multilabel.training.place import Place
-from timm_multilabel.training.run_folder import RunFolder, find_launched, phase_folder, run_folder_path
+from timm_multilabel.training.run_folder import (
+    RunFolder,
+    RunLock,
+    find_launched,
+    launcher,
+    phase_folder,
+    run_folder_path,
+)
 from timm_multilabel.training.signals import LAUNCHER_ENDS, Stopped, StopSignals
 
 NAME = 'train'
@@ -43,22 +51,25 @@ Say = Callable[[str], None]
 def run(args: argparse.Namespace) -> None:
     """Train."""
     flags = check_phases(args)
-    if os.environ.get(LAUNCHER_ENDS):
-        raise Stopped('stopped before it began')
-    device = start_device(args.device)
-    say = print if world()[0] == 0 else _silent
-    if args.old_amp:
-        say('--apex-amp and --native-amp are read as --amp: PyTorch has mixed precision of its own')
-    phases = [Phase(each, device, say) for each in flags]
-    checkpoint = find_checkpoint(args, say)
-    start = read_checkpoint(args.initial_checkpoint) if args.initial_checkpoint and checkpoint is None else None
-    names = [phase.name for phase in phases] if args.phases else []
-    first_phase = find_phase(checkpoint, names) if checkpoint is not None else 0
-    if len(phases) > 1:
-        rehearse(phases[first_phase:], start, checkpoint)
+    with ExitStack() as stack:
+        signals = stack.enter_context(StopSignals(visible=not int(os.environ.get('RANK', 0))))
+        if os.environ.get(LAUNCHER_ENDS):
+            raise Stopped('stopped before it began')
+        device = start_device(args.device)
+        lock = stack.enter_context(closing(RunLock()))
+        say = print if world()[0] == 0 else _silent
+        if args.old_amp:
+            say('--apex-amp and --native-amp are read as --amp: PyTorch has mixed precision of its own')
+        phases = [Phase(each, device, say) for each in flags]
+        launchers = all_objects(launcher())
+        checkpoint = find_checkpoint(args, launchers, lock, say)
+        start = read_checkpoint(args.initial_checkpoint) if args.initial_checkpoint and checkpoint is None else None
+        names = [phase.name for phase in phases] if args.phases else []
+        first_phase = find_phase(checkpoint, names) if checkpoint is not None else 0
+        if len(phases) > 1:
+            rehearse(phases[first_phase:], start, checkpoint)
 
-    folder, writer = None, None
-    with StopSignals(visible=world()[0] == 0) as signals, ExitStack() as stack:
+        folder, writer = None, None
         for index in range(first_phase, len(phases)):
             phase = phases[index]
             phase.make(start, checkpoint, say)
@@ -67,8 +78,10 @@ def run(args: argparse.Namespace) -> None:
             if folder is None:
                 folder = find_folder(args, phase, checkpoint, names, index)
                 if world()[0] == 0:
-                    writer = stack.enter_context(closing(
-                        RunFolder(folder, settings(args), phases[-1].data.label_space, names)))
+                    lock.take(folder)
+                    if checkpoint is not None and (line := set_aside_later(folder, checkpoint)):
+                        say(line)
+                    writer = RunFolder(folder, settings(args), phases[-1].data.label_space, names, launchers)
             phase.fit(phase_folder(folder, names, index), writer, checkpoint, signals, say)
             start, checkpoint = of_task(phase.task, f"phase '{phase.name}'"), None
             phase.forget()
@@ -145,12 +158,13 @@ class Phase:
         self.start = Place(0)
         if checkpoint is not None:
             self.start = resume(checkpoint, self.task, self.updater, data.steps)
+        self.loaders = Loaders(args, self.task, data, self.data_config, self.precision.device, say, cache)
+        if checkpoint is not None:
             differs = what_differs(
                 checkpoint, ranks=world()[1], images_per_step=self.images_per_step, accumulate=args.grad_accum_steps,
-                seed=args.seed)
+                seed=args.seed, loader_processes=self.loaders.train.order_depends_on)
             if differs:
                 say(differs)
-        self.loaders = Loaders(args, self.task, data, self.data_config, self.precision.device, say, cache)
 
     def forget(self) -> None:
         """Give the memory of task, optimizer and loaders back."""
@@ -206,38 +220,70 @@ class Phase:
             fit.saver = build.saver(args, task, self.updater, self.metric, folder, checkpoint)
         if checkpoint is not None and self.loaders.bad is not None:
             self.loaders.bad.known.update(checkpoint.state.get('run', {}).get('bad_images', []))
-        fit.run(self.start, self.epochs)
+        with signals.noted():
+            fit.run(self.start, self.epochs)
 
 
 def _silent(line: str) -> None:
     """Say nothing."""
 
 
-def find_checkpoint(args: argparse.Namespace, say: Say) -> Checkpoint | None:
+def find_checkpoint(
+        args: argparse.Namespace,
+        launchers: Sequence[str],
+        lock: RunLock,
+        say: Say,
+) -> Checkpoint | None:
     """The checkpoint to go on from: that of --resume, or, where torchrun starts a run again, its newest one.
+
+    All ranks call it; the first one decides.
 
     Raises:
         UserError: There is none, or it is not whole.
     """
+    restarted = any(all_objects(int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))))  # a machine may have joined
+    path, lines, wrong = None, [], None
+    if world()[0] == 0:
+        try:
+            path, lines = choose_checkpoint(args, restarted, launchers, lock)
+        except UserError as error:
+            wrong = error.line
+    path, lines, wrong = all_objects((path, lines, wrong))[0]
+    if wrong is not None:
+        raise UserError(wrong)
+    for line in lines:
+        say(line)
+    return None if path is None else read_or_offer(path)
+
+
+def choose_checkpoint(
+        args: argparse.Namespace,
+        restarted: bool,
+        launchers: Sequence[str],
+        lock: RunLock,
+) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, if any, and lines about the choice.
+
+    Raises:
+        UserError: No checkpoint of the run folder is whole, or another process trains in it.
+    """
     named = None if args.resume in ('auto', None) else Path(args.resume)
     experiment = Path(args.output) / args.experiment if args.experiment else None
     folder = None
-    if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
+    if restarted:
         folder = find_launched([named, *named.absolute().parents[:2]] if named else
-                               [experiment] if experiment else Path(args.output).glob('*'))
+                               [experiment] if experiment else Path(args.output).glob('*'), launchers)
     if folder is None and named is not None and not named.is_dir():
-        return read_or_offer(named)
+        return named, []
     if folder is None and args.resume is not None:
         folder = named or experiment
-    path, damaged = all_objects(newest_checkpoint(folder) if folder is not None else (None, []))[0]
-    for line in damaged:
-        say(f'{line}: passed over')
+    if folder is None or not folder.is_dir():
+        return None, []
+    lock.take(folder)  # else another process may write while this one chooses
+    path, damaged = newest_checkpoint(folder)
     if path is None and (damaged or named is not None):
         raise UserError(f'{folder}: no whole checkpoint in this run folder; start anew under another --experiment')
-    if path is None:
-        return None
-    say(f'{path}: goes on from here')
-    return read_checkpoint(path)
+    return path, [f'{line}: passed over' for line in damaged] + [f'{path}: goes on from here'] * (path is not None)
 
 
 def read_or_offer(path: Path) -> Checkpoint:

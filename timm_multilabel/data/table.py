@@ -1,5 +1,6 @@
 """CSV -> rows: image paths that exist and class indices, or one clear line about what is wrong."""
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -13,6 +14,7 @@ from timm_multilabel.errors import UserError, printable
 from timm_multilabel.labels import MISSING, UNKNOWN, BadCell, Labels, LabelSet, LabelSpace, Quantity, missing_row
 
 _EXAMPLES = 3  # rows, files or labels named in a message
+_LINE_END = re.compile(r'\r\n|\r|\n')
 
 
 @dataclass(frozen=True)
@@ -138,18 +140,18 @@ def _read_text(path: Path) -> str:
     try:
         text = data.decode('utf-8-sig')
     except UnicodeDecodeError as error:
-        row = data.count(b'\n', 0, error.start) + 1
+        row = len(_LINE_END.split(data[:error.start].decode('latin-1')))
         utf_16 = ' (it looks like UTF-16)' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else ''
         raise UserError(
             f'{path} row {row}: byte 0x{data[error.start]:02x} is not UTF-8{utf_16}; save the file as UTF-8') from error
     if '\0' in text:
-        row = text.count('\n', 0, text.index('\0')) + 1
+        row = len(_LINE_END.split(text[:text.index('\0')]))
         raise UserError(f'{path} row {row}: holds a zero byte, so this is no text; save the table as a CSV in UTF-8')
     return text
 
 
 def _find_separator(text: str) -> str:
-    header = text.split('\n', 1)[0]
+    header = _LINE_END.split(text, maxsplit=1)[0]
     return next((mark for mark in ',\t;|' if mark in header), ',')
 
 

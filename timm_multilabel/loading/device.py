@@ -134,6 +134,7 @@ class DeviceTrainLoader:
         steps: Batches of an epoch; those of one pass over the images when None.
         random_erasing: `re_prob`, `re_mode`, `re_count` and `re_num_splits` as in timm.
     """
+    order_depends_on = None
 
     def __init__(
             self,

@@ -59,6 +59,9 @@ class TrainLoader(PrefetchLoader):
         kwargs: Further ones of timm's loader.
     """
 
+    order_depends_on = None
+    """What the order of rows depends on beside seed, epoch and rank: nothing."""
+
     def __init__(self, loader: DataLoader, *args: Any, seed: int, rank: int, **kwargs: Any):
         super().__init__(loader, *args, **kwargs)
         if self.random_erasing is not None:
@@ -92,6 +95,10 @@ class MixedBatches:
     def __init__(self, loader: TrainLoader, mixup: Mixup, label_space: LabelSpace, seed: int, rank: int = 0):
         self.loader, self.mixup, self.label_space = loader, mixup, label_space
         self.seed, self.rank, self.epoch, self.first = seed, rank, 0, 0
+
+    @property
+    def order_depends_on(self) -> int | None:
+        return self.loader.order_depends_on
 
     def __len__(self) -> int:
         return len(self.loader)

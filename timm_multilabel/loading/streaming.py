@@ -161,6 +161,11 @@ class StreamLoader(TrainLoader):
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return islice(super().__iter__(), int(self.loader.dataset.first), None)
 
+    @property
+    def order_depends_on(self) -> int:
+        """The number of loader processes."""
+        return self.loader.num_workers
+
     def __len__(self) -> int:
         """The batches of an epoch; in evaluation, where each process has a last one, about as many."""
         batches = self.loader.dataset

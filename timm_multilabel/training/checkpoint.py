@@ -1,7 +1,9 @@
 """Checkpoints in timm's format that carry what is needed to use them: label space, model and input settings."""
+import shutil
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,13 @@ from timm_multilabel.training.updater import Updater
 
 WEIGHTS = {'plain': 'state_dict', 'ema': 'state_dict_ema'}
 """The two kinds of weights that a checkpoint may hold, and their keys."""
+
+
+def _holds(condition: Callable[[Any], bool], value: Any) -> bool:
+    try:
+        return condition(value)
+    except (TypeError, ValueError, AttributeError):
+        return False
 
 
 def _is_data_config(value: Any) -> bool:
@@ -42,6 +51,12 @@ _SETTINGS = {  # of a checkpoint, and what each must be
     'phases': lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
     'phase': lambda value: isinstance(value, int) and value >= 0,
     'epoch': lambda value: isinstance(value, int) and value >= 0,
+    'run': lambda value: isinstance(value, dict),
+    # Its names are those of files that may be removed one day.
+    'saver': lambda value: isinstance(value, dict) and all(
+        isinstance(name, str) and Path(name).name == name for name, _ in value.get('checkpoint_files', [])),
+    'within': lambda value: isinstance(value, dict) and isinstance(value.get('ranks'), list) and all(
+        isinstance(value.get(name), int) and value[name] > 0 for name in ('step', 'steps')),
 }
 
 
@@ -107,8 +122,10 @@ def read_checkpoint(path: str | Path, mapped: bool = False) -> Checkpoint:
     if not isinstance(state, dict) or not isinstance(state.get('state_dict'), dict) or 'arch' not in state:
         raise foreign
     for name, is_well in _SETTINGS.items():
-        if name in state and not is_well(state[name]):
+        if name in state and not _holds(is_well, state[name]):
             raise UserError(f"{path}: its '{name}' cannot be what this program wrote; take another checkpoint")
+    if state.get('phase', 0) >= max(1, len(state.get('phases', []))):
+        raise UserError(f"{path}: its 'phase' is none of its phases; take another checkpoint")
     try:
         return Checkpoint(path, state, LabelSpace.from_dict(state.get('label_space')))
     except ValueError as error:
@@ -252,12 +269,16 @@ def resume(
     try:
         if scaler is not None and scaler.state_dict_key in state:
             scaler.load_state_dict(state[scaler.state_dict_key])
-        place = Place.of(state)
+        place = Place.of(state, steps)
         plateau = state.get('run', {}).get('plateau')
         if plateau is not None and hasattr(scheduler, 'lr_scheduler'):
             scheduler.lr_scheduler.load_state_dict(plateau)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f'{checkpoint.path}: its place in the run cannot be read; resume from another') from error
+    if not place.fits(task):
+        raise UserError(
+            f'{checkpoint.path}: saved within an epoch of other loss terms or another model; give the flags of that '
+            'epoch, or go on from the end of the one before')
     # On another number of processes it is between two updates as well, or at the epoch's end.
     place.step = place.step - place.step % updater.accumulate if place.step < steps else steps
     if scheduler is not None and (place.epoch or place.step):
@@ -272,19 +293,45 @@ def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
 
     Newest by what they say of themselves (phase, epoch, step), since a copied folder has lost the times of its files.
     """
-    places, damaged = {}, []
-    for path in [*run.glob('*.pth.tar'), *run.glob('*/*.pth.tar')]:
-        try:
-            places[path] = _place_of(read_checkpoint(path, mapped=True)), path.name.startswith('last')
-        except UserError as error:
-            damaged.append(error.line)
-    for path in sorted(places, key=places.get, reverse=True):
+    places, damaged = _places(run)
+    for path in sorted(places, key=lambda path: (places[path], path.name.startswith('last')), reverse=True):
         try:
             read_checkpoint(path)
             return path, damaged
         except UserError as error:
             damaged.append(error.line)
     return None, damaged
+
+
+def set_aside_later(run: Path, checkpoint: Checkpoint) -> str | None:
+    """Move what comes after a checkpoint that a run goes back to into a folder of its own, so that it stays apart.
+
+    Returns:
+        A line about it; None where there is nothing.
+    """
+    here = _place_of(checkpoint)
+    later = [path for path, place in _places(run)[0].items() if place > here]
+    if not later:
+        return None
+    folder = next(path for path in (run / f'set-aside-{number}' for number in count(1)) if not path.exists())
+    for path in later:
+        target = folder / path.relative_to(run)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+    if (run / 'summary.csv').is_file():
+        shutil.copy2(run / 'summary.csv', folder)
+    return f'{checkpoint.path}: goes back to here; {len(later)} later checkpoints are now in {folder}'
+
+
+def _places(run: Path) -> tuple[dict[Path, tuple[int, int, int]], list[str]]:
+    """The place of each checkpoint of a run folder, and what is wrong with those that cannot be read."""
+    places, damaged = {}, []
+    for path in [*run.glob('*.pth.tar'), *run.glob('[0-9]*-*/*.pth.tar')]:
+        try:
+            places[path] = _place_of(read_checkpoint(path, mapped=True))
+        except UserError as error:
+            damaged.append(error.line)
+    return places, damaged
 
 
 def _place_of(checkpoint: Checkpoint) -> tuple[int, int, int]:
@@ -302,15 +349,16 @@ def _place_of(checkpoint: Checkpoint) -> tuple[int, int, int]:
         raise UserError(f'{checkpoint.path}: its place in the run cannot be read') from error
 
 
-def what_differs(checkpoint: Checkpoint, **ours: int) -> str | None:
+def what_differs(checkpoint: Checkpoint, **ours: int | None) -> str | None:
     """A line on what a run has other than the one that it goes on with, where its result will be another; else None.
 
     Args:
         checkpoint: What it goes on from.
-        ours: Processes ('ranks'), 'images_per_step', batches an update ('accumulate') and 'seed' of this run.
+        ours: Processes ('ranks'), 'images_per_step', batches an update ('accumulate'), 'seed', and of shards, whose
+            order depends on it, 'loader_processes'.
     """
     words = {'ranks': 'processes', 'images_per_step': 'images a step', 'accumulate': 'batches an update',
-             'seed': 'the seed'}
+             'seed': 'the seed', 'loader_processes': 'loader processes of shards'}
     theirs = checkpoint.state.get('run') or {}
     found = [f'{words[name]}: {theirs[name]} before, {value} now'
              for name, value in ours.items() if name in theirs and theirs[name] != value]

@@ -163,7 +163,7 @@ class Fit:
             self._tell_bad_images(progress)
             row['bad_images'] = len(self.bad_images.known)
         best = self.score(row)
-        if math.isnan(row.get(best, math.nan)):
+        if self.eval_loader is not None and math.isnan(row.get(best, math.nan)):
             raise UserError(
                 f'{best} cannot be computed from the labels of the evaluation; choose another --eval-metric, such as '
                 'loss')
@@ -174,7 +174,8 @@ class Fit:
         if self.run_folder is not None:
             self.run_folder.add_summary(row)
             self.saver.progress = {'run': self._state()}
-            self.saver.save_checkpoint(epoch, row[best])
+            # No figure, where every update of an epoch of SimCLR alone was skipped, ranks it nowhere.
+            self.saver.save_checkpoint(epoch, None if math.isnan(row[best]) else row[best])
         if any(all_objects(self._told)):
             raise Stopped(f'stopped after {title}, saved')
         return row
@@ -225,7 +226,8 @@ class Fit:
             verdicts = agreement.verdicts(all_of_them=last) if update else []
             for verdict in verdicts:
                 skipped += self._judge(verdict, epoch)
-            if last and skipped and skipped == updater.updates_per_epoch(steps):
+            # A loss scaler's first updates overflow as a rule.
+            if last and skipped == updater.updates_per_epoch(steps) > 2 and updater.scaler is None:
                 self._give_up(verdicts[-1], epoch)
             if done % self.log_interval == 0 or last:
                 progress.show(done, training_line(meter.compute(), task))
@@ -283,6 +285,7 @@ class Fit:
             'images_per_step': self.images_per_step,
             'accumulate': self.updater.accumulate,
             'seed': self.seed,
+            'loader_processes': self.train_loader.order_depends_on,
             'strikes': self.strikes,
             'bad_images': sorted(self.bad_images.known) if self.bad_images is not None else [],
             'plateau': plateau.state_dict() if plateau is not None else None,
@@ -294,7 +297,7 @@ class Fit:
         Raises:
             Stopped: It was the last step.
         """
-        within = place.to_dict()
+        within = place.to_dict(len(self.train_loader))
         if self.bad_images is not None:
             self._tell_bad_images(progress)
         if self.saver is not None:

@@ -1,4 +1,5 @@
 """A place in a run: an epoch, a step in it, and what has added up until then."""
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,15 +36,15 @@ class Place:
         mine = {'meter': sums, 'buffers': [[buffer.cpu() for buffer in each] for each in buffers]}
         return cls(epoch, step, lr, mine=mine)
 
-    def to_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of it, of all ranks; all of them call it."""
-        return {'step': self.step, 'lr': self.lr, 'ranks': all_objects(self.mine)}
+    def to_dict(self, steps: int) -> dict[str, Any]:
+        """What a checkpoint holds of it, of all ranks; all of them call it. `steps` are the batches of an epoch."""
+        return {'step': self.step, 'steps': steps, 'lr': self.lr, 'ranks': all_objects(self.mine)}
 
     @classmethod
-    def of(cls, state: dict[str, Any]) -> 'Place':
+    def of(cls, state: dict[str, Any], steps: int) -> 'Place':
         """The place that a checkpoint goes on at: the end of its epoch, or the step where it was saved.
 
-        With another number of ranks it is the step at which about as many rows have been seen.
+        Where an epoch has another number of steps now, it is the one at which the same share of it is done.
         """
         strikes = state.get('run', {}).get('strikes', 0.0)
         within = state.get('within')
@@ -51,10 +52,20 @@ class Place:
             return cls(state['epoch'] + 1, strikes=strikes)
         rank, ranks = world()
         theirs = within['ranks']
+        step = within['step'] * steps // within['steps']
         if len(theirs) == ranks:
-            return cls(state['epoch'], within['step'], within['lr'], strikes, theirs[rank])
+            return cls(state['epoch'], step, within['lr'], strikes, theirs[rank])
         mine = {'meter': TrainingMeter.join([each['meter'] for each in theirs])} if rank == 0 else {}
-        return cls(state['epoch'], within['step'] * len(theirs) // ranks, within['lr'], strikes, mine)
+        return cls(state['epoch'], step, within['lr'], strikes, mine)
+
+    def fits(self, task: JointTask) -> bool:
+        """Whether what has added up is of such a task."""
+        sums = TrainingMeter(task.terms, task.heads, torch.device('cpu')).state()
+        ours = [sums] * ('meter' in self.mine) + [
+            dict(enumerate(module.buffers())) for module in _modules(task)] * ('buffers' in self.mine)
+        theirs = [self.mine[name] for name in ('meter',) if name in self.mine] + [
+            dict(enumerate(buffers)) for buffers in self.mine.get('buffers', [])]
+        return [_shapes(each) for each in ours] == [_shapes(each) for each in theirs]
 
     def restore(self, meter: TrainingMeter, task: JointTask) -> None:
         """Bring back what has added up."""
@@ -64,6 +75,10 @@ class Place:
             for module, values in zip(_modules(task), self.mine.get('buffers', [])):
                 for buffer, value in zip(module.buffers(), values, strict=True):
                     buffer.copy_(value)
+
+
+def _shapes(tensors: Mapping[Any, torch.Tensor]) -> dict[Any, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _modules(task: JointTask) -> list[torch.nn.Module]:

@@ -3,6 +3,7 @@ import fcntl
 import io
 import itertools
 import os
+import socket
 import time
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -37,7 +38,7 @@ def run_folder_path(output: str, experiment: str | None, model: str, size: int) 
         tries = (Path(output) / (f'{name}-{number}' if number else name) for number in itertools.count())
         return next(path for path in tries if not path.exists())
     path = Path(output) / experiment
-    if [*path.glob('*.pth.tar'), *path.glob('*/*.pth.tar')]:
+    if [*path.glob('*.pth.tar'), *path.glob('[0-9]*-*/*.pth.tar')]:
         raise UserError(
             f'{path}: holds a run already; go on with it (--resume auto), choose another --experiment, or remove it')
     if path.exists() and not path.is_dir():
@@ -45,23 +46,28 @@ def run_folder_path(output: str, experiment: str | None, model: str, size: int) 
     return path
 
 
-def find_launched(folders: Iterable[Path]) -> Path | None:
+def launcher() -> str:
+    """The torchrun that has started this process, and starts it again; '' without one."""
+    return f'{socket.gethostname()} {os.getppid()}' if 'TORCHELASTIC_RUN_ID' in os.environ else ''
+
+
+def find_launched(folders: Iterable[Path], launchers: Sequence[str]) -> Path | None:
     """The run folder, of several, that an earlier try of this launch of torchrun has made, if any.
 
-    Launches may share a name, so it must have been written to since torchrun, the parent of this process, started.
+    Numbers of processes come again, so it must have been written to since torchrun, the parent of this one, started.
+
+    Args:
+        folders: Where to look.
+        launchers: Those of all ranks; one of them is enough, since a machine may have taken another's place.
     """
     started = psutil.Process(os.getppid()).create_time() - 1  # files have coarser times
     found = {}
     for folder in folders:
         path = folder / _LAUNCH
-        if path.is_file() and path.read_text(encoding='utf-8') == _launch() and path.stat().st_mtime >= started:
-            found[folder] = path.stat().st_mtime
+        if path.is_file() and path.stat().st_mtime >= started:
+            if set(path.read_text(encoding='utf-8').split('\n')) & set(launchers) - {''}:
+                found[folder] = path.stat().st_mtime
     return max(found, key=found.get, default=None)
-
-
-def _launch() -> str:
-    """What the processes of one launch of torchrun have in common, restarts included; '' without torchrun."""
-    return os.environ.get('TORCHELASTIC_RUN_ID', '')
 
 
 def phase_folder(run: Path, phases: Sequence[str], phase: int) -> Path:
@@ -70,34 +76,33 @@ def phase_folder(run: Path, phases: Sequence[str], phase: int) -> Path:
 
 
 class RunFolder:
-    """A run's folder, written by the first rank only, and by one run at a time.
+    """A run's folder, written by the first rank only, which has its `RunLock`.
 
     Args:
         path: The folder; made where there is none.
         args: The settings of the run.
         label_space: Its heads.
         phases: The names of its phases, where it has some.
-
-    Raises:
-        UserError: Another process trains in it.
+        launchers: `launcher` of all ranks.
     """
 
-    def __init__(self, path: Path, args: dict[str, Any], label_space: LabelSpace, phases: Sequence[str] = ()):
+    def __init__(
+            self,
+            path: Path,
+            args: dict[str, Any],
+            label_space: LabelSpace,
+            phases: Sequence[str] = (),
+            launchers: Sequence[str] = (),
+    ):
         self.path = path
         self.phases = list(phases)
         path.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(path)
         for left_over in [*path.glob('.*.tmp'), *path.glob('*/.*.tmp')]:  # of a process that was killed
             left_over.unlink(missing_ok=True)
-        if launch := _launch():
-            write_whole(path / _LAUNCH, launch)
+        if any(launchers):
+            write_whole(path / _LAUNCH, '\n'.join(launchers))
         write_whole(path / 'args.yaml', yaml.safe_dump(args, sort_keys=False, allow_unicode=True))
         label_space.save(path / 'label_space.json')
-
-    def close(self) -> None:
-        """Let other runs into the folder."""
-        if self._lock is not None:
-            os.close(self._lock)
 
     def add_summary(self, row: dict[str, Any]) -> None:
         """Add an epoch's figures to summary.csv, in place of what an earlier try left of this epoch and later ones.
@@ -117,26 +122,38 @@ class RunFolder:
         write_whole(path, rows.to_csv(index=False))
 
 
-def _lock(path: Path) -> int | None:
-    """Keep other runs out of a folder as long as this process lives: its descriptor, or None where there are no locks.
+class RunLock:
+    """Keeps other runs out of a run folder, where the file system has locks, until it is closed or its process ends."""
 
-    Raises:
-        UserError: Another process has it.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    for _ in range(_PATIENCE):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        except BlockingIOError:
-            time.sleep(1)
-        except OSError:  # a file system without locks
-            break
-    else:
-        os.close(descriptor)
+    def __init__(self):
+        self.path, self.descriptor = None, None
+
+    def take(self, path: Path) -> None:
+        """Take the folder, which is made where there is none; once is enough.
+
+        Raises:
+            UserError: Another process has it.
+        """
+        path.mkdir(parents=True, exist_ok=True)
+        if self.path == path.resolve():
+            return
+        self.close()
+        self.path, self.descriptor = path.resolve(), os.open(path, os.O_RDONLY)
+        for _ in range(_PATIENCE):
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                time.sleep(1)
+            except OSError:  # a file system without locks
+                return
         raise UserError(f'{path}: another process trains in this folder; stop it first, or choose another --experiment')
-    os.close(descriptor)
-    return None
+
+    def close(self) -> None:
+        """Let other runs in."""
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+        self.path, self.descriptor = None, None
 
 
 def _read_texts(file: Path | io.StringIO) -> pd.DataFrame:

@@ -73,7 +73,7 @@ class WholeSaver(CheckpointSaver):
 
         That of an epoch is ranked again, as the run may have been killed before that, and becomes the last one.
         """
-        history = {**state['saver']}
+        history = {**state.get('saver', {})}
         epoch, metric = history.pop('pending', (None, None))
         self.load_state_dict(history)
         self.progress = {name: state[name] for name in ('run',) if name in state}

@@ -2,6 +2,9 @@
 import os
 import signal
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
@@ -16,11 +19,14 @@ status 0, since torchrun would take another one for a failure and start the run 
 LAUNCHER_ENDS = 'TIMM_MULTILABEL_LAUNCHER_ENDS'
 """The environment variable by which a launcher that was told to stop tells so to processes that start only then."""
 
+SAME = 2.0
+"""Seconds in which signals that come again are the same one, by another way."""
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(Exception):
-    """A run was told to stop, and has saved what it takes to go on."""
+    """A run was told to stop, and has saved what it takes to go on, if it had begun."""
 
 
 def exit_when_stopped() -> NoReturn:
@@ -33,19 +39,24 @@ def exit_when_stopped() -> NoReturn:
 
 def say_received(number: int) -> None:
     """Say what a first signal does; by the system call, since print may be what the signal has interrupted."""
-    os.write(sys.__stderr__.fileno(), f'\n{signal.Signals(number).name}: ends the step and saves; once more to stop at '
-             'once\n'.encode())
+    with suppress(OSError, AttributeError, ValueError):  # nobody reads it, perhaps
+        line = f'\n{signal.Signals(number).name}: ends the step and saves; once more to stop at once\n'
+        os.write(sys.__stderr__.fileno(), line.encode())
 
 
 class StopSignals:
-    """Within it the first signal is noted, and a second one stops at once.
+    """Within it a first signal ends what is being prepared; within `noted` it is noted, and a second stops at once.
+
+    Under the launcher, which passes signals on, one that came to all processes comes twice; there a second one counts
+    after `SAME` seconds only.
 
     Args:
         visible: Say so, unless the launcher does.
     """
 
     def __init__(self, visible: bool):
-        self.visible, self.received = visible and SAVED_FILE not in os.environ, None
+        self.launched = SAVED_FILE in os.environ
+        self.visible, self.received, self.since, self.noting = visible and not self.launched, None, 0.0, False
         self.before = {}
 
     def __enter__(self) -> 'StopSignals':
@@ -58,14 +69,28 @@ class StopSignals:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for each, handler in self.before.items():
             signal.signal(each, handler)
-        if error is not None and self.received is not None and not isinstance(error, Stopped):
-            # Another process has failed, and the launcher ends this one: its own error is of no interest.
+        if self.received is not None and self.launched and isinstance(error, RuntimeError):
+            # Another process has failed, and the launcher ends this one: that a collective fails is of no interest.
             self._stop(self.received)
 
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note a signal, for a loop that looks at `received`."""
+        self.noting = True
+        try:
+            yield
+        finally:
+            self.noting = False
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.received is not None:
-            self._stop(number)
-        self.received = number
+            if not self.launched or now - self.since > SAME:
+                self._stop(number)
+            return
+        self.received, self.since = number, now
+        if not self.noting:
+            raise Stopped('stopped before it began')
         if self.visible:
             say_received(number)
 
