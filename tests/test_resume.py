@@ -266,7 +266,7 @@ class Process:
 
     def wait_for(self, pattern, folder):
         """Wait until there is a file."""
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 240
         while not list(folder.glob(pattern)):
             assert time.monotonic() < deadline and self.process.poll() is None, self.process.communicate()
             time.sleep(0.01)
@@ -277,7 +277,7 @@ class Process:
 
     def end(self):
         """(status, what it printed, its errors)."""
-        out, errors = self.process.communicate(timeout=100)
+        out, errors = self.process.communicate(timeout=240)
         return self.process.returncode, out, errors
 
 
@@ -342,7 +342,7 @@ def test_a_signal_to_all_processes_at_once_and_a_reader_that_has_gone(data, tmp_
             stream.close()
         for each in (*process.trainers(), process.process):
             each.send_signal(signal.SIGTERM)
-        assert process.process.wait(100) == 75
+        assert process.process.wait(240) == 75
     assert newest_checkpoint(tmp_path / 'run')[0].name.startswith('recovery-')
 
 
