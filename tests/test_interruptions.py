@@ -1,0 +1,203 @@
+"""Training commands that signals, deaths of processes and full disks interrupt, as real processes."""
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+from common import TINY, assert_same_summary, assert_same_weights, train_run, write_data
+
+from timm_multilabel.training.checkpoint import newest_checkpoint, read_checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(data, output, *flags, ranks=0):
+    """A training command, under the launcher with so many ranks or by itself."""
+    launcher = ['-m', 'timm_multilabel.cli.launch', '--standalone', '--nproc-per-node', str(ranks)] if ranks else []
+    return [sys.executable, *launcher, str(ROOT / 'train.py'), str(data), *TINY, '--epochs', '2', '--output',
+            str(output), '--experiment', 'run', '--checkpoint-steps', '5', '-b', '2', '-j', '1', *flags]
+
+
+class Process:
+    """A command that runs beside the test."""
+
+    def __init__(self, words, **environment):
+        self.process = subprocess.Popen(
+            words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env={**os.environ, 'OMP_NUM_THREADS': '1', **environment})
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        for each in [*psutil.Process(self.process.pid).children(recursive=True)] if self.process.poll() is None else []:
+            each.kill()
+        self.process.kill()
+
+    def wait_for(self, pattern, folder):
+        """Wait until there is a file."""
+        deadline = time.monotonic() + 240
+        while not list(folder.glob(pattern)):
+            assert time.monotonic() < deadline and self.process.poll() is None, self.process.communicate()
+            time.sleep(0.01)
+
+    def trainers(self):
+        """The training processes under the launcher."""
+        return psutil.Process(self.process.pid).children()
+
+    def end(self):
+        """(status, what it printed, its errors)."""
+        out, errors = self.process.communicate(timeout=240)
+        return self.process.returncode, out, errors
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp('many') / 'data', train=160, val=8)
+
+
+@pytest.fixture(scope='module')
+def undisturbed(data, tmp_path_factory):
+    """The run folder of two ranks that nothing happened to."""
+    output = tmp_path_factory.mktemp('undisturbed')
+    done = subprocess.run(command(data, output, ranks=2), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output / 'run'
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_status_75_tells_so(data, tmp_path, undisturbed, number):
+    with Process(command(data, tmp_path, ranks=2), MAX_RESTARTS='2') as process:
+        process.wait_for('run/recovery-*', tmp_path)
+        process.process.send_signal(number)
+        status, _, errors = process.end()
+    assert status == 75, errors
+    assert f'{number.name}: ends the step and saves' in errors
+    assert 'train.py: stopped at step' in errors and 'go on with --resume' in errors
+    assert 'Traceback' not in errors and errors.count('stopped at step') == 1
+    newest, damaged = newest_checkpoint(tmp_path / 'run')
+    assert newest.name.startswith('recovery-') and not damaged and newest.name in errors
+    with Process(command(data, tmp_path, '--resume', 'auto', ranks=2)) as process:
+        status, out, errors = process.end()
+    assert status == 0, errors
+    assert f'{newest}: goes on from here' in out
+    assert_same_weights(undisturbed / 'last.pth.tar', tmp_path / 'run' / 'last.pth.tar')
+    assert_same_summary(undisturbed, tmp_path / 'run')
+
+
+def test_a_signal_to_one_process_without_launcher_and_a_second_one(data, tmp_path):
+    with Process(command(data, tmp_path)) as process:
+        process.wait_for('run/recovery-*', tmp_path)
+        process.process.send_signal(signal.SIGTERM)
+        status, _, errors = process.end()
+    assert status == 75 and 'stopped at step' in errors
+    with Process(command(data, tmp_path / 'b', '--checkpoint-steps', '1')) as process:
+        process.wait_for('run/recovery-*', tmp_path / 'b')
+        # A step may be over between the two; a process that does nothing else sends them at once.
+        os.kill(process.process.pid, signal.SIGSTOP)
+        process.process.send_signal(signal.SIGTERM)
+        process.process.send_signal(signal.SIGINT)
+        os.kill(process.process.pid, signal.SIGCONT)
+        status, _, errors = process.end()
+    assert status in (-signal.SIGTERM, -signal.SIGINT), (status, errors)
+    assert newest_checkpoint(tmp_path / 'b' / 'run')[0] is not None
+
+
+def test_a_signal_to_all_processes_at_once_and_a_reader_that_has_gone(data, tmp_path):
+    """As systemd tells a unit to stop; and `train ... 2>&1 | tee`, whose tee gets Ctrl-C too."""
+    with Process(command(data, tmp_path, ranks=2)) as process:
+        process.wait_for('run/recovery-*', tmp_path)
+        for stream in (process.process.stdout, process.process.stderr):
+            os.close(os.dup(stream.fileno()))
+            stream.close()
+        for each in (*process.trainers(), process.process):
+            each.send_signal(signal.SIGTERM)
+        assert process.process.wait(240) == 75
+    assert newest_checkpoint(tmp_path / 'run')[0].name.startswith('recovery-')
+
+
+def test_torchrun_restarts_a_run_from_where_it_was(data, tmp_path, undisturbed):
+    shutil.copytree(undisturbed, tmp_path / 'old')  # of a launch before: no run of this one's
+    words = command(data, tmp_path, ranks=2)
+    words[words.index('--experiment'):words.index('--experiment') + 2] = []
+    words[3:3] = ['--max-restarts', '1']
+    with Process(words) as process:
+        process.wait_for('*-test_resnet-32/recovery-*', tmp_path)
+        random.choice(process.trainers()).kill()
+        status, out, errors = process.end()
+    assert status == 0, errors
+    assert 'goes on from here' in out
+    folder, = tmp_path.glob('*-test_resnet-32')
+    assert_same_weights(undisturbed / 'last.pth.tar', folder / 'last.pth.tar')
+    assert_same_summary(undisturbed, folder)
+
+
+def test_on_another_number_of_ranks_it_says_what_differs(data, tmp_path, undisturbed):
+    with Process(command(data, tmp_path, ranks=2)) as process:
+        process.wait_for('run/recovery-*', tmp_path)
+        process.process.send_signal(signal.SIGTERM)
+        assert process.end()[0] == 75
+    state = read_checkpoint(newest_checkpoint(tmp_path / 'run')[0]).state
+    with Process(command(data, tmp_path, '--resume', 'auto')) as process:
+        status, out, errors = process.end()
+    assert status == 0, errors
+    assert 'goes on with other batches, so not to the same result (processes: 2 before, 1 now; images a step: 4 ' in out
+    summary = pd.read_csv(tmp_path / 'run' / 'summary.csv')
+    assert summary['epoch'].tolist() == [0, 1] and summary['train_loss'].notna().all()
+    assert state['within']['step'] % 1 == 0 and len(state['within']['ranks']) == 2
+
+
+def test_a_process_that_dies_takes_the_others_down_and_is_named(data, tmp_path):
+    with Process(command(data, tmp_path, ranks=2)) as process:
+        process.wait_for('run/recovery-*', tmp_path)
+        others = [each for trainer in process.trainers() for each in (trainer, *trainer.children(recursive=True))]
+        process.trainers()[1].kill()
+        started = time.monotonic()
+        status, _, errors = process.end()
+        assert time.monotonic() - started < 60
+    assert status == 128 + signal.SIGKILL
+    assert errors == 'launch: process 1 was ended by signal 9, perhaps for want of memory\n'
+    psutil.wait_procs(others, timeout=20)
+    assert not [each for each in others if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize('ranks', [0, 2])
+def test_a_loader_process_that_dies_is_named(data, tmp_path, ranks):
+    with Process(command(data, tmp_path, ranks=ranks)) as process:
+        process.wait_for('run/recovery-*', tmp_path)
+        trainer = process.trainers()[1] if ranks else psutil.Process(process.process.pid)
+        worker, = (each for each in trainer.children() if 'resource_tracker' not in ' '.join(each.cmdline()))
+        worker.kill()
+        status, _, errors = process.end()
+    assert status == 1
+    assert f'error: DataLoader worker (pid {worker.pid}) is killed by signal: Killed' in errors
+    assert 'lower -j or -b' in errors and 'Traceback' not in errors and errors.count('\n') == 1
+
+
+def test_a_full_disk_leaves_the_old_file(data_dir, tmp_path):
+    """A limit on the size of files stands for the disk: checkpoints are too large for it, summary.csv is not."""
+    folder = train_run(data_dir, tmp_path, epochs=1)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    limited = ('import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); '
+               'resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000)); '
+               'from timm_multilabel.cli import train; from timm_multilabel.cli.main import run_command; '
+               'run_command(train, "train.py", sys.argv[1:])')
+    done = subprocess.run([
+        sys.executable, '-c', limited, str(data_dir), *TINY, '--epochs', '2', '--output', str(tmp_path),
+        '--experiment', 'run', '--resume', 'auto'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f'train.py: error: {folder}/') and done.stderr.count('\n') == 1
+    assert 'cannot be written (File too large), and what was there before is left as it is' in done.stderr
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert after['last.pth.tar'] == before['last.pth.tar'] and not [name for name in after if name.endswith('.tmp')]
+    train_run(data_dir, tmp_path, '--resume', 'auto')
+    whole = train_run(data_dir, tmp_path / 'whole')
+    assert_same_weights(whole / 'last.pth.tar', folder / 'last.pth.tar')
+    assert_same_summary(whole, folder)
