@@ -25,7 +25,7 @@ SAME = 2.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # as KeyboardInterrupt, which nobody takes for an error of his own
     """A run was told to stop, and has saved what it takes to go on, if it had begun."""
 
 
