@@ -18,6 +18,7 @@ from timm_multilabel.cli.data import read_data
 from timm_multilabel.cli.device import choose_precision, start_device
 from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import UserError
+from timm_multilabel.reports.curves import CurvesTracker
 from timm_multilabel.training.checkpoint import (
     Checkpoint,
     newest_checkpoint,
@@ -31,6 +32,7 @@ from timm_multilabel.training.loop import Fit
 from timm_multilabel.training.place import Place
 from timm_multilabel.training.run_folder import RunFolder, find_launched, phase_folder, run_folder_path
 from timm_multilabel.training.signals import LAUNCHER_ENDS, Stopped, StopSignals
+from timm_multilabel.training.trackers import TensorBoardTracker, Tracker, Trackers, WandbTracker, need
 
 NAME = 'train'
 HELP = 'train a backbone on the labels of a CSV, together with SimCLR'
@@ -43,6 +45,9 @@ Say = Callable[[str], None]
 def run(args: argparse.Namespace) -> None:
     """Train."""
     flags = check_phases(args)
+    for package in ('tensorboard', 'wandb'):
+        if getattr(args, f'log_{package}'):
+            need(package, f'--log-{package}')
     if os.environ.get(LAUNCHER_ENDS):
         raise Stopped('stopped before it began')
     device = start_device(args.device)
@@ -57,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     if len(phases) > 1:
         rehearse(phases[first_phase:], start, checkpoint)
 
-    folder, writer = None, None
+    folder, writer, trackers = None, None, None
     with StopSignals(visible=world()[0] == 0) as signals, ExitStack() as stack:
         for index in range(first_phase, len(phases)):
             phase = phases[index]
@@ -69,7 +74,9 @@ def run(args: argparse.Namespace) -> None:
                 if world()[0] == 0:
                     writer = stack.enter_context(closing(
                         RunFolder(folder, settings(args), phases[-1].data.label_space, names)))
-            phase.fit(phase_folder(folder, names, index), writer, checkpoint, signals, say)
+                    trackers = stack.enter_context(closing(
+                        Trackers(choose_trackers(args, folder, checkpoint is not None), say)))
+            phase.fit(phase_folder(folder, names, index), writer, trackers, checkpoint, signals, say)
             start, checkpoint = of_task(phase.task, f"phase '{phase.name}'"), None
             phase.forget()
     say(f'{folder}: {"all phases" if names else f"{phase.epochs} epochs"} done')
@@ -168,6 +175,7 @@ class Phase:
             self,
             folder: Path,
             writer: RunFolder | None,
+            trackers: Trackers | None,
             checkpoint: Checkpoint | None,
             signals: StopSignals,
             say: Say,
@@ -177,6 +185,7 @@ class Phase:
         Args:
             folder: Where its checkpoints go.
             writer: The run folder, on the first rank.
+            trackers: What else is told of the run, there.
             checkpoint: What it goes on from, for the history of the best.
             signals: What may tell it to stop.
             say: Prints a line.
@@ -196,6 +205,7 @@ class Phase:
             metric=self.metric,
             phase=self.name,
             run_folder=writer,
+            trackers=trackers,
             bad_images=self.loaders.bad,
             log_interval=args.log_interval,
             save_interval=args.checkpoint_steps,
@@ -292,6 +302,16 @@ def find_folder(
             f"{checkpoint.path}: a checkpoint of phase '{names[index]}' that lies elsewhere than its run put it; put "
             f'it back into the folder {phase_folder(run, names, index).name} of a run folder')
     return run
+
+
+def choose_trackers(args: argparse.Namespace, folder: Path, goes_on: bool) -> list[Tracker]:
+    """What is told of the run beside its summary.csv: its curves, always, and the trackers that flags ask for."""
+    trackers = [CurvesTracker(folder / 'curves.png')]
+    if args.log_tensorboard:
+        trackers.append(TensorBoardTracker(folder, settings(args)))
+    if args.log_wandb:
+        trackers.append(WandbTracker(folder, settings(args), goes_on))
+    return trackers
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -64,6 +64,22 @@ def _launch() -> str:
     return os.environ.get('TORCHELASTIC_RUN_ID', '')
 
 
+def read_summary(path: Path) -> pd.DataFrame:
+    """summary.csv: a row an epoch, numbers as numbers, names of phases as they are."""
+    return pd.read_csv(path, converters={'phase': str})
+
+
+def running_epochs(summary: pd.DataFrame) -> list[int]:
+    """The number of each row's epoch, from 1, over all phases: in summary.csv each phase counts its own, from 0."""
+    numbers, before, last = [], 0, None
+    phases = summary['phase'] if 'phase' in summary else [None] * len(summary)
+    for phase, epoch in zip(phases, summary['epoch'], strict=True):
+        if phase != last:
+            before, last = numbers[-1] if numbers else 0, phase
+        numbers.append(before + int(epoch) + 1)
+    return numbers
+
+
 def phase_folder(run: Path, phases: Sequence[str], phase: int) -> Path:
     """Where a phase's checkpoints go: the last one's into the run folder itself, others' into folders of their own."""
     return run if phase + 1 >= len(phases) else run / f'{phase + 1}-{phases[phase]}'
@@ -99,10 +115,10 @@ class RunFolder:
         if self._lock is not None:
             os.close(self._lock)
 
-    def add_summary(self, row: dict[str, Any]) -> None:
+    def add_summary(self, row: dict[str, Any]) -> pd.DataFrame:
         """Add an epoch's figures to summary.csv, in place of what an earlier try left of this epoch and later ones.
 
-        With phases, `row` names its own as 'phase'.
+        With phases, `row` names its own as 'phase'. Returns the whole of summary.csv.
         """
         path = self.path / 'summary.csv'
         rows = _read_texts(io.StringIO(pd.DataFrame([row]).to_csv(index=False)))
@@ -115,6 +131,7 @@ class RunFolder:
                 before = (order < phase) | ((order == phase) & before)
             rows = pd.concat([earlier[before], rows])
         write_whole(path, rows.to_csv(index=False))
+        return read_summary(path)
 
 
 def _lock(path: Path) -> int | None:
