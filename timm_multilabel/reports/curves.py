@@ -17,8 +17,9 @@ from timm_multilabel.files import write_whole
 from timm_multilabel.training.run_folder import running_epochs
 from timm_multilabel.training.trackers import Tracker
 
-# Paul Tol's 'bright' and 'muted' without their like, dark and light in turns. Lines have markers of their own too.
-_COLORS = ('#4477aa', '#ee6677', '#228833', '#ddaa33', '#66ccee', '#aa3377', '#332288', '#999933', '#882255', '#44aa99')
+# Of the palettes of Okabe and Ito and of Paul Tol, in an order in which the first N differ most for every kind of color
+# blindness (a test computes it). Lines have markers of their own too.
+_COLORS = ('#0072b2', '#e69f00', '#66ccee', '#882255', '#ddcc77', '#ee6677', '#332288', '#cc79a7', '#999933', '#228833')
 _MARKERS = 'os^DvPX<>*'
 _WIDTH, _DPI = 8.0, 150  # inches, and dots in one of them: twice what a README shows, nearly
 _MARKED = 12  # epochs with a marker, about, of a long run
@@ -147,7 +148,7 @@ def _loss(summary: pd.DataFrame) -> _Panel:
         _Curve('train, all terms', _values(summary, 'train_loss'), _COLORS[0],
                best=np.nanargmin if one_objective else None),
         _Curve('val, heads', _values(summary, 'eval_loss'), _COLORS[1], 's', best=np.nanargmin),
-        _Curve('val, heads of EMA', _values(summary, 'eval_ema_loss'), _COLORS[5], '^', '--', best=np.nanargmin)]))
+        _Curve('val, heads of EMA', _values(summary, 'eval_ema_loss'), _COLORS[3], '^', '--', best=np.nanargmin)]))
 
 
 def _terms(summary: pd.DataFrame) -> _Panel:
@@ -241,8 +242,8 @@ def _draw(axes: Iterable[Axes], panels: Iterable[_Panel], summary: pd.DataFrame)
         _mark_phases(each, begins, epochs, named=each is axes[0])
     axes[-1].set_xlabel('epoch', fontsize=9)
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes[-1].set_xlim(*((epochs[0] - 0.5, epochs[0] + 0.5) if len(epochs) == 1 else
-                        (epochs[0] - 0.02 * len(epochs), epochs[-1] + 0.02 * len(epochs))))
+    margin = min(0.02 * len(epochs), 0.9) if len(epochs) > 1 else 0.5  # no room for an epoch that is none
+    axes[-1].set_xlim(epochs[0] - margin, epochs[-1] + margin)
 
 
 def _draw_curve(axes: Axes, curve: _Curve, epochs: np.ndarray, begins: dict[int, str]) -> None:
@@ -280,8 +281,8 @@ def _legend(axes: Axes, panel: _Panel, epochs: np.ndarray) -> None:
 
 
 def _short(value: float) -> str:
-    """A number in some four letters."""
-    return f'{value:.1f}' if 10 <= abs(value) < 1e5 else f'{value:.3g}'
+    """A number with three digits, or one behind the point."""
+    return f'{value:.1f}' if 10 <= abs(value) < 1e5 else f'{value:#.3g}'
 
 
 def _phases(summary: pd.DataFrame) -> dict[int, str]:

@@ -66,7 +66,8 @@ def _launch() -> str:
 
 def read_summary(path: Path) -> pd.DataFrame:
     """summary.csv: a row an epoch, numbers as numbers, names of phases as they are."""
-    return pd.read_csv(path, converters={'phase': str})
+    table = _read_texts(path)
+    return table.apply(lambda column: column if column.name == 'phase' else pd.to_numeric(column, errors='coerce'))
 
 
 def running_epochs(summary: pd.DataFrame) -> list[int]:

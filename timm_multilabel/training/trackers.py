@@ -162,7 +162,7 @@ class WandbTracker(Tracker):
         self.known = {'id': uuid4().hex[:8], 'epochs': 0, 'steps': {}}
         if goes_on and self.path.is_file():
             self.known |= json.loads(self.path.read_text(encoding='utf-8'))
-        self.run = None
+        self.run, self.defined = None, set()
 
     def start(self) -> str:
         wandb = self.wandb
@@ -177,7 +177,6 @@ class WandbTracker(Tracker):
             # It is told figures and flags, and shall not send the source code, or what is printed, on its own.
             settings=wandb.Settings(silent=True, console='off', disable_code=True, disable_git=True, save_code=False),
         )
-        self.run.define_metric('*', step_metric='epochs')
         self._keep()
         if self.run.offline:
             return f'{self.name}: off line, wandb sync {Path(self.run.dir).parent}'
@@ -185,17 +184,14 @@ class WandbTracker(Tracker):
 
     def add_progress(self, phase: str | None, step: int, figures: dict[str, float]) -> None:
         part = 'progress' if phase is None else f'progress-{phase}'
-        if part not in self.known['steps']:
-            self.known['steps'][part] = 0
-        if step > self.known['steps'][part]:
-            self.run.define_metric(f'{part}/*', step_metric=f'{part}/step')
-            self.run.log({f'{part}/step': step, **{f'{part}/{name}': value for name, value in known(figures).items()}})
+        if step > self.known['steps'].get(part, 0):  # what it has been told cannot be taken back
+            self._log(f'{part}/step', step, {f'{part}/{name}': value for name, value in known(figures).items()})
             self.known['steps'][part] = step
 
     def add_epoch(self, summary: pd.DataFrame) -> None:
         epochs = running_epochs(summary)[-1]
-        if epochs > self.known['epochs']:  # what it has been told cannot be taken back
-            self.run.log({'epochs': epochs, **known(numbers(summary))})
+        if epochs > self.known['epochs']:
+            self._log('epochs', epochs, numbers(summary))
             self.known['epochs'] = epochs
         self._keep()
 
@@ -203,6 +199,14 @@ class WandbTracker(Tracker):
         if self.run is not None:
             self._keep()
             self.run.finish()
+
+    def _log(self, axis: str, step: int, figures: dict[str, float]) -> None:
+        """Log figures over an axis of their own."""
+        for name in figures.keys() - self.defined:
+            if '*' not in name:  # which is a pattern there
+                self.run.define_metric(name, step_metric=axis, step_sync=False)
+        self.defined |= figures.keys()
+        self.run.log({axis: step, **figures})
 
     def _keep(self) -> None:
         write_whole(self.path, json.dumps(self.known))
