@@ -20,8 +20,8 @@ from timm_multilabel.training.checkpoint import load_model, read_checkpoint
 def test_run_folder(data_dir, tmp_path, capsys):
     folder = run(data_dir, tmp_path, '--model-ema', '--model-ema-decay', '0.5', '-wls', '0.2', '-wlc', '0.8')
     assert {path.name for path in folder.iterdir()} == {
-        'args.yaml', 'label_space.json', 'summary.csv', 'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar', 'last.pth.tar',
-        'model_best.pth.tar'}
+        'args.yaml', 'label_space.json', 'summary.csv', 'curves.png', 'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar',
+        'last.pth.tar', 'model_best.pth.tar'}
     assert LabelSpace.load(folder / 'label_space.json').names == ('color', 'shape')
     assert yaml.safe_load((folder / 'args.yaml').read_text())['simclr_loss_weight'] == 0.2
 

@@ -9,7 +9,8 @@ from timm_multilabel.heads import Head
 from timm_multilabel.metrics import MEANS, default_metric
 from timm_multilabel.task import resolve_head_weights
 
-_RUN_WIDE = ('output', 'experiment', 'resume', 'initial_checkpoint', 'device', 'seed')
+_RUN_WIDE = (
+    'output', 'experiment', 'resume', 'initial_checkpoint', 'device', 'seed', 'log_tensorboard', 'log_wandb')
 
 
 def check_phases(args: argparse.Namespace) -> list[argparse.Namespace]:

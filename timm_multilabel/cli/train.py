@@ -18,6 +18,7 @@ from timm_multilabel.cli.data import read_data
 from timm_multilabel.cli.device import choose_precision, start_device
 from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import UserError
+from timm_multilabel.reports.curves import CurvesTracker
 from timm_multilabel.training.checkpoint import (
     Checkpoint,
     newest_checkpoint,
@@ -39,6 +40,7 @@ from timm_multilabel.training.run_folder import (
     run_folder_path,
 )
 from timm_multilabel.training.signals import LAUNCHER_ENDS, Stopped, StopSignals
+from timm_multilabel.training.trackers import TensorBoardTracker, Tracker, Trackers, WandbTracker, need
 
 NAME = 'train'
 HELP = 'train a backbone on the labels of a CSV, together with SimCLR'
@@ -51,6 +53,9 @@ Say = Callable[[str], None]
 def run(args: argparse.Namespace) -> None:
     """Train."""
     flags = check_phases(args)
+    for package in ('tensorboard', 'wandb'):
+        if getattr(args, f'log_{package}'):
+            need(package, f'--log-{package}')
     with ExitStack() as stack:
         signals = stack.enter_context(StopSignals(visible=not int(os.environ.get('RANK', 0))))
         if os.environ.get(LAUNCHER_ENDS):
@@ -69,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         if len(phases) > 1:
             rehearse(phases[first_phase:], start, checkpoint)
 
-        folder, writer = None, None
+        folder, writer, trackers = None, None, None
         for index in range(first_phase, len(phases)):
             phase = phases[index]
             phase.make(start, checkpoint, say)
@@ -82,7 +87,9 @@ def run(args: argparse.Namespace) -> None:
                     if checkpoint is not None and (line := set_aside_later(folder, checkpoint)):
                         say(line)
                     writer = RunFolder(folder, settings(args), phases[-1].data.label_space, names, launchers)
-            phase.fit(phase_folder(folder, names, index), writer, checkpoint, signals, say)
+                    trackers = stack.enter_context(closing(
+                        Trackers(choose_trackers(args, folder, checkpoint is not None), say)))
+            phase.fit(phase_folder(folder, names, index), writer, trackers, checkpoint, signals, say)
             start, checkpoint = of_task(phase.task, f"phase '{phase.name}'"), None
             phase.forget()
     say(f'{folder}: {"all phases" if names else f"{phase.epochs} epochs"} done')
@@ -182,6 +189,7 @@ class Phase:
             self,
             folder: Path,
             writer: RunFolder | None,
+            trackers: Trackers | None,
             checkpoint: Checkpoint | None,
             signals: StopSignals,
             say: Say,
@@ -191,6 +199,7 @@ class Phase:
         Args:
             folder: Where its checkpoints go.
             writer: The run folder, on the first rank.
+            trackers: What else is told of the run, there.
             checkpoint: What it goes on from, for the history of the best.
             signals: What may tell it to stop.
             say: Prints a line.
@@ -210,6 +219,7 @@ class Phase:
             metric=self.metric,
             phase=self.name,
             run_folder=writer,
+            trackers=trackers,
             bad_images=self.loaders.bad,
             log_interval=args.log_interval,
             save_interval=args.checkpoint_steps,
@@ -338,6 +348,16 @@ def find_folder(
             f"{checkpoint.path}: a checkpoint of phase '{names[index]}' that lies elsewhere than its run put it; put "
             f'it back into the folder {phase_folder(run, names, index).name} of a run folder')
     return run
+
+
+def choose_trackers(args: argparse.Namespace, folder: Path, goes_on: bool) -> list[Tracker]:
+    """What is told of the run beside its summary.csv: its curves, always, and the trackers that flags ask for."""
+    trackers = [CurvesTracker(folder / 'curves.png')]
+    if args.log_tensorboard:
+        trackers.append(TensorBoardTracker(folder, settings(args)))
+    if args.log_wandb:
+        trackers.append(WandbTracker(folder, settings(args), goes_on))
+    return trackers
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

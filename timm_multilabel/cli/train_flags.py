@@ -215,4 +215,10 @@ def _add_run(group) -> None:
                             "score, the mean of the heads' main figures, where a head has tags or numbers)")
     group.add_argument('--checkpoint-hist', type=positive, default=10, metavar='N', help='checkpoints kept')
     group.add_argument('--log-interval', type=positive, default=50, metavar='N', help='steps between figures')
+    group.add_argument('--log-tensorboard', action=_SWITCH, default=False,
+                       help="write the figures for TensorBoard too, into the run folder (needs the extra "
+                            "'tensorboard')")
+    group.add_argument('--log-wandb', action=_SWITCH, default=False,
+                       help="tell the figures to Weights & Biases (needs the extra 'wandb'; WANDB_MODE=offline keeps "
+                            'them in the run folder)')
     group.add_argument('--limit-steps', type=positive, metavar='N', help='end each epoch after N steps')

@@ -21,6 +21,7 @@ from timm_multilabel.training.progress import Progress
 from timm_multilabel.training.run_folder import RunFolder
 from timm_multilabel.training.saver import WholeSaver
 from timm_multilabel.training.signals import Stopped, StopSignals
+from timm_multilabel.training.trackers import Trackers
 from timm_multilabel.training.updater import Updater
 
 WAY_OUT = 'lower --lr, clip with --clip-grad 1, or leave --amp out'
@@ -100,6 +101,7 @@ class Fit:
         metric: The figure of the evaluation that makes a checkpoint the best.
         phase: Name of the phase, where the run has phases.
         run_folder: Where rows of figures go (first rank only, else None).
+        trackers: What else is told of them (first rank only, else None).
         saver: Writes checkpoints (first rank only, else None).
         bad_images: Those that are left out, where they are; else None.
         log_interval: Steps between figures.
@@ -115,6 +117,7 @@ class Fit:
     metric: str = 'top1'
     phase: str | None = None
     run_folder: RunFolder | None = None
+    trackers: Trackers | None = None
     saver: WholeSaver | None = None
     bad_images: BadImages | None = None
     log_interval: int = 50
@@ -172,7 +175,9 @@ class Fit:
         progress.say(epoch_line(title, row, self.task))
         self.task.metadata['best_weights'] = 'ema' if best == 'eval_ema_' + self.metric else 'plain'
         if self.run_folder is not None:
-            self.run_folder.add_summary(row)
+            summary = self.run_folder.add_summary(row)
+            if self.trackers is not None:
+                self.trackers.add_epoch(summary)
             self.saver.progress = {'run': self._state()}
             # No figure, where every update of an epoch of SimCLR alone was skipped, ranks it nowhere.
             self.saver.save_checkpoint(epoch, None if math.isnan(row[best]) else row[best])
@@ -230,7 +235,10 @@ class Fit:
             if last and skipped == updater.updates_per_epoch(steps) > 2 and updater.scaler is None:
                 self._give_up(verdicts[-1], epoch)
             if done % self.log_interval == 0 or last:
-                progress.show(done, training_line(meter.compute(), task))
+                figures = meter.compute()
+                progress.show(done, training_line(figures, task))
+                if self.trackers is not None:
+                    self.trackers.add_progress(self.phase, epoch * steps + done, figures)
             stop = any(verdict.stop for verdict in verdicts)
             due = self.save_interval and update and done // self.save_interval > (
                 done - updater.batches_in_update(step, steps)) // self.save_interval

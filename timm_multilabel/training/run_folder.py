@@ -70,6 +70,23 @@ def find_launched(folders: Iterable[Path], launchers: Sequence[str]) -> Path | N
     return max(found, key=found.get, default=None)
 
 
+def read_summary(path: Path) -> pd.DataFrame:
+    """summary.csv: a row an epoch, numbers as numbers, names of phases as they are."""
+    table = _read_texts(path)
+    return table.apply(lambda column: column if column.name == 'phase' else pd.to_numeric(column, errors='coerce'))
+
+
+def running_epochs(summary: pd.DataFrame) -> list[int]:
+    """The number of each row's epoch, from 1, over all phases: in summary.csv each phase counts its own, from 0."""
+    numbers, before, last = [], 0, None
+    phases = summary['phase'] if 'phase' in summary else [None] * len(summary)
+    for phase, epoch in zip(phases, summary['epoch'], strict=True):
+        if phase != last:
+            before, last = numbers[-1] if numbers else 0, phase
+        numbers.append(before + int(epoch) + 1)
+    return numbers
+
+
 def phase_folder(run: Path, phases: Sequence[str], phase: int) -> Path:
     """Where a phase's checkpoints go: the last one's into the run folder itself, others' into folders of their own."""
     return run if phase + 1 >= len(phases) else run / f'{phase + 1}-{phases[phase]}'
@@ -104,10 +121,10 @@ class RunFolder:
         write_whole(path / 'args.yaml', yaml.safe_dump(args, sort_keys=False, allow_unicode=True))
         label_space.save(path / 'label_space.json')
 
-    def add_summary(self, row: dict[str, Any]) -> None:
+    def add_summary(self, row: dict[str, Any]) -> pd.DataFrame:
         """Add an epoch's figures to summary.csv, in place of what an earlier try left of this epoch and later ones.
 
-        With phases, `row` names its own as 'phase'.
+        With phases, `row` names its own as 'phase'. Returns the whole of summary.csv.
         """
         path = self.path / 'summary.csv'
         rows = _read_texts(io.StringIO(pd.DataFrame([row]).to_csv(index=False)))
@@ -120,6 +137,7 @@ class RunFolder:
                 before = (order < phase) | ((order == phase) & before)
             rows = pd.concat([earlier[before], rows])
         write_whole(path, rows.to_csv(index=False))
+        return read_summary(path)
 
 
 class RunLock:

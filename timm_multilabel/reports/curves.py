@@ -1,0 +1,309 @@
+"""The curves of a run, of its summary.csv alone: accuracy, losses and learning rate over the epochs."""
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from timm_multilabel.files import write_whole
+from timm_multilabel.training.run_folder import running_epochs
+from timm_multilabel.training.trackers import Tracker
+
+# Of the palettes of Okabe and Ito and of Paul Tol, in an order in which the first N differ most for every kind of color
+# blindness (a test computes it). Lines have markers of their own too.
+_COLORS = ('#0072b2', '#e69f00', '#66ccee', '#882255', '#ddcc77', '#ee6677', '#332288', '#cc79a7', '#999933', '#228833')
+_MARKERS = 'os^DvPX<>*'
+_WIDTH, _DPI = 8.0, 150  # inches, and dots in one of them: twice what a README shows, nearly
+_MARKED = 12  # epochs with a marker, about, of a long run
+_SIZE = 3.5  # points of a marker
+_NAME = 20  # letters of a name
+_LETTERS = 75  # that stand side by side on the x axis
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """A line: its name, its values (N,), how it looks, and which of its values is the best."""
+    name: str
+    values: np.ndarray
+    color: str
+    marker: str = 'o'
+    style: str = '-'
+    width: float = 1.4
+    best: Callable[[np.ndarray], int] | None = None  # np.nanargmax, np.nanargmin
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """What shares a y axis."""
+    label: str
+    height: float  # inches
+    curves: tuple[_Curve, ...]
+    floor: float | None = None  # values below are cut off
+
+
+class CurvesTracker(Tracker):
+    """A picture of all curves, drawn again after each epoch.
+
+    Args:
+        path: The picture; its folder must exist.
+    """
+    name = 'Curves'
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def add_epoch(self, summary: pd.DataFrame) -> None:
+        write_curves(summary, self.path)
+
+
+def curve_figures(summary: pd.DataFrame) -> dict[str, Figure]:
+    """A figure for each kind of curve.
+
+    The best epoch of a curve has a large mark and is named in the legend. Epochs count from 1, as on the progress
+    line, over all phases.
+
+    Args:
+        summary: summary.csv, as `read_summary` gives it.
+
+    Returns:
+        Of 'accuracy' (of the validation, per head and mean), 'loss' (training and validation), 'terms' (of the
+        training loss, weighted), 'head_losses' (unweighted) and 'learning_rate' those that the run has; none without
+        a row.
+    """
+    figures = {}
+    for name, panel in _panels(summary).items():
+        figures[name] = Figure(figsize=(_WIDTH, panel.height + 0.5), layout='constrained')
+        _draw([figures[name].subplots()], [panel], summary)
+    return figures
+
+
+def write_curves(summary: pd.DataFrame, path: Path) -> None:
+    """Write all curves of a run as one picture, a PNG; nothing without a row.
+
+    Args:
+        summary: As `curve_figures` takes it.
+        path: The picture; its folder must exist.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    panels = [*_panels(summary).values()]
+    if not panels:
+        return
+    heights = [panel.height for panel in panels]
+    figure = Figure(figsize=(_WIDTH, sum(heights) + 0.5), layout='constrained')
+    axes = figure.subplots(len(panels), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+    _draw(axes, panels, summary)
+    picture = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing')  # the fonts at hand may lack a script
+        figure.savefig(picture, format='png', dpi=_DPI)
+    write_whole(path, picture.getvalue())
+
+
+def _panels(summary: pd.DataFrame) -> dict[str, _Panel]:
+    """The panels that have something to show, by name."""
+    if summary.empty:
+        return {}
+    found = {
+        'accuracy': _accuracy(summary), 'loss': _loss(summary), 'terms': _terms(summary),
+        'head_losses': _head_losses(summary), 'learning_rate': _learning_rate(summary)}
+    return {name: panel for name, panel in found.items() if panel.curves}
+
+
+def _accuracy(summary: pd.DataFrame) -> _Panel:
+    """The main figure of each head, and their mean; the heads of the weights that did better, the mean of both."""
+    heads, mean = _heads(summary), 'score' if 'eval_score' in summary else 'top1'
+    figures = {head: _main_figure(summary, head) for head in heads}
+    means = {prefix: _values(summary, prefix + mean) for prefix in ('eval_', 'eval_ema_')}
+    ema_is_better = _best(means['eval_ema_']) > -np.inf and _best(means['eval_ema_']) >= _best(means['eval_'])
+    curves = []
+    for number, (head, figure) in enumerate(figures.items()):
+        name, column = _name(head) + ('' if figure in ('top1', None) else f', {figure}'), f'{head}_{figure}'
+        values, of_ema = _values(summary, 'eval_' + column), _values(summary, 'eval_ema_' + column)
+        if ema_is_better:  # a phase may be without
+            values = np.where(np.isnan(of_ema), values, of_ema)
+        curves.append(_head_curve(values, name, number, best=np.nanargmax))
+    if len(heads) > 1:
+        curves.append(_Curve('mean', means['eval_'], 'black', width=2.2, best=np.nanargmax))
+        curves.append(_Curve('mean of EMA', means['eval_ema_'], '#555555', 'o', '--', 2.2, np.nanargmax))
+    label = 'val accuracy (%)' if set(figures.values()) <= {'top1', None} else 'val figure (%)'
+    curves = _drawable(curves)
+    return _Panel(label + (',\nheads of EMA' if ema_is_better else ''), 2.5 + 0.16 * max(0, len(curves) - 11), curves,
+                  floor=0)
+
+
+def _loss(summary: pd.DataFrame) -> _Panel:
+    """The objective of the training, and the heads' loss of the validation."""
+    one_objective = 'phase' not in summary or summary['phase'].nunique() == 1  # else the least is not the best
+    return _Panel('loss', 1.6, _drawable([
+        _Curve('train, all terms', _values(summary, 'train_loss'), _COLORS[0],
+               best=np.nanargmin if one_objective else None),
+        _Curve('val, heads', _values(summary, 'eval_loss'), _COLORS[1], 's', best=np.nanargmin),
+        _Curve('val, heads of EMA', _values(summary, 'eval_ema_loss'), _COLORS[3], '^', '--', best=np.nanargmin)]))
+
+
+def _terms(summary: pd.DataFrame) -> _Panel:
+    """The terms that add up to the training loss, where they are several."""
+    names = [match[1] for match in (re.fullmatch('(?!train_|eval_)(.+)_loss', column) for column in summary) if match]
+    curves = [
+        _head_curve(_values(summary, f'{name}_loss'), name.replace('_', ' ').replace('simclr', 'SimCLR'), number)
+        for number, name in enumerate(names)]
+    curves = _drawable(curve for curve in curves if np.nan_to_num(curve.values).any())
+    return _Panel('weighted terms of\ntrain loss', 1.6, curves if len(curves) > 1 else ())
+
+
+def _head_losses(summary: pd.DataFrame) -> _Panel:
+    """The loss of each head, in training and validation."""
+    curves = []
+    for number, head in enumerate(_heads(summary)):
+        curves.append(_head_curve(_values(summary, f'train_{head}_loss'), '', number, style=':'))
+        curves.append(_head_curve(_values(summary, f'eval_{head}_loss'), _name(head), number, best=np.nanargmin))
+    curves = _drawable(curves)
+    shown = sum(bool(curve.name) for curve in curves)
+    return _Panel('loss of each head\n(dotted: train, full: val)', 2.1 + 0.16 * max(0, shown - 9), curves)
+
+
+def _learning_rate(summary: pd.DataFrame) -> _Panel:
+    return _Panel('learning rate', 1.0, _drawable([_Curve('', _values(summary, 'lr'), '#555555')]))
+
+
+def _heads(summary: pd.DataFrame) -> list[str]:
+    """The heads of a run."""
+    return [match[1] for match in (re.fullmatch('train_(.+)_loss', column) for column in summary) if match]
+
+
+def _main_figure(summary: pd.DataFrame, head: str) -> str | None:
+    """The figure that comes first after a head's loss: 'top1', 'map', 'r2' or one of the user's own."""
+    columns, before = [*summary], f'eval_{head}_loss'
+    after = columns[columns.index(before) + 1:][:1] if before in columns else []
+    return next((column.removeprefix(f'eval_{head}_') for column in after if column.startswith(f'eval_{head}_')), None)
+
+
+def _values(summary: pd.DataFrame, column: str) -> np.ndarray:
+    """A column as numbers (N,); NaN where there is none."""
+    if column not in summary:
+        return np.full(len(summary), np.nan)
+    values = pd.to_numeric(summary[column], errors='coerce').to_numpy(float)
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _best(values: np.ndarray) -> float:
+    """The largest of some values that may all be NaN; then minus infinity."""
+    return max(values[~np.isnan(values)], default=-np.inf)
+
+
+def _head_curve(
+        values: np.ndarray,
+        name: str,
+        number: int,
+        style: str = '-',
+        best: Callable[[np.ndarray], int] | None = None,
+) -> _Curve:
+    """A curve with the color and the marker of the head, or term, of this number."""
+    look = number % len(_COLORS)
+    return _Curve(name, values, _COLORS[look], _MARKERS[look], style, best=best)
+
+
+def _drawable(curves: Iterable[_Curve]) -> tuple[_Curve, ...]:
+    """The curves that have any value."""
+    return tuple(curve for curve in curves if not np.isnan(curve.values).all())
+
+
+def _name(name: str) -> str:
+    """A name as matplotlib shows it literally and at no great length: a dollar sign would start a formula."""
+    short = name if len(name) <= _NAME else name[:_NAME - 1] + '\u2026'
+    return short.replace('$', r'\$')
+
+
+def _draw(axes: Iterable[Axes], panels: Iterable[_Panel], summary: pd.DataFrame) -> None:
+    """Draw panels above one another, with the legends to their right."""
+    axes, epochs = list(axes), np.array(running_epochs(summary))
+    begins = _phases(summary)
+    for each, panel in zip(axes, panels, strict=True):
+        for curve in panel.curves:
+            _draw_curve(each, curve, epochs, begins)
+        each.set_ylabel(panel.label, fontsize=9)
+        each.grid(color='#e5e5e5', linewidth=0.7)
+        each.set_axisbelow(True)
+        each.tick_params(labelsize=8.5)
+        each.spines[['top', 'right']].set_visible(False)
+        if panel.floor is not None and each.get_ylim()[0] < panel.floor:
+            each.set_ylim(bottom=panel.floor)
+        _legend(each, panel, epochs)
+        _mark_phases(each, begins, epochs, named=each is axes[0])
+    axes[-1].set_xlabel('epoch', fontsize=9)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    margin = min(0.02 * len(epochs), 0.9) if len(epochs) > 1 else 0.5  # no room for an epoch that is none
+    axes[-1].set_xlim(epochs[0] - margin, epochs[-1] + margin)
+
+
+def _draw_curve(axes: Axes, curve: _Curve, epochs: np.ndarray, begins: dict[int, str]) -> None:
+    """Draw a line, from the beginning of a phase to its end, and a larger mark at its best epoch."""
+    ends = [*begins, len(epochs)] if begins else [0, len(epochs)]
+    every = max(1, len(epochs) // _MARKED)
+    for first, end in zip(ends, ends[1:]):
+        axes.plot(
+            epochs[first:end], curve.values[first:end], color=curve.color, linestyle=curve.style,
+            linewidth=curve.width, marker=curve.marker, markersize=_SIZE, markevery=every, label=curve.name or '_')
+    if curve.best is not None:
+        best = curve.best(curve.values)
+        axes.plot(epochs[best], curve.values[best], color=curve.color, marker=curve.marker, markersize=2.4 * _SIZE,
+                  markeredgecolor='black', markeredgewidth=0.9, label='_', zorder=3)
+
+
+def _legend(axes: Axes, panel: _Panel, epochs: np.ndarray) -> None:
+    """The named curves; those with a best epoch with its value and, in brackets, its number."""
+    curves = [curve for curve in panel.curves if curve.name]
+    if not curves:
+        return
+    labels = []
+    for curve in curves:
+        label = curve.name
+        if curve.best is not None:
+            best = curve.best(curve.values)
+            label += f'  {_short(curve.values[best])} ({epochs[best]})'
+        labels.append(' ' * label.startswith('_') + label)  # matplotlib leaves out what starts so
+    handles = [Line2D([], [], color=curve.color, linestyle=curve.style, linewidth=curve.width, marker=curve.marker,
+                      markersize=4.5) for curve in curves]
+    axes.legend(
+        handles, labels, loc='upper left', bbox_to_anchor=(1.01, 1.0), borderaxespad=0, frameon=False, fontsize=8.5,
+        title='best (at epoch)' if any(curve.best is not None for curve in curves) else None, title_fontsize=8.5,
+        alignment='left', labelspacing=0.35, handlelength=1.8)
+
+
+def _short(value: float) -> str:
+    """A number with three digits, or one behind the point."""
+    return f'{value:.1f}' if 10 <= abs(value) < 1e5 else f'{value:#.3g}'
+
+
+def _phases(summary: pd.DataFrame) -> dict[int, str]:
+    """The row that each phase begins with, and its name; none where there are no phases."""
+    if 'phase' not in summary:
+        return {}
+    names = summary['phase'].astype(str).tolist()
+    return {row: name for row, name in enumerate(names) if row == 0 or name != names[row - 1]}
+
+
+def _mark_phases(axes: Axes, begins: dict[int, str], epochs: np.ndarray, named: bool) -> None:
+    """A line where a phase begins, and its name at the top of it, one line higher where it would meet another."""
+    taken = [-np.inf, -np.inf]  # where names end, at each height, in letters
+    letters = _LETTERS / max(1, epochs[-1] - epochs[0])
+    for row, name in begins.items():
+        place = epochs[row] - 0.5 if row else epochs[0]
+        if row:
+            axes.axvline(place, color='#777777', linewidth=0.9, linestyle=(0, (1, 2)))
+        if named:
+            height = 0 if taken[0] <= place * letters or taken[0] <= taken[1] else 1
+            taken[height] = place * letters + len(_name(name)) + 1
+            axes.annotate(
+                _name(name), (place, 1), (3 if row else 0, 3 + 11 * height), xycoords=axes.get_xaxis_transform(),
+                textcoords='offset points', fontsize=8.5, color='#444444')
