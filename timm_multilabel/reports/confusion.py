@@ -14,7 +14,9 @@ from timm_multilabel.files import write_whole
 from timm_multilabel.labels import Labels, LabelSet, Quantity, TagSet
 from timm_multilabel.reports.escaping import spreadsheet_text
 
-_READABLE = 20  # classes of which a matrix is legible
+READABLE = 20
+"""Classes of which a matrix is legible."""
+
 _PAIRS = 25  # confused pairs shown of more classes than that
 
 
@@ -51,15 +53,7 @@ def write_confusion(
     Returns:
         The files.
     """
-    if isinstance(labels, TagSet):
-        table, figure = _tags(labels, target, measured)
-    elif isinstance(labels, Quantity):
-        table, figure = _numbers(labels, target[:, 0], measured[:, 0])
-    else:
-        matrix = confusion_matrix(target[:, 0], measured[:, 0], labels=range(len(labels.classes)))
-        table = pd.DataFrame(
-            matrix, index=pd.Index(labels.classes, name='label \\ prediction'), columns=labels.classes)
-        figure = _matrix(labels, matrix) if len(labels.classes) <= _READABLE else _pairs(labels, matrix)
+    table, figure = draw_confusion(labels, target, measured)
     write_whole(folder / f'{stem}.csv', _escaped(table).to_csv())
     picture = io.BytesIO()
     with warnings.catch_warnings():
@@ -67,6 +61,17 @@ def write_confusion(
         figure.savefig(picture, format='png', dpi=120)
     write_whole(folder / f'{stem}.png', picture.getvalue())
     return [folder / f'{stem}.csv', folder / f'{stem}.png']
+
+
+def draw_confusion(labels: Labels, target: np.ndarray, measured: np.ndarray) -> tuple[pd.DataFrame, Figure]:
+    """The table and the picture that `write_confusion` writes, of the same arguments."""
+    if isinstance(labels, TagSet):
+        return _tags(labels, target, measured)
+    if isinstance(labels, Quantity):
+        return _numbers(labels, target[:, 0], measured[:, 0])
+    matrix = confusion_matrix(target[:, 0], measured[:, 0], labels=range(len(labels.classes)))
+    table = pd.DataFrame(matrix, index=pd.Index(labels.classes, name='label \\ prediction'), columns=labels.classes)
+    return table, _matrix(labels, matrix) if len(labels.classes) <= READABLE else _pairs(labels, matrix)
 
 
 def _escaped(table: pd.DataFrame) -> pd.DataFrame:
