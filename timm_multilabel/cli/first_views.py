@@ -1,5 +1,6 @@
 """The views that training made of a few photos, made again."""
 import argparse
+import copy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,6 @@ import torch
 from timm_multilabel.cli.batches import Loaders, which_views
 from timm_multilabel.cli.checks import check_phases
 from timm_multilabel.cli.data import read_data
-from timm_multilabel.errors import UserError
 from timm_multilabel.training.checkpoint import read_checkpoint
 from timm_multilabel.training.run_folder import phase_folder
 
@@ -40,7 +40,7 @@ def first_views(
     Raises:
         UserError: The training images cannot be read.
     """
-    phases = check_phases(flags)
+    phases = check_phases(copy.deepcopy(flags))
     index = max((number for number, phase in enumerate(phases) if phase.simclr_loss_weight), default=len(phases) - 1)
     args = phases[index]
     folder = phase_folder(run, [getattr(phase, 'phase', '') for phase in phases], index)
@@ -72,8 +72,3 @@ def _describe(args: argparse.Namespace, phases: list[argparse.Namespace], views:
     weak = ', whose first view is the weak one' if of_pool and args.pseudo_label_weight else ''
     return (f'{pairs} as the model saw them in the first epoch{of_phase}, at their size: --views '
             f'{which_views(args)}{pool}{weak}.')
-
-
-def describe_failure(error: UserError) -> str:
-    """What a page says where views could not be made."""
-    return f'They could not be made again: {error.line}'

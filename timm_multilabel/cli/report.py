@@ -2,7 +2,6 @@
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,9 +10,9 @@ from matplotlib.figure import Figure as MatplotlibFigure
 from tqdm import tqdm
 
 from timm_multilabel.cli.device import loader_workers, start_device
-from timm_multilabel.cli.first_views import describe_failure, first_views
+from timm_multilabel.cli.first_views import first_views
 from timm_multilabel.cli.flags import count
-from timm_multilabel.cli.run_flags import changed_flags, command_line, read_run_flags
+from timm_multilabel.cli.run_flags import command_line, read_run_flags
 from timm_multilabel.cli.splits import split_path
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import write_whole
@@ -139,7 +138,7 @@ def build_page(
             views, views_note = first_views(flags, run, data_dir, checkpoint.data_config)
             views = [[jpeg_uri(view, _VIEW_SIDE) for view in photo] for photo in views]
         except UserError as error:
-            views, views_note = describe_failure(error), ''
+            views, views_note = f'They could not be made again: {error.line}', ''
             notes.append(f'views: {error.line}')
         bar.update()
     if thumbnails.missing:
@@ -150,9 +149,10 @@ def build_page(
         facts=_facts(checkpoint, summary, predictions, split),
         notes=notes,
         command=f'timm-multilabel train -c {run / "args.yaml"}' if flags.phases else command_line(flags),
-        changed=[] if flags.phases else [(f'--{name.replace("_", "-")}', _text(value))
-                                         for name, value in changed_flags(flags).items()],
+        command_note='The run again, phase by phase:' if flags.phases else 'The run again; other flags are at their '
+        'defaults:',
         settings=(run / 'args.yaml').read_text(encoding='utf-8'),
+        recipe=bool(flags.phases),
         curves=curves,
         mean=mean_row(predictions, resolve_head_weights(
             predictions.label_space.names, checkpoint.state.get('head_weights'))),
@@ -227,10 +227,3 @@ def _facts(
         ('checkpoint', f'{checkpoint.path.name}: epoch {state.get("epoch", 0) + 1}{phase}, {weights}'),
         ('split', f'{split}, {len(predictions)} images'),
     ]
-
-
-def _text(value: Any) -> str:
-    """A value of a flag as a cell."""
-    if isinstance(value, dict):
-        return ', '.join(f'{name}: {part}' for name, part in value.items())
-    return ' '.join(map(str, value)) if isinstance(value, list | tuple) else str(value)

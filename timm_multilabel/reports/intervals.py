@@ -140,6 +140,9 @@ def class_figures(
 ) -> dict[str, np.ndarray]:
     """'balanced_accuracy' and 'macro_f1' in percent, as `metrics.class_metrics` has them, of weighted images.
 
+    A class without weight counts with its figure of all images: left out, it would make resamples better than the
+    whole, since rare classes have low figures.
+
     Args:
         target: Class indices (N,).
         predicted: Class indices (N,).
@@ -155,9 +158,18 @@ def class_figures(
     everywhere = np.ones(len(target), bool)
     true, said = totals(target, everywhere), totals(predicted, everywhere)
     right = totals(target, predicted == target)
-    with np.errstate(invalid='ignore', divide='ignore'):
-        recall, f1 = right / true, 2 * right / (true + said)
+    all_true, all_said, all_right = (
+        np.bincount(indices, minlength=classes)[:, None] for indices in (
+            target, predicted, target[predicted == target]))
+    recall = _share(right, true, all_right, all_true)
+    f1 = _share(2 * right, true + said, 2 * all_right, all_true + all_said)
     return {'balanced_accuracy': 100 * _mean(recall), 'macro_f1': 100 * _mean(f1)}
+
+
+def _share(part: np.ndarray, whole: np.ndarray, all_part: np.ndarray, all_whole: np.ndarray) -> np.ndarray:
+    """part / whole (C, R); where that is 0 / 0, the share of all images, from (C, 1); NaN where that is so as well."""
+    with np.errstate(invalid='ignore', divide='ignore'):
+        return np.where(whole > 0, part / whole, all_part / all_whole)
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
@@ -169,6 +181,8 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 def tag_figures(target: np.ndarray, probability: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     """'map', 'f1' and 'micro_f1' in percent, as `TagsHead.metrics` has them, of weighted images.
+
+    A tag without weight counts with its figure of all images.
 
     Args:
         target: 0, 1 or MISSING (N, C).
@@ -182,13 +196,23 @@ def tag_figures(target: np.ndarray, probability: np.ndarray, weights: np.ndarray
         its, found = weights[:, known], of_tag >= 0.5
         counts = np.stack([its[:, true & found].sum(axis=1), its[:, true].sum(axis=1), its[:, found].sum(axis=1)])
         sums += counts
-        with np.errstate(invalid='ignore', divide='ignore'):
-            f1s.append(np.where(counts[1] > 0, 2 * counts[0] / (counts[1] + counts[2]), np.nan))
-        precisions.append(average_precision(true, of_tag, its))
+        f1, precision = (np.append(values, whole) for values, whole in zip(
+            _tag_figures(true, of_tag, its), _tag_figures(true, of_tag, np.ones((1, len(true)), np.int32))))
+        f1s.append(np.where(counts[1] > 0, f1[:-1], f1[-1]))
+        precisions.append(np.where(counts[1] > 0, precision[:-1], precision[-1]))
     with np.errstate(invalid='ignore', divide='ignore'):
         micro = np.nan_to_num(2 * sums[0] / (sums[1] + sums[2]))
     return {
         'map': 100 * _mean(np.array(precisions)), 'f1': 100 * _mean(np.array(f1s)), 'micro_f1': 100 * micro}
+
+
+def _tag_figures(true: np.ndarray, score: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """F1 at 0.5 and average precision of a tag (R,), NaN without a weighted positive."""
+    found = score >= 0.5
+    positive = weights[:, true].sum(axis=1)
+    with np.errstate(invalid='ignore', divide='ignore'):
+        f1 = 2 * weights[:, true & found].sum(axis=1) / (positive + weights[:, found].sum(axis=1))
+    return np.where(positive > 0, f1, np.nan), average_precision(true, score, weights)
 
 
 def average_precision(true: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -37,8 +37,9 @@ class Page:
         facts: Pairs of what and how much, below the title.
         notes: What is worth knowing of this report, such as images that are not there.
         command: The command line that means this run.
-        changed: Flags that are not at their defaults, as pairs.
+        command_note: What it is.
         settings: args.yaml.
+        recipe: The run has phases, which only `settings` tells.
         curves: Pictures by name.
         mean: The row of the mean over heads, as those of `HeadSection.figures`, or None.
         heads: The heads.
@@ -50,8 +51,9 @@ class Page:
     facts: list[tuple[str, str]]
     notes: list[str]
     command: str
-    changed: list[tuple[str, str]]
+    command_note: str
     settings: str
+    recipe: bool
     curves: dict[str, str]
     mean: tuple[str, str, str, str] | None
     heads: list[HeadSection]
