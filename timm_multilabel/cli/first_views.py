@@ -62,13 +62,14 @@ def first_views(
     mean, std = (torch.tensor(data_config[name]).view(1, 3, 1, 1) for name in ('mean', 'std'))
     pixels = ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     made = pixels.permute(0, 2, 3, 1).unflatten(0, (views, -1)).numpy()
-    return [list(made[:, photo]) for photo in range(made.shape[1])], _describe(args, phases, views, of_pool)
+    return [list(made[:, photo]) for photo in range(made.shape[1])], _describe(
+        args, len(phases), made.shape[2:4], views, of_pool)
 
 
-def _describe(args: argparse.Namespace, phases: list[argparse.Namespace], views: int, of_pool: int) -> str:
-    of_phase = f' of phase {args.phase}' if len(phases) > 1 else ''
-    pairs = 'Pairs of views' if views == 2 else 'Views (one a photo)'
+def _describe(args: argparse.Namespace, phases: int, size: tuple[int, int], views: int, of_pool: int) -> str:
+    of_phase = f' of phase {args.phase}' if phases > 1 else ''
+    pairs = 'Pairs of views' if views == 2 else 'Views, one a photo,'
     pool = f'; the last {of_pool} photos are unlabelled ones' if of_pool else ''
     weak = ', whose first view is the weak one' if of_pool and args.pseudo_label_weight else ''
-    return (f'{pairs} as the model saw them in the first epoch{of_phase}, at their size: --views '
+    return (f'{pairs} as the model saw them in the first epoch{of_phase}: {size[1]}x{size[0]} pixels, made by --views '
             f'{which_views(args)}{pool}{weak}.')

@@ -223,7 +223,7 @@ def _facts(
     return [
         ('model', f'{checkpoint.arch}, {size} pixels'),
         ('heads', str(predictions.label_space)),
-        ('trained', f'{len(summary)} epochs so far' + (f' in {len(phases)} phases' if phases else '')),
+        ('epochs trained', f'{len(summary)}, in {len(phases)} phases' if phases else str(len(summary))),
         ('checkpoint', f'{checkpoint.path.name}: epoch {state.get("epoch", 0) + 1}{phase}, {weights}'),
         ('split', f'{split}, {len(predictions)} images'),
     ]

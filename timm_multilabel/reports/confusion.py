@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from sklearn.metrics import confusion_matrix
 
 from timm_multilabel.files import write_whole
 from timm_multilabel.labels import Labels, LabelSet, Quantity, TagSet
@@ -69,7 +68,8 @@ def draw_confusion(labels: Labels, target: np.ndarray, measured: np.ndarray) -> 
         return _tags(labels, target, measured)
     if isinstance(labels, Quantity):
         return _numbers(labels, target[:, 0], measured[:, 0])
-    matrix = confusion_matrix(target[:, 0], measured[:, 0], labels=range(len(labels.classes)))
+    matrix = np.zeros((len(labels.classes),) * 2, dtype=int)
+    np.add.at(matrix, (target[:, 0].astype(int), measured[:, 0].astype(int)), 1)
     table = pd.DataFrame(matrix, index=pd.Index(labels.classes, name='label \\ prediction'), columns=labels.classes)
     return table, _matrix(labels, matrix) if len(labels.classes) <= READABLE else _pairs(labels, matrix)
 
