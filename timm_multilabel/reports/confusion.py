@@ -17,6 +17,7 @@ READABLE = 20
 """Classes of which a matrix is legible."""
 
 _PAIRS = 25  # confused pairs shown of more classes than that
+_NAME = 32  # letters of a name in a picture
 
 
 def confusion_stems(names: Sequence[str]) -> list[str]:
@@ -152,7 +153,7 @@ def _pairs(head: LabelSet, matrix: np.ndarray) -> Figure:
     bars = axes.barh(range(len(pairs)), counts, color='#4477aa')
     of_label = matrix.sum(axis=1)
     axes.bar_label(bars, [f'{wrong[pair]} of {of_label[pair[0]]}' for pair in pairs], padding=3, fontsize=8)
-    names = [_plain(f'{head.classes[row]} \u2192 {head.classes[column]}') for row, column in pairs]
+    names = [f'{_plain(head.classes[row])} \u2192 {_plain(head.classes[column])}' for row, column in pairs]
     axes.set_yticks(range(len(pairs)), names)
     axes.invert_yaxis()
     axes.margins(x=0.12)
@@ -168,5 +169,6 @@ def _accuracy(matrix: np.ndarray) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text as matplotlib shows it literally: a dollar sign would start a formula."""
-    return text.replace('$', r'\$')
+    """A text as matplotlib shows it literally and at no great length: a dollar sign would start a formula."""
+    short = text if len(text) <= _NAME else text[:_NAME - 1] + '\u2026'
+    return short.replace('$', r'\$')
