@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 
 from timm_multilabel.labels import LabelSet
-from timm_multilabel.reports.confusion import confusion_stems, write_confusion
+from timm_multilabel.reports.confusion import confusion_stems, draw_confusion, write_confusion
 
 
 def test_small_and_large_heads_and_awkward_names(tmp_path):
@@ -23,3 +23,12 @@ def test_small_and_large_heads_and_awkward_names(tmp_path):
 def test_every_head_has_files_of_its_own():
     assert confusion_stems(['a', 'a b', 'a/b', 'a_b']) == [
         'confusion-a', 'confusion-a_b', 'confusion-a_b~2', 'confusion-a_b~3']
+
+
+def test_names_of_any_length_leave_room_for_the_matrix():
+    figure = draw_confusion(
+        LabelSet('$h', ('x' * 500, 'y')), np.array([[0], [1], [1]]), np.array([[0], [1], [0]]))[1]
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ['x' * 31 + '\u2026', 'y']
+    assert axes.get_position().width > 0.3 and axes.get_title() == r'\$h: 66.7 % of 3 right'

@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from sklearn.metrics import confusion_matrix
 
 from timm_multilabel.files import write_whole
 from timm_multilabel.labels import Labels, LabelSet, Quantity, TagSet
 from timm_multilabel.reports.escaping import spreadsheet_text
 
-_READABLE = 20  # classes of which a matrix is legible
+READABLE = 20
+"""Classes of which a matrix is legible."""
+
 _PAIRS = 25  # confused pairs shown of more classes than that
+_NAME = 32  # letters of a name in a picture
 
 
 def confusion_stems(names: Sequence[str]) -> list[str]:
@@ -51,15 +53,7 @@ def write_confusion(
     Returns:
         The files.
     """
-    if isinstance(labels, TagSet):
-        table, figure = _tags(labels, target, measured)
-    elif isinstance(labels, Quantity):
-        table, figure = _numbers(labels, target[:, 0], measured[:, 0])
-    else:
-        matrix = confusion_matrix(target[:, 0], measured[:, 0], labels=range(len(labels.classes)))
-        table = pd.DataFrame(
-            matrix, index=pd.Index(labels.classes, name='label \\ prediction'), columns=labels.classes)
-        figure = _matrix(labels, matrix) if len(labels.classes) <= _READABLE else _pairs(labels, matrix)
+    table, figure = draw_confusion(labels, target, measured)
     write_whole(folder / f'{stem}.csv', _escaped(table).to_csv())
     picture = io.BytesIO()
     with warnings.catch_warnings():
@@ -67,6 +61,18 @@ def write_confusion(
         figure.savefig(picture, format='png', dpi=120)
     write_whole(folder / f'{stem}.png', picture.getvalue())
     return [folder / f'{stem}.csv', folder / f'{stem}.png']
+
+
+def draw_confusion(labels: Labels, target: np.ndarray, measured: np.ndarray) -> tuple[pd.DataFrame, Figure]:
+    """The table and the picture that `write_confusion` writes, of the same arguments."""
+    if isinstance(labels, TagSet):
+        return _tags(labels, target, measured)
+    if isinstance(labels, Quantity):
+        return _numbers(labels, target[:, 0], measured[:, 0])
+    matrix = np.zeros((len(labels.classes),) * 2, dtype=int)
+    np.add.at(matrix, (target[:, 0].astype(int), measured[:, 0].astype(int)), 1)
+    table = pd.DataFrame(matrix, index=pd.Index(labels.classes, name='label \\ prediction'), columns=labels.classes)
+    return table, _matrix(labels, matrix) if len(labels.classes) <= READABLE else _pairs(labels, matrix)
 
 
 def _escaped(table: pd.DataFrame) -> pd.DataFrame:
@@ -147,7 +153,7 @@ def _pairs(head: LabelSet, matrix: np.ndarray) -> Figure:
     bars = axes.barh(range(len(pairs)), counts, color='#4477aa')
     of_label = matrix.sum(axis=1)
     axes.bar_label(bars, [f'{wrong[pair]} of {of_label[pair[0]]}' for pair in pairs], padding=3, fontsize=8)
-    names = [_plain(f'{head.classes[row]} \u2192 {head.classes[column]}') for row, column in pairs]
+    names = [f'{_plain(head.classes[row])} \u2192 {_plain(head.classes[column])}' for row, column in pairs]
     axes.set_yticks(range(len(pairs)), names)
     axes.invert_yaxis()
     axes.margins(x=0.12)
@@ -163,5 +169,6 @@ def _accuracy(matrix: np.ndarray) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text as matplotlib shows it literally: a dollar sign would start a formula."""
-    return text.replace('$', r'\$')
+    """A text as matplotlib shows it literally and at no great length: a dollar sign would start a formula."""
+    short = text if len(text) <= _NAME else text[:_NAME - 1] + '\u2026'
+    return short.replace('$', r'\$')

@@ -1,0 +1,229 @@
+"""Write one HTML page about a run: settings, curves, figures, mistakes, calibration, a map of embeddings, views."""
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure as MatplotlibFigure
+from tqdm import tqdm
+
+from timm_multilabel.cli.device import loader_workers, start_device
+from timm_multilabel.cli.first_views import first_views
+from timm_multilabel.cli.flags import count
+from timm_multilabel.cli.run_flags import command_line, read_run_flags
+from timm_multilabel.cli.splits import split_path
+from timm_multilabel.errors import UserError
+from timm_multilabel.files import write_whole
+from timm_multilabel.inference.predictions import Predictions
+from timm_multilabel.inference.stored import best_checkpoint, stored_predictions
+from timm_multilabel.reports.embedding_map import Coloring, color_points, place_points
+from timm_multilabel.reports.head_section import describe_target, head_section, mean_row
+from timm_multilabel.reports.page import Map, Page, render
+from timm_multilabel.reports.pictures import Thumbnails, figure_uri, jpeg_uri
+from timm_multilabel.task import resolve_head_weights
+from timm_multilabel.training.checkpoint import Checkpoint, read_checkpoint
+
+NAME = 'report'
+HELP = 'write one HTML page about a run'
+
+_VIEW_SIDE = 128  # pixels
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this command."""
+    parser.add_argument('run', metavar='RUN', help='run folder, such as output/train/NAME')
+    parser.add_argument('--out', metavar='FILE', help='the page (default: report.html in the run folder)')
+    parser.add_argument('--force', action='store_true', help='write over a page that is there')
+    parser.add_argument('--split', metavar='NAME',
+                        help="val, test, ... or the path of a CSV (default: the run's validation split)")
+    parser.add_argument('--data', metavar='DIR', help="data directory, where it has moved (default: the run's)")
+    parser.add_argument('--checkpoint', metavar='FILE', help='another than model_best.pth.tar of the run')
+    parser.add_argument('--head-module', metavar='FILE', help='Python file with the kinds of heads of your own')
+    parser.add_argument('-j', '--workers', type=count, default=4, metavar='N', help='loader processes')
+    parser.add_argument('--device', metavar='NAME', help='cpu, cuda, ... (default: cuda where there is one)')
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the report."""
+    started = time.perf_counter()
+    folder = Path(args.run)
+    flags, summary = read_run_flags(folder), read_finished_epochs(folder)
+    out = prepare_output(Path(args.out) if args.out else folder / 'report.html', args.force)
+    path = Path(args.checkpoint) if args.checkpoint else best_checkpoint(folder)
+    checkpoint = read_checkpoint(path, mapped=True)
+    data_dir = Path(args.data) if args.data else None
+    split = args.split or default_split(flags, checkpoint, data_dir)
+    device = start_device(args.device)
+    predictions = stored_predictions(
+        folder, split, data_dir, device, loader_workers(args.workers), print,
+        checkpoint=path if args.checkpoint else None, head_module=args.head_module)
+    page, notes = build_page(folder, flags, summary, checkpoint, predictions, split, data_dir)
+    content = render(page).encode('utf-8', 'replace')  # names of files may hold what UTF-8 has not
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, content)
+    for note in notes:
+        print(note)
+    print(f'{out}: {len(predictions)} images, {len(content) / 1e6:.1f} MB, '
+          f'{time.perf_counter() - started:.0f} s')
+
+
+def read_finished_epochs(run: Path) -> pd.DataFrame:
+    """summary.csv of a run.
+
+    Raises:
+        UserError: No epoch has been finished, or the file cannot be read.
+    """
+    path = run / 'summary.csv'
+    try:
+        summary = pd.read_csv(path, converters={'phase': str})
+    except FileNotFoundError:
+        summary = pd.DataFrame()
+    except (ValueError, OSError) as error:
+        raise UserError(f'{path}: cannot be read ({" ".join(str(error).split())})') from error
+    if not len(summary) or 'epoch' not in summary:
+        raise UserError(f'{run}: no epoch has been finished, so there is nothing to report; train it first')
+    return summary
+
+
+def prepare_output(path: Path, force: bool) -> Path:
+    """The page's path, refused before the work where it cannot be written.
+
+    Raises:
+        UserError: It is a folder, or there and `force` is not.
+    """
+    if path.is_dir():
+        raise UserError(f'--out {path}: is a folder; name a file')
+    if path.exists() and not force:
+        raise UserError(f'{path}: is there already; write over it with --force, or name another with --out')
+    return path
+
+
+def default_split(flags: argparse.Namespace, checkpoint: Checkpoint, data_dir: Path | None) -> str:
+    """The run's validation split; where a run without heads has none, its training split."""
+    there = split_path(Path(data_dir or flags.data_dir), flags.val_split).is_file()
+    return flags.val_split if there or checkpoint.label_space.heads else flags.train_split
+
+
+def build_page(
+        run: Path,
+        flags: argparse.Namespace,
+        summary: pd.DataFrame,
+        checkpoint: Checkpoint,
+        predictions: Predictions,
+        split: str,
+        data_dir: Path | None,
+) -> tuple[Page, list[str]]:
+    """Work out all that the page says; also what could not be had, as lines."""
+    thumbnails = Thumbnails(predictions.images, predictions.rows)
+    heads = predictions.label_space.heads
+    with tqdm(total=len(heads) + 3, desc='Report', leave=False, disable=None) as bar:
+        sections = []
+        for labels, known in zip(heads, _known(predictions).T, strict=True):
+            bar.set_postfix_str('a head')
+            sections.append(head_section(
+                labels, predictions.target(labels.name), known, predictions.outputs[labels.name], predictions.rows,
+                thumbnails))
+            bar.update()
+        bar.set_postfix_str('curves')
+        curves = {name: figure_uri(figure) for name, figure in draw_curves(summary).items()}
+        bar.update()
+        bar.set_postfix_str('map')
+        embeddings = build_map(predictions)
+        bar.update()
+        bar.set_postfix_str('views')
+        notes = []
+        try:
+            views, views_note = first_views(flags, run, data_dir, checkpoint.data_config)
+            views = [[jpeg_uri(view, _VIEW_SIDE) for view in photo] for photo in views]
+        except UserError as error:
+            views, views_note = f'They could not be made again: {error.line}', ''
+            notes.append(f'views: {error.line}')
+        bar.update()
+    if thumbnails.missing:
+        notes.append(f'{len(thumbnails.missing)} images cannot be shown, the first: '
+                     f'{next(iter(thumbnails.missing.values()))}')
+    return Page(
+        title=f'Report of {run.resolve().name}',
+        facts=_facts(checkpoint, summary, predictions, split),
+        notes=notes,
+        command=f'timm-multilabel train -c {run / "args.yaml"}' if flags.phases else command_line(flags),
+        command_note='The run again, phase by phase:' if flags.phases else 'The run again; other flags are at their '
+        'defaults:',
+        settings=(run / 'args.yaml').read_text(encoding='utf-8'),
+        recipe=bool(flags.phases),
+        curves=curves,
+        mean=mean_row(predictions, resolve_head_weights(
+            predictions.label_space.names, checkpoint.state.get('head_weights'))),
+        heads=sections,
+        map=embeddings,
+        views=views,
+        views_note=views_note,
+    ), notes
+
+
+def draw_curves(summary: pd.DataFrame) -> dict[str, MatplotlibFigure]:
+    """The curves of a run, by name."""
+    try:
+        from timm_multilabel.reports.curves import curve_figures
+    except ImportError:
+        return _plain_curves(summary)
+    return curve_figures(summary)
+
+
+def _plain_curves(summary: pd.DataFrame) -> dict[str, MatplotlibFigure]:
+    figures = {}
+    for name, ending in (('loss', '_loss'), ('accuracy', '_top1')):
+        columns = [column for column in summary if column.endswith(ending)]
+        if columns:
+            figures[name] = MatplotlibFigure(figsize=(8, 4), layout='constrained')
+            summary[columns].plot(ax=figures[name].subplots(), xlabel='epoch', ylabel=name)
+    return figures
+
+
+def build_map(predictions: Predictions) -> Map | str:
+    """The map of embeddings, or why there is none."""
+    found = place_points(predictions.features)
+    if found is None:
+        return 'There are too few images that differ.'
+    rows, places = found
+    colorings = {labels.name: color_points(labels, predictions.target(labels.name)[rows])
+                 for labels in predictions.label_space.heads}
+    if not colorings:
+        colorings = {'': Coloring([], (), np.full(len(rows), -1), '')}
+    titles = [_describe_row(predictions, row) for row in rows]
+    return Map(places, titles, colorings, len(predictions))
+
+
+def _describe_row(predictions: Predictions, row: int) -> str:
+    """An image's name and labels."""
+    labels = (f'{labels.name}: {describe_target(labels, predictions.target(labels.name)[row])}'
+              for labels in predictions.label_space.heads)
+    return ' \u00b7 '.join([Path(predictions.images[row]).name, *labels])
+
+
+def _known(predictions: Predictions) -> np.ndarray:
+    """Which labels are there (N, H)."""
+    return predictions.label_space.labelled(torch.from_numpy(predictions.targets)).numpy()
+
+
+def _facts(
+        checkpoint: Checkpoint,
+        summary: pd.DataFrame,
+        predictions: Predictions,
+        split: str,
+) -> list[tuple[str, str]]:
+    """What stands at the top of the page."""
+    state = checkpoint.state
+    phases = state.get('phases') or []
+    phase = f' of phase {phases[state["phase"]]}' if len(phases) > state.get('phase', 0) else ''
+    size = 'x'.join(str(side) for side in checkpoint.data_config['input_size'][-2:])
+    weights = 'EMA weights' if checkpoint.best_weights == 'ema' else 'plain weights'
+    return [
+        ('model', f'{checkpoint.arch}, {size} pixels'),
+        ('heads', str(predictions.label_space)),
+        ('epochs trained', f'{len(summary)}, in {len(phases)} phases' if phases else str(len(summary))),
+        ('checkpoint', f'{checkpoint.path.name}: epoch {state.get("epoch", 0) + 1}{phase}, {weights}'),
+        ('split', f'{split}, {len(predictions)} images'),
+    ]

@@ -1,0 +1,100 @@
+"""Features of many images as places on a plane, and colors for them."""
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+
+from timm_multilabel.labels import MISSING, Labels, LabelSet, TagSet
+
+POINTS = 2000
+COLORS = ('#4477aa', '#ee6677', '#228833', '#ccbb44', '#66ccee', '#aa3377', '#ee7733', '#004488', '#999933',
+          '#882255', '#44aa99', '#9970ab')  # Paul Tol's, told apart by the color-blind
+NUMBERS = ('#440154', '#443983', '#31688e', '#21918c', '#35b779', '#90d743')  # viridis: dark is little
+_DIMENSIONS = 50
+_LEAST = 5  # images on a map
+
+
+@dataclass(frozen=True)
+class Coloring:
+    """What the colors on a map mean.
+
+    Args:
+        names: What the colors stand for, in the order of `colors`.
+        colors: One each.
+        of_point: The color of each point (P,), -1 for grey.
+        rest: What grey stands for; '' where there is none.
+    """
+    names: list[str]
+    colors: tuple[str, ...]
+    of_point: np.ndarray
+    rest: str
+
+
+def place_points(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray] | None:
+    """Places of images on a plane by t-SNE of their first 50 principal components.
+
+    Args:
+        features: Of N images (N, F).
+        seed: Of the choice among more than 2,000 of them, and of t-SNE.
+
+    Returns:
+        The rows that were placed (P,), and where (P, 2), from 0 to 1; None where too few are different.
+    """
+    rows = np.flatnonzero(np.isfinite(features).all(axis=1))
+    if len(rows) > POINTS:
+        rows = np.sort(np.random.default_rng(seed).choice(rows, POINTS, replace=False))
+    chosen = features[rows].astype(np.float64)
+    if len(np.unique(chosen, axis=0)) < _LEAST:
+        return None
+    components = PCA(min(_DIMENSIONS, *chosen.shape), random_state=seed).fit_transform(chosen)
+    perplexity = min(30.0, (len(rows) - 1) / 3)
+    init = 'pca' if components.shape[1] > 1 else 'random'
+    places = TSNE(2, perplexity=perplexity, init=init, random_state=seed).fit_transform(components)
+    low, high = places.min(axis=0), places.max(axis=0)
+    return rows, (places - low) / np.maximum(high - low, 1e-12)
+
+
+def color_points(labels: Labels, target: np.ndarray) -> Coloring:
+    """Colors by a head's labels: the dozen most frequent classes or tags, or six equal shares of the numbers.
+
+    Args:
+        labels: The head's labels.
+        target: As `Predictions.target` gives it, of the points.
+    """
+    if not isinstance(labels, LabelSet | TagSet):
+        return _color_numbers(labels, target)
+    if isinstance(labels, TagSet):
+        counts = (target == 1).sum(axis=0)
+    else:
+        counts = np.bincount(target[target != MISSING], minlength=len(labels.classes))
+    order = [index for index in np.argsort(-counts, kind='stable')[:len(COLORS)].tolist() if counts[index]]
+    of_point = np.full(len(target), -1)
+    for color, index in reversed(list(enumerate(order))):  # of several tags the most frequent one
+        of_point[(target[:, index] == 1) if isinstance(labels, TagSet) else target == index] = color
+    others = int((counts > 0).sum()) - len(order)
+    what = 'tags' if isinstance(labels, TagSet) else 'classes'
+    rest = f'{others} other {what}' if others else ''
+    if isinstance(labels, TagSet):
+        unlabelled = (of_point == -1).any() and not others
+    else:
+        unlabelled = bool((target == MISSING).any())
+    rest = ', '.join(filter(None, [rest, 'no label' if unlabelled else '']))
+    return Coloring([f'{labels.classes[index]} ({counts[index]})' for index in order], COLORS[:len(order)], of_point,
+                    rest)
+
+
+def _color_numbers(labels: Labels, target: np.ndarray) -> Coloring:
+    """Numbers in six parts of about equal size, or fewer where many are equal."""
+    known = ~np.isnan(target)
+    of_point = np.full(len(target), -1)
+    if not known.any():
+        return Coloring([], (), of_point, 'no label')
+    edges = np.unique(np.quantile(target[known], np.linspace(0, 1, len(NUMBERS) + 1)))
+    part = np.searchsorted(edges[1:-1], target[known], side='right')
+    of_point[known] = part
+    in_unit = edges * labels.std + labels.mean
+    parts = max(1, len(edges) - 1)
+    names = [f'{in_unit[index]:.4g} to {in_unit[min(index + 1, len(edges) - 1)]:.4g} ({(part == index).sum()})'
+             for index in range(parts)]
+    return Coloring(names, NUMBERS[:parts], of_point, '' if known.all() else 'no label')

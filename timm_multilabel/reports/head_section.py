@@ -1,0 +1,154 @@
+"""What a report says of one head."""
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from timm_multilabel.inference.predictions import Predictions
+from timm_multilabel.labels import MISSING, Labels, LabelSet, TagSet
+from timm_multilabel.reports.calibration import head_reliability
+from timm_multilabel.reports.confusion import READABLE, draw_confusion
+from timm_multilabel.reports.intervals import RESAMPLES, Figure, bootstrap, head_figures, mean_accuracy
+from timm_multilabel.reports.mistakes import confused_pairs, worst_mistakes
+from timm_multilabel.reports.pictures import Thumbnail, figure_uri, reliability_figure
+
+NAMES = {
+    'top1': 'top-1 accuracy', 'top5': 'top-5 accuracy', 'balanced_accuracy': 'balanced accuracy',
+    'macro_f1': 'macro F1', 'map': 'mean average precision', 'f1': 'F1 (mean over tags)',
+    'micro_f1': 'F1 (over all labels)', 'r2': 'explained variance (R²)', 'mae': 'mean absolute error'}
+
+
+@dataclass(frozen=True)
+class HeadSection:
+    """A head's part of a page; texts are plain, pictures data URIs.
+
+    Args:
+        name: The head.
+        kind: Such as '140 classes'.
+        labelled: Images with a label.
+        left_out: Images with a label for which the model gave no finite number.
+        figures: Rows (name, value, interval, how the interval was made).
+        calibration: {picture, ece, of} or None.
+        confusion: The picture, or ''.
+        pairs: The most confused pairs, each {label, prediction, count, of, thumbnails}.
+        mistakes: Each {thumbnail, where, label, prediction, note}.
+    """
+    name: str
+    kind: str
+    labelled: int
+    left_out: int
+    figures: list[tuple[str, str, str, str]]
+    calibration: dict[str, Any] | None
+    confusion: str
+    pairs: list[dict[str, Any]]
+    mistakes: list[dict[str, Any]]
+
+
+def head_section(
+        labels: Labels,
+        target: np.ndarray,
+        known: np.ndarray,
+        output: np.ndarray,
+        rows: np.ndarray,
+        thumbnail: Thumbnail,
+) -> HeadSection:
+    """Work out what there is to say of a head.
+
+    Args:
+        labels: Its labels.
+        target: As `Predictions.target` gives it, of N rows.
+        known: Which rows have a label (N,).
+        output: What the head says of them (N, C).
+        rows: Each row's name (N,).
+        thumbnail: The pictures.
+    """
+    finite = np.isfinite(output).all(axis=1)
+    used = np.flatnonzero(known & finite)
+    of_used, said = target[used], output[used]
+    section = {
+        'name': labels.name, 'kind': _kind(labels), 'labelled': int(known.sum()),
+        'left_out': int((known & ~finite).sum())}
+    if not len(used):
+        return HeadSection(**section, figures=[], calibration=None, confusion='', pairs=[], mistakes=[])
+    figures = [_figure_row(figure) for figure in head_figures(labels, of_used, said)]
+    found = head_reliability(labels, of_used, said)
+    calibration = found and {
+        'picture': figure_uri(reliability_figure(found)), 'ece': f'{100 * found.ece:.2f} %',
+        'of': 'all tags' if isinstance(labels, TagSet) else 'the predicted class'}
+    pairs = []
+    for pair in confused_pairs(labels, of_used, said) if isinstance(labels, LabelSet) else []:
+        pairs.append({**vars(pair), 'thumbnails': [_thumbnail(used[row], rows, thumbnail) for row in pair.rows]})
+    mistakes = [{**vars(mistake), **_thumbnail(used[mistake.row], rows, thumbnail)}
+                for mistake in worst_mistakes(labels, of_used, said)]
+    return HeadSection(**section, figures=figures, calibration=calibration,
+                       confusion=_confusion(labels, of_used, said), pairs=pairs, mistakes=mistakes)
+
+
+def describe_target(labels: Labels, target: Any) -> str:
+    """A label in words: an element of `Predictions.target`; '-' where it is missing."""
+    if isinstance(labels, LabelSet):
+        return labels.classes[target] if target != MISSING else '-'
+    if isinstance(labels, TagSet):
+        return ', '.join(labels.classes[tag] for tag in np.flatnonzero(target == 1)) or '-'
+    return '-' if math.isnan(target) else f'{target * labels.std + labels.mean:.4g}'
+
+
+def mean_row(predictions: Predictions, head_weights: dict[str, float]) -> tuple[str, str, str, str] | None:
+    """The weighted mean of the heads' top-1 accuracies with its interval, as a row of a table.
+
+    Args:
+        predictions: Of a split.
+        head_weights: Weight of each head.
+
+    Returns:
+        The row; None unless there are several heads, all of classes, and a head that has a label and a weight.
+    """
+    heads = predictions.label_space.heads
+    if len(heads) < 2 or not all(isinstance(labels, LabelSet) for labels in heads):
+        return None
+    hits = {}
+    for labels in heads:
+        target = predictions.target(labels.name)
+        hits[labels.name] = np.where(
+            target == MISSING, np.nan, predictions.outputs[labels.name].argmax(axis=1) == target)
+    names = [name for name in hits if head_weights[name] and not np.isnan(hits[name]).all()]
+    if not names:
+        return None
+    found = bootstrap(
+        lambda weights: mean_accuracy([hits[name] for name in names], [head_weights[name] for name in names], weights),
+        len(predictions))
+    return _figure_row(Figure('top1', *found['top1'], 'bootstrap'))
+
+
+def _kind(labels: Labels) -> str:
+    if isinstance(labels, LabelSet | TagSet):
+        one, many = ('class', 'classes') if isinstance(labels, LabelSet) else ('tag', 'tags')
+        return f'{len(labels.classes)} {one if len(labels.classes) == 1 else many}'
+    return 'a number'
+
+
+def _figure_row(figure: Figure) -> tuple[str, str, str, str]:
+    """Name, value, interval and method as texts."""
+    unit = '' if figure.name == 'mae' else ' %'
+    def text(value: float) -> str:
+        return f'{value:.4g}' if figure.name == 'mae' else f'{value:.2f}'
+    if math.isnan(figure.value):
+        return NAMES[figure.name], 'none', '', ''
+    return (NAMES[figure.name], text(figure.value) + unit, f'{text(figure.low)} to {text(figure.high)}{unit}',
+            figure.method if figure.method == 'Wilson' else f'bootstrap of {RESAMPLES:,}')
+
+
+def _thumbnail(row: int, rows: np.ndarray, thumbnail: Thumbnail) -> dict[str, str]:
+    return {'thumbnail': thumbnail(int(row)), 'where': str(rows[row])}
+
+
+def _confusion(labels: Labels, target: np.ndarray, output: np.ndarray) -> str:
+    """The picture of what is taken for what; none of more classes than are legible, whose pairs are listed."""
+    if isinstance(labels, LabelSet):
+        if len(labels.classes) > READABLE:
+            return ''
+        measured = output.argmax(axis=1)[:, None]
+        return figure_uri(draw_confusion(labels, target[:, None], measured)[1])
+    target = target if isinstance(labels, TagSet) else target[:, None]
+    return figure_uri(draw_confusion(labels, target, output)[1])

@@ -1,0 +1,253 @@
+"""Figures of a head with confidence intervals: Wilson's of accuracies, the bootstrap over images of all others."""
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from timm_multilabel.labels import MISSING, Labels, LabelSet, TagSet
+
+RESAMPLES = 1000
+_Z = 1.959963984540054  # of a normal distribution, 95 % lie within so many standard deviations
+_CELLS = 4_000_000  # of resamples x images at once
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a head.
+
+    Args:
+        name: Such as 'top1'.
+        value: A percentage, or of 'mae' in the column's unit; NaN where the labels do not allow it.
+        low: Lower end of the 95 % interval, NaN where there is none.
+        high: Upper end.
+        method: 'Wilson' or 'bootstrap'.
+    """
+    name: str
+    value: float
+    low: float
+    high: float
+    method: str
+
+
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval (1927) of a share, as fractions; NaN of none.
+
+    (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+    """
+    if not count:
+        return math.nan, math.nan
+    share, square = hits / count, _Z ** 2 / count
+    center = (share + square / 2) / (1 + square)
+    reach = _Z * math.sqrt(share * (1 - share) / count + square / 4 / count) / (1 + square)
+    return max(0.0, center - reach), min(1.0, center + reach)
+
+
+def resample(count: int, resamples: int = RESAMPLES, seed: int = 0) -> Iterator[np.ndarray]:
+    """How often each of N images is drawn in each resample, a part of the resamples at a time: (R, N) int32."""
+    generator = np.random.default_rng(seed)
+    step = max(1, _CELLS // max(1, count))
+    for first in range(0, resamples, step):
+        rows = min(step, resamples - first)
+        drawn = generator.integers(count, size=(rows, count)) + np.arange(rows)[:, None] * count
+        yield np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count).astype(np.int32)
+
+
+def bootstrap(
+        figures: Callable[[np.ndarray], dict[str, np.ndarray]],
+        count: int,
+        resamples: int = RESAMPLES,
+        seed: int = 0,
+) -> dict[str, tuple[float, float, float]]:
+    """Figures of N images with percentile 95 % intervals over resamples of the images.
+
+    Args:
+        figures: Weights of the images (R, N), whole numbers -> {figure: values (R,)}.
+        count: N.
+        resamples: Their number.
+        seed: Of the draws.
+
+    Returns:
+        {figure: (value, low, high)}; NaN where there is none. Resamples in which a figure has no value do not count.
+    """
+    if not count:
+        return {}
+    whole = figures(np.ones((1, count), np.int32))
+    parts = [figures(weights) for weights in resample(count, resamples, seed)]
+    found = {}
+    for name, (value,) in whole.items():
+        values = np.concatenate([part[name] for part in parts])
+        values = values[~np.isnan(values)]
+        ends = np.percentile(values, [2.5, 97.5]) if len(values) and not np.isnan(value) else (np.nan, np.nan)
+        found[name] = float(value), *map(float, ends)
+    return found
+
+
+def head_figures(labels: Labels, target: np.ndarray, output: np.ndarray) -> list[Figure]:
+    """The figures of a head over its labelled images.
+
+    Args:
+        labels: The head's labels.
+        target: As `Predictions.target` gives it, of labelled rows only.
+        output: What the head says of them (N, C).
+    """
+    if isinstance(labels, LabelSet):
+        ranks = (output > output[np.arange(len(target)), target][:, None]).sum(axis=1)
+        predicted = output.argmax(axis=1)
+        figures = [_accuracy('top1', predicted == target)]
+        if len(labels.classes) > 5:
+            figures.append(_accuracy('top5', ranks < 5))
+        more = bootstrap(lambda weights: class_figures(target, predicted, len(labels.classes), weights), len(target))
+    elif isinstance(labels, TagSet):
+        figures, more = [], bootstrap(lambda weights: tag_figures(target, output, weights), len(target))
+    else:
+        figures, more = [], bootstrap(
+            lambda weights: number_figures(target, output[:, 0], labels.std, weights), len(target))
+    return figures + [Figure(name, *values, 'bootstrap') for name, values in more.items()]
+
+
+def _accuracy(name: str, hits: np.ndarray) -> Figure:
+    share = 100 * float(hits.mean()) if len(hits) else math.nan
+    return Figure(name, share, *(100 * end for end in wilson(int(hits.sum()), len(hits))), 'Wilson')
+
+
+def mean_accuracy(
+        hits: Sequence[np.ndarray],
+        head_weights: Sequence[float],
+        weights: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """'top1' in percent, the weighted mean over heads, of weighted images.
+
+    Args:
+        hits: For each head whether it is right (N,), NaN where a label is missing.
+        head_weights: A weight each.
+        weights: Of the images (R, N).
+    """
+    accuracies = []
+    for of_head in hits:
+        known = ~np.isnan(of_head)
+        with np.errstate(invalid='ignore', divide='ignore'):
+            accuracies.append(weights[:, known] @ of_head[known] / weights[:, known].sum(axis=1))
+    return {'top1': 100 * np.average(accuracies, axis=0, weights=head_weights)}
+
+
+def class_figures(
+        target: np.ndarray,
+        predicted: np.ndarray,
+        classes: int,
+        weights: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """'balanced_accuracy' and 'macro_f1' in percent, as `metrics.class_metrics` has them, of weighted images.
+
+    A class without weight counts with its figure of all images: left out, it would make resamples better than the
+    whole, since rare classes have low figures.
+
+    Args:
+        target: Class indices (N,).
+        predicted: Class indices (N,).
+        classes: Their number.
+        weights: Of the images (R, N).
+    """
+    def totals(indices: np.ndarray, which: np.ndarray) -> np.ndarray:
+        """The weight of each class (C, R) over some of the images."""
+        images = np.flatnonzero(which)
+        members = csr_array((np.ones(len(images), np.int32), (indices[images], images)), shape=(classes, len(which)))
+        return members @ weights.T
+
+    everywhere = np.ones(len(target), bool)
+    true, said = totals(target, everywhere), totals(predicted, everywhere)
+    right = totals(target, predicted == target)
+    all_true, all_said, all_right = (
+        np.bincount(indices, minlength=classes)[:, None] for indices in (
+            target, predicted, target[predicted == target]))
+    recall = _share(right, true, all_right, all_true)
+    f1 = _share(2 * right, true + said, 2 * all_right, all_true + all_said)
+    return {'balanced_accuracy': 100 * _mean(recall), 'macro_f1': 100 * _mean(f1)}
+
+
+def _share(part: np.ndarray, whole: np.ndarray, all_part: np.ndarray, all_whole: np.ndarray) -> np.ndarray:
+    """part / whole (C, R); where that is 0 / 0, the share of all images, from (C, 1); NaN where that is so as well."""
+    with np.errstate(invalid='ignore', divide='ignore'):
+        return np.where(whole > 0, part / whole, all_part / all_whole)
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """The mean (R,) over those of (C, R) that are numbers."""
+    there = ~np.isnan(values)
+    with np.errstate(invalid='ignore', divide='ignore'):
+        return np.where(there, values, 0).sum(axis=0) / there.sum(axis=0)
+
+
+def tag_figures(target: np.ndarray, probability: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """'map', 'f1' and 'micro_f1' in percent, as `TagsHead.metrics` has them, of weighted images.
+
+    A tag without weight counts with its figure of all images.
+
+    Args:
+        target: 0, 1 or MISSING (N, C).
+        probability: Of each tag (N, C).
+        weights: Of the images (R, N).
+    """
+    precisions, f1s, sums = [], [], np.zeros((3, len(weights)))
+    for tag in range(target.shape[1]):
+        known = target[:, tag] != MISSING
+        true, of_tag = target[known, tag] == 1, probability[known, tag]
+        its, found = weights[:, known], of_tag >= 0.5
+        counts = np.stack([its[:, true & found].sum(axis=1), its[:, true].sum(axis=1), its[:, found].sum(axis=1)])
+        sums += counts
+        f1, precision = (np.append(values, whole) for values, whole in zip(
+            _tag_figures(true, of_tag, its), _tag_figures(true, of_tag, np.ones((1, len(true)), np.int32))))
+        f1s.append(np.where(counts[1] > 0, f1[:-1], f1[-1]))
+        precisions.append(np.where(counts[1] > 0, precision[:-1], precision[-1]))
+    with np.errstate(invalid='ignore', divide='ignore'):
+        micro = np.nan_to_num(2 * sums[0] / (sums[1] + sums[2]))
+    return {
+        'map': 100 * _mean(np.array(precisions)), 'f1': 100 * _mean(np.array(f1s)), 'micro_f1': 100 * micro}
+
+
+def _tag_figures(true: np.ndarray, score: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """F1 at 0.5 and average precision of a tag (R,), NaN without a weighted positive."""
+    found = score >= 0.5
+    positive = weights[:, true].sum(axis=1)
+    with np.errstate(invalid='ignore', divide='ignore'):
+        f1 = 2 * weights[:, true & found].sum(axis=1) / (positive + weights[:, found].sum(axis=1))
+    return np.where(positive > 0, f1, np.nan), average_precision(true, score, weights)
+
+
+def average_precision(true: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Average precision (R,) as scikit-learn has it, of weighted images; NaN without a weighted positive.
+
+    Args:
+        true: Which images are positive (N,).
+        score: Of each image (N,).
+        weights: Of the images (R, N).
+    """
+    if not len(true):
+        return np.full(len(weights), np.nan)
+    order = np.argsort(-score, kind='stable')
+    last = np.append(np.flatnonzero(np.diff(score[order])), len(order) - 1)  # of images with one score
+    weights = weights[:, order]
+    everything = np.cumsum(weights, axis=1)[:, last]
+    positive = np.cumsum(weights * true[order], axis=1)[:, last]
+    with np.errstate(invalid='ignore', divide='ignore'):
+        precision = np.nan_to_num(positive / everything)
+        return (np.diff(positive, axis=1, prepend=0) * precision).sum(axis=1) / positive[:, -1]
+
+
+def number_figures(target: np.ndarray, output: np.ndarray, std: float, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """'r2' in percent and 'mae' in the column's unit, as `NumericHead.metrics` has them, of weighted images.
+
+    Args:
+        target: Standardised numbers (N,).
+        output: Standardised predictions (N,).
+        std: Standard deviation of the column.
+        weights: Of the images (R, N).
+    """
+    target, total = target.astype(np.float64), weights.sum(axis=1)
+    error = output.astype(np.float64) - target
+    mean, square = weights @ target / total, weights @ (target - target.mean()) ** 2 / total
+    variance = square - (mean - target.mean()) ** 2
+    with np.errstate(invalid='ignore', divide='ignore'):
+        r2 = np.where(variance > 1e-12, 100 * (1 - weights @ error ** 2 / total / variance), np.nan)
+    return {'r2': r2, 'mae': std * (weights @ np.abs(error)) / total}
