@@ -1,0 +1,147 @@
+"""Predictions of a run on a split, kept in its folder: made once, read by reports and comparisons."""
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from timm_multilabel.cli.device import choose_precision
+from timm_multilabel.cli.run_flags import read_run_flags
+from timm_multilabel.cli.splits import Splits, read_stored, split_path
+from timm_multilabel.cli.validate import build_loader, read_split
+from timm_multilabel.data.streams import StreamedRows, encode
+from timm_multilabel.data.table import Rows
+from timm_multilabel.errors import UserError
+from timm_multilabel.heads import load_kinds
+from timm_multilabel.inference.predictions import Predictions, predict_rows
+from timm_multilabel.loading.batches import BadImages
+from timm_multilabel.training.checkpoint import Checkpoint, load_model, read_checkpoint
+from timm_multilabel.training.progress import Progress
+
+_BATCH = 128  # images
+
+
+def best_checkpoint(run: Path) -> Path:
+    """The best checkpoint of a run.
+
+    Raises:
+        UserError: There is none yet.
+    """
+    path = run / 'model_best.pth.tar'
+    if not path.is_file():
+        earlier = sorted(run.glob('*/model_best.pth.tar'))
+        way_out = (f'its last phase has none; name one of an earlier phase, such as --checkpoint {earlier[-1]}'
+                   if earlier else 'train it for an epoch first')
+        raise UserError(f'{run}: no epoch has been finished, so there is no model_best.pth.tar; {way_out}')
+    return path
+
+
+def predictions_path(run: Path, split: str) -> Path:
+    """Where the predictions of a run's best checkpoint on a split are kept."""
+    return run / f'predictions-{Path(split).stem}.npz'
+
+
+def stored_predictions(
+        run: Path,
+        split: str,
+        data_dir: Path | None,
+        device: torch.device,
+        workers: int,
+        say: Callable[[str], None],
+        checkpoint: Path | None = None,
+        head_module: str | None = None,
+) -> Predictions:
+    """What a run's best checkpoint says of a split: read from the run folder, or else made and kept there.
+
+    What is kept counts where it is of this split's file, and newer than the file and the checkpoint.
+
+    Args:
+        run: The run folder.
+        split: val, test, ... or the path of a CSV.
+        data_dir: The data directory; that of the run when None.
+        device: Where the model runs.
+        workers: Loader processes.
+        say: Prints a line.
+        checkpoint: Another one than the best, whose predictions are not kept.
+        head_module: Python file with the kinds of heads of the user's own.
+
+    Raises:
+        UserError: The folder is no run, it has no checkpoint yet, or the split cannot be read.
+    """
+    flags = read_run_flags(run)
+    folder = Path(data_dir or flags.data_dir)
+    model_file = checkpoint or best_checkpoint(run)
+    kept = predictions_path(run, split)
+    if checkpoint is None and _is_fresh(kept, model_file, split_path(folder, split)):
+        found = Predictions.load(kept)
+        if not len(found) or _source(found) == str(split_path(folder, split)):
+            return found
+    made = _predict(read_checkpoint(model_file), flags, folder, split, device, workers, say, head_module)
+    if checkpoint is None:
+        made.save(kept)
+        say(f'predictions: {kept}')
+    return made
+
+
+def _is_fresh(kept: Path, *sources: Path) -> bool:
+    """Whether a file is there and no older than those it was made from, as far as these are there."""
+    return kept.is_file() and all(
+        kept.stat().st_mtime >= source.stat().st_mtime for source in sources if source.is_file())
+
+
+def _source(predictions: Predictions) -> str:
+    """The file that the first row is of."""
+    return str(predictions.rows[0]).rpartition(' row ')[0]
+
+
+def _predict(
+        checkpoint: Checkpoint,
+        flags: argparse.Namespace,
+        folder: Path,
+        split: str,
+        device: torch.device,
+        workers: int,
+        say: Callable[[str], None],
+        head_module: str | None,
+) -> Predictions:
+    """Run a checkpoint over a split; images that cannot be decoded are left out where the run does so."""
+    settings = argparse.Namespace(
+        data_dir=str(folder), split=split, image_column=None, separator=None, missing_value=None,
+        batch_size=_BATCH, workers=workers, skip_bad_images=flags.skip_bad_images)
+    rows = _read_rows(settings, checkpoint, say)
+    model = load_model(checkpoint, checkpoint.best_weights, load_kinds(head_module)).to(device)
+    loader, part = build_loader(checkpoint, rows, settings, device)
+    with Progress(f'Predict {rows.source.name}', len(loader), visible=True) as progress:
+        made = predict_rows(model, loader, rows, choose_precision(device, False, None, False), progress)
+    if part.bad is None or not part.bad.any():
+        return made
+    say(BadImages([part]).news())
+    good = ~part.bad.numpy()
+    return replace(
+        made, outputs={name: values[good] for name, values in made.outputs.items()},
+        **{name: getattr(made, name)[good] for name in ('rows', 'images', 'targets', 'features')})
+
+
+def _read_rows(settings: argparse.Namespace, checkpoint: Checkpoint, say: Callable[[str], None]) -> Rows:
+    """The rows of a split; of a checkpoint without heads, whatever labels they have.
+
+    Raises:
+        UserError: They cannot be read, or lie in shards.
+    """
+    if checkpoint.label_space.heads:
+        rows = read_split(settings, checkpoint, say)
+    else:
+        folder, state = Path(settings.data_dir), checkpoint.state
+        if not folder.is_dir():
+            raise UserError(f'{folder}: no such data directory')
+        splits = Splits(
+            read_stored(folder), checkpoint.label_space, say, state.get('image_column', 'image_path'),
+            state.get('separator'), state.get('missing_value'))
+        rows = encode(splits.read(settings.split), checkpoint.label_space)
+    if isinstance(rows, StreamedRows):
+        raise UserError(
+            f'{rows.source}: predictions of shards are not kept; write the split as a CSV, or score it with validate')
+    if not len(rows):
+        raise UserError(f'{rows.source}: no rows')
+    return rows
