@@ -15,7 +15,7 @@ from timm_multilabel.cli.splits import split_path
 from timm_multilabel.data.shards import find_shards
 from timm_multilabel.errors import UserError, printable
 from timm_multilabel.files import write_whole
-from timm_multilabel.inference.stored import stored_predictions
+from timm_multilabel.inference.stored import predictions_path, stored_predictions
 from timm_multilabel.reports.bootstrap import RESAMPLES
 from timm_multilabel.reports.experiment_pages import (
     Experiments,
@@ -80,7 +80,9 @@ def run(args: argparse.Namespace) -> None:
         names = [str(of_run['val_split']) if split == 'val' else split for of_run in settings]
         missing = [run.name for run, path, folder, name in zip(runs, paths, folders, names)
                    if not _has_split(path, folder, name, str(settings[0]['image_column']))]
-        if split == 'test' and missing:
+        if split == 'val' and missing:
+            raise UserError(f'{missing[0]}: its data directory has no {names[0]} (any more); name one with --data DIR')
+        if missing:
             if len(missing) < len(runs):
                 remark(f'test is left out: there is none for {", ".join(missing)}')
             continue
@@ -142,7 +144,7 @@ def _flag_names() -> dict[str, str]:
     """What the command line of training calls its flags, by their names in args.yaml."""
     parser = Parser()
     train_flags.add_flags(parser)
-    return {action.dest: next((word for word in action.option_strings if word.startswith('--')))
+    return {action.dest: next(word for word in action.option_strings if word.startswith('--'))
             for action in parser._actions if action.option_strings}
 
 
@@ -197,8 +199,8 @@ def _repeated(runs: list[Run], groups: list[list[int]]) -> list[str]:
 
 def _has_split(path: Path, folder: Path, name: str, image_column: str) -> bool:
     """Whether there are predictions of a split of a run, or a table or shards to make them from."""
-    return (path / f'predictions-{Path(name).stem}.npz').is_file() or split_path(
-        folder, name).is_file() or find_shards(folder, name, image_column) is not None
+    return predictions_path(path, name).is_file() or split_path(folder, name).is_file() or find_shards(
+        folder, name, image_column) is not None
 
 
 def _compare_split(

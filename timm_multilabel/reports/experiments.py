@@ -142,7 +142,9 @@ def _shown(value: Any) -> str:
         return ''
     if isinstance(value, list):
         return ' '.join(map(_shown, value))
-    return str(value).lower() if isinstance(value, bool) else f'{value:g}' if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f'{value:.12g}'
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def group_runs(runs: Sequence[Run]) -> list[list[int]]:
