@@ -348,8 +348,8 @@ def test_other_label_spaces(make_run, capsys):
     a, b = make_run('a', **RIGHT['a0']), make_run('b', settings={'lr': 0.3}, **RIGHT['b0'])
     stored = Predictions.load(b / 'predictions-val.npz')
     for name, classes, line in (
-            ('shape', ('disc', 'ring', 'star'), 'val: shape: not, with the same classes, a head of every run'),
-            ('size', ('disc', 'ring'), 'val: shape, size: not, with the same classes, a head of every run')):
+            ('shape', ('disc', 'ring', 'star'), 'not compared and not in the mean: shape\n'),
+            ('size', ('disc', 'ring'), 'not compared and not in the mean: shape, size\n')):
         space = LabelSpace((SPACE.heads[0], LabelSet(name, classes)))
         Predictions(space, stored.rows, stored.images, stored.targets, {
             'color': stored.outputs['color'], name: np.zeros((6, len(classes)), np.float32)}, stored.features).save(
@@ -362,7 +362,7 @@ def test_other_label_spaces(make_run, capsys):
     Predictions(space, stored.rows, stored.images, stored.targets * 0, {
         'size': np.ones((6, 1), np.float32), 'shape': np.ones((6, 3), np.float32)}, stored.features).save(
         b / 'predictions-val.npz')
-    assert 'val: no head, with the same classes, is of all runs (a, b)' in fails(capsys, compare, [a, b])
+    assert 'val: the runs (a, b) share no head of the same classes' in fails(capsys, compare, [a, b])
 
 
 def test_markdown_lines_up():

@@ -215,13 +215,13 @@ def _compare_split(
     names = [run.name for run in runs]
     heads = shared_heads(answers)
     if not heads:
-        raise UserError(f'{split}: no head, with the same classes, is of all runs ({", ".join(names)}); compare those '
-                        'that share one')
+        raise UserError(f'{split}: the runs ({", ".join(names)}) share no head of the same classes; compare those that '
+                        'do')
     answers = share(answers, names, split, remark)
     others = dict.fromkeys(name for each in answers for name in each.labels if name not in heads)
     if others:
-        remark(f'{split}: {", ".join(others)}: not, with the same classes, a head of every run; not compared, and not '
-               'in the mean')
+        remark(f'{split}: not a head of the same classes in every run, so not compared and not in the mean: '
+               f'{", ".join(others)}')
     with tqdm(total=RESAMPLES, desc=f'{split}: bootstrap', leave=False, disable=None) as bar:
         differences = compare_groups(answers, groups, baseline, bar.update)
     return SplitResult(split, len(answers[0].images), run_figures(answers), differences)

@@ -211,7 +211,9 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; max-width: 90
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .35rem .7rem; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap }
 thead th { vertical-align: bottom; border-bottom: 2px solid #555; white-space: normal; max-width: 11rem }
-th:first-child { text-align: left; position: sticky; left: 0; background: #fff; max-width: 14rem; white-space: normal }
+thead span { white-space: nowrap }
+th:first-child { text-align: left; position: sticky; left: 0; background: #fff; min-width: 4.5rem; max-width: 14rem;
+  white-space: normal }
 tbody th { font-weight: normal }
 .group > * { font-weight: 600; background: #eef3f8 }
 .group > th:first-child { background: #eef3f8 }

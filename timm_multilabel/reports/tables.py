@@ -31,7 +31,9 @@ def markdown_text(text: str) -> str:
 
 def html_table(table: pd.DataFrame, strong: Collection[int] = ()) -> str:
     """A table of texts as HTML, its first column as row headings; see `markdown_table`."""
-    head = ''.join(f'<th scope="col">{html.escape(str(name))}</th>' for name in table.columns)
+    # Words in spans, so that a page can keep the dashes of a flag with its name.
+    words = [' '.join(f'<span>{html.escape(word)}</span>' for word in str(name).split()) for name in table.columns]
+    head = ''.join(f'<th scope="col">{name}</th>' for name in words)
     lines = ['<div class="scroll"><table>', f'<thead><tr>{head}</tr></thead>', '<tbody>']
     for number, (first, *cells) in enumerate(table.to_numpy().tolist()):
         row = ''.join(f'<td>{html.escape(str(cell))}</td>' for cell in cells)
