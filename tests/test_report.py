@@ -21,11 +21,11 @@ from timm_multilabel.cli import report, validate
 from timm_multilabel.cli.flags import Parser
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.cli.run_flags import command_line, read_run_flags
+from timm_multilabel.cli.stored import stored_predictions
 from timm_multilabel.cli.train_flags import add_flags
 from timm_multilabel.errors import UserError
 from timm_multilabel.heads import NumericHead, TagsHead
 from timm_multilabel.inference.predictions import Predictions
-from timm_multilabel.inference.stored import stored_predictions
 from timm_multilabel.labels import LabelSet, LabelSpace, Quantity, TagSet
 from timm_multilabel.metrics import class_metrics
 from timm_multilabel.reports.calibration import head_reliability, reliability

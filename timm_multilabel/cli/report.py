@@ -14,10 +14,10 @@ from timm_multilabel.cli.first_views import first_views
 from timm_multilabel.cli.flags import count
 from timm_multilabel.cli.run_flags import command_line, read_run_flags
 from timm_multilabel.cli.splits import split_path
+from timm_multilabel.cli.stored import best_checkpoint, stored_predictions
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import write_whole
 from timm_multilabel.inference.predictions import Predictions
-from timm_multilabel.inference.stored import best_checkpoint, stored_predictions
 from timm_multilabel.reports.embedding_map import Coloring, color_points, place_points
 from timm_multilabel.reports.head_section import describe_target, head_section, mean_row
 from timm_multilabel.reports.page import Map, Page, render

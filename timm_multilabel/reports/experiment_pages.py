@@ -1,0 +1,228 @@
+"""The experiments table as CSV, Markdown and HTML."""
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from timm_multilabel.reports.bootstrap import LEVEL, RESAMPLES
+from timm_multilabel.reports.escaping import spreadsheet_text
+from timm_multilabel.reports.experiments import MEAN, SURE, Run, differing_settings
+from timm_multilabel.reports.tables import html_table, markdown_table, markdown_text
+
+_OF_GROUP = {'difference': 'difference', 'low': 'low', 'high': 'high', 'p': 'p', 'holm': 'p Holm'}  # in the CSV
+_INTERVAL = f'{100 * LEVEL:.0f} %'
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """What runs and groups of them did on a split.
+
+    Args:
+        name: The split.
+        images: How many images of it all runs share.
+        figures: Of `run_figures`.
+        differences: Of `compare_groups`.
+    """
+    name: str
+    images: int
+    figures: pd.DataFrame
+    differences: pd.DataFrame
+
+    def title(self, head: str, figure: str) -> str:
+        """What a column of a figure is called."""
+        return f'{self.name} {figure} (mean)' if head == MEAN else f'{self.name} {head} {figure}'
+
+
+@dataclass(frozen=True)
+class Experiments:
+    """All that the tables show.
+
+    Args:
+        runs: The runs.
+        groups: Their groups, by number.
+        baseline: The group that others are compared with, by number.
+        splits: Their results.
+        remarks: Lines on what was not compared, and the like.
+    """
+    runs: Sequence[Run]
+    groups: Sequence[Sequence[int]]
+    baseline: int
+    splits: Sequence[SplitResult]
+    remarks: Sequence[str] = ()
+
+    def name(self, group: int) -> str:
+        """What a group is called: its runs."""
+        return ', '.join(self.runs[number].name for number in self.groups[group])
+
+    def rows(self) -> list[tuple[int, list[int]]]:
+        """The rows of the table: a group and the runs that they are of, each run alone, then several as a group."""
+        rows = []
+        for group, numbers in enumerate(self.groups):
+            rows += [(group, [number]) for number in numbers]
+            rows += [(group, list(numbers))] if len(numbers) > 1 else []
+        return rows
+
+
+def _about(experiments: Experiments, numbers: list[int]) -> dict[str, str]:
+    """What a row says of its runs beside their figures."""
+    runs = [experiments.runs[number] for number in numbers]
+    settings = {name: runs[0].settings.get(name, '') for name in differing_settings(experiments.runs)}
+    return {
+        'runs': ', '.join(run.name for run in runs),
+        'seed': ', '.join(str(run.seed) for run in runs),
+        **settings,
+        'best epoch': ', '.join(str(run.best_epoch) for run in runs),
+        'epochs': ', '.join(str(run.epochs) for run in runs),
+    }
+
+
+def experiments_csv(experiments: Experiments) -> str:
+    """One table of everything: a row a run and one a group of several, with full precision.
+
+    Columns of a figure: '<title>', the value, or of a group the mean; '<title> sd' over the runs of a group (n - 1);
+    and of the rows that stand for a group, which for one of one run is the run's, '<title> difference', 'low', 'high',
+    'p' and 'p Holm'.
+    """
+    made = []
+    for group, numbers in experiments.rows():
+        row = {name: spreadsheet_text(text) for name, text in _about(experiments, numbers).items()}
+        for split in experiments.splits:
+            for head, figure in split.figures.columns:
+                title, values = split.title(head, figure), split.figures[head, figure].iloc[numbers]
+                row[title] = values.mean(skipna=False)
+                row[f'{title} sd'] = values.std(ddof=1, skipna=False)
+                stands_for = group if len(numbers) == len(experiments.groups[group]) else None
+                row |= {f'{title} {name}': value for name, value in _difference(split, stands_for, head).items()}
+        made.append(row)
+    table = pd.DataFrame(made)
+    # The dashes of flags would be a formula; recipes and args.yaml have none either.
+    return table.rename(columns=lambda name: spreadsheet_text(name.lstrip('-'))).to_csv(index=False)
+
+
+def _difference(split: SplitResult, group: int | None, head: str) -> dict[str, float]:
+    """What a group differs by in a head: NaN for the baseline and for None; empty where no group was compared."""
+    of_head = split.differences[split.differences['head'] == head]
+    found = of_head[of_head['group'] == group]
+    return {name: found.iloc[0][key] if len(found) else np.nan for key, name in _OF_GROUP.items() if len(of_head)}
+
+
+def shown_experiments(experiments: Experiments) -> tuple[pd.DataFrame, list[int]]:
+    """The table for reading, and its rows that are groups."""
+    made, strong = [], []
+    for _, numbers in experiments.rows():
+        row = _about(experiments, numbers)
+        for split in experiments.splits:
+            for head, figure in split.figures.columns:
+                values = split.figures[head, figure].iloc[numbers]
+                row[split.title(head, figure)] = _shown(values.mean(skipna=False), figure) + (
+                    f' ± {_shown(values.std(ddof=1, skipna=False), figure)}' if len(numbers) > 1 else '')
+        strong += [len(made)] if len(numbers) > 1 else []
+        made.append(row)
+    return pd.DataFrame(made), strong
+
+
+def shown_differences(experiments: Experiments) -> pd.DataFrame:
+    """The differences for reading, a row each."""
+    made = []
+    for split in experiments.splits:
+        for row in split.differences.itertuples():
+            shown = {name: _shown(getattr(row, name), row.figure, '+') for name in ('difference', 'low', 'high')}
+            made.append({
+                'runs': experiments.name(row.group),
+                'figure': split.title(row.head, row.figure),
+                'difference': shown['difference'],
+                f'{_INTERVAL} interval': f'{shown["low"]} to {shown["high"]}',
+                'p': f'{row.p:.4f}',
+                'p (Holm)': f'{row.holm:.4f}',
+                'holds': 'yes' if row.holm < SURE else 'no',
+            })
+    return pd.DataFrame(made)
+
+
+def _shown(value: float, figure: str, sign: str = '') -> str:
+    if np.isnan(value):
+        return ''
+    return format(value, f'{sign}.4g' if figure == 'mae' else f'{sign}.2f')
+
+
+def _notes(experiments: Experiments) -> list[str]:
+    """How to read the tables."""
+    figures = {figure for split in experiments.splits for _, figure in split.figures.columns}
+    images = ', '.join(f'{split.images} images of {split.name}' for split in experiments.splits)
+    notes = [
+        f'Figures are of the best checkpoint of each run, on {images}; epochs count from 0, as in summary.csv. An '
+        'empty setting was not given.']
+    words = {
+        'top1': "top1: accuracy in percent; its mean is the plain one over the heads, whatever their weights.",
+        'map': 'map: mean average precision in percent; no mean over images, so it is not compared.',
+        'mae': "mae: mean absolute error in the column's unit; less is better.",
+    }
+    notes += [text for figure, text in words.items() if figure in figures]
+    if any(len(numbers) > 1 for numbers in experiments.groups):
+        notes.append('Runs that differ in nothing but seed and whereabouts form a group, in bold: mean ± standard '
+                     'deviation over its runs (n - 1).')
+    if any(len(split.differences) for split in experiments.splits):
+        notes += [
+            f'Differences: paired bootstrap, {RESAMPLES:,} resamples of the images of a split, the same for both '
+            'sides; what each image adds is averaged over the runs of a group first. An image counts for the heads '
+            f'that it has a label of. {_INTERVAL} percentile intervals, two-sided p; Holm corrects those of the mean '
+            'over the groups, those of single heads over groups and heads, in each split. A difference holds where '
+            f'the corrected p is below {SURE}.',
+            'Only images are resampled, not models: what holds, holds for other images like these and the models that '
+            'were trained. How much a seed matters shows in the spread alone.',
+            'The best epoch was chosen on val, which flatters figures on it; test is the fairer judge.',
+        ]
+    return [*notes, *experiments.remarks]
+
+
+def experiments_markdown(experiments: Experiments) -> str:
+    """The tables as Markdown."""
+    differences = shown_differences(experiments)
+    parts = [markdown_table(*shown_experiments(experiments))]
+    if len(differences):
+        parts += [f'Against {markdown_text(experiments.name(experiments.baseline))}:', markdown_table(differences)]
+    return '\n\n'.join([*parts, '\n'.join(f'- {markdown_text(note)}' for note in _notes(experiments))]) + '\n'
+
+
+def experiments_html(experiments: Experiments) -> str:
+    """The tables as a page that needs nothing else."""
+    differences = shown_differences(experiments)
+    parts = [html_table(*shown_experiments(experiments))]
+    if len(differences):
+        held = [number for number, holds in enumerate(differences['holds']) if holds == 'yes']
+        parts += [f'<h2>Against {html.escape(experiments.name(experiments.baseline))}</h2>',
+                  html_table(differences, held)]
+    notes = '\n'.join(f'<li>{html.escape(note)}</li>' for note in _notes(experiments))
+    return _PAGE.replace('BODY', '\n'.join([*parts, f'<ul>\n{notes}\n</ul>']))
+
+
+_PAGE = '''<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Experiments</title>
+<style>
+body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; max-width: 90rem; padding: 0 1rem; color: #1a1a1a;
+  background: #fff }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .35rem .7rem; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap }
+thead th { vertical-align: bottom; border-bottom: 2px solid #555; white-space: normal; max-width: 11rem }
+thead span { white-space: nowrap }
+th:first-child { text-align: left; position: sticky; left: 0; background: #fff; min-width: 4.5rem; max-width: 14rem;
+  white-space: normal }
+tbody th { font-weight: normal }
+.group > * { font-weight: 600; background: #eef3f8 }
+.group > th:first-child { background: #eef3f8 }
+ul { max-width: 50rem; padding-left: 1.2rem; color: #444 }
+</style>
+</head>
+<body>
+<h1>Experiments</h1>
+BODY
+</body>
+</html>
+'''
