@@ -1,4 +1,4 @@
-"""Say what each head of a checkpoint makes of images: labels with their probabilities, as a table, CSV or JSON lines."""
+"""Say what each head of a checkpoint makes of images: labels with their probabilities."""
 import argparse
 import os
 import sys
@@ -26,7 +26,7 @@ from timm_multilabel.training.checkpoint import read_checkpoint
 from timm_multilabel.training.progress import Progress
 
 NAME = 'predict'
-HELP = "say what each head makes of images"
+HELP = 'say what each head makes of images'
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         '--threshold', type=_threshold, action='append', default=[], metavar='[HEAD=]T',
         help='leave out labels of a lower probability; where no class is left the label is unknown. Give it again for '
         'other heads (default: 0, and 0.5 for tags)')
-    parser.add_argument('--format', choices=tuple(FORMATS), help="(default: the ending of --out, else table)")
+    parser.add_argument('--format', choices=tuple(FORMATS), help='(default: the ending of --out, else table)')
     parser.add_argument('--out', metavar='FILE', help='where to write (default: standard output)')
     parser.add_argument('--force', action='store_true', help='overwrite what is there')
     parser.add_argument('--weights', choices=('best', 'plain', 'ema'), default='best',

@@ -5,7 +5,14 @@ import io
 import torch
 
 from timm_multilabel.cli.flags import positive
-from timm_multilabel.cli.images import add_image_flags, batches_of, load_checkpoint_model, new_file, read_rows, workers_of
+from timm_multilabel.cli.images import (
+    add_image_flags,
+    batches_of,
+    load_checkpoint_model,
+    new_file,
+    read_rows,
+    workers_of,
+)
 from timm_multilabel.data.arguments import HELP as IMAGES_HELP
 from timm_multilabel.errors import UserError, printable
 from timm_multilabel.files import write_whole

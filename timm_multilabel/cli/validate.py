@@ -58,8 +58,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), help='its lower precision')
     parser.add_argument('--channels-last', action='store_true', help='channels-last memory layout')
     parser.add_argument('--knn', type=positive, metavar='K',
-                        help="also classify each row by its K nearest images of the training split (cosine of features, "
-                        'nearer ones count more); of a checkpoint without heads, each label column')
+                        help='also classify each row by its K nearest images of the training split (cosine of '
+                        'features, nearer ones count more); of a checkpoint without heads, each label column')
     parser.add_argument('--results-file', metavar='FILE', help='write the figures as .json or .csv')
     parser.add_argument('--confusion', nargs='?', const='', metavar='DIR',
                         help="write each head's confusion matrix as CSV and picture (default: beside the checkpoint)")

@@ -13,7 +13,7 @@ from timm_multilabel.data.table import Rows, find_images, look_for_images, missi
 from timm_multilabel.errors import UserError
 from timm_multilabel.labels import LabelSpace
 
-HELP = "files, folders, globs in quotes ('photos/**/*.jpg'), CSVs with an image column, or - for paths on standard input"
+HELP = "files, folders, globs in quotes ('photos/**/*.jpg'), CSVs with an image column; - for paths on standard input"
 
 Found = Iterable[tuple[str, int]]
 """Image paths, each with its number in what names it, or 0."""

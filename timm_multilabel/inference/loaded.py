@@ -115,7 +115,7 @@ class LoadedModel:
         return projector
 
     def maker(self, what: str) -> dict[str, Any]:
-        """What tells embeddings of this model from those of another: plain values, with a digest of weights and input."""
+        """What tells embeddings of this model from those of another: plain values, a digest of weights and input."""
         digest = hashlib.sha256(json.dumps(self.checkpoint.data_config, sort_keys=True, default=str).encode())
         for name, value in sorted(self.embedder(what).state_dict().items()):
             digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
@@ -129,4 +129,4 @@ def reason_of(part: Part, index: int) -> str:
         part.photos[index].decode()
     except UserError as error:
         return error.line
-    return f'{part.rows.images[index]} ({part.rows.where(index)}): could not be read at first, and can be now; try again'
+    return f'{part.rows.images[index]} ({part.rows.where(index)}): could not be read, and can be now; try again'
