@@ -1,5 +1,6 @@
 """Several labels a photo and SimCLR, on any timm backbone."""
 from timm_multilabel.data.table import encode_rows, find_label_space, read_table
+from timm_multilabel.inference.predictor import Predictor
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.loading.dataset import MultiLabelDataset
 from timm_multilabel.model import MultiLabelModel, create_backbone
@@ -12,6 +13,7 @@ __all__ = [
     'LabelSpace',
     'MultiLabelDataset',
     'MultiLabelModel',
+    'Predictor',
     'create_backbone',
     'encode_rows',
     'find_label_space',

@@ -36,8 +36,7 @@ def command_line(args: argparse.Namespace) -> str:
     actions = {action.dest: action for action in _parser()._actions}
     lines = [f'timm-multilabel train {shlex.quote(str(args.data_dir))}']
     lines += [' '.join(map(shlex.quote, _words(actions[name], value))) for name, value in changed_flags(args).items()]
-    return ' \
-    '.join(lines)
+    return ' \\\n    '.join(lines)
 
 
 def _parser() -> Parser:

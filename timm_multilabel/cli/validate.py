@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from timm_multilabel.cli.device import choose_precision, loader_workers, start_device
 from timm_multilabel.cli.flags import count, positive, separator
+from timm_multilabel.cli.knn import KNN_FIGURE, knn_figures, with_heads_of_data
 from timm_multilabel.cli.splits import Splits, read_stored
 from timm_multilabel.data.images import FilePhotos
 from timm_multilabel.data.streams import StreamedRows, StreamedTable, encode
@@ -56,6 +57,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--amp', action='store_true', help='mixed precision')
     parser.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), help='its lower precision')
     parser.add_argument('--channels-last', action='store_true', help='channels-last memory layout')
+    parser.add_argument('--knn', type=positive, metavar='K',
+                        help='also classify each row by its K nearest images of the training split (cosine of '
+                        'features, nearer ones count more); of a checkpoint without heads, each label column')
     parser.add_argument('--results-file', metavar='FILE', help='write the figures as .json or .csv')
     parser.add_argument('--confusion', nargs='?', const='', metavar='DIR',
                         help="write each head's confusion matrix as CSV and picture (default: beside the checkpoint)")
@@ -71,7 +75,11 @@ def run(args: argparse.Namespace) -> None:
     rank, ranks = world()
     say = print if rank == 0 else lambda line: None
 
-    rows = read_split(args, checkpoint, say)
+    if args.knn and ranks > 1:
+        raise UserError('--knn runs in one process; leave it out, or start one')
+    scored = checkpoint if checkpoint.label_space.heads else with_heads_of_data(args, checkpoint, say)
+    rows = read_split(args, scored, say)
+    bank = read_bank(args, scored, say) if args.knn else None
     weights = checkpoint.best_weights if args.weights == 'best' else args.weights
     model = load_model(checkpoint, weights, load_kinds(args.head_module)).to(device)
     if args.channels_last:
@@ -79,24 +87,33 @@ def run(args: argparse.Namespace) -> None:
     say(f'{checkpoint.path}: {checkpoint.arch} after {checkpoint.state["epoch"] + 1} epochs, {weights} weights'
         + (', the better ones of this checkpoint' if args.weights == 'best' else ''))
 
-    label_space = checkpoint.label_space
-    head_weights = resolve_head_weights(label_space.names, checkpoint.state.get('head_weights'))
-    evaluator = MultiLabelEvaluator(model.named_heads, head_weights, device)
-    loader, part = build_loader(checkpoint, rows, args, device)
+    head_weights = resolve_head_weights(scored.label_space.names, checkpoint.state.get('head_weights') or None)
+    loader, part = build_loader(scored, rows, args, device)
+    parts, results, predictions = [part], {'heads': {}, 'mean': {}}, {}
     started = time.perf_counter()
-    with Progress(f'Validate {rows.source.name}', len(loader), visible=rank == 0) as progress:
-        figures = evaluate(model, loader, evaluator, precision, progress)
+    if model.named_heads:
+        evaluator = MultiLabelEvaluator(model.named_heads, head_weights, device)
+        with Progress(f'Validate {rows.source.name}', len(loader), visible=rank == 0) as progress:
+            figures = evaluate(model, loader, evaluator, precision, progress)
+        predictions = evaluator.predictions(distributed=ranks > 1)
+        results = gather_results(model.named_heads, figures, predictions, head_weights)
     seconds = time.perf_counter() - started
-    predictions = evaluator.predictions(distributed=ranks > 1)
-    news = BadImages([part]).news() if args.skip_bad_images else None
+    if args.knn:
+        bank_loader, bank_part = build_loader(scored, bank, args, device)
+        parts.append(bank_part)
+        add_knn(results, knn_figures(model, scored.label_space, bank_loader, loader, args.knn, precision), head_weights)
+    news = BadImages(parts).news() if args.skip_bad_images else None
     if news:
         say(news)
     if rank == 0:
-        results = gather_results(model.named_heads, figures, predictions, head_weights)
-        results['images_per_second'] = len(rows) / seconds
+        if model.named_heads:
+            results['images_per_second'] = len(rows) / seconds
         results |= {'checkpoint': str(checkpoint.path), 'weights': weights, 'csv': str(rows.source)}
         print(results_table(results))
-        print(f'{len(rows)} images, {results["images_per_second"]:.0f} images/s')
+        if bank is not None:
+            print(f'{KNN_FIGURE}: what the {args.knn} nearest of {len(bank)} images of {bank.source} vote for')
+        if model.named_heads:
+            print(f'{len(rows)} images, {results["images_per_second"]:.0f} images/s')
         write_outputs(args, checkpoint, results, predictions)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -108,10 +125,12 @@ def check_checkpoint(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
         raise UserError(
             f'--model {args.model}: {checkpoint.path} is of {checkpoint.arch}; leave --model out or name another '
             'checkpoint')
-    if not checkpoint.label_space.heads:
+    if not checkpoint.label_space.heads and not args.knn:
         raise UserError(
-            f'{checkpoint.path}: trained with -wlc 0, so it has no heads to score; train some from it with '
-            '--initial-checkpoint')
+            f'{checkpoint.path}: trained with -wlc 0, so it has no heads to score; score its features with --knn 20, '
+            'or train heads from it with --initial-checkpoint')
+    if not checkpoint.label_space.heads and args.confusion is not None:
+        raise UserError(f'--confusion: {checkpoint.path} was trained with -wlc 0, so it has no heads; leave it out')
 
 
 def prepare_outputs(args: argparse.Namespace) -> None:
@@ -159,6 +178,17 @@ def read_split(args: argparse.Namespace, checkpoint: Checkpoint, say) -> Rows | 
     if not spared and not checkpoint.label_space.labelled(rows.targets).any():
         raise UserError(f'{path}: no row has a label that the checkpoint knows; there is nothing to score')
     return rows
+
+
+def read_bank(args: argparse.Namespace, checkpoint: Checkpoint, say) -> Rows | StreamedRows:
+    """The training rows, whose labels vote.
+
+    Raises:
+        UserError: They cannot be read, or no head has classes to vote for.
+    """
+    if not any(isinstance(labels, LabelSet) for labels in checkpoint.label_space.heads):
+        raise UserError(f'--knn: no head of {checkpoint.path} has classes to vote for; leave it out')
+    return read_split(argparse.Namespace(**{**vars(args), 'split': 'train'}), checkpoint, say)
 
 
 def _say_unknown(table: Table, checkpoint: Checkpoint, say) -> None:
@@ -217,6 +247,14 @@ def gather_results(
     if 'score' in figures:
         mean['score'] = figures['score']
     return {'heads': results, 'mean': mean}
+
+
+def add_knn(results: dict[str, Any], knn: dict[str, tuple[float, int]], head_weights: dict[str, float]) -> None:
+    """Put the k-NN accuracy and the number of labels of each head, and the mean of the first, into results."""
+    for name, (accuracy, labels) in knn.items():
+        results['heads'][name] = {**results['heads'].get(name, {}), KNN_FIGURE: accuracy, 'labels': labels}
+    having = {name: accuracy for name, (accuracy, _) in knn.items() if not math.isnan(accuracy)}
+    results['mean'][KNN_FIGURE] = mean_over_heads(having, head_weights)
 
 
 def results_table(results: dict[str, Any]) -> str:

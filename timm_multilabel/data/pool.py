@@ -27,11 +27,11 @@ def rows_of_table(table: Table, label_space: LabelSpace) -> Rows:
     )
 
 
-def rows_of_folder(folder: Path, label_space: LabelSpace) -> Rows:
-    """All images in a folder and those below it, in the order of their names.
+def images_of_folder(folder: str | Path) -> list[str]:
+    """The files in a folder and those below it whose names end like an image's, in the order of their names.
 
     Raises:
-        UserError: There is none, or a name that ends like an image is no file.
+        UserError: There is none.
     """
     endings = get_img_extensions(as_set=True)
     images = sorted(
@@ -39,6 +39,16 @@ def rows_of_folder(folder: Path, label_space: LabelSpace) -> Rows:
         if os.path.splitext(name)[1].lower() in endings)
     if not images:
         raise UserError(f'{folder}: no images in this folder (files that end in {", ".join(sorted(endings))})')
+    return images
+
+
+def rows_of_folder(folder: Path, label_space: LabelSpace) -> Rows:
+    """All images in a folder and those below it, in the order of their names.
+
+    Raises:
+        UserError: There is none, or a name that ends like an image is no file.
+    """
+    images = images_of_folder(folder)
     for image in images:
         if not os.path.isfile(image):
             raise UserError(f'{image}: is no file (a link that leads nowhere, perhaps); mend or remove it')

@@ -1,0 +1,79 @@
+"""What predict, embed and search share: flags for a checkpoint and images, and files that they write."""
+import argparse
+import sys
+from pathlib import Path
+
+from timm_multilabel.cli.device import choose_precision, loader_workers, start_device
+from timm_multilabel.cli.flags import count, positive
+from timm_multilabel.data.arguments import rows_of_arguments
+from timm_multilabel.data.table import Rows
+from timm_multilabel.distributed import world
+from timm_multilabel.errors import UserError
+from timm_multilabel.heads import load_kinds
+from timm_multilabel.inference.loaded import LoadedModel
+from timm_multilabel.labels import LabelSpace
+from timm_multilabel.training.checkpoint import Checkpoint
+
+
+def add_image_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags on how images are read and the model is run."""
+    parser.add_argument('--image-column', metavar='NAME', help='column of the image paths in CSVs (default: as in '
+                        'training)')
+    parser.add_argument('--head-module', metavar='FILE', help='Python file with the kinds of heads of your own')
+    parser.add_argument('-b', '--batch-size', type=positive, default=128, metavar='N', help='images a batch')
+    parser.add_argument('-j', '--workers', type=count, default=4, metavar='N', help='loader processes')
+    parser.add_argument('--device', metavar='NAME', help='cpu, cuda, ... (default: cuda where there is one)')
+    parser.add_argument('--amp', action='store_true', help='mixed precision')
+
+
+def load_checkpoint_model(args: argparse.Namespace, checkpoint: Checkpoint, weights: str) -> LoadedModel:
+    """The model on the device that the flags name.
+
+    Raises:
+        UserError: It cannot be used, or several processes were started.
+    """
+    device = start_device(args.device)
+    if world()[1] > 1:
+        raise UserError('this command runs in one process; start it without torchrun')
+    precision = choose_precision(device, args.amp, None, False)
+    return LoadedModel.of(checkpoint, weights, precision, load_kinds(args.head_module))
+
+
+def read_rows(args: argparse.Namespace, images: list[str], checkpoint: Checkpoint, space: LabelSpace) -> Rows:
+    """The images that the command line names."""
+    return rows_of_arguments(
+        images, space, args.image_column or checkpoint.state.get('image_column', 'image_path'))
+
+
+def workers_of(args: argparse.Namespace) -> int:
+    """The loader processes to start."""
+    return loader_workers(args.workers)
+
+
+def batches_of(args: argparse.Namespace, rows: Rows) -> int:
+    """How many batches the rows make, for the progress bar."""
+    return -(-len(rows) // args.batch_size)
+
+
+def new_file(name: str, flag: str, suffixes: tuple[str, ...], force: bool) -> Path:
+    """The path of a file to write, found out to be one before the work, not after it.
+
+    Raises:
+        UserError: It has another ending, is there already, or is a folder.
+    """
+    path = Path(name)
+    if path.suffix not in suffixes:
+        raise UserError(f'{flag} {path}: name a file that ends in {" or ".join(suffixes)}')
+    if path.is_dir():
+        raise UserError(f'{flag} {path}: is a folder; name a file')
+    if path.exists() and not force:
+        raise UserError(f'{flag} {path}: is there already; name another, or overwrite it with --force')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def end(bad: int, images: int) -> None:
+    """Where images could not be read, say how many on standard error, and end with exit status 1."""
+    if bad:
+        print(f'{bad} of {images} images could not be read', file=sys.stderr)
+        sys.exit(1)

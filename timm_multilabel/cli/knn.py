@@ -1,0 +1,92 @@
+"""k-NN accuracy of a checkpoint's features, which needs no trained head: a figure of validate."""
+import argparse
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from timm_multilabel.cli.splits import Splits, read_stored
+from timm_multilabel.errors import UserError
+from timm_multilabel.inference.neighbours import knn_predictions
+from timm_multilabel.labels import LabelSet, LabelSpace
+from timm_multilabel.model import MultiLabelModel
+from timm_multilabel.training.checkpoint import Checkpoint
+from timm_multilabel.training.loop import Precision
+from timm_multilabel.training.progress import Progress
+
+KNN_FIGURE = 'knn_top1'
+
+
+def with_heads_of_data(args: argparse.Namespace, checkpoint: Checkpoint, say: Callable[[str], None]) -> Checkpoint:
+    """A checkpoint without heads as one whose heads are the label columns of the training table, read as classes.
+
+    Raises:
+        UserError: The table cannot be read, or no column has a label.
+    """
+    state = checkpoint.state
+    stored = read_stored(Path(args.data_dir))
+    splits = Splits(
+        replace(stored, label_space=None), None, say,
+        args.image_column or state.get('image_column', 'image_path'),
+        args.separator or state.get('separator'),
+        args.missing_value if args.missing_value is not None else state.get('missing_value'))
+    table = splits.read('train')
+    columns = {name: table.frame[name] for name in table.label_columns if (table.frame[name] != '').any()}
+    if not columns:
+        raise UserError(f'{table.path}: no column has a label, so neighbours have nothing to vote for')
+    return replace(checkpoint, label_space=LabelSpace.from_columns(columns))
+
+
+@torch.no_grad()
+def knn_figures(
+        model: MultiLabelModel,
+        label_space: LabelSpace,
+        bank: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        queries: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        k: int,
+        precision: Precision,
+) -> dict[str, tuple[float, int]]:
+    """Of each head of classes the accuracy, in percent, of what the K nearest training images vote for; and its labels.
+
+    NaN where no row or no training image has a label. Heads of tags and numbers have none.
+
+    Args:
+        model: In evaluation mode, on the device of the batches.
+        label_space: The heads that the targets are of.
+        bank: Batches of the training images, resized as in evaluation: images (B, 3, H, W) and targets (B, W).
+        queries: Batches of the images to classify.
+        k: K.
+        precision: How the model computes.
+    """
+    points, targets = _features(model, bank, precision, 'k-NN: train')
+    rows, labels = _features(model, queries, precision, 'k-NN: rows')
+    heads = [number for number, head in enumerate(label_space.heads) if isinstance(head, LabelSet)]
+    targets, labels = label_space.split(targets), label_space.split(labels)
+    predictions = knn_predictions(
+        rows, points, [targets[number] for number in heads], [label_space.heads[number].outputs for number in heads], k)
+    figures = {}
+    for number, predicted in zip(heads, predictions):
+        label = labels[number]
+        known = label >= 0
+        right = float('nan') if predicted is None else 100 * (predicted == label)[known].double().mean().item()
+        figures[label_space.names[number]] = right, int(known.sum())
+    return figures
+
+
+def _features(
+        model: MultiLabelModel,
+        loader: Any,
+        precision: Precision,
+        title: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (N, F) and targets (N, W) of a loader's rows."""
+    features, targets = [], []
+    with Progress(title, len(loader), visible=True) as progress:
+        for images, target in loader:
+            with precision.autocast():
+                features.append(model.backbone(precision.layout(images)).float())
+            targets.append(target)
+            progress.advance()
+    return torch.cat(features), torch.cat(targets)

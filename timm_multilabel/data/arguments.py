@@ -1,0 +1,100 @@
+"""IMAGES of a command line -> rows: files, folders, globs, CSVs, and paths on standard input."""
+import glob
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from timm_multilabel.data.pool import images_of_folder
+from timm_multilabel.data.table import Rows, find_images, look_for_images, missing_targets, read_table
+from timm_multilabel.errors import UserError
+from timm_multilabel.labels import LabelSpace
+
+HELP = "files, folders, globs in quotes ('photos/**/*.jpg'), CSVs with an image column; - for paths on standard input"
+
+Found = Iterable[tuple[str, int]]
+"""Image paths, each with its number in what names it, or 0."""
+
+
+def rows_of_arguments(
+        arguments: Sequence[str],
+        label_space: LabelSpace,
+        image_column: str = 'image_path',
+        stdin: BinaryIO | None = None,
+) -> Rows:
+    """The images that words of a command line name, in their order, as rows without labels.
+
+    A file need not be there or be an image: that is found out when it is read, and is the row's own matter.
+
+    Args:
+        arguments: The words.
+        label_space: The heads, which say how wide the empty targets are.
+        image_column: Of CSVs.
+        stdin: What '-' stands for: paths, one a line, or with a zero byte between them as `find -print0` writes them;
+            standard input when None.
+
+    Raises:
+        UserError: A word names no image: an empty folder or standard input, a glob that nothing matches, a CSV that
+            cannot be read or of whose images none is there.
+    """
+    images, numbers, which = [], [], []
+    sources: dict[Path, int] = {}
+    for argument in arguments:
+        source, found = _expand(argument, image_column, stdin)
+        place = sources.setdefault(source, len(sources))
+        for image, number in found:
+            images.append(image)
+            numbers.append(number)
+            which.append(place)
+    return Rows(
+        images=np.array(images, dtype=object),  # not of fixed width, so that one long path does not widen all
+        targets=missing_targets(label_space, len(images)),
+        numbers=np.array(numbers, dtype=np.int64),
+        sources=tuple(sources),
+        which=np.array(which, dtype=np.int64),
+    )
+
+
+def _expand(argument: str, image_column: str, stdin: BinaryIO | None) -> tuple[Path, Found]:
+    """What one word names, and what messages call it."""
+    if argument == '-':
+        return Path('standard input'), _of_lines(sys.stdin.buffer if stdin is None else stdin)
+    if os.path.isdir(argument):
+        return Path(argument), [(image, 0) for image in images_of_folder(argument)]
+    if argument.lower().endswith('.csv'):
+        return Path(argument), _of_table(argument, image_column)
+    if not os.path.lexists(argument) and glob.has_magic(argument):
+        return Path(argument), [(image, 0) for image in _of_glob(argument)]
+    return Path('the command line'), [(argument, 0)]
+
+
+def _of_lines(stream: BinaryIO) -> Found:
+    text = os.fsdecode(stream.read())
+    lines = text.split('\0') if '\0' in text else [line.rstrip('\r') for line in text.split('\n')]
+    found = [(line, number) for number, line in enumerate(lines, 1) if line]
+    if not found:
+        raise UserError('-: standard input names no image; write a path on each line')
+    return found
+
+
+def _of_table(path: str, image_column: str) -> Found:
+    table = read_table(path, image_column)
+    images, exist = look_for_images(table)
+    if not any(exist):
+        find_images(table)  # which says where it looked
+    return list(zip(images, map(int, table.frame.index)))
+
+
+def _of_glob(pattern: str) -> list[str]:
+    images = []
+    for match in sorted(glob.glob(pattern, recursive=True)):
+        if not os.path.isdir(match):
+            images.append(match)
+        elif '**' not in pattern:  # which matches what is in the folder as well
+            images.extend(images_of_folder(match))
+    if not images:
+        raise UserError(f'{pattern}: no file matches; mend the pattern')
+    return images

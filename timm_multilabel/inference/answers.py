@@ -1,0 +1,81 @@
+"""What a head says of an image, in words: probabilities -> labels."""
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from timm_multilabel.errors import UserError
+from timm_multilabel.labels import Labels, LabelSpace, Quantity, TagSet
+
+UNKNOWN = 'unknown'
+"""The label of an image none of whose classes is as probable as it must be."""
+
+TAG_THRESHOLD = 0.5
+"""The probability from which on an image has a tag, unless told otherwise."""
+
+
+class Guess(NamedTuple):
+    """A label that a head gives an image: a class or a tag with its probability, or a number, which has none (None)."""
+    label: str | float
+    probability: float | None
+
+
+class Answer(NamedTuple):
+    """What is said of an image: {head: guesses}, or why it could not be read."""
+    image: str
+    guesses: dict[str, list[Guess]]
+    error: str | None = None
+
+
+Thresholds = Mapping[str, float]
+"""The least probability by head; for '' of all heads that are not named."""
+
+
+def check_thresholds(thresholds: Thresholds, label_space: LabelSpace) -> None:
+    """Raise UserError where a threshold is of a head that there is none of, or that has no probabilities."""
+    heads = dict(zip(label_space.names, label_space.heads))
+    for name, value in thresholds.items():
+        if name and name not in heads:
+            raise UserError(f"threshold of '{name}': the checkpoint has no such head (it has: {', '.join(heads)})")
+        if name and isinstance(heads[name], Quantity):
+            raise UserError(f"threshold of '{name}': the head gives a number, which has no probability; leave it out")
+        if not 0 <= value <= 1:
+            raise UserError(f'threshold {value:g}: expected a probability, from 0 to 1')
+
+
+def guess(labels: Labels, values: np.ndarray, top_k: int, thresholds: Thresholds) -> list[Guess]:
+    """The labels of one image by one head.
+
+    Of classes the likeliest, `top_k` at most, that reach the threshold (0 by default); where none does, `UNKNOWN` with
+    the probability of the likeliest. Of tags all that reach it (0.5 by default), the likeliest first. Of a number the
+    number, in its column's unit.
+
+    Args:
+        labels: The head's labels.
+        values: What `Head.probabilities` gives for the image: (C,), or (1,) of a number.
+        top_k: Classes at most.
+        thresholds: See `Thresholds`.
+    """
+    if isinstance(labels, Quantity):
+        return [Guess(float(values[0]) * labels.std + labels.mean, None)]
+    tags = isinstance(labels, TagSet)
+    least = thresholds.get(labels.name, thresholds.get('', TAG_THRESHOLD if tags else 0.0))
+    order = np.argsort(-values, kind='stable')
+    found = [Guess(labels.classes[index], float(values[index])) for index in order if values[index] >= least]
+    if tags:
+        return found
+    return found[:top_k] or [Guess(UNKNOWN, float(values[order[0]]))]
+
+
+def guess_all(
+        label_space: LabelSpace,
+        outputs: Mapping[str, np.ndarray],
+        top_k: int,
+        thresholds: Thresholds,
+) -> list[dict[str, list[Guess]]]:
+    """`guess` for each image of a batch and each head, from {head: (B, C)}."""
+    size = len(next(iter(outputs.values())))
+    return [
+        {labels.name: guess(labels, outputs[labels.name][row], top_k, thresholds) for labels in label_space.heads}
+        for row in range(size)
+    ]

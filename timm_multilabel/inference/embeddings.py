@@ -1,0 +1,163 @@
+"""Where images lie in a model's space, kept in a file with the images' paths and what made them."""
+import io
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from timm_multilabel.errors import UserError
+from timm_multilabel.files import whole_file, write_whole
+from timm_multilabel.inference.loaded import LoadedModel, reason_of
+from timm_multilabel.loading.batches import Part
+
+SUFFIXES = ('.npz', '.parquet')
+"""The kinds of files: numpy's, and Parquet with a row an image."""
+
+_METADATA = b'timm-multilabel'  # the key in the metadata of a Parquet file
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Points of N images.
+
+    Args:
+        images: Their files (N,).
+        vectors: The points (N, D), float32.
+        made_by: What `LoadedModel.maker` says of the model.
+    """
+    images: np.ndarray
+    vectors: np.ndarray
+    made_by: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def save(self, path: str | Path) -> None:
+        """Write them as .npz or .parquet.
+
+        Raises:
+            UserError: pyarrow is not installed, or the file cannot be written.
+        """
+        if Path(path).suffix == '.parquet':
+            self._save_parquet(path)
+            return
+        written = io.BytesIO()
+        np.savez(written, images=self.images.astype(str), embeddings=self.vectors,
+                 made_by=np.array(json.dumps(self.made_by)))
+        write_whole(path, written.getbuffer())
+
+    def _save_parquet(self, path: str | Path) -> None:
+        pyarrow, parquet = import_pyarrow(path)
+        vectors = pyarrow.FixedSizeListArray.from_arrays(
+            pyarrow.array(np.ascontiguousarray(self.vectors).reshape(-1)), self.vectors.shape[1])
+        table = pyarrow.table({'image': pyarrow.array(self.images.astype(str)), 'embedding': vectors})
+        table = table.replace_schema_metadata({_METADATA: json.dumps(self.made_by).encode()})
+        with whole_file(path) as file:
+            parquet.write_table(table, file)
+
+    @classmethod
+    def load(cls, path: str | Path) -> 'Embeddings':
+        """Read what `save` wrote, without running anything that it contains.
+
+        Raises:
+            UserError: The file is missing, damaged or something else, or pyarrow is not installed.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f'{path}: no such file of embeddings; write one with timm-multilabel embed')
+        try:
+            found = cls._load_parquet(path) if path.suffix == '.parquet' else cls._load_npz(path)
+            images, vectors = found.images, found.vectors
+            if vectors.ndim != 2 or vectors.dtype != np.float32 or images.shape != vectors.shape[:1] or not len(images):
+                raise ValueError(f'vectors of shape {vectors.shape} and type {vectors.dtype} for {len(images)} images')
+            if not isinstance(found.made_by, dict) or not {'arch', 'what', 'weights', 'digest'} <= found.made_by.keys():
+                raise ValueError('it does not say which model made it')
+        except (OSError, ValueError, KeyError, EOFError, RecursionError, zipfile.BadZipFile) as error:
+            reason = ' '.join(str(error).split())[:200]
+            raise UserError(f'{path}: cannot be read as embeddings ({reason}); write them again with timm-multilabel '
+                            'embed') from error
+        return found
+
+    @classmethod
+    def _load_npz(cls, path: Path) -> 'Embeddings':
+        with np.load(path, allow_pickle=False) as stored:
+            return cls(stored['images'].astype(object), stored['embeddings'], json.loads(str(stored['made_by'])))
+
+    @classmethod
+    def _load_parquet(cls, path: Path) -> 'Embeddings':
+        pyarrow, parquet = import_pyarrow(path)
+        try:
+            table = parquet.read_table(path, columns=['image', 'embedding'])
+            column = table['embedding'].combine_chunks()
+            vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1).copy()
+            made_by = json.loads((table.schema.metadata or {})[_METADATA])
+        except (pyarrow.ArrowException, AttributeError) as error:  # the latter: a column that holds no lists
+            raise ValueError(str(error)) from error
+        return cls(table['image'].to_numpy(), vectors, made_by)
+
+
+def import_pyarrow(path: str | Path) -> tuple[Any, Any]:
+    """pyarrow and its Parquet.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(
+            f"{path}: Parquet needs pyarrow; pip install 'timm-multilabel[parquet]', or name a .npz file") from error
+    return pyarrow, pyarrow.parquet
+
+
+def embed_part(
+        loaded: LoadedModel,
+        part: Part,
+        what: str,
+        batch_size: int,
+        workers: int,
+        progress: Any,
+) -> tuple[Embeddings, list[str]]:
+    """The points of a part's images, in order, without those of bad ones.
+
+    Args:
+        loaded: The model.
+        part: Of `LoadedModel.part`.
+        what: 'features' or 'projections'.
+        batch_size: Images of a batch.
+        workers: Loader processes.
+        progress: Has `advance()`, called after each batch.
+
+    Returns:
+        The embeddings, and a line for each bad image that the part keeps.
+
+    Raises:
+        UserError: The checkpoint has no projector, or no image can be read.
+    """
+    embedder, vectors = loaded.embedder(what), []
+    with torch.no_grad():
+        for images in loaded.batches(part, batch_size, workers):
+            with loaded.precision.autocast():
+                made = embedder(images)
+            vectors.append(made.float().cpu())
+            progress.advance()
+    bad = np.zeros(len(part), dtype=bool) if part.bad is None else part.bad.numpy()
+    lines = [reason_of(part, index) for index in np.flatnonzero(bad)]
+    if bad.all():
+        raise UserError(f'none of {len(part)} images can be read; the first: {lines[0]}')
+    return Embeddings(part.rows.images[~bad], torch.cat(vectors).numpy()[~bad], loaded.maker(what)), lines
+
+
+def check_maker(embeddings: Embeddings, path: str | Path, loaded: LoadedModel) -> None:
+    """Raise UserError where a model did not make embeddings: distances between its points and them mean nothing."""
+    theirs, ours = embeddings.made_by, loaded.maker(embeddings.made_by['what'])
+    if theirs != ours:
+        raise UserError(
+            f'{path}: {theirs["what"]} of another checkpoint ({theirs["arch"]}, {str(theirs["digest"])[:8]}) than '
+            f'{loaded.checkpoint.path} ({ours["arch"]}, {ours["digest"][:8]}); name the one that made them, or embed '
+            'the images again')

@@ -1,0 +1,132 @@
+"""A checkpoint's model on its device, with images loaded as in its evaluation; what all inference goes through."""
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from timm_multilabel.data.images import FilePhotos, Photos
+from timm_multilabel.data.table import Rows
+from timm_multilabel.errors import UserError
+from timm_multilabel.heads import KINDS, Head
+from timm_multilabel.labels import missing_row
+from timm_multilabel.loading.batches import Part
+from timm_multilabel.loading.loaders import create_eval_loader
+from timm_multilabel.model import MultiLabelModel, Projector
+from timm_multilabel.training.checkpoint import Checkpoint, load_model
+from timm_multilabel.training.loop import Precision
+from timm_multilabel.views.pillow import eval_views
+
+WHAT = ('features', 'projections')
+"""What embeddings are made of: pooled features of the backbone, or what NT-Xent compares."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A checkpoint ready to look at images.
+
+    Args:
+        checkpoint: It.
+        weights: 'plain' or 'ema', those of the model.
+        model: In evaluation mode, on the device.
+        precision: How it computes.
+    """
+    checkpoint: Checkpoint
+    weights: str
+    model: MultiLabelModel
+    precision: Precision
+
+    @classmethod
+    def of(
+            cls,
+            checkpoint: Checkpoint,
+            weights: str,
+            precision: Precision,
+            kinds: Mapping[str, type[Head]] = KINDS,
+    ) -> 'LoadedModel':
+        """Make the model of a checkpoint, with its 'best', 'plain' or 'ema' weights.
+
+        Raises:
+            UserError: See `load_model`.
+        """
+        weights = checkpoint.best_weights if weights == 'best' else weights
+        return cls(checkpoint, weights, load_model(checkpoint, weights, kinds).to(precision.device), precision)
+
+    def part(self, rows: Rows, photos: Photos | None = None, keep_bad: bool = False) -> Part:
+        """Rows with their photos (by default those of their files), resized as in training's evaluation.
+
+        Args:
+            keep_bad: Let a black picture stand in for an image that cannot be decoded, and note it in `Part.bad`; else
+                the first such image raises UserError.
+        """
+        config = self.checkpoint.data_config
+        views = eval_views(
+            tuple(config['input_size'][-2:]), config['interpolation'], config['crop_pct'], config['crop_mode'])
+        part = Part(rows, FilePhotos(rows) if photos is None else photos, views)
+        return part.skip_bad(stand_in=missing_row(self.model.label_space)) if keep_bad else part
+
+    def batches(self, part: Part, batch_size: int, workers: int) -> Iterator[torch.Tensor]:
+        """Images (B, 3, H, W) of a part in order, normalised, on the device; one batch is loaded without processes."""
+        config = self.checkpoint.data_config
+        loader = create_eval_loader(
+            part, batch_size, mean=tuple(config['mean']), std=tuple(config['std']), device=self.precision.device,
+            workers=workers if len(part) > batch_size else 0)
+        for images, _ in loader:
+            yield self.precision.layout(images)
+
+    @torch.no_grad()
+    def probabilities(self, images: torch.Tensor) -> dict[str, np.ndarray]:
+        """{head: what `Head.probabilities` gives} of images, float32."""
+        with self.precision.autocast():
+            outputs = self.model(images)
+        return {name: head.probabilities(outputs[name]).float().cpu().numpy()
+                for name, head in self.model.named_heads.items()}
+
+    def embedder(self, what: str) -> nn.Module:
+        """What turns images (B, 3, H, W) into 'features' (B, F) or 'projections' (B, D).
+
+        Raises:
+            UserError: The checkpoint has no projector.
+        """
+        if what == 'features':
+            return nn.Sequential(self.model.backbone)
+        return nn.Sequential(self.model.backbone, self._projector().to(self.precision.device).eval())
+
+    def _projector(self) -> nn.Module:
+        """The model's own projector, where a head reads it; else that of the training task."""
+        if self.model.projector is not None:
+            return self.model.projector
+        path, state = self.checkpoint.path, self.checkpoint.state
+        stored = state.get('task_state' if self.weights == 'plain' else 'task_state_ema')
+        stored = stored.get('projector') if isinstance(stored, dict) else None
+        if not stored:
+            raise UserError(
+                f'{path}: holds no projector of its {self.weights} weights (trained with -wls 0, perhaps); take the '
+                'features')
+        try:
+            projector = Projector(self.model.num_features, state.get('projection_dim', 64))
+            projector.load_state_dict(stored)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise UserError(f'{path}: its projector does not fit its model') from error
+        return projector
+
+    def maker(self, what: str) -> dict[str, Any]:
+        """What tells embeddings of this model from those of another: plain values, a digest of weights and input."""
+        digest = hashlib.sha256(json.dumps(self.checkpoint.data_config, sort_keys=True, default=str).encode())
+        for name, value in sorted(self.embedder(what).state_dict().items()):
+            digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return {'arch': self.checkpoint.arch, 'what': what, 'weights': self.weights, 'digest': digest.hexdigest()}
+
+
+def reason_of(part: Part, index: int) -> str:
+    """Why an image that was noted as bad is so: the line of its error."""
+    try:
+        part.photos[index].decode()
+    except UserError as error:
+        return error.line
+    return f'{part.rows.images[index]} ({part.rows.where(index)}): could not be read, and can be now; try again'

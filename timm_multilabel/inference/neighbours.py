@@ -1,0 +1,92 @@
+"""Nearest neighbours by cosine, exact, and what they vote for."""
+import torch
+import torch.nn.functional as F
+
+_QUERIES, _BANK = 1024, 16384  # rows and columns of a tile of similarities: 64 MiB
+
+TEMPERATURE = 0.07
+"""Of the weights of votes (Wu et al. 2018, https://arxiv.org/abs/1805.01978; DINO has the same)."""
+
+
+@torch.no_grad()
+def nearest(queries: torch.Tensor, bank: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The points nearest to each query by cosine, the nearest first; through tiles, so memory grows linearly.
+
+    Args:
+        queries: (Q, D).
+        bank: The points (N, D), on the same device.
+        k: How many; all where there are fewer.
+
+    Returns:
+        Cosines and indices of the points (Q, min(k, N)).
+    """
+    bank = F.normalize(bank.float(), dim=1)
+    k = min(k, len(bank))
+    found = [_nearest_of_tile(F.normalize(rows.float(), dim=1), bank, k) for rows in queries.split(_QUERIES)]
+    return torch.cat([cosines for cosines, _ in found]), torch.cat([indices for _, indices in found])
+
+
+def _nearest_of_tile(queries: torch.Tensor, bank: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best of one tile after the other, merged."""
+    cosines = queries.new_empty(len(queries), 0)
+    indices = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for first in range(0, len(bank), _BANK):
+        here = queries @ bank[first:first + _BANK].T
+        best, places = here.topk(min(k, here.shape[1]), dim=1)
+        cosines, indices = torch.cat([cosines, best], 1), torch.cat([indices, places + first], 1)
+        cosines, places = cosines.topk(min(k, cosines.shape[1]), dim=1)
+        indices = indices.gather(1, places)
+    return cosines, indices
+
+
+def vote(
+        cosines: torch.Tensor,
+        labels: torch.Tensor,
+        classes: int,
+        temperature: float = TEMPERATURE,
+) -> torch.Tensor:
+    """The class that the neighbours of each query vote for, each with the weight exp(cosine / temperature): (Q,).
+
+    Args:
+        cosines: Of the neighbours (Q, K).
+        labels: Their class indices (Q, K).
+        classes: How many classes there are.
+        temperature: The less, the more the nearest count.
+    """
+    # The nearest weighs 1: the same order of classes, and nothing overflows.
+    weights = ((cosines - cosines.max(dim=1, keepdim=True).values) / temperature).exp()
+    votes = torch.zeros(len(cosines), classes, dtype=weights.dtype, device=weights.device)
+    return votes.scatter_add_(1, labels, weights).argmax(dim=1)
+
+
+def knn_predictions(
+        queries: torch.Tensor,
+        bank: torch.Tensor,
+        targets: list[torch.Tensor],
+        classes: list[int],
+        k: int,
+) -> list[torch.Tensor | None]:
+    """What the K nearest labelled points say each query is, for each of several heads.
+
+    Args:
+        queries: (Q, D).
+        bank: The points (N, D).
+        targets: By head the class indices of the points (N,), -1 where there is no label.
+        classes: By head the number of its classes.
+        k: K.
+
+    Returns:
+        By head class indices (Q,), or None where no point has a label.
+    """
+    predictions: list[torch.Tensor | None] = []
+    mask = None
+    for target, count in zip(targets, classes, strict=True):
+        known = target >= 0
+        if not known.any():
+            predictions.append(None)
+            continue
+        if mask is None or not torch.equal(known, mask):  # heads mostly have labels on the same rows
+            mask = known
+            cosines, indices = nearest(queries, bank[known], k)
+        predictions.append(vote(cosines, target[known][indices], count))
+    return predictions

@@ -1,0 +1,166 @@
+"""A checkpoint as a Python call: images -> each head's labels with their probabilities."""
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from timm_multilabel.data.images import DecodedPhoto, Photo, read_photo, to_rgb
+from timm_multilabel.data.table import Rows, missing_targets
+from timm_multilabel.errors import UserError
+from timm_multilabel.heads import load_kinds
+from timm_multilabel.inference.answers import Answer, Guess, Thresholds, check_thresholds, guess_all
+from timm_multilabel.inference.loaded import LoadedModel, reason_of
+from timm_multilabel.labels import LabelSpace
+from timm_multilabel.loading.batches import Part
+from timm_multilabel.training.checkpoint import read_checkpoint
+from timm_multilabel.training.loop import Precision
+
+ImageLike = str | Path | Image.Image | np.ndarray
+
+_BATCH = 64  # images at once of a list
+
+
+class Predictor:
+    """Says what the heads of a checkpoint make of images.
+
+        predictor = Predictor.load('output/train/run/model_best.pth.tar')
+        predictor('photo.jpg')['color'][0]  # Guess(label='Blue', probability=0.93)
+
+    Args:
+        loaded: The model.
+
+    Raises:
+        UserError: It has no heads.
+    """
+
+    def __init__(self, loaded: LoadedModel):
+        if not loaded.model.label_space.heads:
+            raise UserError(
+                f'{loaded.checkpoint.path}: trained with -wlc 0, so it has no heads to predict with; train some from '
+                'it with --initial-checkpoint')
+        self.loaded = loaded
+
+    @classmethod
+    def load(
+            cls,
+            path: str | Path,
+            device: str | torch.device | None = None,
+            weights: str = 'best',
+            head_module: str | None = None,
+    ) -> 'Predictor':
+        """Read a checkpoint.
+
+        Args:
+            path: The file.
+            device: Where to compute; CUDA where there is one when None.
+            weights: 'best' (those that made the checkpoint what it is), 'plain' or 'ema'.
+            head_module: Python file with the kinds of heads of your own.
+
+        Raises:
+            UserError: The file cannot be used.
+        """
+        device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        return cls(LoadedModel.of(read_checkpoint(path), weights, Precision(device), load_kinds(head_module)))
+
+    @property
+    def label_space(self) -> LabelSpace:
+        """The heads with their classes."""
+        return self.loaded.model.label_space
+
+    def __call__(
+            self,
+            images: ImageLike | Sequence[ImageLike],
+            top_k: int = 1,
+            threshold: float | Thresholds | None = None,
+    ) -> dict[str, list[Guess]] | list[dict[str, list[Guess]]]:
+        """What the heads make of an image, {head: guesses}, or of each image of a list.
+
+        Args:
+            images: A path, a PIL image or pixels (H, W, 3) or (H, W), uint8, RGB or grey; or a list of them.
+            top_k: Classes of a head at most.
+            threshold: The least probability of a label, or {head: probability}, see `answers.guess`.
+
+        Raises:
+            UserError: An image cannot be read.
+        """
+        alone = isinstance(images, ImageLike)
+        photos = _Given([images] if alone else images)
+        thresholds = threshold if isinstance(threshold, dict) else {} if threshold is None else {'': threshold}
+        check_thresholds(thresholds, self.label_space)
+        if top_k < 1:
+            raise UserError(f'top_k is {top_k}, expected 1 or more')
+        part = self.loaded.part(photos.rows(self.label_space), photos)
+        guesses = [answer.guesses for answers in self.answer(part, _BATCH, 0, top_k, thresholds) for answer in answers]
+        return guesses[0] if alone else guesses
+
+    def answer(
+            self,
+            part: Part,
+            batch_size: int,
+            workers: int,
+            top_k: int,
+            thresholds: Thresholds,
+    ) -> Iterator[list[Answer]]:
+        """What is said of the images of a part, in order, a batch at a time.
+
+        Args:
+            part: Of `LoadedModel.part`; where it keeps bad images, they have answers with an error.
+            batch_size: Images of a batch.
+            workers: Loader processes.
+            top_k: See `answers.guess`, as the next.
+            thresholds: Checked already.
+        """
+        first = 0
+        for images in self.loaded.batches(part, batch_size, workers):
+            answers = []
+            guesses = guess_all(self.label_space, self.loaded.probabilities(images), top_k, thresholds)
+            for index, of_image in enumerate(guesses, first):
+                bad = part.bad is not None and bool(part.bad[index])
+                answers.append(Answer(
+                    str(part.rows.images[index]), {} if bad else of_image, reason_of(part, index) if bad else None))
+            first += len(images)
+            yield answers
+
+
+class _Given:
+    """The photos of a list of paths, PIL images and arrays.
+
+    Args:
+        images: The list.
+
+    Raises:
+        UserError: One of them is nothing of the kind.
+    """
+
+    def __init__(self, images: Sequence[ImageLike]):
+        self.images = list(images)
+        for number, image in enumerate(self.images):
+            if not isinstance(image, ImageLike):
+                raise UserError(f'image {number} of the list: a {type(image).__name__}, expected a path, a PIL image '
+                                'or a numpy array')
+            if isinstance(image, np.ndarray) and (
+                    image.dtype != np.uint8 or image.ndim not in (2, 3) or image.ndim == 3 and image.shape[2] != 3
+                    or not image.size):
+                raise UserError(f'image {number} of the list: {image.dtype} pixels of shape {image.shape}, expected '
+                                'uint8 (H, W, 3) in RGB, or (H, W)')
+
+    def rows(self, label_space: LabelSpace) -> Rows:
+        """Rows without labels for them."""
+        names = [image if isinstance(image, str) else str(image) if isinstance(image, Path) else '' for image
+                 in self.images]
+        count = len(names)
+        return Rows(
+            np.array(names, dtype=object), missing_targets(label_space, count), np.zeros(count, np.int64),
+            (Path('the list'),), np.zeros(count, np.int64))
+
+    def __getitem__(self, index: int) -> Photo:
+        image = self.images[index]
+        if isinstance(image, str | Path):
+            return read_photo(str(image), 'in the list')
+        try:
+            image = Image.fromarray(image) if isinstance(image, np.ndarray) else ImageOps.exif_transpose(image)
+            return DecodedPhoto(np.asarray(to_rgb(image)))
+        except Exception as error:  # Pillow reads the pixels only now, and each decoder raises its own kinds
+            raise UserError(f'image {index} of the list: cannot be decoded ({error})') from error

@@ -1,0 +1,126 @@
+"""What a model says of images as text: a table, CSV or JSON lines; each takes answers as they come and gives lines."""
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from timm_multilabel.errors import UserError, printable
+from timm_multilabel.inference.answers import Answer, Guess
+from timm_multilabel.labels import TAG_SEPARATOR, LabelSet, LabelSpace, Quantity
+from timm_multilabel.reports.escaping import spreadsheet_text
+
+
+def csv_columns(label_space: LabelSpace, top_k: int) -> list[str]:
+    """The columns of the CSV: image, error, and of each head its labels, each with its probability.
+
+    Raises:
+        UserError: Two would have the same name.
+    """
+    columns = ['image', 'error']
+    for labels in label_space.heads:
+        for place in range(1, 1 + _places(labels, top_k)):
+            name = labels.name if place == 1 else f'{labels.name}_{place}'
+            columns += [name] if isinstance(labels, Quantity) else [name, f'{name}_probability']
+    for name in columns:
+        if columns.count(name) > 1:
+            raise UserError(f"two columns of the CSV would be called '{name}', after heads of the checkpoint; pass "
+                            '--format jsonl')
+    return columns
+
+
+def _places(labels: Any, top_k: int) -> int:
+    """How many labels a head has columns for; tags share one cell."""
+    return min(top_k, len(labels.classes)) if isinstance(labels, LabelSet) else 1
+
+
+def csv_lines(answers: Iterable[Answer], label_space: LabelSpace, top_k: int) -> Iterator[str]:
+    """A row an image. Tags of a head stand in one cell, with `|` between them, as do their probabilities."""
+    yield _csv_line([_text(name) for name in csv_columns(label_space, top_k)])
+    for answer in answers:
+        cells = [_text(answer.image), _text(answer.error or '')]
+        for labels in label_space.heads:
+            guesses = answer.guesses.get(labels.name, [])
+            places = _places(labels, top_k)
+            if isinstance(labels, Quantity):
+                cells.append(_number(guesses[0].label) if guesses else '')
+            elif isinstance(labels, LabelSet):
+                pairs = [(_text(guess.label), _number(guess.probability)) for guess in guesses]
+                cells += [cell for pair in pairs + [('', '')] * (places - len(pairs)) for cell in pair]
+            else:
+                cells += [_text(TAG_SEPARATOR.join(guess.label for guess in guesses)),
+                          TAG_SEPARATOR.join(_number(guess.probability) for guess in guesses)]
+        yield _csv_line(cells)
+
+
+def _csv_line(cells: list[str]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator='').writerow(cells)
+    return line.getvalue()
+
+
+def _text(text: str) -> str:
+    """A cell that neither a spreadsheet computes nor a terminal obeys; bytes of names that are no text stay."""
+    return spreadsheet_text(''.join(
+        letter if letter.isprintable() or '\udc80' <= letter <= '\udcff' else ' ' for letter in text))
+
+
+def _number(value: float) -> str:
+    return f'{value:.6g}'
+
+
+def json_lines(answers: Iterable[Answer], label_space: LabelSpace, top_k: int) -> Iterator[str]:
+    """An object an image: {"image": ..., "heads": {head: [{"label": ..., "probability": ...}]}}, or with "error".
+
+    A number has a "value" in place of the two.
+    """
+    numbers = {labels.name for labels in label_space.heads if isinstance(labels, Quantity)}
+    for answer in answers:
+        made: dict[str, Any] = {'image': answer.image}
+        if answer.error is not None:
+            made['error'] = answer.error
+        else:
+            made['heads'] = {
+                name: [_json_guess(guess, name in numbers) for guess in guesses]
+                for name, guesses in answer.guesses.items()}
+        yield json.dumps(made)
+
+
+def _json_guess(guess: Guess, number: bool) -> dict[str, Any]:
+    if number:
+        return {'value': _finite(guess.label)}
+    return {'label': guess.label, 'probability': _finite(guess.probability)}
+
+
+def _finite(value: float) -> float | None:
+    """A number for JSON, which has no NaN."""
+    return float(_number(value)) if math.isfinite(value) else None
+
+
+def table_lines(answers: Iterable[Answer], label_space: LabelSpace, top_k: int) -> Iterator[str]:
+    """A table for people, with columns as wide as their widest cell."""
+    rows = [['image', *label_space.names]]
+    errors = {}
+    for answer in answers:
+        if answer.error is not None:
+            errors[len(rows)] = answer.error
+            rows.append([answer.image])
+        else:
+            rows.append([answer.image, *(
+                ', '.join(_words(guess) for guess in answer.guesses[name]) or '-' for name in label_space.names)])
+    rows = [[printable(cell) for cell in row] for row in rows]
+    widths = [max((len(row[place]) for row in rows if place < len(row)), default=0) for place in range(len(rows[0]))]
+    for number, row in enumerate(rows):
+        if number in errors:
+            row = [row[0], f'error: {errors[number]}']
+        yield '  '.join(f'{cell:<{width}}' for cell, width in zip(row, widths)).rstrip()
+
+
+def _words(guess: Guess) -> str:
+    return f'{guess.label:.4g}' if guess.probability is None else f'{guess.label} {guess.probability:.3f}'
+
+
+FORMATS: dict[str, Callable[[Iterable[Answer], LabelSpace, int], Iterator[str]]] = {
+    'table': table_lines, 'csv': csv_lines, 'jsonl': json_lines}
+"""The formats by name."""
