@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-from timm_multilabel.cli import check, sample, split, train, validate
+from timm_multilabel.cli import check, export, sample, split, train, validate
 from timm_multilabel.cli.flags import Parser, parse_with_config
 from timm_multilabel.errors import UserError
 from timm_multilabel.training.signals import Stopped, exit_when_stopped
 
-COMMANDS = (train, validate, sample, split, check)
+COMMANDS = (train, validate, sample, split, check, export)
 
 
 def main() -> None:
