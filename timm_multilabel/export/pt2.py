@@ -1,5 +1,6 @@
 """torch.export: a `.pt2` archive, which PyTorch runs without this library; the description as an extra file."""
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ def write(exportable: Exportable, path: Path) -> None:
     Raises:
         Exception: Whatever PyTorch finds in a model that it cannot export.
     """
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of what models keep for the next image
         program = torch.export.export(
             ReadableModel(exportable.model, exportable.names),
             (exportable.images[:2],),
