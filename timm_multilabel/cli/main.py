@@ -6,13 +6,13 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-from timm_multilabel.cli import check, compare, embed, predict, report, sample, search, split, train, validate
+from timm_multilabel.cli import check, compare, embed, export, predict, report, sample, search, split, train, validate
 from timm_multilabel.cli.flags import Parser, parse_with_config
 from timm_multilabel.cli.output import patient_streams
 from timm_multilabel.errors import UserError
 from timm_multilabel.training.signals import Stopped, exit_when_stopped
 
-COMMANDS = (train, validate, predict, embed, search, report, compare, sample, split, check)
+COMMANDS = (train, validate, predict, embed, search, export, report, compare, sample, split, check)
 
 
 def main() -> None:

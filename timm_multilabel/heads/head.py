@@ -55,7 +55,7 @@ class Head(nn.Module):
         predicted = self.predict(output)
         if isinstance(self.labels, LabelSet):
             return F.one_hot(predicted, len(self.labels.classes)).float()
-        return predicted.float().reshape(len(output), -1)
+        return predicted.float().reshape(output.shape[0], -1)  # not len(), which export would take for a constant
 
     def measure(self, output: torch.Tensor) -> torch.Tensor:
         """What evaluation keeps of each row (B, K), float32; the first columns are those of `predict`."""

@@ -1,4 +1,7 @@
 """Texts of the user's data, made harmless for the programs that open reports."""
+import re
+
+from timm_multilabel.errors import printable
 
 
 def spreadsheet_text(text: str) -> str:
@@ -7,3 +10,8 @@ def spreadsheet_text(text: str) -> str:
     See https://owasp.org/www-community/attacks/CSV_Injection.
     """
     return f"'{text}" if text.startswith(('=', '+', '-', '@', '\t', '\r')) else text
+
+
+def markdown_text(text: str) -> str:
+    """A text within a line or a table cell of Markdown, shown as it is: no markup, HTML, or end of line or cell."""
+    return re.sub(r'([\\`*_\[\]<>|~&$#@:!{}])', r'\\\1', printable(text))

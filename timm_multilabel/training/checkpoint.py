@@ -118,6 +118,15 @@ def read_checkpoint(path: str | Path, mapped: bool = False) -> Checkpoint:
     except Exception as error:  # damaged files make it raise nearly anything
         reason = 'it holds more than weights and plain values' if 'weights_only' in str(error).lower() else 'damaged?'
         raise UserError(f'{path}: cannot be loaded as a checkpoint ({reason})') from error
+    return checkpoint_of(path, state)
+
+
+def checkpoint_of(path: Path, state: Any) -> Checkpoint:
+    """What a file held, as a checkpoint.
+
+    Raises:
+        UserError: It is none of this program, or its settings are not what this program writes.
+    """
     foreign = UserError(f'{path}: not a checkpoint of timm-multilabel (no weights with a label space and a model name)')
     if not isinstance(state, dict) or not isinstance(state.get('state_dict'), dict) or 'arch' not in state:
         raise foreign

@@ -1,0 +1,131 @@
+"""The model card of a hub's folder: what the model is, its labels, its figures, how it is used."""
+import csv
+import io
+
+from huggingface_hub import ModelCardData
+
+from timm_multilabel.errors import UserError
+from timm_multilabel.export.exportable import Exportable
+from timm_multilabel.labels import Quantity
+from timm_multilabel.reports.escaping import markdown_text
+
+_USAGE = '''```python
+import torch
+from huggingface_hub import hf_hub_download
+
+from timm_multilabel.export.weights import load_exported
+
+path = hf_hub_download('{repo}', 'multilabel.safetensors')
+hf_hub_download('{repo}', 'multilabel.json')
+model = load_exported(path)
+with torch.no_grad():
+    outputs = model(images)  # (B, 3, {height}, {width}) -> {{head: logits (B, C)}}
+probabilities = {{name: head.probabilities(outputs[name]) for name, head in model.named_heads.items()}}
+```
+'''
+_BACKBONE = '''```python
+import timm
+
+backbone = timm.create_model('hf-hub:{repo}', pretrained=True)  # (B, 3, {height}, {width}) -> (B, {features})
+transform = timm.data.create_transform(**timm.data.resolve_data_config(model=backbone))
+```
+'''
+
+
+def model_card(exportable: Exportable, repo: str | None) -> str:
+    """The card as Markdown with the hub's header.
+
+    Args:
+        exportable: The model.
+        repo: The name of its repository, where it is known.
+
+    Raises:
+        UserError: The run's summary.csv is damaged.
+    """
+    described = exportable.description
+    _, height, width = described['preprocessing']['input_size']
+    names = {'repo': repo or 'USER/NAME', 'height': height, 'width': width, 'features': exportable.model.num_features}
+    header = ModelCardData(
+        library_name='timm', pipeline_tag='image-classification',
+        tags=['timm', 'timm-multilabel', 'image-classification'])
+    heads = exportable.model.named_heads
+    what = f'with {len(heads)} head{"s" * (len(heads) != 1)}' if heads else 'trained without labels'
+    epochs = f' after {described["epochs"]} epochs' if described['epochs'] else ''
+    lines = [
+        f'---\n{header.to_yaml()}\n---\n',
+        f'# {markdown_text((repo or described["arch"]).split("/")[-1])}\n',
+        f'{markdown_text(described["arch"])} {what}, trained with timm-multilabel{epochs} ({described["weights"]} '
+        f'weights), for images of {width}x{height} pixels.\n',
+    ]
+    if heads:
+        lines += ['## Labels\n', *_labels(exportable), *_figures(exportable)]
+    lines.append('## Usage\n')
+    if heads:
+        lines += [_USAGE.format(**names), 'The backbone alone, by timm:\n']
+    lines.append(_BACKBONE.format(**names))
+    preprocessing = described['preprocessing']
+    lines.append('Images are resized and cropped to {} ({}, crop {} of {:g}), their pixels divided by 255, less {}, '
+                 'divided by {}.'.format(
+                     f'{width}x{height}', preprocessing['interpolation'], preprocessing['crop_mode'],
+                     preprocessing['crop_pct'], *(
+                         ', '.join(f'{value:g}' for value in preprocessing[name]) for name in ('mean', 'std'))))
+    return '\n'.join(lines) + '\n'
+
+
+def _labels(exportable: Exportable) -> list[str]:
+    lines = []
+    for labels in exportable.model.label_space.heads:
+        name = markdown_text(labels.name)
+        if isinstance(labels, Quantity):
+            lines.append(f'- **{name}**: a number ({labels.mean:g} on average, standard deviation {labels.std:g})')
+        else:
+            texts = ', '.join(map(markdown_text, labels.classes))
+            lines.append(f'- **{name}**: {len(labels.classes)} {labels.kind}: {texts}')
+    return [*lines, '']
+
+
+def _figures(exportable: Exportable) -> list[str]:
+    """The figures of the checkpoint's epoch, a line a head."""
+    row = summary_row(exportable)
+    prefix = 'eval_ema_' if exportable.description['weights'] == 'ema' else 'eval_'
+    rows = {
+        name: {figure: row[f'{prefix}{name}_{figure}'] for figure in (*head.figures, 'loss')
+               if row.get(f'{prefix}{name}_{figure}')}
+        for name, head in exportable.model.named_heads.items()}
+    rows = {name: values for name, values in rows.items() if values}
+    if not rows:
+        return []
+    titles = list(dict.fromkeys(title for values in rows.values() for title in values))
+    titles.sort(key=('loss',).count)
+    lines = ['## Figures\n', f'On the validation split, of epoch {int(row["epoch"]) + 1}:\n']
+    lines.append(f'| head | {" | ".join(titles)} |')
+    lines.append('| --- |' + ' --- |' * len(titles))
+    for name, values in rows.items():
+        cells = [f'{float(values[title]):.3f}' if title in values else '' for title in titles]
+        lines.append(f'| {markdown_text(name)} | {" | ".join(cells)} |')
+    return [*lines, '']
+
+
+def summary_row(exportable: Exportable) -> dict[str, str]:
+    """The row of the run's summary.csv that is of the checkpoint's epoch; empty where there is none.
+
+    Raises:
+        UserError: The file cannot be read as such.
+    """
+    checkpoint = exportable.checkpoint
+    state, folder = checkpoint.state, checkpoint.path.absolute().parent
+    path = next((path for path in (folder / 'summary.csv', folder.parent / 'summary.csv') if path.is_file()), None)
+    if path is None or state.get('within') is not None or 'epoch' not in state:
+        return {}
+    phases = state.get('phases') or []
+    phase = phases[state['phase']] if phases and state.get('phase', 0) < len(phases) else None
+    try:
+        for row in csv.DictReader(io.StringIO(path.read_text(encoding='utf-8'))):
+            if int(row['epoch']) == state['epoch'] and row.get('phase') in (phase, None):
+                for name, value in row.items():
+                    if name.startswith('eval_') and value:
+                        float(value)
+                return row
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        raise UserError(f'{path}: cannot be read as the summary of a run ({error}); mend or remove it') from error
+    return {}

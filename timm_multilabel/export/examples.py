@@ -1,0 +1,92 @@
+"""The real images on which an export is compared with its checkpoint."""
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from timm_multilabel.data.images import FilePhotos
+from timm_multilabel.data.pool import rows_of_folder
+from timm_multilabel.data.table import Rows, find_images, missing_targets, read_table
+from timm_multilabel.errors import UserError
+from timm_multilabel.labels import LabelSpace
+from timm_multilabel.loading.batches import Part
+from timm_multilabel.loading.loaders import create_eval_loader
+from timm_multilabel.training.checkpoint import Checkpoint
+from timm_multilabel.views.pillow import eval_views
+
+COUNT = 16
+"""Images at most."""
+
+
+def images_of_run(checkpoint: Checkpoint) -> list[str]:
+    """Images spread over the validation split, or else the training split, that a checkpoint's run had.
+
+    Raises:
+        UserError: The run's settings or its data are not where they were.
+    """
+    way_out = 'name images to compare with: --images DIR'
+    folders = checkpoint.path.parent, checkpoint.path.absolute().parent.parent  # the latter of a phase's checkpoint
+    settings = next((folder / 'args.yaml' for folder in folders if (folder / 'args.yaml').is_file()), None)
+    if settings is None:
+        raise UserError(f'{checkpoint.path}: no args.yaml beside it tells of its data; {way_out}')
+    try:
+        args = yaml.safe_load(settings.read_text(encoding='utf-8'))
+        folder, names = Path(args['data_dir']), [args.get('val_split') or 'val', args.get('train_split') or 'train']
+        tables = [folder / f'{name}.csv' for name in names] + [folder / name for name in names]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f'{settings}: cannot be read as the settings of a run; {way_out}') from error
+    path = next((table for table in tables if table.is_file() and table.suffix == '.csv'), None)
+    if path is None:
+        raise UserError(f'{settings}: of its data directory {folder} no CSV is here; {way_out}')
+    state = checkpoint.state
+    table = read_table(
+        path, state.get('image_column', 'image_path'), state.get('separator'), state.get('missing_value'))
+    return find_images(replace(table, frame=table.frame.iloc[_spread(len(table.frame))]))
+
+
+def images_of_paths(paths: Sequence[str]) -> list[str]:
+    """Images spread over files and folders.
+
+    Raises:
+        UserError: A path is not there, or a folder holds no image.
+    """
+    found: list[str] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found.extend(rows_of_folder(path, LabelSpace(())).images)
+        elif path.is_file():
+            found.append(str(path))
+        else:
+            raise UserError(f'--images {path}: no such file or folder')
+    return [found[index] for index in _spread(len(found))]
+
+
+def _spread(count: int) -> list[int]:
+    """Up to `COUNT` different numbers from 0 to count - 1, evenly spread."""
+    return sorted({int(index) for index in np.linspace(0, count - 1, min(COUNT, count)).round()})
+
+
+def read_images(checkpoint: Checkpoint, paths: Sequence[str]) -> torch.Tensor:
+    """Images as evaluation has them: (N, 3, H, W), float32; of a single one two copies, so that a batch is several.
+
+    Raises:
+        UserError: One cannot be read.
+    """
+    rows = Rows(
+        images=np.array(paths),
+        targets=missing_targets(checkpoint.label_space, len(paths)),
+        numbers=np.zeros(len(paths), dtype=np.int64),
+        sources=(Path(paths[0]).parent,),
+        which=np.zeros(len(paths), dtype=np.int8),
+    )
+    config = checkpoint.data_config
+    views = eval_views(
+        tuple(config['input_size'][-2:]), config['interpolation'], config['crop_pct'], config['crop_mode'])
+    loader = create_eval_loader(
+        Part(rows, FilePhotos(rows), views), len(paths), mean=tuple(config['mean']), std=tuple(config['std']),
+        device=torch.device('cpu'), workers=0)
+    images, _ = next(iter(loader))
+    return (images if len(images) > 1 else images.repeat(2, 1, 1, 1)).contiguous()

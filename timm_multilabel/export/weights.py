@@ -1,0 +1,81 @@
+"""safetensors: the weights of backbone, heads and projector, with the description as JSON beside them."""
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from timm_multilabel.errors import UserError
+from timm_multilabel.export.compare import Run
+from timm_multilabel.export.exportable import Exportable, readable
+from timm_multilabel.files import write_whole
+from timm_multilabel.heads import KINDS, Head
+from timm_multilabel.model import MultiLabelModel
+from timm_multilabel.training.checkpoint import Checkpoint, checkpoint_of, load_model
+
+NAME = 'safetensors'
+FILES = ('multilabel.safetensors', 'multilabel.json')
+OF_HEADS = True
+LIBRARIES = ()
+
+
+def note(exportable: Exportable, path: Path) -> str:
+    """What to say of a file that was written."""
+    return f'outputs {", ".join(exportable.model.label_space.names)}'
+
+
+def write(exportable: Exportable, path: Path) -> None:
+    """Write the weights, and the description as .json beside them."""
+    write_tensors(path, exportable.model.state_dict())
+    write_whole(path.with_suffix('.json'), exportable.text)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors, each with memory of its own, as the format demands."""
+    write_whole(path, save({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, {'format': 'pt'}))
+
+
+def read_exported(path: str | Path) -> Checkpoint:
+    """Read exported weights and the JSON beside them, as a checkpoint that `load_model` takes.
+
+    Raises:
+        UserError: A file is missing, damaged or something else.
+    """
+    path = Path(path)
+    described = path.with_suffix('.json')
+    try:
+        description = json.loads(described.read_text(encoding='utf-8'))
+        tensors = load_file(path)
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise UserError(
+            f'{path}: cannot be read as exported weights with {described.name} beside them ({error})') from error
+    if not isinstance(description, dict):
+        raise UserError(f'{described}: is no description of an exported model')
+    settings = {name: description[name] for name in (
+        'arch', 'model_kwargs', 'head_options', 'projection_dim', 'label_space') if name in description}
+    if 'preprocessing' in description:
+        settings['data_config'] = description['preprocessing']
+    return checkpoint_of(path, {**settings, 'state_dict': tensors})
+
+
+def load_exported(path: str | Path, kinds: Mapping[str, type[Head]] = KINDS) -> MultiLabelModel:
+    """The model of exported weights, in evaluation mode.
+
+    Raises:
+        UserError: See `read_exported` and `load_model`.
+    """
+    return load_model(read_exported(path), 'plain', kinds)
+
+
+def load(exportable: Exportable, path: Path) -> Run:
+    """The model of a file, by this library."""
+    kinds = {**KINDS, **{head.kind: type(head) for head in exportable.model.heads}}
+    model = load_exported(path, kinds)
+
+    def run(images: torch.Tensor) -> list[torch.Tensor]:
+        outputs = model(images)
+        return [readable(head, outputs[name]) for name, head in model.named_heads.items()]
+
+    return run
