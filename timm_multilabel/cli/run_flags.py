@@ -22,22 +22,17 @@ def read_run_flags(run: Path) -> argparse.Namespace:
     return parse_with_config(_parser(), ['-c', str(path)])
 
 
-def changed_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags of a run that are not at their defaults, by name, without the data directory."""
-    parser = _parser()
-    return {
-        action.dest: getattr(args, action.dest) for action in parser._actions
-        if action.option_strings and action.dest in vars(args) and action.dest != 'config'
-        and getattr(args, action.dest) != parser.get_default(action.dest)}
-
-
 def command_line(args: argparse.Namespace) -> str:
-    """The shortest command line that means the flags of a run without phases."""
-    actions = {action.dest: action for action in _parser()._actions}
-    words = ['timm-multilabel', 'train', str(args.data_dir)]
-    for name, value in changed_flags(args).items():
-        words += _words(actions[name], value)
-    return ' '.join(map(shlex.quote, words))
+    """The shortest command line that means the flags of a run without phases, a line a flag."""
+    parser = _parser()
+    lines = [f'timm-multilabel train {shlex.quote(str(args.data_dir))}']
+    for action in parser._actions:
+        if not action.option_strings or action.dest in ('help', 'config') or action.help is argparse.SUPPRESS:
+            continue
+        value = getattr(args, action.dest)
+        if value != parser.get_default(action.dest):
+            lines.append(' '.join(map(shlex.quote, _words(action, value))))
+    return ' \\\n    '.join(lines)
 
 
 def _parser() -> Parser:
