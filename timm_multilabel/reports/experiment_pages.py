@@ -210,7 +210,7 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; max-width: 90
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .35rem .7rem; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap }
-thead th { vertical-align: bottom; border-bottom: 2px solid #555; white-space: normal; max-width: 11rem }
+thead th { vertical-align: bottom; border-bottom: 2px solid #555; white-space: normal }
 thead span { white-space: nowrap }
 th:first-child { text-align: left; position: sticky; left: 0; background: #fff; min-width: 4.5rem; max-width: 14rem;
   white-space: normal }
