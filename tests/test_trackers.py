@@ -157,9 +157,10 @@ def test_wandb_json_that_is_damaged_does_not_end_a_run(data_dir, tmp_path, offli
     assert 'Weights & Biases: left out from here on, and the run goes on (JSONDecodeError' in capsys.readouterr().out
 
 
-def test_phases(recipe, offline):  # noqa: F811
+def test_phases(recipe, offline, capsys):  # noqa: F811
     run_command(train, 'train.py', [
         '-c', str(recipe), '--log-tensorboard', '--log-wandb', '--log-interval', '100'])
+    assert 'left out from here on' not in capsys.readouterr().out
     folder = recipe.parent / 'run'
     table = pd.read_csv(folder / 'summary.csv')
     found = scalars(folder / 'tensorboard')
