@@ -64,8 +64,8 @@ def test_phases_run_in_order_in_one_folder(recipe, tmp_path, capsys):
     go('-c', recipe)
     folder, out = tmp_path / 'run', capsys.readouterr().out
     assert {path.name for path in folder.iterdir()} == {
-        'args.yaml', 'label_space.json', 'summary.csv', '1-pretrain', '2-joint', 'last.pth.tar', 'model_best.pth.tar',
-        'checkpoint-0.pth.tar'}
+        'args.yaml', 'label_space.json', 'summary.csv', 'curves.png', '1-pretrain', '2-joint', 'last.pth.tar',
+        'model_best.pth.tar', 'checkpoint-0.pth.tar'}
     summary = pd.read_csv(folder / 'summary.csv')
     assert summary['phase'].tolist() == ['pretrain'] * 2 + ['joint'] * 3 + ['heads']
     assert summary['epoch'].tolist() == [0, 1, 0, 1, 2, 0]

@@ -143,12 +143,24 @@ def test_wandb_row_that_is_told_again_is_left_out(tmp_path, offline):
         tracker.close()
     assert list(wandb_rows(tmp_path)) == [{'epochs': 1, 'epoch': 0, 'train_loss': 2.0}, {'epochs': 2, 'epoch': 1}]
     anew = trackers.WandbTracker(tmp_path, {}, False)
+    anew.start()
+    anew.close()
     assert anew.known['epochs'] == 0 and anew.known['id'] != tracker.known['id']
 
 
-def test_phases(recipe, offline):  # noqa: F811
+def test_wandb_json_that_is_damaged_does_not_end_a_run(data_dir, tmp_path, offline, capsys):
+    folder = train_run(data_dir, tmp_path, '--log-wandb', epochs=1)
+    (folder / 'wandb.json').write_text('{"id": ')
+    run_command(train, 'train.py', [
+        '-c', str(folder / 'args.yaml'), '--epochs', '2', '--resume', str(folder / 'last.pth.tar')])
+    assert len(pd.read_csv(folder / 'summary.csv')) == 2
+    assert 'Weights & Biases: left out from here on, and the run goes on (JSONDecodeError' in capsys.readouterr().out
+
+
+def test_phases(recipe, offline, capsys):  # noqa: F811
     run_command(train, 'train.py', [
         '-c', str(recipe), '--log-tensorboard', '--log-wandb', '--log-interval', '100'])
+    assert 'left out from here on' not in capsys.readouterr().out
     folder = recipe.parent / 'run'
     table = pd.read_csv(folder / 'summary.csv')
     found = scalars(folder / 'tensorboard')

@@ -57,12 +57,15 @@ class Trackers:
                 say(line)
 
     def add_progress(self, phase: str | None, step: int, figures: dict[str, float]) -> None:
+        """Tell each the figures of the epoch so far."""
         self._tell('add_progress', phase, step, figures)
 
     def add_epoch(self, summary: pd.DataFrame) -> None:
+        """Tell each the rows of summary.csv."""
         self._tell('add_epoch', summary)
 
     def close(self) -> None:
+        """Let each end."""
         self._tell('close')
 
     def _tell(self, method: str, *args: Any) -> list[Any]:
@@ -157,15 +160,15 @@ class WandbTracker(Tracker):
 
     def __init__(self, run: Path, settings: dict[str, Any], goes_on: bool):
         self.wandb = need('wandb', '--log-wandb')
-        self.folder, self.settings = run, settings
+        self.folder, self.settings, self.goes_on = run, settings, goes_on
         self.path = run / 'wandb.json'
         self.known = {'id': uuid4().hex[:8], 'epochs': 0, 'steps': {}}
-        if goes_on and self.path.is_file():
-            self.known |= json.loads(self.path.read_text(encoding='utf-8'))
         self.run, self.defined = None, set()
 
     def start(self) -> str:
         wandb = self.wandb
+        if self.goes_on and self.path.is_file():
+            self.known |= json.loads(self.path.read_text(encoding='utf-8'))
         self.run = wandb.init(
             id=self.known['id'],
             resume='allow',
@@ -196,9 +199,8 @@ class WandbTracker(Tracker):
         self._keep()
 
     def close(self) -> None:
-        if self.run is not None:
-            self._keep()
-            self.run.finish()
+        self._keep()
+        self.run.finish()
 
     def _log(self, axis: str, step: int, figures: dict[str, float]) -> None:
         """Log figures over an axis of their own."""
