@@ -123,13 +123,13 @@ def _numbers(labels: Quantity, target: np.ndarray, measured: np.ndarray) -> tupl
 
 def _matrix(head: LabelSet, matrix: np.ndarray) -> Figure:
     """Every class: the share of each label's images that each prediction got, with counts."""
-    size = 2.5 + 0.45 * len(head.classes)
+    names = [_plain(name) for name in head.classes]
+    size = 1.5 + 0.45 * len(names) + max(1.0, 0.09 * max(map(len, names)))
     figure = Figure(figsize=(size, size), layout='constrained')
     axes = figure.subplots()
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
-    ticks = range(len(head.classes))
-    names = [_plain(name) for name in head.classes]
+    ticks = range(len(names))
     axes.set_xticks(ticks, names, rotation=90)
     axes.set_yticks(ticks, names)
     for row in ticks:

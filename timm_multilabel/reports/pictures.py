@@ -78,7 +78,7 @@ def reliability_figure(found: Reliability) -> Figure:
     axes.plot(found.confidence, found.accuracy, color='#ee6677', marker='o', markersize=3.5, linewidth=1,
               label='at its mean probability')
     axes.set(ylabel='share that came true', xlim=(0, 1), ylim=(0, 1))
-    axes.legend(frameon=False, fontsize=8, loc='upper left')
+    figure.legend(frameon=False, fontsize=8, loc='outside upper left', ncols=3, columnspacing=1, handlelength=1.5)
     counts.bar(edges, found.count, 1 / bins, align='edge', color='#bbbbbb', edgecolor='white', linewidth=0.8)
     counts.set(xlabel='probability', ylabel='number')
     for each in (axes, counts):
