@@ -226,7 +226,7 @@ class _stderr:
 def add_flags(parser: Parser) -> None:
     parser.add_argument('--kills', type=positive, default=20, metavar='N', help='kills of each run')
     parser.add_argument('--ranks', type=positive, nargs='+', default=[1, 2], metavar='N', help='processes of the runs')
-    parser.add_argument('--epochs', type=positive, default=40, metavar='N', help='epochs of the runs')
+    parser.add_argument('--epochs', type=positive, default=60, metavar='N', help='epochs of the runs')
     parser.add_argument('--span', type=positive, default=6, metavar='S',
                         help='seconds after the first checkpoint in which a life ends')
     parser.add_argument('--bad-inputs', type=count, default=200, metavar='N', help='damaged files of each kind')

@@ -25,6 +25,7 @@ from timm_multilabel.training.trackers import Tracker, Trackers
 def offline(monkeypatch):
     """W&B without a network."""
     monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB__SERVICE_WAIT', '300')  # for its own process, on a busy machine
 
 
 def resumed_after_first_epoch(data_dir, tmp_path, *flags):
