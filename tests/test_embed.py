@@ -321,3 +321,16 @@ def test_the_digest_tells_weights_and_input_apart(trained, tmp_path):
     assert len(digests) == 4
     run(embed, trained.both, trained.images / '0.png', '--out', tmp_path / '4.npz')
     assert Embeddings.load(tmp_path / '4.npz').made_by['digest'] in digests  # the epoch does not matter
+
+
+def test_knn_is_of_heads_of_classes(tmp_path, capsys):
+    data = write_data(tmp_path / 'data')
+    checkpoint = train_run(data, tmp_path, '--head', 'shape:loss=tags', epochs=1) / 'last.pth.tar'
+    results = tmp_path / 'r.json'
+    assert run(validate, data, '--checkpoint', checkpoint, '--knn', 3, '-j', 0, '--results-file', results) == 0
+    results = json.loads(results.read_text())
+    assert results['heads']['color']['knn_top1'] == results['mean']['knn_top1'] == 100  # plain pictures: each has twins
+    assert 'knn_top1' not in results['heads']['shape'] and 'map' in results['heads']['shape']
+    checkpoint = train_run(data, tmp_path / 'tags', '--heads', 'shape', '--head', 'shape:loss=tags', epochs=1)
+    words = [data, '--checkpoint', checkpoint / 'last.pth.tar', '--knn', 3]
+    assert 'has classes to vote for; leave it out' in fails(capsys, validate, words)
