@@ -1,5 +1,6 @@
 """Embeddings: files of them, nearest images, k-NN accuracy."""
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -189,6 +190,7 @@ def test_knn_bad_input(trained, tmp_path, capsys):
     words = [data, '--checkpoint', trained.simclr, '-j', 0]
     assert 'score its features with --knn 20' in fails(capsys, validate, words)
     assert 'has no heads; leave it out' in fails(capsys, validate, [*words, '--knn', 3, '--confusion'])
+    assert 'would find itself' in fails(capsys, validate, [*words, '--knn', 3, '--split', 'train'])
     assert '0 is out of range' in fails(capsys, validate, [*words, '--knn', 0])
     (data / 'train.csv').write_text('image_path,color\nimages/0.png,\n')
     assert 'no column has a label' in fails(capsys, validate, [*words, '--knn', 3])
@@ -279,13 +281,28 @@ def test_files_of_others(tmp_path):
     good = {'images': np.array(['a']), 'embeddings': np.zeros((1, 2), np.float32),
             'made_by': np.array(json.dumps({'arch': 'a', 'what': 'features', 'weights': 'plain', 'digest': '0'}))}
     for change in [{'embeddings': np.zeros((2, 2), np.float32)}, {'embeddings': np.zeros((1, 2))},
-                   {'made_by': np.array('{}')}, {'made_by': np.array('[')}, {'images': np.array([{}], dtype=object)},
+                   {'made_by': np.array('{}')}, {'made_by': np.array(str(good['made_by']).replace('plain', 'x'))},
+                   {'images': np.array([1])}, {'made_by': np.array('[')}, {'images': np.array([{}], dtype=object)},
                    {'embeddings': np.zeros(1, np.float32)}]:
         np.savez(tmp_path / 'e.npz', **{**good, **change})
         with pytest.raises(UserError, match='cannot be read as embeddings'):
             Embeddings.load(tmp_path / 'e.npz')
     np.savez(tmp_path / 'e.npz', **good)
     assert Embeddings.load(tmp_path / 'e.npz').images.tolist() == ['a']
+
+
+def test_another_width_than_the_models(trained, tmp_path, capsys):
+    run(embed, trained.both, trained.images, '--out', tmp_path / 'e.npz')
+    found = Embeddings.load(tmp_path / 'e.npz')
+    Embeddings(found.images, found.vectors[:, :5], found.made_by).save(tmp_path / 'f.npz')
+    words = [tmp_path / 'f.npz', trained.images / '0.png', '--checkpoint', trained.both]
+    assert 'its 5 numbers an image are not what the checkpoint makes' in fails(capsys, search, words)
+
+
+def test_without_pyarrow(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pyarrow', None)
+    line = fails(capsys, embed, [trained.both, trained.images, '--out', tmp_path / 'e.parquet'])
+    assert "pip install 'timm-multilabel[parquet]', or name a .npz file" in line
 
 
 def test_the_digest_tells_weights_and_input_apart(trained, tmp_path):
@@ -304,3 +321,16 @@ def test_the_digest_tells_weights_and_input_apart(trained, tmp_path):
     assert len(digests) == 4
     run(embed, trained.both, trained.images / '0.png', '--out', tmp_path / '4.npz')
     assert Embeddings.load(tmp_path / '4.npz').made_by['digest'] in digests  # the epoch does not matter
+
+
+def test_knn_is_of_heads_of_classes(tmp_path, capsys):
+    data = write_data(tmp_path / 'data')
+    checkpoint = train_run(data, tmp_path, '--head', 'shape:loss=tags', epochs=1) / 'last.pth.tar'
+    results = tmp_path / 'r.json'
+    assert run(validate, data, '--checkpoint', checkpoint, '--knn', 3, '-j', 0, '--results-file', results) == 0
+    results = json.loads(results.read_text())
+    assert results['heads']['color']['knn_top1'] == results['mean']['knn_top1'] == 100  # plain pictures: each has twins
+    assert 'knn_top1' not in results['heads']['shape'] and 'map' in results['heads']['shape']
+    checkpoint = train_run(data, tmp_path / 'tags', '--heads', 'shape', '--head', 'shape:loss=tags', epochs=1)
+    words = [data, '--checkpoint', checkpoint / 'last.pth.tar', '--knn', 3]
+    assert 'has classes to vote for; leave it out' in fails(capsys, validate, words)

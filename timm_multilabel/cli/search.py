@@ -58,6 +58,9 @@ def run(args: argparse.Namespace) -> None:
     with Progress('Embed queries', batches_of(args, rows), visible=True) as progress:
         queries, _ = embed_part(
             loaded, loaded.part(rows), made_by['what'], args.batch_size, workers_of(args), progress)
+    if queries.vectors.shape[1] != embeddings.vectors.shape[1]:
+        raise UserError(f'{args.embeddings}: its {embeddings.vectors.shape[1]} numbers an image are not what the '
+                        'checkpoint makes; embed the images again')
     device = loaded.precision.device
     cosines, indices = nearest(
         torch.from_numpy(queries.vectors).to(device), torch.from_numpy(embeddings.vectors).to(device), count)

@@ -184,8 +184,10 @@ def read_bank(args: argparse.Namespace, checkpoint: Checkpoint, say) -> Rows | S
     """The training rows, whose labels vote.
 
     Raises:
-        UserError: They cannot be read, or no head has classes to vote for.
+        UserError: They cannot be read, are those to score, or no head has classes to vote for.
     """
+    if args.split == 'train':
+        raise UserError('--knn: each row of train would find itself; score another split')
     if not any(isinstance(labels, LabelSet) for labels in checkpoint.label_space.heads):
         raise UserError(f'--knn: no head of {checkpoint.path} has classes to vote for; leave it out')
     return read_split(argparse.Namespace(**{**vars(args), 'split': 'train'}), checkpoint, say)

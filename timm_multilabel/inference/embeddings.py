@@ -11,8 +11,9 @@ import torch
 
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import whole_file, write_whole
-from timm_multilabel.inference.loaded import LoadedModel, reason_of
+from timm_multilabel.inference.loaded import WHAT, LoadedModel, reason_of
 from timm_multilabel.loading.batches import Part
+from timm_multilabel.training.checkpoint import WEIGHTS
 
 SUFFIXES = ('.npz', '.parquet')
 """The kinds of files: numpy's, and Parquet with a row an image."""
@@ -74,8 +75,9 @@ class Embeddings:
             images, vectors = found.images, found.vectors
             if vectors.ndim != 2 or vectors.dtype != np.float32 or images.shape != vectors.shape[:1] or not len(images):
                 raise ValueError(f'vectors of shape {vectors.shape} and type {vectors.dtype} for {len(images)} images')
-            if not isinstance(found.made_by, dict) or not {'arch', 'what', 'weights', 'digest'} <= found.made_by.keys():
-                raise ValueError('it does not say which model made it')
+            if not all(isinstance(image, str) for image in images):
+                raise ValueError('an image without a path')
+            _check_made_by(found.made_by)
         except (OSError, ValueError, KeyError, EOFError, RecursionError, zipfile.BadZipFile) as error:
             reason = ' '.join(str(error).split())[:200]
             raise UserError(f'{path}: cannot be read as embeddings ({reason}); write them again with timm-multilabel '
@@ -98,6 +100,14 @@ class Embeddings:
         except (pyarrow.ArrowException, AttributeError) as error:  # the latter: a column that holds no lists
             raise ValueError(str(error)) from error
         return cls(table['image'].to_numpy(), vectors, made_by)
+
+
+def _check_made_by(made_by: Any) -> None:
+    """Raise ValueError unless it is what `LoadedModel.maker` says of some model."""
+    texts = isinstance(made_by, dict) and all(
+        isinstance(made_by.get(name), str) for name in ('arch', 'what', 'weights', 'digest'))
+    if not texts or made_by['what'] not in WHAT or made_by['weights'] not in WEIGHTS:
+        raise ValueError('it does not say which model made it')
 
 
 def import_pyarrow(path: str | Path) -> tuple[Any, Any]:
