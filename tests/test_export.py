@@ -374,7 +374,7 @@ def test_images_from_elsewhere(capsys, run_of, data_dir, tmp_path):
     run_export(*flags, '--images', moved / 'images')
     assert f'compared on 16 images such as {moved}/images/0.png, one and 16 at a time' in capsys.readouterr().out
     run_export(*flags, '--images', moved / 'images' / '3.png')
-    assert 'compared on 1 images such as' in capsys.readouterr().out
+    assert f'compared on 1 image such as {moved}/images/3.png, one and 2 at a time' in capsys.readouterr().out
     assert 'nowhere: no such file or folder' in fails(capsys, export, [*flags, '--images', tmp_path / 'nowhere'])
     (moved / 'bad.png').write_text('x')
     assert 'bad.png' in fails(capsys, export, [*flags, '--images', moved / 'bad.png'])

@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> None:
 
     epochs = exportable.description['epochs']
     after = f' after {epochs} epochs' if epochs else ''
-    print(printable(f'{checkpoint.path}: {checkpoint.arch}{after}, {weights} weights; compared on {len(paths)} images '
-                    f'such as {paths[0]}, one and {len(exportable.images)} at a time'))
+    print(printable(f'{checkpoint.path}: {checkpoint.arch}{after}, {weights} weights; compared on {len(paths)} image'
+                    f'{"s" * (len(paths) > 1)} such as {paths[0]}, one and {len(exportable.images)} at a time'))
     failures = []
     with Progress('Export', len(forms) + bool(args.hub), visible=True) as progress:
         for line in left_out:
