@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure as MatplotlibFigure
 from tqdm import tqdm
 
 from timm_multilabel.cli.device import loader_workers, start_device
@@ -18,12 +17,14 @@ from timm_multilabel.cli.stored import best_checkpoint, stored_predictions
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import write_whole
 from timm_multilabel.inference.predictions import Predictions
+from timm_multilabel.reports.curves import curve_figures
 from timm_multilabel.reports.embedding_map import Coloring, color_points, place_points
 from timm_multilabel.reports.head_section import describe_target, head_section, mean_row
 from timm_multilabel.reports.page import Map, Page, render
 from timm_multilabel.reports.pictures import Thumbnails, figure_uri, jpeg_uri
 from timm_multilabel.task import resolve_head_weights
 from timm_multilabel.training.checkpoint import Checkpoint, read_checkpoint
+from timm_multilabel.training.run_folder import read_summary
 
 NAME = 'report'
 HELP = 'write one HTML page about a run'
@@ -77,7 +78,7 @@ def read_finished_epochs(run: Path) -> pd.DataFrame:
     """
     path = run / 'summary.csv'
     try:
-        summary = pd.read_csv(path, converters={'phase': str})
+        summary = read_summary(path)
     except FileNotFoundError:
         summary = pd.DataFrame()
     except (ValueError, OSError) as error:
@@ -127,7 +128,7 @@ def build_page(
                 thumbnails))
             bar.update()
         bar.set_postfix_str('curves')
-        curves = {name: figure_uri(figure) for name, figure in draw_curves(summary).items()}
+        curves = {name: figure_uri(figure) for name, figure in curve_figures(summary).items()}
         bar.update()
         bar.set_postfix_str('map')
         embeddings = build_map(predictions)
@@ -161,25 +162,6 @@ def build_page(
         views=views,
         views_note=views_note,
     ), notes
-
-
-def draw_curves(summary: pd.DataFrame) -> dict[str, MatplotlibFigure]:
-    """The curves of a run, by name."""
-    try:
-        from timm_multilabel.reports.curves import curve_figures
-    except ImportError:
-        return _plain_curves(summary)
-    return curve_figures(summary)
-
-
-def _plain_curves(summary: pd.DataFrame) -> dict[str, MatplotlibFigure]:
-    figures = {}
-    for name, ending in (('loss', '_loss'), ('accuracy', '_top1')):
-        columns = [column for column in summary if column.endswith(ending)]
-        if columns:
-            figures[name] = MatplotlibFigure(figsize=(8, 4), layout='constrained')
-            summary[columns].plot(ax=figures[name].subplots(), xlabel='epoch', ylabel=name)
-    return figures
 
 
 def build_map(predictions: Predictions) -> Map | str:
