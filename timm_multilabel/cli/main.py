@@ -4,6 +4,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import ModuleType
 
 from timm_multilabel.cli import check, compare, embed, export, predict, report, sample, search, split, train, validate
@@ -27,7 +28,7 @@ def main() -> None:
 
 def run_command(command: ModuleType, prog: str, argv: Sequence[str]) -> None:
     """Run a subcommand; what the user can mend becomes one line on standard error and exit status 2."""
-    with patient_streams():
+    with patient_streams() if command is train else nullcontext():
         _run(command, prog, argv)
 
 
