@@ -1,6 +1,7 @@
 """Training commands that signals, deaths of processes and full disks interrupt, as real processes."""
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -177,7 +178,8 @@ def test_a_loader_process_that_dies_is_named(data, tmp_path, ranks):
         worker.kill()
         status, _, errors = process.end()
     assert status == 1
-    assert f'error: DataLoader worker (pid {worker.pid}) is killed by signal: Killed' in errors
+    # torch notices by the signal, by a wait that lasts, or by a connection that is gone.
+    assert re.search(rf'error: DataLoader worker \(pid(\(s\))? {worker.pid}\) ', errors)
     assert 'lower -j or -b' in errors and 'Traceback' not in errors and errors.count('\n') == 1
 
 
