@@ -14,6 +14,7 @@ from test_cli import fails
 
 from timm_multilabel.cli import compare
 from timm_multilabel.cli.main import run_command
+from timm_multilabel.cli.stored import made_from
 from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.labels import LabelSet, LabelSpace, Quantity, TagSet
 from timm_multilabel.reports.experiments import (
@@ -62,7 +63,8 @@ def make_run(trained, tmp_path):
         Predictions(
             SPACE, np.array([f'{data}/{split}.csv row {number}' for number in range(2, 8)]),
             np.array([str(data / image) for image in rows['image_path']]), targets.astype(np.float32), outputs,
-            np.zeros((6, 2), np.float32)).save(run / f'predictions-{split}.npz')
+            np.zeros((6, 2), np.float32), made_from(run / 'model_best.pth.tar', data / f'{split}.csv')).save(
+            run / f'predictions-{split}.npz')
         return run
 
     return make
@@ -102,13 +104,13 @@ def test_table_of_two_groups(four_runs, tmp_path, capsys):
     assert shown.columns.tolist() == [
         'runs', 'seed', '--lr', 'best epoch', 'epochs', 'val color top1', 'val shape top1', 'val top1 (mean)']
     assert shown.to_numpy().tolist() == [
-        ['a0', '0', '0.1', '0', '1', '100.00', '50.00', '75.00'],
-        ['a1', '1', '0.1', '0', '1', '66.67', '33.33', '50.00'],
-        ['a0, a1', '0, 1', '0.1', '0, 0', '1, 1', '83.33 ± 23.57', '41.67 ± 11.79', '62.50 ± 17.68'],
-        ['b0', '0', '0.2', '0', '1', '33.33', '66.67', '50.00'],
-        ['b1', '1', '0.2', '0', '1', '33.33', '50.00', '41.67'],
-        ['b0, b1', '0, 1', '0.2', '0, 0', '1, 1', '33.33 ± 0.00', '58.33 ± 11.79', '45.83 ± 5.89']]
-    assert '**a0, a1**' in printed and 'Against a0, a1:' in printed and 'on 6 images of val;' in printed
+        ['a0', '0', '0.1', '1', '1', '100.00', '50.00', '75.00'],
+        ['a1', '1', '0.1', '1', '1', '66.67', '33.33', '50.00'],
+        ['a0, a1', '0, 1', '0.1', '1, 1', '1, 1', '83.33 ± 23.57', '41.67 ± 11.79', '62.50 ± 17.68'],
+        ['b0', '0', '0.2', '1', '1', '33.33', '66.67', '50.00'],
+        ['b1', '1', '0.2', '1', '1', '33.33', '50.00', '41.67'],
+        ['b0, b1', '0, 1', '0.2', '1, 1', '1, 1', '33.33 ± 0.00', '58.33 ± 11.79', '45.83 ± 5.89']]
+    assert '**a0, a1**' in printed and 'Against a0, a1:' in printed and 'on 6 images of val. ' in printed
 
     written = pd.read_csv(tmp_path / 'new' / 'out' / 'experiments.csv')
     groups = written[written['runs'].isin(['a0, a1', 'b0, b1'])].reset_index()
@@ -152,7 +154,7 @@ def test_another_baseline_and_a_test_split(four_runs, make_run, capsys):
 def test_one_run_has_its_row_and_no_comparison(make_run, capsys):
     compare_runs(make_run('only', **RIGHT['a1']))
     printed = capsys.readouterr().out
-    assert table(printed).to_numpy().tolist() == [['only', '42', '0', '1', '66.67', '33.33', '50.00']]
+    assert table(printed).to_numpy().tolist() == [['only', '42', '1', '1', '66.67', '33.33', '50.00']]
     assert 'Against' not in printed and 'bootstrap' not in printed
 
 
@@ -174,7 +176,7 @@ def test_figures_are_those_of_training(tmp_path, data_dir, capsys):
                               ('top1 (mean)', 'eval_top1')):
             for split in ('val', 'test'):
                 assert float(first[f'{split} {title}'][row]) == pytest.approx(best[figure], abs=0.0051)
-        assert int(first['best epoch'][row]) == best['epoch'] and first['epochs'][row] == '2'
+        assert int(first['best epoch'][row]) == best['epoch'] + 1 and first['epochs'][row] == '2'
     compare_runs(*runs)  # from what is stored
     assert table(capsys.readouterr().out).equals(first)
 
@@ -352,16 +354,16 @@ def test_other_label_spaces(make_run, capsys):
             ('size', ('disc', 'ring'), 'not compared and not in the mean: shape, size\n')):
         space = LabelSpace((SPACE.heads[0], LabelSet(name, classes)))
         Predictions(space, stored.rows, stored.images, stored.targets, {
-            'color': stored.outputs['color'], name: np.zeros((6, len(classes)), np.float32)}, stored.features).save(
-            b / 'predictions-val.npz')
+            'color': stored.outputs['color'], name: np.zeros((6, len(classes)), np.float32)}, stored.features,
+            stored.made_from).save(b / 'predictions-val.npz')
         compare_runs(a, b)
         printed = capsys.readouterr().out
         assert line in printed and re.search(r'\| b +\| val color top1 \| -66.67 ', printed)
         assert '(mean)' not in printed
     space = LabelSpace((LabelSet('size', ('s',)), LabelSet('shape', ('disc', 'ring', 'star'))))
     Predictions(space, stored.rows, stored.images, stored.targets * 0, {
-        'size': np.ones((6, 1), np.float32), 'shape': np.ones((6, 3), np.float32)}, stored.features).save(
-        b / 'predictions-val.npz')
+        'size': np.ones((6, 1), np.float32), 'shape': np.ones((6, 3), np.float32)}, stored.features,
+        stored.made_from).save(b / 'predictions-val.npz')
     assert 'val: the runs (a, b) share no head of the same classes' in fails(capsys, compare, [a, b])
 
 

@@ -190,7 +190,8 @@ def test_knn_bad_input(trained, tmp_path, capsys):
     words = [data, '--checkpoint', trained.simclr, '-j', 0]
     assert 'score its features with --knn 20' in fails(capsys, validate, words)
     assert 'has no heads; leave it out' in fails(capsys, validate, [*words, '--knn', 3, '--confusion'])
-    assert 'would find itself' in fails(capsys, validate, [*words, '--knn', 3, '--split', 'train'])
+    for split in ('train', data / 'train.csv', data / '..' / 'data' / 'train.csv'):
+        assert 'would find itself' in fails(capsys, validate, [*words, '--knn', 3, '--split', split])
     assert '0 is out of range' in fails(capsys, validate, [*words, '--knn', 0])
     (data / 'train.csv').write_text('image_path,color\nimages/0.png,\n')
     assert 'no column has a label' in fails(capsys, validate, [*words, '--knn', 3])
@@ -223,6 +224,9 @@ def test_search_of_an_image_finds_itself(trained, tmp_path, capsys):
     image = trained.images / '5.png'
     assert run(search, tmp_path / 'e.npz', image, '--checkpoint', trained.both, '-k', 1) == 0
     assert capsys.readouterr().out.splitlines()[1].split() == [str(image), '1', '1.0000', str(image)]
+    assert run(search, tmp_path / 'e.npz', 'no.png', image, '--checkpoint', trained.both, '-k', 1) == 1
+    out, errors = capsys.readouterr()
+    assert out.splitlines()[1].split()[0] == str(image) and 'no.png' in errors and '1 of 2 images' in errors
 
 
 def test_contact_sheet(trained, tmp_path, capsys):

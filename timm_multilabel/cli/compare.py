@@ -173,7 +173,7 @@ def _read_run(path: Path, name: str, settings: Mapping[str, object], flags: Mapp
         epochs = len(summary['epoch'])
     except (ValueError, KeyError, IndexError) as error:
         raise UserError(f'{path / "summary.csv"}: cannot be read ({" ".join(str(error).split())})') from error
-    return Run(name, flat_settings(settings, flags), str(settings['seed']), checkpoint.state['epoch'], epochs)
+    return Run(name, flat_settings(settings, flags), str(settings['seed']), checkpoint.state['epoch'] + 1, epochs)
 
 
 def _find_baseline(word: str | None, paths: list[Path], groups: list[list[int]]) -> int:

@@ -1,6 +1,7 @@
 """Find the images of a file of `timm-multilabel embed` that are nearest to query images, as a table or a picture."""
 import argparse
 import io
+import sys
 
 import torch
 
@@ -8,6 +9,7 @@ from timm_multilabel.cli.flags import positive
 from timm_multilabel.cli.images import (
     add_image_flags,
     batches_of,
+    end,
     load_checkpoint_model,
     new_file,
     read_rows,
@@ -56,8 +58,10 @@ def run(args: argparse.Namespace) -> None:
         sheet = new_file(args.sheet, '--sheet', tuple(_PICTURES), args.force)
         sheet_size(len(rows), count)  # which raises where it is too large
     with Progress('Embed queries', batches_of(args, rows), visible=True) as progress:
-        queries, _ = embed_part(
-            loaded, loaded.part(rows), made_by['what'], args.batch_size, workers_of(args), progress)
+        queries, bad = embed_part(
+            loaded, loaded.part(rows, keep_bad=True), made_by['what'], args.batch_size, workers_of(args), progress)
+    for line in bad:
+        print(line, file=sys.stderr)
     if queries.vectors.shape[1] != embeddings.vectors.shape[1]:
         raise UserError(f'{args.embeddings}: its {embeddings.vectors.shape[1]} numbers an image are not what the '
                         'checkpoint makes; embed the images again')
@@ -74,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
         draw_sheet(found).save(picture, format=_PICTURES[sheet.suffix], quality=90)
         write_whole(sheet, picture.getvalue())
         print(printable(f'sheet: {sheet}'))
+    end(len(bad), len(rows))
 
 
 def table_lines(rows: list[SheetRow]) -> list[str]:

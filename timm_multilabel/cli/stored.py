@@ -1,5 +1,6 @@
 """Predictions of a run on a split, kept in its folder: made once, read by reports and comparisons."""
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +55,7 @@ def stored_predictions(
 ) -> Predictions:
     """What a run's best checkpoint says of a split: read from the run folder, or else made and kept there.
 
-    What is kept counts where it is of this split's file, and newer than the file and the checkpoint.
+    What is kept counts where it is of this very checkpoint and this very file, if that is there.
 
     Args:
         run: The run folder.
@@ -72,27 +73,29 @@ def stored_predictions(
     flags = read_run_flags(run)
     folder = Path(data_dir or flags.data_dir)
     model_file = checkpoint or best_checkpoint(run)
-    kept = predictions_path(run, split)
-    if checkpoint is None and _is_fresh(kept, model_file, split_path(folder, split)):
+    kept, table = predictions_path(run, split), split_path(folder, split)
+    now = made_from(model_file, table)  # before they are read, so that what changes meanwhile shows next time
+    if checkpoint is None and kept.is_file():
         found = Predictions.load(kept)
-        if not len(found) or _source(found) == str(split_path(folder, split)):
+        if found.made_from == now or not table.is_file() and found.made_from == (now[0], *found.made_from[1:]) and (
+                found.made_from[1].startswith(f'{now[1]} ')):
             return found
+    if not folder.is_dir():
+        raise UserError(f'{folder}: no such data directory, and it is that of {run}; name it with --data')
     made = _predict(read_checkpoint(model_file), flags, folder, split, device, workers, say, head_module)
     if checkpoint is None:
-        made.save(kept)
+        replace(made, made_from=now).save(kept)
         say(f'predictions: {kept}')
     return made
 
 
-def _is_fresh(kept: Path, *sources: Path) -> bool:
-    """Whether a file is there and no older than those it was made from, as far as these are there."""
-    return kept.is_file() and all(
-        kept.stat().st_mtime >= source.stat().st_mtime for source in sources if source.is_file())
-
-
-def _source(predictions: Predictions) -> str:
-    """The file that the first row is of."""
-    return str(predictions.rows[0]).rpartition(' row ')[0]
+def made_from(checkpoint: Path, table: Path) -> tuple[str, str]:
+    """What tells a checkpoint, wherever it lies, and a table: length and time, and of the table its real path."""
+    state, path = checkpoint.stat(), os.path.realpath(table)
+    if not table.is_file():
+        return f'{state.st_size} {state.st_mtime_ns}', path
+    of_table = table.stat()
+    return f'{state.st_size} {state.st_mtime_ns}', f'{path} {of_table.st_size} {of_table.st_mtime_ns}'
 
 
 def _predict(

@@ -13,12 +13,13 @@ import torch.distributed as dist
 from timm_multilabel.cli.device import choose_precision, loader_workers, start_device
 from timm_multilabel.cli.flags import count, positive, separator
 from timm_multilabel.cli.knn import KNN_FIGURE, knn_figures, with_heads_of_data
-from timm_multilabel.cli.splits import Splits, read_stored
+from timm_multilabel.cli.splits import Splits, read_stored, split_path
 from timm_multilabel.data.images import FilePhotos
 from timm_multilabel.data.streams import StreamedRows, StreamedTable, encode
 from timm_multilabel.data.table import Rows, Table, describe_unknown, unknown_labels
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
+from timm_multilabel.escaping import spreadsheet_text
 from timm_multilabel.files import write_whole
 from timm_multilabel.heads import Head, load_kinds
 from timm_multilabel.labels import LabelSet, missing_row
@@ -27,7 +28,6 @@ from timm_multilabel.loading.loaders import create_eval_loader
 from timm_multilabel.loading.streaming import StreamedBatches, create_stream_loader
 from timm_multilabel.metrics import MEANS, MultiLabelEvaluator, class_metrics, mean_over_heads
 from timm_multilabel.reports.confusion import confusion_stems, write_confusion
-from timm_multilabel.reports.escaping import spreadsheet_text
 from timm_multilabel.task import resolve_head_weights
 from timm_multilabel.training.checkpoint import Checkpoint, load_model, read_checkpoint
 from timm_multilabel.training.loop import evaluate
@@ -186,7 +186,8 @@ def read_bank(args: argparse.Namespace, checkpoint: Checkpoint, say) -> Rows | S
     Raises:
         UserError: They cannot be read, are those to score, or no head has classes to vote for.
     """
-    if args.split == 'train':
+    folder = Path(args.data_dir)
+    if split_path(folder, args.split).resolve() == split_path(folder, 'train').resolve():
         raise UserError('--knn: each row of train would find itself; score another split')
     if not any(isinstance(labels, LabelSet) for labels in checkpoint.label_space.heads):
         raise UserError(f'--knn: no head of {checkpoint.path} has classes to vote for; leave it out')

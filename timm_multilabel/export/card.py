@@ -5,9 +5,9 @@ import io
 from huggingface_hub import ModelCardData
 
 from timm_multilabel.errors import UserError
+from timm_multilabel.escaping import markdown_text
 from timm_multilabel.export.exportable import Exportable
 from timm_multilabel.labels import Quantity
-from timm_multilabel.reports.escaping import markdown_text
 
 _USAGE = '''```python
 import torch

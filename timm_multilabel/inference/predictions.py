@@ -1,6 +1,7 @@
 """What a model says of each row of a split, kept in a file, so that reports and comparisons need no second pass."""
 import io
 import json
+import os
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,11 +25,12 @@ class Predictions:
     Args:
         label_space: The heads.
         rows: Each row as messages name it, such as "val.csv row 17" (N,).
-        images: The image files (N,).
+        images: The image files, by their real paths (N,).
         targets: Labels, as `LabelSpace.split` takes them (N, W).
         outputs: By head what `Head.probabilities` gives: of classes (N, C), of tags (N, C), or a standardised number
             (N, 1); float32.
         features: Pooled features of the backbone (N, F), float32.
+        made_from: What tells the checkpoint and the table that they were made from; who keeps them compares it.
     """
     label_space: LabelSpace
     rows: np.ndarray
@@ -36,6 +38,7 @@ class Predictions:
     targets: np.ndarray
     outputs: dict[str, np.ndarray]
     features: np.ndarray
+    made_from: tuple[str, str] = ('', '')
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -50,6 +53,7 @@ class Predictions:
         arrays = {name: getattr(self, name) for name in ('rows', 'images', 'targets', 'features')}
         # By number, since a head may be called anything.
         arrays |= {f'output_{number}': self.outputs[name] for number, name in enumerate(self.label_space.names)}
+        arrays['made_from'] = np.array(self.made_from)
         written = io.BytesIO()
         np.savez_compressed(written, label_space=np.array(json.dumps(self.label_space.to_dict())), **arrays)
         write_whole(path, written.getvalue())
@@ -66,7 +70,7 @@ class Predictions:
                 label_space = LabelSpace.from_dict(json.loads(str(stored['label_space'])))
                 outputs = {name: stored[f'output_{number}'] for number, name in enumerate(label_space.names)}
                 return cls(label_space, *(stored[name] for name in ('rows', 'images', 'targets')), outputs,
-                           stored['features'])
+                           stored['features'], tuple(stored['made_from'].tolist()))
         except (OSError, ValueError, KeyError, EOFError, RecursionError, zipfile.BadZipFile) as error:
             raise UserError(f'{path}: cannot be read as stored predictions ({error}); remove it to have them made '
                             'again') from error
@@ -101,7 +105,7 @@ def predict_rows(
     return Predictions(
         model.label_space,
         np.array([rows.where(index) for index in range(len(rows))]),
-        np.array([str(image) for image in rows.images]),
+        np.array([os.path.realpath(image) for image in rows.images]),
         rows.targets.numpy().astype(np.float32),
         {name: torch.cat(parts).numpy() for name, parts in outputs.items()},
         torch.cat(features).numpy(),

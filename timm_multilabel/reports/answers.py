@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from timm_multilabel.errors import UserError, printable
+from timm_multilabel.escaping import spreadsheet_text
 from timm_multilabel.inference.answers import Answer, Guess
 from timm_multilabel.labels import TAG_SEPARATOR, LabelSet, LabelSpace, Quantity
-from timm_multilabel.reports.escaping import spreadsheet_text
 
 
 def csv_columns(label_space: LabelSpace, top_k: int) -> list[str]:

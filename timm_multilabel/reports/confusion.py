@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from timm_multilabel.escaping import spreadsheet_text
 from timm_multilabel.files import write_whole
 from timm_multilabel.labels import Labels, LabelSet, Quantity, TagSet
-from timm_multilabel.reports.escaping import spreadsheet_text
 
 READABLE = 20
 """Classes of which a matrix is legible."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from timm_multilabel.escaping import spreadsheet_text
 from timm_multilabel.reports.bootstrap import LEVEL, RESAMPLES
-from timm_multilabel.reports.escaping import spreadsheet_text
 from timm_multilabel.reports.experiments import MEAN, SURE, Run, differing_settings
 from timm_multilabel.reports.tables import html_table, markdown_table, markdown_text
 
@@ -152,7 +152,7 @@ def _notes(experiments: Experiments) -> list[str]:
     figures = {figure for split in experiments.splits for _, figure in split.figures.columns}
     images = ', '.join(f'{split.images} images of {split.name}' for split in experiments.splits)
     notes = [
-        f'Figures are of the best checkpoint of each run, on {images}; epochs count from 0, as in summary.csv. An '
+        f'Figures are of the best checkpoint of each run, on {images}. An '
         'empty setting was not given.']
     words = {
         'top1': "top1: accuracy in percent; its mean is the plain one over the heads, whatever their weights.",

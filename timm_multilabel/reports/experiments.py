@@ -15,7 +15,7 @@ from timm_multilabel.reports.bootstrap import describe_difference, holm, resampl
 
 WHEREABOUTS = (
     'seed', 'output', 'experiment', 'resume', 'workers', 'device', 'cache', 'cache_dir', 'validation_batch_size',
-    'checkpoint_steps', 'checkpoint_hist', 'log_interval')
+    'checkpoint_steps', 'checkpoint_hist', 'log_interval', 'log_tensorboard', 'log_wandb')
 """Settings of a run that are not of its experiment: runs that differ in nothing else form a group."""
 
 MEAN = ''
@@ -39,7 +39,7 @@ class Run:
         name: As the tables call it.
         settings: Flags and values as texts, as `flat_settings` gives them.
         seed: Its seed.
-        best_epoch: That of its best checkpoint, as summary.csv counts.
+        best_epoch: That of its best checkpoint, from 1.
         epochs: Epochs that it has finished, of its last phase.
     """
     name: str
@@ -71,7 +71,7 @@ class Answers:
                 said[name] = said[name].argmax(axis=1)
             elif isinstance(head, Quantity):
                 said[name] = said[name][:, 0]
-        images = np.array([os.path.abspath(image) for image in predictions.images])
+        images = np.array([os.path.realpath(image) for image in predictions.images])
         return cls(images, labels, {name: predictions.target(name) for name in labels}, said)
 
     def select(self, rows: np.ndarray) -> 'Answers':
@@ -121,6 +121,8 @@ def flat_settings(
         name = f'{prefix}{flags.get(key, f"--{key}")}'
         if key in WHEREABOUTS or key == 'name' and prefix:
             continue
+        if key == 'data_dir':
+            value = os.path.realpath(value)  # however it was spelt
         if key == 'phases':
             flat[key] = ' '.join(phase['name'] for phase in value)
             for phase in value:
