@@ -171,6 +171,8 @@ class Loaders:
                     part.skip_bad(stand_in=missing_row(task.label_space))
                 parts.append(part)
                 self.eval = create_eval_loader(part, size, device=device, workers=self.workers, **shared)
+            if cache and not streamed[1]:
+                self.eval.loader.start()
             if on_device is not None:
                 self.eval = DeviceEvalLoader(self.eval, shared['mean'], shared['std'])
         self.bad = BadImages(parts) if args.skip_bad_images else None

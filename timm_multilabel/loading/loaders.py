@@ -202,6 +202,15 @@ def _data_loader(
 class WatchedLoader(DataLoader):
     """torch's loader, which names a process that died also where it notices that by a broken connection."""
 
+    def start(self) -> None:
+        """Start the processes now, with the first batches that a pass in order has.
+
+        Those of the evaluation would else be forked in the middle of training, and a process that is forked at the
+        moment in which a thread of torch's takes a lock of Python's hangs.
+        """
+        if self.num_workers:
+            super().__iter__()
+
     def __iter__(self) -> Iterator[Any]:
         batches = super().__iter__()
         processes = active_children()
