@@ -174,7 +174,9 @@ def test_a_loader_process_that_dies_is_named(data, tmp_path, ranks):
     with Process(command(data, tmp_path, ranks=ranks)) as process:
         process.wait_for('run/recovery-*', tmp_path)
         trainer = process.trainers()[1] if ranks else psutil.Process(process.process.pid)
-        worker, = (each for each in trainer.children() if 'resource_tracker' not in ' '.join(each.cmdline()))
+        # The last one is that of the training; that of the evaluation was started before.
+        worker = max((each for each in trainer.children() if 'resource_tracker' not in ' '.join(each.cmdline())),
+                     key=psutil.Process.create_time)
         worker.kill()
         status, _, errors = process.end()
     assert status == 1
