@@ -93,7 +93,7 @@ def test_kinds_train_resume_and_are_validated(data, module, tmp_path, capsys):
     assert "there is no loss 'ordinal' (there are: softmax, arcface, tags, numeric); --head-module" in (
         capsys.readouterr().err)
 
-    run_command(train, 'train.py', [str(data), *flags, '--epochs', '2', '--experiment', 'part', '--limit-steps', '4'])
+    run_command(train, 'train.py', [str(data), *flags, '--epochs', '2', '--experiment', 'part', '--epoch-steps', '4'])
     part = tmp_path / 'part'
     (part / 'last.pth.tar').unlink()
     (part / 'checkpoint-0.pth.tar').rename(part / 'last.pth.tar')

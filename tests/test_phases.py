@@ -121,7 +121,7 @@ def test_a_killed_run_resumes_in_its_phase_to_the_same_result(recipe, tmp_path, 
 
 
 def test_args_yaml_of_phases_repeats_the_run(recipe, tmp_path):
-    go('-c', recipe, '--limit-steps', '1')
+    go('-c', recipe, '--epoch-steps', '1')
     saved = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())
     assert [phase['name'] for phase in saved['phases']] == ['pretrain', 'joint', 'heads'] and saved['img_size'] == 32
     go('-c', tmp_path / 'run' / 'args.yaml', '--experiment', 'again')
@@ -194,7 +194,7 @@ def test_another_model_in_a_later_phase_shows_before_the_first_is_trained(recipe
 
 
 def test_a_refused_resume_changes_nothing(recipe, tmp_path, capsys):
-    go('-c', recipe, '--limit-steps', '1')
+    go('-c', recipe, '--epoch-steps', '1')
     folder = tmp_path / 'run'
     before = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
     plain = [tmp_path / 'data', '--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0', '--device', 'cpu']
@@ -216,7 +216,7 @@ def test_a_refused_resume_changes_nothing(recipe, tmp_path, capsys):
 
 
 def test_a_checkpoint_of_a_phase_that_was_moved_is_refused(recipe, tmp_path, capsys):
-    go('-c', recipe, '--limit-steps', '1')
+    go('-c', recipe, '--epoch-steps', '1')
     (tmp_path / 'x').mkdir()
     (tmp_path / 'run' / '1-pretrain' / 'last.pth.tar').rename(tmp_path / 'x' / 'last.pth.tar')
     assert "phase 'pretrain' that lies elsewhere than its run put it; put it back into the folder 1-pretrain" in line(
@@ -229,7 +229,7 @@ def test_what_a_recipe_says_of_heads_for_all_phases_survives_args_yaml(recipe, t
                 'head': {'shape': {'loss': 'arcface'}}, 'eval_metric': 'color_top1', 'unlabelled': 'pool'}
     settings['phases'] = [{'name': 'a', 'wlc': 0, 'epochs': 1}, {'name': 'b', 'epochs': 1, 'aa': None}]
     recipe.write_text(yaml.safe_dump(settings))
-    go('-c', recipe, '--limit-steps', '1', '--lr', '0.07')
+    go('-c', recipe, '--epoch-steps', '1', '--lr', '0.07')
     saved = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())
     assert saved['phases'] == [{'name': 'a', 'classification_loss_weight': 0.0, 'epochs': 1},
                                {'name': 'b', 'epochs': 1, 'aa': None}] and saved['lr'] == 0.07
@@ -241,7 +241,7 @@ def test_resume_by_a_bare_file_name_and_phases_called_like_numbers(recipe, tmp_p
     settings = yaml.safe_load(recipe.read_text())
     settings['phases'] = [{**phase, 'name': name} for phase, name in zip(settings['phases'], ('01', '1e5', 'NA'))]
     recipe.write_text(yaml.safe_dump(settings))
-    go('-c', recipe, '--limit-steps', '1')
+    go('-c', recipe, '--epoch-steps', '1')
     monkeypatch.chdir(tmp_path / 'run' / '2-1e5')
     go('-c', '../args.yaml', '--resume', 'last.pth.tar')
     assert {path.name for path in Path('.').iterdir()} == {
@@ -254,7 +254,7 @@ def test_images_that_are_scored_stay_out_of_the_pool_and_simclr_alone_takes_both
     data = tmp_path / 'data'
     (data / 'val.csv').rename(data / 'test.csv')
     (data / 'val.csv').write_text('image_path,color,shape\nimages/7.png,red,disc\nimages/0.png,blue,ring\n')
-    go('-c', recipe, '--unlabelled', 'images', '--limit-steps', '1', '-b', '2', '--unlabelled-batch-size', '1')
+    go('-c', recipe, '--unlabelled', 'images', '--epoch-steps', '1', '-b', '2', '--unlabelled-batch-size', '1')
     out = capsys.readouterr().out
     # 14 images: 8 of train.csv, one of them without label; 6 of test.csv; two of val.csv, which train.csv has too.
     assert '8 images to train on, 1 x cpu, 2 epochs of 1 steps' in out
@@ -312,7 +312,7 @@ def test_the_recipe_of_the_main_job_is_its_command():
 def test_the_recipe_for_the_sample_data(tmp_path):
     write_sample(tmp_path / 'sample', train=160, val=20, test=4, unlabelled=60, size=32)
     go(tmp_path / 'sample', '-c', RECIPES / 'sample.yaml', '--output', tmp_path, '--experiment', 'run', '-j', '0',
-       '--device', 'cpu', '--limit-steps', '2', '-b', '16', '--unlabelled-batch-size', '8')
+       '--device', 'cpu', '--epoch-steps', '2', '-b', '16', '--unlabelled-batch-size', '8')
     summary = pd.read_csv(tmp_path / 'run' / 'summary.csv')
     assert summary['phase'].tolist() == ['simclr'] * 2 + ['joint'] * 3 + ['heads']
     assert summary['eval_top1'].notna().sum() == 4 and (tmp_path / 'run' / 'model_best.pth.tar').is_file()

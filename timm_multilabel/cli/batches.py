@@ -35,6 +35,11 @@ def which_views(args: argparse.Namespace) -> str:
     return args.views or ('simclr' if args.simclr_loss_weight and not args.aa else 'timm')
 
 
+def weak_first(args: argparse.Namespace) -> bool:
+    """Whether the first view of a pair is a weak one."""
+    return bool(args.weak_first_view or args.pseudo_label_weight)
+
+
 def view_recipe(args: argparse.Namespace, data_config: dict[str, Any]) -> ViewRecipe:
     """SimCLR's recipe, with what the flags say otherwise."""
     jitter = args.color_jitter
@@ -139,7 +144,7 @@ class Loaders:
             're_prob': args.reprob,
             're_mode': args.remode,
             're_count': args.recount,
-            're_num_splits': 2 if args.pseudo_label_weight else 0,  # the first, weak views stay whole
+            're_num_splits': 2 if weak_first(args) else 0,  # the first, weak views stay whole
         }
         streamed = [isinstance(rows, StreamedRows) for rows in (data.train_rows, data.eval_rows)]
         if args.cache and any(streamed):
@@ -187,9 +192,10 @@ class Loaders:
             of_train: dict[str, Any],
     ) -> tuple[list[Part], list[DevicePart] | None]:
         """Make the training batches of image files; their parts, and those on the device, if they are there."""
-        sets = [(data.train_rows, train_views(self.args, data_config, task.views), data.batch_size)]
+        views = train_views(self.args, data_config, task.views, weak_first=self.args.weak_first_view)
+        sets = [(data.train_rows, views, data.batch_size)]
         if data.pool_rows is not None:
-            views = train_views(self.args, data_config, task.views, weak_first=bool(self.args.pseudo_label_weight))
+            views = train_views(self.args, data_config, task.views, weak_first=weak_first(self.args))
             sets.append((data.pool_rows, views, data.pool_batch_size))
         sizes = [size for _, _, size in sets]
         photos = [self._open(rows, views, 'ram' if kind == 'device' else kind) for rows, views, _ in sets]

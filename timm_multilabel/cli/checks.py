@@ -115,6 +115,8 @@ def _check_idle(args: argparse.Namespace, pool: bool) -> None:
         'epoch_by': args.epoch_by != 'larger' and (without_heads or not pool and 'there are no unlabelled batches'),
         'entropy_ramp_up': args.entropy_ramp_up and not (args.entropy_weight or args.marginal_entropy_weight)
         and 'there is no entropy weight to ramp up',
+        'weak_first_view': args.weak_first_view and not (args.simclr_loss_weight or args.pseudo_label_weight)
+        and 'there is one view an image',
         'cache_dir': args.cache_dir != '~/.cache/timm-multilabel' and args.cache != 'disk'
         and 'there is no --cache disk',
         'pseudo_label_threshold': args.pseudo_label_threshold != 0.95 and not args.pseudo_label_weight

@@ -8,6 +8,7 @@ from timm_multilabel.cli import head_options
 from timm_multilabel.cli.splits import Splits, read_stored, split_path, stored_heads
 from timm_multilabel.data.pool import (
     join_rows,
+    keep_labels,
     real_paths,
     rows_of_folder,
     rows_of_table,
@@ -110,6 +111,8 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
     train_rows = encode(train, label_space, way_out=f'{way_out}, or mend them')
     eval_rows = encode(val, label_space, args.unknown_labels == 'ignore')
     splits.save(label_space if streamed and args.heads is None else None)
+    if args.labelled_rows:
+        train_rows = _hide_labels(args, train_rows, label_space, say)
     pool_rows, pool_batch_size = None, 0
     if wants_pool(args):
         train_rows, pool_rows = split_labelled(train_rows, label_space)
@@ -117,6 +120,8 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
             raise UserError(f'{train.path}: no row has a label; pass -wlc 0 for SimCLR alone')
         pool_rows = _find_pool(args, folder, label_space, pool_rows, train_rows, say)
         pool_batch_size = args.unlabelled_batch_size or args.batch_size
+    elif args.labelled_rows:
+        train_rows, _ = split_labelled(train_rows, label_space)
     elif not args.simclr_loss_weight and not streamed:
         train_rows, without = split_labelled(train_rows, label_space)
         if len(without) or args.unlabelled:
@@ -124,6 +129,27 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
                 'labels: left out')
     steps = _count_steps(args, train_rows, args.batch_size, pool_rows, pool_batch_size)
     return Data(label_space, kinds, head, train_rows, pool_rows, eval_rows, args.batch_size, pool_batch_size, steps)
+
+
+def _hide_labels(
+        args: argparse.Namespace,
+        rows: Rows | StreamedRows,
+        label_space: LabelSpace,
+        say: Callable[[str], None],
+) -> Rows:
+    """The labels of `--labelled-rows` rows alone.
+
+    Raises:
+        UserError: There are not so many, or they are in shards.
+    """
+    if isinstance(rows, StreamedRows):
+        raise UserError(f'--labelled-rows {args.labelled_rows}: {rows.source} are shards; train on a CSV')
+    labelled = int(label_space.labelled(rows.targets).any(dim=1).sum())
+    if labelled < args.labelled_rows:
+        raise UserError(f'--labelled-rows {args.labelled_rows}: {rows.source} has {labelled} rows with labels; ask for '
+                        'as many at most')
+    say(f'{rows.source}: the labels of {args.labelled_rows} of {labelled} rows, drawn by --seed {args.seed}')
+    return keep_labels(rows, label_space, args.labelled_rows, args.seed)
 
 
 def _without_heads(
@@ -253,4 +279,4 @@ def _count_steps(
                 f'{pool.source}: {len(pool)} unlabelled images do not fill a batch of {pool_batch_size} on each of '
                 f'{ranks} processes; lower --unlabelled-batch-size')
         steps = {'labelled': labelled, 'unlabelled': unlabelled, 'larger': max(labelled, unlabelled)}[args.epoch_by]
-    return steps if args.limit_steps is None else min(steps, args.limit_steps)
+    return args.epoch_steps or steps

@@ -145,7 +145,7 @@ def parse_with_config(parser: Parser, argv: list[str]) -> argparse.Namespace:
     path = finder.parse_known_args(argv)[0].config
     if path is None or not any(action.dest == 'config' for action in parser._actions):
         return parser.parse_args(argv)
-    settings = _read_yaml(Path(path))
+    settings = read_yaml(Path(path))
     recipe = 'phases' in settings and parser.get_default('phases') is not None
     phases = settings.pop('phases') if recipe else None
     args = _parse_over(parser, argv, path, settings)
@@ -188,7 +188,12 @@ def _parse_over(parser: Parser, argv: list[str], where: str, settings: dict[Any,
     return args
 
 
-def _read_yaml(path: Path) -> dict[Any, Any]:
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """A YAML file of flags, or of what else is a mapping.
+
+    Raises:
+        UserError: It cannot be read, or is no mapping.
+    """
     try:
         settings = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:

@@ -7,13 +7,26 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from types import ModuleType
 
-from timm_multilabel.cli import check, compare, embed, export, predict, report, sample, search, split, train, validate
+from timm_multilabel.cli import (
+    check,
+    compare,
+    embed,
+    export,
+    grid,
+    predict,
+    report,
+    sample,
+    search,
+    split,
+    train,
+    validate,
+)
 from timm_multilabel.cli.flags import Parser, parse_with_config
 from timm_multilabel.cli.output import patient_streams
 from timm_multilabel.errors import UserError
 from timm_multilabel.training.signals import Stopped, exit_when_stopped
 
-COMMANDS = (train, validate, predict, embed, search, export, report, compare, sample, split, check)
+COMMANDS = (train, validate, predict, embed, search, export, report, compare, grid, sample, split, check)
 
 
 def main() -> None:

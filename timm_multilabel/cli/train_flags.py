@@ -101,6 +101,9 @@ def _add_loss(group) -> None:
 def _add_pool(group) -> None:
     group.add_argument('--unlabelled', metavar='SOURCE',
                        help='a CSV, a folder, or the name of a split; rows without any label join it')
+    group.add_argument('--labelled-rows', type=positive, metavar='N',
+                       help='what would fewer labels do? Use those of N rows, drawn by --seed; the others join the '
+                            'unlabelled images, where batches have some, and are else left out')
     group.add_argument('--unlabelled-batch-size', type=positive, metavar='N',
                        help='unlabelled images a GPU and step (default: as -b; with -wlc 0: none beside -b)')
     group.add_argument('--epoch-by', choices=('larger', 'labelled', 'unlabelled'), default='larger',
@@ -120,6 +123,8 @@ def _add_views(group) -> None:
     group.add_argument('--views', choices=('simclr', 'simclr-exact', 'timm'),
                        help="SimCLR's crop, flip, jitter, greyscale and blur, made fast; the same by the textbook; or "
                             "timm's transforms (default: simclr with SimCLR and without --aa, else timm)")
+    group.add_argument('--weak-first-view', action=_SWITCH, default=False,
+                       help='make the first view of a pair a weak one (flip, slight crop), as with pseudo-labels')
     group.add_argument('--scale', type=above_0, nargs=2, default=[0.08, 1.0], metavar='X', help='crop area range')
     group.add_argument('--ratio', type=above_0, nargs=2, default=[3 / 4, 4 / 3], metavar='X',
                        help='crop aspect range (default: 3/4 4/3)')
@@ -221,4 +226,5 @@ def _add_run(group) -> None:
     group.add_argument('--log-wandb', action=_SWITCH, default=False,
                        help="tell the figures to Weights & Biases (needs the extra 'wandb'; WANDB_MODE=offline keeps "
                             'them in the run folder)')
-    group.add_argument('--limit-steps', type=positive, metavar='N', help='end each epoch after N steps')
+    group.add_argument('--epoch-steps', type=positive, metavar='N',
+                       help='steps of an epoch (default: one pass over the images)')

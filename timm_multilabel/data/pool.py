@@ -1,6 +1,7 @@
 """The unlabelled images: from a CSV, a folder, or rows of the training table that have no label."""
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,24 @@ def split_labelled(rows: Rows, label_space: LabelSpace) -> tuple[Rows, Rows]:
     """The rows that have a label, and those that have none."""
     labelled = label_space.labelled(rows.targets).any(dim=1).numpy()
     return rows.select(labelled), rows.select(~labelled)
+
+
+def keep_labels(rows: Rows, label_space: LabelSpace, count: int, seed: int) -> Rows:
+    """The same rows, of which so many keep their labels, to measure what fewer labels would do.
+
+    Fewer rows are a part of more ones, of the same seed.
+
+    Args:
+        rows: At least `count` of them have a label.
+        label_space: Of their labels.
+        count: Rows that keep their labels.
+        seed: Of the draw.
+    """
+    labelled = label_space.labelled(rows.targets).any(dim=1).nonzero()[:, 0].numpy()
+    kept = np.random.default_rng(seed).permutation(labelled)[:count]
+    targets = missing_targets(label_space, len(rows)).clone()
+    targets[kept] = rows.targets[kept]
+    return replace(rows, targets=targets)
 
 
 def join_rows(parts: list[Rows], label_space: LabelSpace) -> Rows:

@@ -1,0 +1,183 @@
+"""An experiment's results: Markdown tables and a picture, made of the two CSVs alone."""
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from timm_multilabel.reports.bootstrap import LEVEL, RESAMPLES
+from timm_multilabel.reports.experiments import SURE
+from timm_multilabel.reports.tables import markdown_table, markdown_text
+
+MEAN = 'mean'
+"""The column of the plain mean over heads."""
+
+_COLORS = ('#000000', '#4477aa', '#66ccee', '#228833', '#ccbb44', '#ee6677', '#aa3377', '#bbbbbb')
+
+
+@dataclass(frozen=True)
+class GridResults:
+    """What came of an experiment.
+
+    Args:
+        title: What it is called.
+        about: What it asks.
+        axis: The column of what varies, or None.
+        runs: A row a run: 'setting', the axis, 'seed', a column a head of its top-1 in percent, 'mean', 'minutes',
+            'cpu_minutes' (its own and those of what it started from), and where it ran.
+        differences: A row a comparison with the first setting: the axis, 'setting', 'head', 'difference', 'low',
+            'high', 'p', 'holm'.
+        heads: The names of the heads.
+    """
+    title: str
+    about: str
+    axis: str | None
+    runs: pd.DataFrame
+    differences: pd.DataFrame
+    heads: Sequence[str]
+
+    @property
+    def settings(self) -> list[str]:
+        """The settings in their order."""
+        return list(dict.fromkeys(self.runs['setting']))
+
+    @property
+    def values(self) -> list:
+        """The values of what varies."""
+        return [] if self.axis is None else list(dict.fromkeys(self.runs[self.axis]))
+
+    def of(self, setting: str, value: object = None) -> pd.DataFrame:
+        """The runs of a setting, with a value where something varies, by seed."""
+        found = self.runs[self.runs['setting'] == setting]
+        return (found if self.axis is None or value is None else found[found[self.axis] == value]).sort_values('seed')
+
+    def by_seed(self, setting: str, value: object, head: str) -> np.ndarray:
+        """The differences of a setting to the first one, seed by seed."""
+        ours, base = (self.of(name, value).set_index('seed')[head] for name in (setting, self.settings[0]))
+        return (ours - base).dropna().to_numpy()
+
+
+def grid_markdown(results: GridResults) -> str:
+    """The tables."""
+    parts = [f'# {markdown_text(results.title)}', results.about.strip()]
+    figures = [MEAN, *results.heads]
+    if results.axis is None:
+        parts += ['Top-1 on the validation split, mean ± standard deviation over seeds:',
+                  markdown_table(_figures(results, figures))]
+    else:
+        for figure in figures:
+            what = 'mean over heads' if figure == MEAN else markdown_text(figure)
+            parts += [f'## Top-1, {what}', markdown_table(_by_value(results, figure))]
+    if len(results.differences):
+        parts += [f'## Against {markdown_text(results.settings[0])}', markdown_table(_differences(results))]
+    seeds = ', '.join(map(str, sorted(set(results.runs['seed']))))
+    parts.append('\n'.join(f'- {note}' for note in [
+        f'Figures: top-1 in percent on the validation split, of the best of the evaluations of a run; mean ± standard '
+        f'deviation (n - 1) over the seeds {seeds}. The mean is the plain one over heads.',
+        f'Differences: paired bootstrap over the images, {RESAMPLES:,} resamples, what an image adds averaged over the '
+        f'seeds first; {100 * LEVEL:.0f} % percentile intervals; Holm corrects p over the settings '
+        '(the mean), or over settings and heads' + (', for each value' if results.axis else '')
+        + f'. A difference holds where that is below {SURE}. *By seed*: the difference of each pair of runs.',
+        'CPU minutes: of all threads of a run, its evaluations and its start from the command line included, and those '
+        'of the run that it started from; the mean over ' + ('seeds and values.' if results.axis else 'seeds.'),
+        _where(results.runs),
+    ]))
+    return '\n\n'.join(part for part in parts if part) + '\n'
+
+
+def _where(runs: pd.DataFrame) -> str:
+    said = [f'{name} {", ".join(dict.fromkeys(runs[name].astype(str)))}' for name in ('commit', 'machine', 'torch')]
+    return f'Made by `{runs["command"].iloc[-1]}`; {"; ".join(said)}.'
+
+
+def _spread(values: pd.Series) -> str:
+    return f'{values.mean():.2f}' + (f' ± {values.std(ddof=1):.2f}' if len(values) > 1 else '')
+
+
+def _minutes(runs: pd.DataFrame) -> str:
+    minutes = runs['cpu_minutes'].dropna()
+    return f'{minutes.mean():.1f}' if len(minutes) else ''
+
+
+def _figures(results: GridResults, figures: Sequence[str]) -> pd.DataFrame:
+    return pd.DataFrame([
+        {'setting': name, **{figure: _spread(results.of(name)[figure]) for figure in figures},
+         'CPU minutes': _minutes(results.of(name))} for name in results.settings])
+
+
+def _by_value(results: GridResults, figure: str) -> pd.DataFrame:
+    return pd.DataFrame([
+        {'setting': name, **{f'{results.axis} {value}': _spread(results.of(name, value)[figure])
+                             for value in results.values}, 'CPU minutes': _minutes(results.of(name))}
+        for name in results.settings])
+
+
+def _differences(results: GridResults) -> pd.DataFrame:
+    made = []
+    for row in results.differences.itertuples(index=False):
+        value = None if results.axis is None else getattr(row, results.axis)
+        seeds = results.by_seed(row.setting, value, row.head)
+        made.append({
+            **({} if value is None else {results.axis: value}),
+            'setting': row.setting,
+            'figure': row.head,
+            'difference': f'{row.difference:+.2f}',
+            f'{100 * LEVEL:.0f} % interval': f'{row.low:+.2f} to {row.high:+.2f}',
+            'by seed': ' '.join(f'{each:+.1f}' for each in seeds),
+            'p (Holm)': f'{row.holm:.4f}',
+            'holds': 'yes' if row.holm < SURE else 'no',
+        })
+    return pd.DataFrame(made)
+
+
+def draw_grid(results: GridResults) -> Figure:
+    """A panel for the mean and one a head: by what varies a line a setting, else a bar; whiskers are one deviation."""
+    figures = [MEAN, *results.heads]
+    height = 3.4 if results.axis else 0.9 + 0.3 * len(results.settings)
+    figure = Figure(figsize=(3.1 * len(figures), height + (0.8 if results.axis else 0)), layout='constrained')
+    panels = figure.subplots(1, len(figures), squeeze=False, sharey=results.axis is None)[0]
+    for panel, name in zip(panels, figures):
+        (_draw_bars if results.axis is None else _draw_lines)(panel, results, name)
+        panel.set_title(('mean over heads' if name == MEAN else name).replace('$', r'\$'), fontsize=10)
+        panel.spines[['top', 'right']].set_visible(False)
+        panel.grid(color='#e5e5e5', linewidth=0.7, axis='x' if results.axis is None else 'both')
+        panel.set_axisbelow(True)
+    if results.axis:
+        panels[0].set_ylabel('top-1, %')
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False, fontsize=9)
+    else:
+        panels[0].invert_yaxis()
+        figure.supxlabel('top-1, %', fontsize=10)
+    return figure
+
+
+def _draw_bars(panel, results: GridResults, figure: str) -> None:
+    for place, name in enumerate(results.settings):
+        values = results.of(name)[figure]
+        panel.errorbar(values.mean(), place, xerr=values.std(ddof=1) if len(values) > 1 else None, fmt='o', capsize=3,
+                       markersize=5, color='#000000' if not place else '#4477aa')
+    base = results.of(results.settings[0])[figure].mean()
+    panel.axvline(base, color='black', linewidth=0.7, linestyle=':')
+    panel.set_yticks(range(len(results.settings)), [name.replace('$', r'\$') for name in results.settings], fontsize=9)
+
+
+def _draw_lines(panel, results: GridResults, figure: str) -> None:
+    numbers = all(isinstance(value, int | float | np.number) for value in results.values)
+    places = np.array(results.values, dtype=float) if numbers else np.arange(len(results.values), dtype=float)
+    logarithmic = numbers and places.min() > 0 and places.max() > 20 * places.min()
+    for order, name in enumerate(results.settings):
+        runs = [results.of(name, value)[figure] for value in results.values]
+        # Apart, so that whiskers do not hide each other.
+        aside = (order - (len(results.settings) - 1) / 2) / len(results.settings)
+        at = places * (1 + 0.12 * aside) if logarithmic else places + 0.1 * aside
+        panel.errorbar(
+            at, [each.mean() for each in runs], yerr=[each.std(ddof=1) if len(each) > 1 else 0 for each in runs],
+            label=name.replace('$', r'\$'), color=_COLORS[order % len(_COLORS)], marker='o', markersize=3.5,
+            linewidth=1.3, capsize=2, linestyle='-' if order < len(_COLORS) else '--')
+    if logarithmic:
+        panel.set_xscale('log')
+    panel.set_xticks(places, [f'{value:,}' if numbers else str(value) for value in results.values])
+    panel.minorticks_off()
+    panel.set_xlabel(str(results.axis).replace('_', ' '))
