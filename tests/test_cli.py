@@ -206,6 +206,7 @@ BAD_POOLS_AND_HEADS = [
     (['--head', '*:columns=color'], 'columns are of one head'),
     (['--heads', 'color', 'color'], "'color' is named twice"),
     (['--head', '{color'], "'{color' is not of the form"),
+    (['-wls', '0', '--weak-first-view'], '--weak-first-view would change nothing: there is one view an image'),
     (['--epoch-by', 'labelled'], '--epoch-by would change nothing: there are no unlabelled batches'),
     (['--pseudo-label-threshold', '0.5'], '--pseudo-label-threshold would change nothing: there is no'),
     (['--head', 'both:loss=arcface,columns=color+shape'], "columns are of tags, and 'arcface' reads classes"),

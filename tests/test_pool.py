@@ -1,5 +1,6 @@
 """Unlabelled images: where they come from, their batches, their terms of the objective."""
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,9 +8,14 @@ import torch
 import torch.nn.functional as F
 from common import run_ranks, tiny_task
 
+from timm_multilabel.cli.batches import Loaders
+from timm_multilabel.cli.data import read_data
+from timm_multilabel.cli.flags import Parser
+from timm_multilabel.cli.train_flags import add_flags
 from timm_multilabel.data.images import FilePhotos
 from timm_multilabel.data.pool import (
     join_rows,
+    keep_labels,
     real_paths,
     rows_of_folder,
     rows_of_table,
@@ -47,6 +53,52 @@ def test_rows_of_a_folder_of_a_table_and_of_the_training_table(data_dir):
     assert joined.where(2) == f'{data_dir}/pool.csv row 3' and joined.where(1) == f'{data_dir}/train.csv row 4'
     assert len(without_images(joined, set(real_paths(labelled.images)))) == 17
     assert joined.targets.stride(0) == 0  # the memory of one row
+
+
+def test_fewer_labels_are_a_part_of_more_and_another_seed_draws_others(data_dir):
+    (data_dir / 'train.csv').write_text('image_path,color,shape\n' + ''.join(
+        f'images/{number}.png,{"red" if number % 2 else ""},\n' for number in range(12)))
+    rows = encode_rows(read_table(data_dir / 'train.csv'), SPACE)
+    kept = {(count, seed): set(np.flatnonzero(SPACE.labelled(keep_labels(rows, SPACE, count, seed).targets).any(dim=1)))
+            for count in (2, 4, 6) for seed in (0, 1)}
+    assert [len(each) for each in kept.values()] == [2, 2, 4, 4, 6, 6]
+    assert kept[2, 0] < kept[4, 0] < kept[6, 0] == kept[6, 1] == {1, 3, 5, 7, 9, 11} and kept[4, 0] != kept[4, 1]
+
+
+@pytest.mark.parametrize('flags, train, pool, steps', [
+    (['-wls', '0'], 8, None, 2),  # the others are left out
+    (['--unlabelled', 'images'], 8, 4, 2),  # or join the pool (of 18 images 8 are labelled, 6 scored)
+    (['--unlabelled', 'images', '-wlc', '0'], 12, None, 3),  # SimCLR alone takes every image
+    (['-wls', '0', '--epoch-steps', '7'], 8, None, 7),  # longer than a pass
+    (['-wls', '0', '--epoch-steps', '1'], 8, None, 1),
+])
+def test_labels_of_some_rows_and_steps_of_an_epoch(data_dir, flags, train, pool, steps):
+    parser = Parser()
+    add_flags(parser)
+    args = parser.parse_args([str(data_dir), '-b', '4', '--unlabelled-batch-size', '2', '--labelled-rows', '8', *flags]
+                             if pool else [str(data_dir), '-b', '4', '--labelled-rows', '8', *flags])
+    data = read_data(args, lambda line: None)
+    assert (len(data.train_rows), data.pool_rows and len(data.pool_rows), data.steps) == (train, pool, steps)
+
+
+def test_the_first_view_of_a_pair_is_a_weak_one_on_demand(data_dir):
+    parser = Parser()
+    add_flags(parser)
+    config = {'input_size': (3, 32, 32), 'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5), 'interpolation': 'bilinear',
+              'crop_pct': 1.0, 'crop_mode': 'center'}
+    for flags, weak in (([], [False, False]), (['--weak-first-view'], [True, False])):
+        args = parser.parse_args([str(data_dir), '-b', '4', '-j', '0', *flags])
+        task = SimpleNamespace(views=2, label_space=SPACE)
+        loaders = Loaders(args, task, read_data(args, print), config, torch.device('cpu'), print)
+        recipes = loaders.train.loader.dataset.parts[0].views.recipes
+        assert [recipe.scale == (0.8, 1.0) and not recipe.jitter_prob for recipe in recipes] == weak
+
+
+def test_more_labels_than_there_are(data_dir):
+    parser = Parser()
+    add_flags(parser)
+    with pytest.raises(UserError, match='--labelled-rows 13: .*train.csv has 12 rows with labels'):
+        read_data(parser.parse_args([str(data_dir), '--labelled-rows', '13']), lambda line: None)
 
 
 def test_a_folder_without_images(tmp_path):

@@ -35,6 +35,7 @@ NAME = 'grid'
 HELP = 'run an experiment of many settings and seeds, and compare them'
 
 RESULTS, DIFFERENCES, TABLES, PICTURE = 'results.csv', 'differences.csv', 'results.md', 'results.png'
+_FILES = (RESULTS, DIFFERENCES, TABLES, PICTURE)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -43,11 +44,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                         help='folder with a grid.yaml; results.csv, differences.csv, results.md and results.png are '
                              'written there once all runs are done')
     parser.add_argument('data_dir', metavar='DIR', help='data directory')
-    parser.add_argument('flags', nargs='*', metavar='-- FLAGS',
-                        help='further flags of training, for all runs, such as -- --cache ram -j 2')
     parser.add_argument('--output', metavar='DIR',
                         help='where run folders go (default: output/grid/<name of EXPERIMENT>)')
     parser.add_argument('--jobs', type=positive, default=1, metavar='N', help='runs at once; they share the cores')
+    parser.add_argument('--split', default='val', metavar='NAME',
+                        help='split that is scored; files of another one are called results-NAME.csv, ...')
+    parser.add_argument('--flags', nargs=argparse.REMAINDER, default=[], metavar='...',
+                        help='all that follows are flags of training, for all runs: --flags --cache ram -j 2')
     parser.add_argument('--tables', action='store_true',
                         help='run nothing: make tables and picture anew, of results.csv and differences.csv')
 
@@ -58,12 +61,11 @@ def run(args: argparse.Namespace) -> None:
     folder = Path(args.experiment)
     grid = read_grid(folder / 'grid.yaml')
     if args.tables:
-        write_tables(folder, read_results(folder, grid))
+        write_tables(folder, args.split, read_results(folder, args.split, grid))
         return
     output = Path(args.output or Path('output/grid') / folder.resolve().name)
     output.mkdir(parents=True, exist_ok=True)
-    further = [word for word in args.flags if word != '--']
-    recipes = {run.name: _write_recipe(grid, run, args, output, further) for run in grid.runs}
+    recipes = {run.name: _write_recipe(grid, run, args, output) for run in grid.runs}
     done = {name for name, (recipe, _) in recipes.items() if _is_done(output / name, recipe)}
     jobs = Jobs(
         [Job(run.name, words, [run.start] if run.start else [])
@@ -79,9 +81,15 @@ def run(args: argparse.Namespace) -> None:
             bar.update()
             bar.write(f'{name}: done in {cost.seconds:.0f} s', file=sys.stderr)
     results = collect(grid, output, args)
-    write_whole(folder / RESULTS, results.runs.to_csv(index=False, float_format='%.6g'))
-    write_whole(folder / DIFFERENCES, results.differences.to_csv(index=False, float_format='%.6g'))
-    write_tables(folder, read_results(folder, grid))
+    for name, table in ((RESULTS, results.runs), (DIFFERENCES, results.differences)):
+        write_whole(file_of(folder, name, args.split), table.to_csv(index=False, float_format='%.6g'))
+    write_tables(folder, args.split, read_results(folder, args.split, grid))
+
+
+def file_of(folder: Path, name: str, split: str) -> Path:
+    """A file of results: of the validation split as it is called, of another one with that in its name."""
+    stem, ending = name.split('.')
+    return folder / (name if split == 'val' else f'{stem}-{Path(split).stem}.{ending}')
 
 
 def _write_recipe(
@@ -89,7 +97,6 @@ def _write_recipe(
         run: GridRun,
         args: argparse.Namespace,
         output: Path,
-        further: list[str],
 ) -> tuple[dict[str, Any], list[str]]:
     """A run's recipe, written and checked, and the words that train it.
 
@@ -102,14 +109,14 @@ def _write_recipe(
     path = output / f'{run.name}.yaml'
     write_whole(path, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
     words = [args.data_dir, '-c', str(path), '--seed', str(run.seed), '--output', str(output), '--experiment', run.name,
-             '--resume', 'auto', *further]
+             '--resume', 'auto', *args.flags]
     parser = Parser(prog='timm-multilabel grid')
     train_flags.add_flags(parser)
     try:
         check_phases(parse_with_config(parser, words))
     except UserError as error:
         raise UserError(f"setting '{run.setting}': {error.line}") from error
-    return {'flags': recipe, 'command line': further, 'data': os.path.realpath(args.data_dir)}, words
+    return {'flags': recipe, 'command line': args.flags, 'data': os.path.realpath(args.data_dir)}, words
 
 
 def _is_done(folder: Path, recipe: dict[str, Any]) -> bool:
@@ -159,22 +166,22 @@ def collect(grid: Grid, output: Path, args: argparse.Namespace) -> GridResults:
     device = start_device(None)
     answers = {}
     for run in tqdm(runs, desc='predictions', leave=False, disable=None):
-        split = yaml.safe_load((output / run.name / 'args.yaml').read_text(encoding='utf-8'))['val_split']
         answers[run.name] = Answers.of(stored_predictions(
-            output / run.name, split, Path(args.data_dir), device, 0, lambda line: None))
+            output / run.name, args.split, Path(args.data_dir), device, 0, lambda line: None))
     names = list(answers)
-    shared = dict(zip(names, share(list(answers.values()), names, 'val', _say)))
+    shared = dict(zip(names, share(list(answers.values()), names, args.split, _say)))
     figures = run_figures(list(shared.values()))
     heads = [head for head, figure in figures.columns if figure == 'top1' and head != MEAN_HEAD]
     if not heads:
         raise UserError(f'{output}: no head of classes, which alone are compared here; see timm-multilabel compare')
     taken = {'setting', grid.axis, 'seed', MEAN, 'minutes', 'cpu_minutes', 'command', *_where()}.intersection(heads)
     if taken:
-        raise UserError(f"{output}: a head is called '{taken.pop()}', as a column of {RESULTS} is; rename it in the CSVs")
+        raise UserError(f"{output}: a head is called '{taken.pop()}', as a column of {RESULTS}; rename it in the CSVs")
     ready = {run.name: json.loads((output / run.name / 'done.json').read_text(encoding='utf-8')) for run in grid.runs}
     command = shlex.join(['timm-multilabel', 'grid', args.experiment, args.data_dir,
                           *(['--jobs', str(args.jobs)] if args.jobs > 1 else []),
-                          *(['--', *args.flags] if args.flags else [])])
+                          *(['--split', args.split] if args.split != 'val' else []),
+                          *(['--flags', *args.flags] if args.flags else [])])
     rows = []
     for number, run in enumerate(runs):
         found = figures.iloc[number]
@@ -196,37 +203,39 @@ def collect(grid: Grid, output: Path, args: argparse.Namespace) -> GridResults:
                 **({grid.axis: value} if grid.axis else {}), 'setting': grid.settings[row.group],
                 'head': row.head or MEAN, 'difference': row.difference, 'low': row.low, 'high': row.high, 'p': row.p,
                 'holm': row.holm})
-    return GridResults(grid.title, grid.about, grid.axis, pd.DataFrame(rows), pd.DataFrame(differences), heads)
+    return GridResults(
+        grid.title, grid.about, args.split, grid.axis, pd.DataFrame(rows), pd.DataFrame(differences), heads)
 
 
-def read_results(folder: Path, grid: Grid) -> GridResults:
+def read_results(folder: Path, split: str, grid: Grid) -> GridResults:
     """The results of an experiment, as its CSVs have them.
 
     Raises:
         UserError: There are none yet.
     """
     for name in (RESULTS, DIFFERENCES):
-        if not (folder / name).is_file():
-            raise UserError(f'{folder / name}: not there; run the experiment (without --tables) first')
-    runs = pd.read_csv(folder / RESULTS, keep_default_na=False, na_values={'minutes': [''], 'cpu_minutes': ['']})
+        if not (path := file_of(folder, name, split)).is_file():
+            raise UserError(f'{path}: not there; run the experiment (without --tables) first')
+    unknown = {'minutes': [''], 'cpu_minutes': ['']}  # of runs that were resumed
+    runs = pd.read_csv(file_of(folder, RESULTS, split), keep_default_na=False, na_values=unknown)
     try:
-        differences = pd.read_csv(folder / DIFFERENCES, keep_default_na=False)
+        differences = pd.read_csv(file_of(folder, DIFFERENCES, split), keep_default_na=False)
     except pd.errors.EmptyDataError:  # of one setting
         differences = pd.DataFrame()
     columns = list(runs.columns)
     heads = columns[columns.index('seed') + 1:columns.index(MEAN)]
-    return GridResults(grid.title, grid.about, grid.axis, runs, differences, heads)
+    return GridResults(grid.title, grid.about, split, grid.axis, runs, differences, heads)
 
 
-def write_tables(folder: Path, results: GridResults) -> None:
+def write_tables(folder: Path, split: str, results: GridResults) -> None:
     """Write tables and picture, and print the tables."""
     tables = grid_markdown(results)
     picture = BytesIO()
     draw_grid(results).savefig(picture, format='png', dpi=110)
-    write_whole(folder / TABLES, tables)
-    write_whole(folder / PICTURE, picture.getvalue())
+    write_whole(file_of(folder, TABLES, split), tables)
+    write_whole(file_of(folder, PICTURE, split), picture.getvalue())
     print(tables)
-    _say(f'Wrote {", ".join(str(folder / name) for name in (RESULTS, DIFFERENCES, TABLES, PICTURE))}')
+    _say(f'Wrote {", ".join(str(file_of(folder, name, split)) for name in _FILES)}')
 
 
 def _say(line: str) -> None:

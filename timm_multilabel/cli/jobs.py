@@ -1,5 +1,6 @@
 """Training runs as processes of their own, several at once."""
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from timm_multilabel.errors import UserError
 from timm_multilabel.training.signals import SAVED
 
+_POLL = 0.1  # seconds
 _TRAIN = 'import sys; from timm_multilabel.cli.main import main; sys.argv[0] = "timm-multilabel"; main()'
 
 
@@ -35,6 +37,23 @@ class Cost:
 
 
 @dataclass
+class _Running:
+    """A job and its process."""
+    job: Job
+    process: subprocess.Popen
+    started: float
+    cpu_seconds: float = 0.0
+
+    def reap(self, options: int = 0) -> bool:
+        """Whether it has ended; wait for it, unless the options are os.WNOHANG."""
+        pid, status, usage = os.wait4(self.process.pid, options)  # unlike Popen.wait it tells what was used
+        if pid:
+            self.process.returncode = os.waitstatus_to_exitcode(status)
+            self.cpu_seconds = usage.ru_utime + usage.ru_stime
+        return bool(pid)
+
+
+@dataclass
 class Jobs:
     """Runs jobs, so many at once, in order as far as what they come after allows.
 
@@ -48,7 +67,7 @@ class Jobs:
     done: set[str]
     at_once: int
     log: Callable[[str], Path]
-    running: dict[int, tuple[Job, float]] = field(default_factory=dict)
+    running: list['_Running'] = field(default_factory=list)
 
     def run(self) -> Iterator[tuple[str, Cost]]:
         """Run them; the name and the cost of each as it ends.
@@ -76,12 +95,13 @@ class Jobs:
             process = subprocess.Popen(
                 [sys.executable, '-c', _TRAIN, 'train', *job.words], stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT, env=environment, start_new_session=True)  # a Ctrl-C is for us to pass on
-        self.running[process.pid] = job, time.monotonic()
+        self.running.append(_Running(job, process, time.monotonic()))
 
     def _wait(self) -> tuple[str, Cost]:
-        pid, status, usage = os.wait3(0)
-        job, started = self.running.pop(pid)
-        code = os.waitstatus_to_exitcode(status)
+        while (ended := next((each for each in self.running if each.reap(os.WNOHANG)), None)) is None:
+            time.sleep(_POLL)
+        self.running.remove(ended)
+        job, code = ended.job, ended.process.returncode
         if code:
             log = self.log(job.name)
             lines = log.read_text(encoding='utf-8', errors='replace').split('\n')
@@ -89,11 +109,11 @@ class Jobs:
             way_out = 'the same command goes on' if code == SAVED else f'all of it is in {log}'
             raise UserError(f"run '{job.name}' ended with status {code}: {last.strip()}; {way_out}")
         self.done.add(job.name)
-        return job.name, Cost(time.monotonic() - started, usage.ru_utime + usage.ru_stime)
+        return job.name, Cost(time.monotonic() - ended.started, ended.cpu_seconds)
 
     def _stop(self) -> None:
-        for pid in self.running:
-            os.kill(pid, 15)
-        while self.running:
-            pid, _, _ = os.wait3(0)
-            self.running.pop(pid, None)
+        for each in self.running:
+            os.kill(each.process.pid, signal.SIGTERM)
+        for each in self.running:
+            each.reap()
+        self.running.clear()

@@ -23,6 +23,7 @@ class GridResults:
     Args:
         title: What it is called.
         about: What it asks.
+        split: The split that the figures are of.
         axis: The column of what varies, or None.
         runs: A row a run: 'setting', the axis, 'seed', a column a head of its top-1 in percent, 'mean', 'minutes',
             'cpu_minutes' (its own and those of what it started from), and where it ran.
@@ -32,6 +33,7 @@ class GridResults:
     """
     title: str
     about: str
+    split: str
     axis: str | None
     runs: pd.DataFrame
     differences: pd.DataFrame
@@ -63,7 +65,7 @@ def grid_markdown(results: GridResults) -> str:
     parts = [f'# {markdown_text(results.title)}', results.about.strip()]
     figures = [MEAN, *results.heads]
     if results.axis is None:
-        parts += ['Top-1 on the validation split, mean ± standard deviation over seeds:',
+        parts += [f'Top-1 on {results.split}, mean ± standard deviation over seeds:',
                   markdown_table(_figures(results, figures))]
     else:
         for figure in figures:
@@ -73,7 +75,7 @@ def grid_markdown(results: GridResults) -> str:
         parts += [f'## Against {markdown_text(results.settings[0])}', markdown_table(_differences(results))]
     seeds = ', '.join(map(str, sorted(set(results.runs['seed']))))
     parts.append('\n'.join(f'- {note}' for note in [
-        f'Figures: top-1 in percent on the validation split, of the best of the evaluations of a run; mean ± standard '
+        f'Figures: top-1 in percent on {results.split}, of the checkpoint that was best on val; mean ± standard '
         f'deviation (n - 1) over the seeds {seeds}. The mean is the plain one over heads.',
         f'Differences: paired bootstrap over the images, {RESAMPLES:,} resamples, what an image adds averaged over the '
         f'seeds first; {100 * LEVEL:.0f} % percentile intervals; Holm corrects p over the settings '
