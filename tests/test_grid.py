@@ -42,6 +42,9 @@ def test_a_grid_is_every_setting_with_every_value_and_seed_after_its_start(tmp_p
         ('supervised-4-s1', None), ('SimCLR-then-joint-4-s1', 'simclr-s1'),
         ('supervised-8-s0', None), ('SimCLR-then-joint-8-s0', 'simclr-s0'),
         ('supervised-8-s1', None), ('SimCLR-then-joint-8-s1', 'simclr-s1')]
+    some = {**SETTINGS, 'variant': {'values': [8]}}
+    made_again = read_grid(write_grid(tmp_path, axis={'labelled_rows': [4, 8]}, settings=some) / 'grid.yaml')
+    assert [run.name for run in made_again.runs if run.setting == 'variant'] == ['variant-8-s3']
     assert made.runs[0].recipe == {**FLAGS, 'classification_loss_weight': 0}
     assert made.runs[2].recipe == {
         'labelled_rows': 4, **FLAGS, 'simclr_loss_weight': 0, 'classification_loss_weight': 1}
@@ -54,6 +57,7 @@ def test_a_grid_is_every_setting_with_every_value_and_seed_after_its_start(tmp_p
     ({'starts': {}}, "'SimCLR, then joint' starts from 'simclr', which is none of the 'starts'"),
     ({'settings': {'a b': {}, 'a/b': {}}}, "two runs would be called 'a-b-s3'"),
     ({'setting': {}}, "there is no 'setting' in a grid; there are title, about, flags,"),
+    ({'axis': {'lr': [1]}, 'settings': {'a': {'values': [2]}}}, "the 'values' of 'a' are no list of some of the axis'"),
     ({'settings': [1]}, "'settings' is no mapping of names to flags"),
 ])
 def test_what_is_no_grid(tmp_path, changes, line):

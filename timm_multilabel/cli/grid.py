@@ -195,12 +195,15 @@ def collect(grid: Grid, output: Path, args: argparse.Namespace) -> GridResults:
     differences = []
     for value in grid.values or [None]:
         of_value = [run for run in runs if run.value == value]
-        groups = [[number for number, run in enumerate(of_value) if run.setting == name] for name in grid.settings]
+        names = [name for name in grid.settings if any(run.setting == name for run in of_value)]
+        groups = [[number for number, run in enumerate(of_value) if run.setting == name] for name in names]
+        if names[0] != grid.settings[0]:
+            continue  # there is nothing to compare with
         found = compare_groups([shared[run.name] for run in of_value], groups, 0)
         found = found[found['figure'] == 'top1']
         for row in found.itertuples(index=False):
             differences.append({
-                **({grid.axis: value} if grid.axis else {}), 'setting': grid.settings[row.group],
+                **({grid.axis: value} if grid.axis else {}), 'setting': names[row.group],
                 'head': row.head or MEAN, 'difference': row.difference, 'low': row.low, 'high': row.high, 'p': row.p,
                 'holm': row.holm})
     return GridResults(

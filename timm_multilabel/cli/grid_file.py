@@ -65,7 +65,7 @@ def read_grid(path: Path) -> Grid:
 
     Its keys: `title`, `about`, `flags` of all runs, `seeds`, `axis` ({flag: values}), `starts` (name: flags; runs that
     are trained once a seed, for others to start from), `settings` (name: flags, with `start: NAME` where they start
-    from one).
+    from one, and `values: [...]` where they are run with some values of the axis only).
 
     Raises:
         UserError: It cannot be read, or is something else.
@@ -88,7 +88,11 @@ def read_grid(path: Path) -> Grid:
         for seed in seeds:
             for name, own in settings.items():
                 own = dict(own or {})
-                start = own.pop('start', None)
+                start, wanted = own.pop('start', None), own.pop('values', values)
+                if not isinstance(wanted, list) or any(each not in values for each in wanted):
+                    raise UserError(f"{path}: the 'values' of '{name}' are no list of some of the axis' {values}")
+                if value not in wanted:
+                    continue
                 if start is not None and start not in starts:
                     raise UserError(f"{path}: '{name}' starts from '{start}', which is none of the 'starts'")
                 runs.append(GridRun(

@@ -94,6 +94,8 @@ def _where(runs: pd.DataFrame) -> str:
 
 
 def _spread(values: pd.Series) -> str:
+    if not len(values):
+        return ''
     return f'{values.mean():.2f}' + (f' ± {values.std(ddof=1):.2f}' if len(values) > 1 else '')
 
 
@@ -171,11 +173,13 @@ def _draw_lines(panel, results: GridResults, figure: str) -> None:
     logarithmic = numbers and places.min() > 0 and places.max() > 20 * places.min()
     for order, name in enumerate(results.settings):
         runs = [results.of(name, value)[figure] for value in results.values]
+        there = [bool(len(each)) for each in runs]
+        runs = [each for each in runs if len(each)]
         # Apart, so that whiskers do not hide each other.
         aside = (order - (len(results.settings) - 1) / 2) / len(results.settings)
         at = places * (1 + 0.12 * aside) if logarithmic else places + 0.1 * aside
         panel.errorbar(
-            at, [each.mean() for each in runs], yerr=[each.std(ddof=1) if len(each) > 1 else 0 for each in runs],
+            at[there], [each.mean() for each in runs], yerr=[each.std(ddof=1) if len(each) > 1 else 0 for each in runs],
             label=name.replace('$', r'\$'), color=_COLORS[order % len(_COLORS)], marker='o', markersize=3.5,
             linewidth=1.3, capsize=2, linestyle='-' if order < len(_COLORS) else '--')
     if logarithmic:
