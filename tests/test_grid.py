@@ -1,5 +1,9 @@
 """timm-multilabel grid: what grid.yaml asks for, runs that are made once, tables of what came of them."""
 import json
+import os
+import re
+import signal
+import threading
 import time
 
 import numpy as np
@@ -36,7 +40,7 @@ def write_grid(folder, **changes):
 
 def test_a_grid_is_every_setting_with_every_value_and_seed_after_its_start(tmp_path):
     made = read_grid(write_grid(tmp_path, seeds=[0, 1], axis={'labelled_rows': [4, 8]}) / 'grid.yaml')
-    assert [(run.name, run.start) for run in made.runs] == [
+    assert [(run.name, run.start and run.start.name) for run in made.runs] == [
         ('simclr-s0', None), ('simclr-s1', None),
         ('supervised-4-s0', None), ('SimCLR-then-joint-4-s0', 'simclr-s0'),
         ('supervised-4-s1', None), ('SimCLR-then-joint-4-s1', 'simclr-s1'),
@@ -55,10 +59,19 @@ def test_a_grid_is_every_setting_with_every_value_and_seed_after_its_start(tmp_p
     ({'seeds': ['a']}, "and 'seeds', a list of numbers"),
     ({'axis': {'lr': 0.1}}, "expected one flag and a list of its values as 'axis'"),
     ({'starts': {}}, "'SimCLR, then joint' starts from 'simclr', which is none of the 'starts'"),
-    ({'settings': {'a b': {}, 'a/b': {}}}, "two runs would be called 'a-b-s3'"),
+    ({'settings': {'a b': {'start': 'simclr'}, 'a/b': {}}}, "two runs would be called 'a-b-s3'"),
     ({'setting': {}}, "there is no 'setting' in a grid; there are title, about, flags,"),
-    ({'axis': {'lr': [1]}, 'settings': {'a': {'values': [2]}}}, "the 'values' of 'a' are no list of some of the axis'"),
+    ({'axis': {'drop': [1]}, 'settings': {'b': {'start': 'simclr'}, 'a': {'values': [2]}}},
+     "the 'values' of 'a' are no list of some of the axis' [1]"),
     ({'settings': [1]}, "'settings' is no mapping of names to flags"),
+    ({'axis': {'lr': []}}, "expected one flag and a list of its values as 'axis'"),
+    ({'axis': {'lr': [1]}}, "flags: 'lr' is what varies; leave it out"),
+    ({'axis': {'seed': [1]}}, "axis: 'seed' is set by the grid itself"),
+    ({'axis': {'drop': [1]}, 'settings': {'a': {'phases': [{'name': 'x', 'drop': 0}]}}}, "setting 'a': 'drop' is what"),
+    ({'axis': {'drop': [1]}, 'settings': {'a': {'values': [1]}}}, "'a' is what the others are compared with"),
+    ({'settings': {'a': {}}}, "no setting starts from 'simclr'; leave it out"),
+    ({'settings': {'a': {'start': ['simclr']}}}, "which is none of the 'starts'"),
+    ({'settings': {'a': {'epoch': 1}}}, "setting 'a': there is no flag 'epoch'; did you mean 'epochs'?"),
 ])
 def test_what_is_no_grid(tmp_path, changes, line):
     with pytest.raises(UserError) as error:
@@ -75,8 +88,7 @@ def test_an_experiment_is_run_once_and_its_tables_come_from_its_csvs(tmp_path, m
     runs = pd.read_csv(folder / 'results.csv')
     assert runs['setting'].tolist() == list(SETTINGS) and runs['seed'].tolist() == [3, 3]
     np.testing.assert_allclose(runs['mean'], runs[['color', 'shape']].mean(axis=1), rtol=1e-5)
-    start, ours = (json.loads((out / name / 'done.json').read_text()) for name in (
-        'simclr-s3', 'SimCLR-then-joint-s3'))
+    start, ours = (json.loads((out / f'{name}.json').read_text()) for name in ('simclr-s3', 'SimCLR-then-joint-s3'))
     assert runs['cpu_minutes'][1] * 60 == pytest.approx(start['cpu_seconds'] + ours['cpu_seconds'], rel=1e-4)
     assert ours['cpu_seconds'] > 0.5 and runs['torch'][0]
     assert 'took backbone, projector' in (out / 'SimCLR-then-joint-s3.log').read_text()
@@ -95,27 +107,77 @@ def test_an_experiment_is_run_once_and_its_tables_come_from_its_csvs(tmp_path, m
     (folder / 'results.md').unlink()
     run_command(grid, 'grid', command)
     (folder / 'results.png').unlink()
-    run_command(grid, 'grid', [str(folder), str(data), '--tables'])
+    run_command(grid, 'grid', [str(folder), '--tables'])
     assert (folder / 'results.md').read_text() == tables and (folder / 'results.png').stat().st_size > 5000
+    capsys.readouterr()
+
+    # What a run took that was resumed is not known.
+    record = json.loads((out / 'supervised-s3.json').read_text())
+    (out / 'supervised-s3.json').write_text(json.dumps({**record, 'seconds': None, 'cpu_seconds': None}))
+    run_command(grid, 'grid', command)
+    assert pd.read_csv(folder / 'results.csv')['cpu_minutes'].isna().tolist() == [True, False]
+    assert re.search(r'supervised .*\|  +\|$', (folder / 'results.md').read_text(), re.MULTILINE)
     capsys.readouterr()
 
     # What was trained with other flags is not taken for this, and what cannot be trained shows before anything is.
     assert f'{out / "simclr-s3"}: a run of other flags' in fails(capsys, grid, command[:-1] + ['2'])
-    write_grid(folder, settings={**SETTINGS, 'wrong': {'epoch': 3}})
-    assert "setting 'wrong'" in (line := fails(capsys, grid, command)) and "did you mean 'epochs'" in line
+    for settings, text in (
+        ({**SETTINGS, 'wrong': {'lr': 'abc'}}, "setting 'wrong': "),
+        ({**SETTINGS, 'wrong': {'classification_loss_weight': 0}}, "setting 'wrong': trains no heads"),
+    ):
+        write_grid(folder, settings=settings)
+        assert text in fails(capsys, grid, command)
+    write_grid(folder)
+    assert '--flags --seed: set by the grid itself' in fails(capsys, grid, [*command, '--seed', '5'])
+    assert '--split test: there is no' in fails(capsys, grid, [str(folder), str(data), '--split', 'test'])
+    assert 'name the data directory too' in fails(capsys, grid, [str(folder)])
+    # Another start makes other runs of those that start from it, even where the start itself is gone.
+    write_grid(folder, starts={'simclr': {'classification_loss_weight': 0, 'temperature': 0.1}})
+    (out / 'simclr-s3.json').unlink()
+    assert f'{out / "SimCLR-then-joint-s3"}: a run of other flags' in fails(capsys, grid, command)
 
 
-def test_a_run_that_fails_ends_the_others_and_is_named(tmp_path):
-    slow = write_data(tmp_path / 'data')
-    jobs = Jobs(
-        [Job('slow', [str(slow), '--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0', '--epochs',
-                      '10000', '--output', str(tmp_path), '--experiment', 'slow']),
-         Job('wrong', [str(tmp_path / 'nowhere')]), Job('later', [], ['slow'])],
-        set(), 2, lambda name: tmp_path / f'{name}.log')
-    started = time.monotonic()
+def make_jobs(tmp_path, *jobs):
+    said = []
+    return Jobs(jobs, set(), 2, lambda name: tmp_path / f'{name}.log', said.append, said.append), said
+
+
+def endless(tmp_path, name):
+    return Job(name, [str(tmp_path / 'data'), '--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0',
+                      '--device', 'cpu', '--epochs', '10000', '--output', str(tmp_path), '--experiment', name])
+
+
+def test_after_a_run_that_fails_those_that_run_end_and_no_other_starts(tmp_path):
+    write_data(tmp_path / 'data')
+    job = endless(tmp_path, 'good')
+    words = [*job.words[:job.words.index('10000')], '1', *job.words[job.words.index('10000') + 1:],
+             '--warmup-epochs', '0', '--cooldown-epochs', '0']
+    jobs, said = make_jobs(tmp_path, Job('good', words), Job('wrong', [str(tmp_path / 'nowhere')]),
+                           Job('later', [], 'good'))
+    ended = []
     with pytest.raises(UserError, match="'wrong' ended with status 2: .*nowhere: no such data directory.*wrong.log"):
+        ended.extend(name for name, _ in jobs.run())
+    assert not jobs.running and jobs.done == {'good'} and not (tmp_path / 'later.log').exists()
+    assert said[:2] == ['good', 'wrong'] and "run 'wrong' ended" in said[2]
+
+
+def test_runs_save_and_stop_where_the_grid_is_stopped(tmp_path):
+    write_data(tmp_path / 'data')
+    jobs, said = make_jobs(tmp_path, endless(tmp_path, 'a'), endless(tmp_path, 'b'))
+
+    def interrupt():
+        while not all((tmp_path / name / 'last.pth.tar').is_file() for name in 'ab'):
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
         list(jobs.run())
-    assert not jobs.running and time.monotonic() - started < 60 and not (tmp_path / 'later.log').exists()
+    thread.join()
+    assert said[-1] == 'a, b: to save and stop' and not jobs.running
+    for name in 'ab':
+        assert 'go on with --resume' in (tmp_path / f'{name}.log').read_text()
 
 
 def results(axis):
@@ -134,12 +196,13 @@ def results(axis):
 
 def test_tables_hold_means_deviations_and_differences_by_seed():
     plain = grid_markdown(results(None))
+    assert '| setting | color        | CPU minutes |' in plain  # one head is its own mean
     # 50 and 52, 54 and 58: deviations of sqrt(2) and sqrt(8).
-    assert '| base    | 51.00 ± 1.41 | 51.00 ± 1.41 | 1.5         |' in plain
-    assert '| other $ | 56.00 ± 2.83 | 56.00 ± 2.83 | 1.5         |' in plain
+    assert '| base    | 51.00 ± 1.41 | 1.5         |' in plain
+    assert '| other $ | 56.00 ± 2.83 | 1.5         |' in plain
     assert '| other $ | mean   | +5.00      | +1.00 to +9.00 | +4.0 +6.0 | 0.0200   | yes   |' in plain
     by_value = grid_markdown(results('labelled_rows'))
     assert '| base    | 52.00 ± 1.41     | 53.00 ± 1.41     | 1.5         |' in by_value
     assert '| 20            | other $ | mean   | +5.00' in by_value
-    assert len(draw_grid(results('labelled_rows')).axes) == len(draw_grid(results(None)).axes) == 2
+    assert len(draw_grid(results('labelled_rows')).axes) == len(draw_grid(results(None)).axes) == 1
 

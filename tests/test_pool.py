@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from common import run_ranks, tiny_task
 
-from timm_multilabel.cli.batches import Loaders
+from timm_multilabel.cli.batches import Loaders, train_views
 from timm_multilabel.cli.data import read_data
 from timm_multilabel.cli.flags import Parser
 from timm_multilabel.cli.train_flags import add_flags
@@ -92,6 +92,7 @@ def test_the_first_view_of_a_pair_is_a_weak_one_on_demand(data_dir):
         loaders = Loaders(args, task, read_data(args, print), config, torch.device('cpu'), print)
         recipes = loaders.train.loader.dataset.parts[0].views.recipes
         assert [recipe.scale == (0.8, 1.0) and not recipe.jitter_prob for recipe in recipes] == weak
+    assert train_views(args, config, 1, weak_first=True).recipes[0].scale == (0.08, 1.0)  # alone it is a strong one
 
 
 def test_more_labels_than_there_are(data_dir):

@@ -74,9 +74,9 @@ def train_views(args: argparse.Namespace, data_config: dict[str, Any], count: in
         args: The flags.
         data_config: timm's.
         count: Views of an image.
-        weak_first: The first of them is FixMatch's weak one.
+        weak_first: Of two, the first is FixMatch's weak one.
     """
-    kind = which_views(args)
+    kind, weak_first = which_views(args), weak_first and count == 2
     weak = weak_recipe(**_placing(args, data_config, 'random' if kind == 'timm' else 'bilinear'))
     if kind == 'simclr':
         strong = view_recipe(args, data_config)
@@ -144,7 +144,7 @@ class Loaders:
             're_prob': args.reprob,
             're_mode': args.remode,
             're_count': args.recount,
-            're_num_splits': 2 if weak_first(args) else 0,  # the first, weak views stay whole
+            're_num_splits': 2 if task.views == 2 and weak_first(args) else 0,  # the first, weak views stay whole
         }
         streamed = [isinstance(rows, StreamedRows) for rows in (data.train_rows, data.eval_rows)]
         if args.cache and any(streamed):
@@ -154,7 +154,8 @@ class Loaders:
         on_device = None
         if streamed[0]:
             self.train = create_stream_loader(
-                data.train_rows, train_views(args, data_config, task.views), data.batch_size, **of_stream, **of_train)
+                data.train_rows, train_views(args, data_config, task.views, args.weak_first_view), data.batch_size,
+                **of_stream, **of_train)
             parts = [self.train.loader.dataset]
         else:
             parts, on_device = self._train_on_files(task, data, data_config, kind, shared, of_train)
@@ -192,10 +193,10 @@ class Loaders:
             of_train: dict[str, Any],
     ) -> tuple[list[Part], list[DevicePart] | None]:
         """Make the training batches of image files; their parts, and those on the device, if they are there."""
-        views = train_views(self.args, data_config, task.views, weak_first=self.args.weak_first_view)
+        views = train_views(self.args, data_config, task.views, self.args.weak_first_view)
         sets = [(data.train_rows, views, data.batch_size)]
         if data.pool_rows is not None:
-            views = train_views(self.args, data_config, task.views, weak_first=weak_first(self.args))
+            views = train_views(self.args, data_config, task.views, weak_first(self.args))
             sets.append((data.pool_rows, views, data.pool_batch_size))
         sizes = [size for _, _, size in sets]
         photos = [self._open(rows, views, 'ram' if kind == 'device' else kind) for rows, views, _ in sets]

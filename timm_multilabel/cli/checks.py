@@ -112,7 +112,10 @@ def _check_idle(args: argparse.Namespace, pool: bool) -> None:
         'entropy_weight': args.entropy_weight and without_heads,
         'marginal_entropy_weight': args.marginal_entropy_weight and without_heads,
         'pseudo_label_weight': args.pseudo_label_weight and without_heads,
-        'epoch_by': args.epoch_by != 'larger' and (without_heads or not pool and 'there are no unlabelled batches'),
+        'labelled_rows': args.labelled_rows and without_heads,
+        'epoch_by': args.epoch_by != 'larger' and (
+            without_heads or not pool and 'there are no unlabelled batches' or args.epoch_steps and
+            '--epoch-steps says how long an epoch is'),
         'entropy_ramp_up': args.entropy_ramp_up and not (args.entropy_weight or args.marginal_entropy_weight)
         and 'there is no entropy weight to ramp up',
         'weak_first_view': args.weak_first_view and not (args.simclr_loss_weight or args.pseudo_label_weight)

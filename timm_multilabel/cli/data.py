@@ -120,11 +120,9 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
             raise UserError(f'{train.path}: no row has a label; pass -wlc 0 for SimCLR alone')
         pool_rows = _find_pool(args, folder, label_space, pool_rows, train_rows, say)
         pool_batch_size = args.unlabelled_batch_size or args.batch_size
-    elif args.labelled_rows:
-        train_rows, _ = split_labelled(train_rows, label_space)
-    elif not args.simclr_loss_weight and not streamed:
+    elif args.labelled_rows or not args.simclr_loss_weight and not streamed:
         train_rows, without = split_labelled(train_rows, label_space)
-        if len(without) or args.unlabelled:
+        if args.unlabelled or len(without) and not args.labelled_rows:
             say(f'{train.path}: with -wls 0 and without entropy or pseudo-labels nothing learns from images without '
                 'labels: left out')
     steps = _count_steps(args, train_rows, args.batch_size, pool_rows, pool_batch_size)

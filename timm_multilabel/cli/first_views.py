@@ -70,6 +70,7 @@ def _describe(args: argparse.Namespace, phases: int, size: tuple[int, int], view
     of_phase = f' of phase {args.phase}' if phases > 1 else ''
     pairs = 'Pairs of views' if views == 2 else 'Views, one a photo,'
     pool = f'; the last {of_pool} photos are unlabelled ones' if of_pool else ''
-    weak = ', whose first view is the weak one' if args.weak_first_view or of_pool and args.pseudo_label_weight else ''
+    of_weak = views == 2 and (args.weak_first_view or of_pool and args.pseudo_label_weight)
+    weak = ', whose first view is the weak one' if of_weak else ''
     return (f'{pairs} as the model saw them in the first epoch{of_phase}: {size[1]}x{size[0]} pixels, made by --views '
             f'{which_views(args)}{pool}{weak}.')

@@ -161,7 +161,7 @@ def parse_with_config(parser: Parser, argv: list[str]) -> argparse.Namespace:
             raise UserError(f'{where}: a name is of letters, digits, ., - and _, and no other phase has it')
         if isinstance(settings.get('head'), dict) and isinstance(phase.get('head'), dict):
             phase['head'] = {**settings['head'], **phase['head']}
-        given = {_action(parser, where, key).dest: value for key, value in phase.items()}
+        given = {named_flag(parser, where, key).dest: value for key, value in phase.items()}
         parsed = _parse_over(parser, argv, where, {**settings, **phase})
         parsed.phase, parsed.given = name, given
         args.phases.append(parsed)
@@ -215,7 +215,7 @@ def _check_extent(path: Path, settings: Any) -> None:
             left.extend([*value, *value.values()] if isinstance(value, dict) else value)
 
 
-def _action(parser: Parser, where: str, key: Any) -> argparse.Action:
+def named_flag(parser: Parser, where: str, key: Any) -> argparse.Action:
     """The flag that a key of a YAML file names.
 
     Raises:
@@ -238,7 +238,7 @@ def _flags(parser: Parser, where: str, settings: dict[Any, Any]) -> list[str]:
     """Settings of a YAML file as command-line words, so that they are read and checked as the command line is."""
     positional, words = [], []
     for key, value in settings.items():
-        action = _action(parser, where, key)
+        action = named_flag(parser, where, key)
         # Positional words first, where no flag that takes several words can swallow them.
         (words if action.option_strings else positional).extend(_words(where, action, value))
     return positional + words

@@ -3,15 +3,16 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
 import sys
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pandas as pd
 import torch
@@ -22,20 +23,31 @@ from timm_multilabel.cli import train_flags
 from timm_multilabel.cli.checks import check_phases
 from timm_multilabel.cli.device import start_device
 from timm_multilabel.cli.flags import Parser, parse_with_config, positive
-from timm_multilabel.cli.grid_file import Grid, GridRun, read_grid
+from timm_multilabel.cli.grid_file import OWN_FLAGS, Grid, GridRun, read_grid
 from timm_multilabel.cli.jobs import Job, Jobs
+from timm_multilabel.cli.splits import split_path
 from timm_multilabel.cli.stored import stored_predictions
 from timm_multilabel.errors import UserError, printable
 from timm_multilabel.files import write_whole
 from timm_multilabel.reports.experiments import MEAN as MEAN_HEAD
 from timm_multilabel.reports.experiments import Answers, compare_groups, run_figures, share
 from timm_multilabel.reports.grid import MEAN, GridResults, draw_grid, grid_markdown
+from timm_multilabel.training.run_folder import RunLock
 
 NAME = 'grid'
 HELP = 'run an experiment of many settings and seeds, and compare them'
 
 RESULTS, DIFFERENCES, TABLES, PICTURE = 'results.csv', 'differences.csv', 'results.md', 'results.png'
 _FILES = (RESULTS, DIFFERENCES, TABLES, PICTURE)
+_WHERE = ('commit', 'machine', 'torch')  # what is noted of the program and the machine
+_TEXTS = ('setting', 'head', 'command', *_WHERE)  # columns that are texts, whatever they look like
+
+
+class _StrictParser(Parser):
+    """Its errors are raised."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -43,109 +55,165 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('experiment', metavar='EXPERIMENT',
                         help='folder with a grid.yaml; results.csv, differences.csv, results.md and results.png are '
                              'written there once all runs are done')
-    parser.add_argument('data_dir', metavar='DIR', help='data directory')
+    parser.add_argument('data_dir', metavar='DIR', nargs='?', help='data directory')
     parser.add_argument('--output', metavar='DIR',
                         help='where run folders go (default: output/grid/<name of EXPERIMENT>)')
     parser.add_argument('--jobs', type=positive, default=1, metavar='N', help='runs at once; they share the cores')
     parser.add_argument('--split', default='val', metavar='NAME',
                         help='split that is scored; files of another one are called results-NAME.csv, ...')
-    parser.add_argument('--flags', nargs=argparse.REMAINDER, default=[], metavar='...',
-                        help='all that follows are flags of training, for all runs: --flags --cache ram -j 2')
     parser.add_argument('--tables', action='store_true',
                         help='run nothing: make tables and picture anew, of results.csv and differences.csv')
+    parser.add_argument('--flags', nargs=argparse.REMAINDER, default=[], metavar='...',
+                        help='all that follow are flags of training, for all runs: --flags --cache ram -j 2')
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the experiment."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # runs are to be told, whatever stops this
     folder = Path(args.experiment)
     grid = read_grid(folder / 'grid.yaml')
     if args.tables:
         write_tables(folder, args.split, read_results(folder, args.split, grid))
         return
+    if args.data_dir is None:
+        raise UserError('name the data directory too')
     output = Path(args.output or Path('output/grid') / folder.resolve().name)
-    output.mkdir(parents=True, exist_ok=True)
-    recipes = {run.name: _write_recipe(grid, run, args, output) for run in grid.runs}
-    done = {name for name, (recipe, _) in recipes.items() if _is_done(output / name, recipe)}
-    jobs = Jobs(
-        [Job(run.name, words, [run.start] if run.start else [])
-         for run in grid.runs for words in [recipes[run.name][1]]],
-        set(done), args.jobs, lambda name: output / f'{name}.log')
-    resumed = {run.name for run in grid.runs if (output / run.name).is_dir()}
-    with tqdm(total=len(grid.runs), initial=len(done), desc=grid.title, disable=None) as bar:
-        for name, cost in jobs.run() if len(done) < len(grid.runs) else ():
-            # What a run that was resumed took before is not known.
-            taken = asdict(cost) if name not in resumed else {'seconds': None, 'cpu_seconds': None}
-            write_whole(output / name / 'done.json', json.dumps(
-                {'recipe': recipes[name][0], 'where': _where(), **taken}, indent=1, ensure_ascii=False))
-            bar.update()
-            bar.write(f'{name}: done in {cost.seconds:.0f} s', file=sys.stderr)
-    results = collect(grid, output, args)
+    flags = check_runs(grid, args, output)
+    with closing(RunLock()) as lock, stopping():
+        lock.take(output)
+        train(grid, args, output)
+    results = collect(grid, args, output, flags)
     for name, table in ((RESULTS, results.runs), (DIFFERENCES, results.differences)):
         write_whole(file_of(folder, name, args.split), table.to_csv(index=False, float_format='%.6g'))
     write_tables(folder, args.split, read_results(folder, args.split, grid))
 
 
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Within it SIGTERM and SIGHUP are as Ctrl-C, so that runs are told whatever stops this."""
+    signals = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else nohup wants it to go on
+        signals.append(signal.SIGHUP)
+    before = {each: signal.signal(each, signal.default_int_handler) for each in signals}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
 def file_of(folder: Path, name: str, split: str) -> Path:
     """A file of results: of the validation split as it is called, of another one with that in its name."""
     stem, ending = name.split('.')
-    return folder / (name if split == 'val' else f'{stem}-{Path(split).stem}.{ending}')
+    return folder / (name if split == 'val' else f'{stem}-{re.sub(r"[^A-Za-z0-9_.-]+", "-", split)}.{ending}')
 
 
-def _write_recipe(
-        grid: Grid,
-        run: GridRun,
-        args: argparse.Namespace,
-        output: Path,
-) -> tuple[dict[str, Any], list[str]]:
-    """A run's recipe, written and checked, and the words that train it.
+def recipe_words(run: GridRun, args: argparse.Namespace, output: Path) -> list[str]:
+    """The words that train a run, after the recipe that `write_recipe` has written."""
+    return [args.data_dir, '-c', str(output / f'{run.name}.yaml'), '--seed', str(run.seed), '--output', str(output),
+            '--experiment', run.name, '--resume', 'auto', *args.flags]
 
-    Raises:
-        UserError: Its flags do not go together.
-    """
+
+def write_recipe(run: GridRun, output: Path) -> None:
+    """Write a run's recipe."""
     recipe = dict(run.recipe)
     if run.start is not None:
-        recipe['initial_checkpoint'] = str(output / run.start / 'last.pth.tar')
-    path = output / f'{run.name}.yaml'
-    write_whole(path, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
-    words = [args.data_dir, '-c', str(path), '--seed', str(run.seed), '--output', str(output), '--experiment', run.name,
-             '--resume', 'auto', *args.flags]
-    parser = Parser(prog='timm-multilabel grid')
-    train_flags.add_flags(parser)
-    try:
-        check_phases(parse_with_config(parser, words))
-    except UserError as error:
-        raise UserError(f"setting '{run.setting}': {error.line}") from error
-    return {'flags': recipe, 'command line': args.flags, 'data': os.path.realpath(args.data_dir)}, words
+        recipe['initial_checkpoint'] = str(output / run.start.name / 'last.pth.tar')
+    write_whole(output / f'{run.name}.yaml', yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
 
 
-def _is_done(folder: Path, recipe: dict[str, Any]) -> bool:
-    """Whether a run is finished.
+def record_of(run: GridRun, args: argparse.Namespace) -> dict[str, Any]:
+    """What a run is of, as JSON has it: two runs of one name with different ones are not the same."""
+    made = {'flags': run.recipe, 'start': run.start and run.start.recipe, 'command line': args.flags,
+            'data': os.path.realpath(args.data_dir)}
+    return json.loads(json.dumps(made, default=str))
+
+
+def read_record(run: GridRun, output: Path) -> dict[str, Any]:
+    """What was noted of a run when it began, and when it ended; nothing of one that never did."""
+    path = output / f'{run.name}.json'
+    return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+
+
+def write_record(run: GridRun, output: Path, record: Mapping[str, Any]) -> None:
+    """Note it."""
+    write_whole(output / f'{run.name}.json', json.dumps(record, indent=1, ensure_ascii=False))
+
+
+def check_runs(grid: Grid, args: argparse.Namespace, output: Path) -> dict[str, argparse.Namespace]:
+    """Check all that can be checked before hours of training; the flags of each run (of its last phase) by name.
 
     Raises:
-        UserError: What is there is another run.
+        UserError: Flags that do not go together or that the grid sets itself, a run of this name with others, a
+            setting without heads, a split that is not there.
     """
-    path = folder / 'done.json'
-    if not path.is_file():
-        return False
-    if json.loads(path.read_text(encoding='utf-8'))['recipe'] != json.loads(json.dumps(recipe)):
-        raise UserError(f'{folder}: a run of other flags than grid.yaml and the command line have now; remove it, or '
-                        'choose another --output')
-    return True
+    parser = _StrictParser(prog='timm-multilabel train')
+    train_flags.add_flags(parser)
+    for word in args.flags:
+        action = parser._option_string_actions.get(word.partition('=')[0] if word.startswith('--') else word[:2])
+        if word.startswith('-') and action is not None and action.dest in (*OWN_FLAGS, grid.axis):
+            raise UserError(f"--flags {word}: set by the grid itself; leave it out, or change grid.yaml")
+    if args.split != 'val' and not split_path(Path(args.data_dir), args.split).is_file():
+        raise UserError(f'--split {args.split}: there is no {split_path(Path(args.data_dir), args.split)}')
+    for run in grid.runs:
+        record = read_record(run, output)
+        if record and record['run'] != record_of(run, args):
+            raise UserError(
+                f'{output / run.name}: a run of other flags than grid.yaml and the command line have now; remove it '
+                f'and {output / run.name}.json, or choose another --output')
+    output.mkdir(parents=True, exist_ok=True)
+    flags = {}
+    for run in grid.runs:
+        write_recipe(run, output)
+        try:
+            flags[run.name] = check_phases(parse_with_config(parser, recipe_words(run, args, output)))[-1]
+        except UserError as error:
+            raise UserError(f"setting '{run.setting}': {error.line}") from error
+        if not run.is_start and not flags[run.name].classification_loss_weight:
+            raise UserError(f"setting '{run.setting}': trains no heads, so it has no figures; make it a start")
+    return flags
 
 
-def _where() -> dict[str, str]:
-    """The commit of this program and the machine."""
-    here = Path(__file__).parent
+def train(grid: Grid, args: argparse.Namespace, output: Path) -> None:
+    """Run what is not done yet, and note what it took."""
+    runs = {run.name: run for run in grid.runs}
+    done = {name for name, run in runs.items() if 'seconds' in read_record(run, output)}
+    resumed = {name for name in runs if (output / name).is_dir()}
+
+    def starts(name: str) -> None:
+        write_record(runs[name], output, {'run': record_of(runs[name], args), 'where': where()})
+
+    with tqdm(total=len(runs), initial=len(done), desc=grid.title, disable=None) as bar:
+        def say(line: str) -> None:
+            bar.write(printable(line), file=sys.stderr)
+
+        jobs = Jobs(
+            [Job(name, recipe_words(run, args, output), run.start and run.start.name) for name, run in runs.items()],
+            set(done), args.jobs, lambda name: output / f'{name}.log', starts, say)
+        with closing(jobs.run()) as ended:
+            for name, cost in ended:
+                # What a run that was resumed took before is not known.
+                known = name not in resumed
+                write_record(runs[name], output, {
+                    **read_record(runs[name], output), 'seconds': cost.seconds if known else None,
+                    'cpu_seconds': cost.cpu_seconds if known else None})
+                bar.update()
+                say(f'{name}: done in {cost.seconds:.0f} s')
+
+
+def where() -> dict[str, str]:
+    """The commit of this program, the machine, and torch's version."""
+    here = Path(__file__)
     commit = ''
     with suppress(OSError, subprocess.CalledProcessError):
-        git = ['git', '-C', str(here)]
-        commit = subprocess.check_output([*git, 'rev-parse', '--short', 'HEAD'], text=True, stderr=subprocess.DEVNULL)
-        changed = subprocess.check_output(
-            [*git, 'status', '--porcelain', '--', str(here)], text=True, stderr=subprocess.DEVNULL)
-        commit = commit.strip() + (' with changes' if changed.strip() else '')
+        def git(*words: str) -> str:
+            return subprocess.check_output(
+                ['git', '-C', str(here.parent), *words], text=True, stderr=subprocess.DEVNULL).strip()
+
+        git('ls-files', '--error-unmatch', here.name)  # else the repository is another one that this is installed in
+        commit = git('rev-parse', '--short', 'HEAD') + (
+            ' with changes' if git('status', '--porcelain', '--', str(here.parents[1])) else '')
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return {'commit': commit, 'machine': f'{device}, {os.cpu_count()} cores', 'torch': torch.__version__}
+    return dict(zip(_WHERE, (commit, f'{device}, {os.cpu_count()} cores', torch.__version__), strict=True))
 
 
 def _processor() -> str:
@@ -157,51 +225,52 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def collect(grid: Grid, output: Path, args: argparse.Namespace) -> GridResults:
+def collect(
+        grid: Grid,
+        args: argparse.Namespace,
+        output: Path,
+        flags: Mapping[str, argparse.Namespace],
+) -> GridResults:
     """The figures of all runs, and the differences of settings to the first one, value by value."""
     runs = [run for run in grid.runs if not run.is_start]
-    if any((output / run.name / 'summary.csv').is_file() and 'eval_loss' not in
-           pd.read_csv(output / run.name / 'summary.csv', nrows=1) for run in runs):
-        raise UserError(f'{output}: a setting trains no heads, so it has no figures; make it one of the starts')
     device = start_device(None)
-    answers = {}
+    answers = []
     for run in tqdm(runs, desc='predictions', leave=False, disable=None):
-        answers[run.name] = Answers.of(stored_predictions(
-            output / run.name, args.split, Path(args.data_dir), device, 0, lambda line: None))
-    names = list(answers)
-    shared = dict(zip(names, share(list(answers.values()), names, args.split, _say)))
-    figures = run_figures(list(shared.values()))
+        of_run = flags[run.name]
+        split = of_run.val_split if args.split == 'val' else args.split
+        answers.append(Answers.of(stored_predictions(
+            output / run.name, split, Path(args.data_dir), device, 0, lambda line: None,
+            head_module=of_run.head_module)))
+    answers = share(answers, [run.name for run in runs], args.split, _say)
+    figures = run_figures(answers)
     heads = [head for head, figure in figures.columns if figure == 'top1' and head != MEAN_HEAD]
-    if not heads:
-        raise UserError(f'{output}: no head of classes, which alone are compared here; see timm-multilabel compare')
-    taken = {'setting', grid.axis, 'seed', MEAN, 'minutes', 'cpu_minutes', 'command', *_where()}.intersection(heads)
-    if taken:
-        raise UserError(f"{output}: a head is called '{taken.pop()}', as a column of {RESULTS}; rename it in the CSVs")
-    ready = {run.name: json.loads((output / run.name / 'done.json').read_text(encoding='utf-8')) for run in grid.runs}
+    mean = (MEAN_HEAD if (MEAN_HEAD, 'top1') in figures else heads[0], 'top1') if heads else None
+    taken = {*_TEXTS, grid.axis, 'seed', MEAN, 'minutes', 'cpu_minutes'}.intersection(heads)
+    if taken or mean is None:
+        raise UserError(
+            f"{output}: a head is called '{taken.pop()}', as a column of {RESULTS}; rename it in the CSVs" if taken else
+            f'{output}: no head of classes, which alone are compared here; see timm-multilabel compare')
     command = shlex.join(['timm-multilabel', 'grid', args.experiment, args.data_dir,
+                          *(['--output', args.output] if args.output else []),
                           *(['--jobs', str(args.jobs)] if args.jobs > 1 else []),
                           *(['--split', args.split] if args.split != 'val' else []),
                           *(['--flags', *args.flags] if args.flags else [])])
     rows = []
     for number, run in enumerate(runs):
-        found = figures.iloc[number]
         row = {'setting': run.setting, **({grid.axis: run.value} if grid.axis else {}), 'seed': run.seed}
-        row |= {head: found[head, 'top1'] for head in heads}
-        row[MEAN] = sum(row[head] for head in heads) / len(heads)
+        row |= {head: figures[head, 'top1'].iloc[number] for head in heads} | {MEAN: figures[mean].iloc[number]}
+        records = [read_record(each, output) for each in (run, run.start) if each is not None]
         for name, key in (('minutes', 'seconds'), ('cpu_minutes', 'cpu_seconds')):
-            spent = [ready[each][key] for each in (run.name, run.start) if each is not None]
+            spent = [record[key] for record in records]
             row[name] = sum(spent) / 60 if None not in spent else None
-        rows.append({**row, **ready[run.name]['where'], 'command': command})
+        rows.append({**row, **records[0]['where'], 'command': command})
     differences = []
     for value in grid.values or [None]:
-        of_value = [run for run in runs if run.value == value]
-        names = [name for name in grid.settings if any(run.setting == name for run in of_value)]
-        groups = [[number for number, run in enumerate(of_value) if run.setting == name] for name in names]
-        if names[0] != grid.settings[0]:
-            continue  # there is nothing to compare with
-        found = compare_groups([shared[run.name] for run in of_value], groups, 0)
-        found = found[found['figure'] == 'top1']
-        for row in found.itertuples(index=False):
+        of_value = [number for number, run in enumerate(runs) if run.value == value]
+        names = [name for name in grid.settings if any(runs[number].setting == name for number in of_value)]
+        groups = [[place for place, number in enumerate(of_value) if runs[number].setting == name] for name in names]
+        found = compare_groups([answers[number] for number in of_value], groups, 0)
+        for row in found[found['figure'] == 'top1'].itertuples(index=False):
             differences.append({
                 **({grid.axis: value} if grid.axis else {}), 'setting': names[row.group],
                 'head': row.head or MEAN, 'difference': row.difference, 'low': row.low, 'high': row.high, 'p': row.p,
@@ -214,20 +283,26 @@ def read_results(folder: Path, split: str, grid: Grid) -> GridResults:
     """The results of an experiment, as its CSVs have them.
 
     Raises:
-        UserError: There are none yet.
+        UserError: There are none yet, or they are of another grid.yaml.
     """
+    tables = []
     for name in (RESULTS, DIFFERENCES):
-        if not (path := file_of(folder, name, split)).is_file():
+        path = file_of(folder, name, split)
+        if not path.is_file():
             raise UserError(f'{path}: not there; run the experiment (without --tables) first')
-    unknown = {'minutes': [''], 'cpu_minutes': ['']}  # of runs that were resumed
-    runs = pd.read_csv(file_of(folder, RESULTS, split), keep_default_na=False, na_values=unknown)
-    try:
-        differences = pd.read_csv(file_of(folder, DIFFERENCES, split), keep_default_na=False)
-    except pd.errors.EmptyDataError:  # of one setting
-        differences = pd.DataFrame()
-    columns = list(runs.columns)
+        try:
+            columns = pd.read_csv(path, nrows=0).columns
+        except pd.errors.EmptyDataError:  # of one setting
+            tables.append(pd.DataFrame())
+            continue
+        if grid.axis is not None and grid.axis not in columns:
+            raise UserError(f"{path}: has no column '{grid.axis}', which grid.yaml varies; run the experiment again")
+        tables.append(pd.read_csv(
+            path, dtype={name: str for name in _TEXTS if name in columns}, keep_default_na=False,
+            na_values={name: [''] for name in columns if name not in (*_TEXTS, grid.axis)}))
+    columns = list(tables[0].columns)
     heads = columns[columns.index('seed') + 1:columns.index(MEAN)]
-    return GridResults(grid.title, grid.about, split, grid.axis, runs, differences, heads)
+    return GridResults(grid.title, grid.about, split, grid.axis, *tables, heads)
 
 
 def write_tables(folder: Path, split: str, results: GridResults) -> None:

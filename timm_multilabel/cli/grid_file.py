@@ -6,10 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from timm_multilabel.cli.flags import read_yaml
+from timm_multilabel.cli import train_flags
+from timm_multilabel.cli.flags import Parser, named_flag, read_yaml
 from timm_multilabel.errors import UserError
 
 _KEYS = ('title', 'about', 'flags', 'seeds', 'axis', 'starts', 'settings')
+
+OWN_FLAGS = ('config', 'data_dir', 'seed', 'output', 'experiment', 'resume', 'initial_checkpoint')
+"""Flags of training that a grid sets itself."""
 
 
 @dataclass(frozen=True)
@@ -21,21 +25,21 @@ class GridRun:
         value: The value of what varies; None of a start, and where nothing varies.
         seed: Its seed.
         recipe: Its flags, and perhaps phases, as a recipe has them.
-        start: The name of the run that it starts from, if any.
+        start: The run that it starts from, if any.
         is_start: Whether others start from it.
     """
     setting: str
     value: Any
     seed: int
     recipe: Mapping[str, Any]
-    start: str | None = None
+    start: 'GridRun | None' = None
     is_start: bool = False
 
     @property
     def name(self) -> str:
         """Its run folder's."""
         parts = [self.setting, *([] if self.value is None else [str(self.value)]), f's{self.seed}']
-        return re.sub(r'[^\w.-]+', '-', '-'.join(parts))
+        return re.sub(r'[^\w.-]+', '-', '-'.join(parts)).lstrip('-')
 
 
 @dataclass(frozen=True)
@@ -45,15 +49,13 @@ class Grid:
     Args:
         title: What it is called.
         about: What it asks, for its report.
-        seeds: The seeds.
-        axis: The flag that varies; None where nothing does.
+        axis: The flag that varies, as args.yaml calls it; None where nothing does.
         values: Its values.
         settings: The names of the settings; the others are compared with the first one.
         runs: All runs; starts come first.
     """
     title: str
     about: str
-    seeds: Sequence[int]
     axis: str | None
     values: Sequence[Any]
     settings: Sequence[str]
@@ -75,45 +77,81 @@ def read_grid(path: Path) -> Grid:
     if unknown:
         raise UserError(f"{path}: there is no '{unknown[0]}' in a grid; there are {', '.join(_KEYS)}")
     seeds = content.get('seeds', [0])
-    axis = content.get('axis') or {}
     flags, starts, settings = (_mappings(path, content, key) for key in ('flags', 'starts', 'settings'))
     if not settings or not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
         raise UserError(f"{path}: expected 'settings' by name, each a mapping of flags, and 'seeds', a list of numbers")
-    if not isinstance(axis, dict) or len(axis) > 1 or not all(isinstance(each, list) for each in axis.values()):
+    axis = content.get('axis') or {}
+    if not isinstance(axis, dict) or len(axis) > 1 or not all(
+            isinstance(each, list) and each for each in axis.values()):
         raise UserError(f"{path}: expected one flag and a list of its values as 'axis', such as {{lr: [0.1, 0.2]}}")
     flag, values = next(iter(axis.items())) if axis else (None, [None])
-    runs = [GridRun(name, None, seed, _merge(flags, own, None, None), is_start=True)
+    if flag is not None:
+        flag = _check_flags(path, 'axis', {flag: None}, None)[0]
+    _check_flags(path, 'flags', flags, flag)
+    for name, own in starts.items():
+        _check_flags(path, f"start '{name}'", own, None)
+    runs = [GridRun(name, None, seed, _merge(flags, own), is_start=True)
             for seed in seeds for name, own in starts.items()]
+    by_seed = {(run.setting, run.seed): run for run in runs}
+    plain, wanted = {}, {}
+    for name, own in settings.items():
+        plain[name] = {key: value for key, value in own.items() if key not in ('start', 'values')}
+        _check_flags(path, f"setting '{name}'", plain[name], flag)
+        if 'start' in own and not (isinstance(own['start'], str) and own['start'] in starts):
+            raise UserError(f"{path}: '{name}' starts from '{own['start']}', which is none of the 'starts'")
+        wanted[name] = own.get('values', values)
+        if not isinstance(wanted[name], list) or any(each not in values for each in wanted[name]):
+            raise UserError(f"{path}: the 'values' of '{name}' are no list of some of the axis' {values}")
+    first = next(iter(settings))
+    if 'values' in settings[first]:
+        raise UserError(f"{path}: '{first}' is what the others are compared with, so it takes no 'values'")
+    idle = set(starts) - {own.get('start') for own in settings.values()}
+    if idle:
+        raise UserError(f"{path}: no setting starts from '{idle.pop()}'; leave it out")
     for value in values:
         for seed in seeds:
             for name, own in settings.items():
-                own = dict(own or {})
-                start, wanted = own.pop('start', None), own.pop('values', values)
-                if not isinstance(wanted, list) or any(each not in values for each in wanted):
-                    raise UserError(f"{path}: the 'values' of '{name}' are no list of some of the axis' {values}")
-                if value not in wanted:
-                    continue
-                if start is not None and start not in starts:
-                    raise UserError(f"{path}: '{name}' starts from '{start}', which is none of the 'starts'")
-                runs.append(GridRun(
-                    name, value, seed, _merge(flags, own, flag, value),
-                    None if start is None else GridRun(start, None, seed, {}).name))
+                if value in wanted[name]:
+                    recipe = {**({} if flag is None else {flag: value}), **_merge(flags, plain[name])}
+                    runs.append(GridRun(name, value, seed, recipe, by_seed.get((own.get('start'), seed))))
     names = [run.name for run in runs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise UserError(f"{path}: two runs would be called '{twice}'; name settings otherwise, and a seed once")
-    return Grid(str(content.get('title', path.parent.name)), str(content.get('about', '')), seeds, flag,
+        raise UserError(f"{path}: two runs would be called '{twice}'; name settings and starts otherwise, and a seed "
+                        'once')
+    return Grid(str(content.get('title') or path.parent.name), str(content.get('about') or ''), flag,
                 [] if flag is None else values, list(settings), runs)
 
 
 def _mappings(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A mapping of flags, or one of names to such."""
     found = content.get(key) or {}
-    if not isinstance(found, dict) or key != 'flags' and not all(
-            isinstance(each, dict | None) for each in found.values()):
-        raise UserError(f"{path}: '{key}' is no mapping" + (' of names to flags' if key != 'flags' else ''))
-    return found
+    if isinstance(found, dict):
+        if key == 'flags':
+            return found
+        if all(isinstance(each, dict | None) for each in found.values()):
+            return {str(name): each or {} for name, each in found.items()}
+    raise UserError(f"{path}: '{key}' is no mapping" + (' of names to flags' if key != 'flags' else ''))
 
 
-def _merge(flags: Mapping[str, Any], own: Mapping[str, Any] | None, axis: str | None, value: Any) -> dict[str, Any]:
-    merged = copy.deepcopy({**flags, **(own or {})})
-    return merged if axis is None else {axis: value, **merged}
+def _check_flags(path: Path, where: str, flags: Mapping[str, Any], axis: str | None) -> list[str]:
+    """The flags that a mapping names, as args.yaml calls them.
+
+    Raises:
+        UserError: One is no flag, set by the grid itself, or what varies.
+    """
+    parser = Parser()
+    train_flags.add_flags(parser)
+    phases = flags.get('phases') or []
+    keys = [key for key in flags if key != 'phases']
+    keys += [key for phase in phases if isinstance(phase, dict) for key in phase if key != 'name']
+    names = [named_flag(parser, f'{path}, {where}', key).dest for key in keys]
+    for name in names:
+        if name in OWN_FLAGS or name == axis:
+            what = 'what varies' if name == axis else 'set by the grid itself'
+            raise UserError(f"{path}, {where}: '{name}' is {what}; leave it out")
+    return names
+
+
+def _merge(flags: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy({**flags, **own})

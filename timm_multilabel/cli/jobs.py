@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,11 +23,11 @@ class Job:
     Args:
         name: What it is called; its output goes to a file beside its folder.
         words: What follows `timm-multilabel train`.
-        after: Names of jobs that must be done before.
+        after: The name of the job that must be done before, if any.
     """
     name: str
     words: Sequence[str]
-    after: Sequence[str] = ()
+    after: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,59 +62,84 @@ class Jobs:
         jobs: All of them.
         done: Names of those that are done already.
         at_once: How many.
-        log: The file that the output of a job goes to, by its name.
+        log: The file that the output of a job is added to, by its name.
+        starts: Called with the name of a job that is about to start.
+        say: Prints a line.
     """
     jobs: Sequence[Job]
     done: set[str]
     at_once: int
     log: Callable[[str], Path]
-    running: list['_Running'] = field(default_factory=list)
+    starts: Callable[[str], object]
+    say: Callable[[str], object]
+    running: list[_Running] = field(default_factory=list)
 
     def run(self) -> Iterator[tuple[str, Cost]]:
         """Run them; the name and the cost of each as it ends.
 
-        However this ends, no process is left: those that run are told to save and stop.
+        After one that fails no further one starts; those that run are waited for. Where this is stopped, they are told
+        to save and stop, and once more where it is stopped again; no process is left.
 
         Raises:
             UserError: A job failed.
         """
         left = [job for job in self.jobs if job.name not in self.done]
+        failures: list[str] = []
         try:
-            while left or self.running:
-                ready = [job for job in left if self.done.issuperset(job.after)]
+            while self.running or left and not failures:
+                ready = [job for job in left if job.after in (None, *self.done)] if not failures else []
                 for job in ready[:self.at_once - len(self.running)]:
                     left.remove(job)
                     self._start(job)
-                yield self._wait()
+                ended = self._wait()
+                if ended.process.returncode:
+                    failures.append(self._describe(ended))
+                    self.say(failures[-1])
+                else:
+                    self.done.add(ended.job.name)
+                    yield ended.job.name, Cost(time.monotonic() - ended.started, ended.cpu_seconds)
         finally:
             self._stop()
+        if failures:
+            raise UserError(failures[0])
 
     def _start(self, job: Job) -> None:
+        self.starts(job.name)
         threads = max(1, (os.cpu_count() or 1) // self.at_once)
         environment: Mapping[str, str] = {'OMP_NUM_THREADS': str(threads), **os.environ}
-        with open(self.log(job.name), 'wb') as log:
+        with open(self.log(job.name), 'ab') as log:
             process = subprocess.Popen(
                 [sys.executable, '-c', _TRAIN, 'train', *job.words], stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT, env=environment, start_new_session=True)  # a Ctrl-C is for us to pass on
         self.running.append(_Running(job, process, time.monotonic()))
 
-    def _wait(self) -> tuple[str, Cost]:
+    def _wait(self) -> _Running:
         while (ended := next((each for each in self.running if each.reap(os.WNOHANG)), None)) is None:
             time.sleep(_POLL)
         self.running.remove(ended)
-        job, code = ended.job, ended.process.returncode
-        if code:
-            log = self.log(job.name)
-            lines = log.read_text(encoding='utf-8', errors='replace').split('\n')
-            last = next((line for line in reversed(lines) if line.strip()), '').rpartition('error: ')[2]
-            way_out = 'the same command goes on' if code == SAVED else f'all of it is in {log}'
-            raise UserError(f"run '{job.name}' ended with status {code}: {last.strip()}; {way_out}")
-        self.done.add(job.name)
-        return job.name, Cost(time.monotonic() - ended.started, ended.cpu_seconds)
+        return ended
+
+    def _describe(self, ended: _Running) -> str:
+        log = self.log(ended.job.name)
+        lines = log.read_text(encoding='utf-8', errors='replace').split('\n')
+        last = next((line for line in reversed(lines) if line.strip()), '').rpartition('error: ')[2]
+        code = ended.process.returncode
+        way_out = 'the same command goes on' if code == SAVED else f'all of it is in {log}'
+        return f"run '{ended.job.name}' ended with status {code}: {last.strip()}; {way_out}"
 
     def _stop(self) -> None:
-        for each in self.running:
-            os.kill(each.process.pid, signal.SIGTERM)
-        for each in self.running:
-            each.reap()
-        self.running.clear()
+        """Tell what runs to save and stop, and wait for it."""
+        if self.running:
+            self.say(f'{", ".join(each.job.name for each in self.running)}: to save and stop')
+        tell = True
+        while self.running:
+            try:
+                for each in self.running if tell else ():
+                    with suppress(ProcessLookupError):
+                        os.kill(each.process.pid, signal.SIGTERM)
+                tell = False
+                with suppress(ChildProcessError):  # it was waited for in the moment of the signal
+                    self.running[0].reap()
+                self.running.pop(0)
+            except KeyboardInterrupt:
+                tell = True

@@ -226,5 +226,5 @@ def _add_run(group) -> None:
     group.add_argument('--log-wandb', action=_SWITCH, default=False,
                        help="tell the figures to Weights & Biases (needs the extra 'wandb'; WANDB_MODE=offline keeps "
                             'them in the run folder)')
-    group.add_argument('--epoch-steps', type=positive, metavar='N',
+    group.add_argument('--epoch-steps', '--limit-steps', type=positive, metavar='N',  # its name in earlier args.yaml
                        help='steps of an epoch (default: one pass over the images)')

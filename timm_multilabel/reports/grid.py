@@ -40,6 +40,11 @@ class GridResults:
     heads: Sequence[str]
 
     @property
+    def figures(self) -> list[str]:
+        """The columns that are shown: the mean over heads, where there are several, and each head."""
+        return [MEAN, *self.heads] if len(self.heads) > 1 else list(self.heads)
+
+    @property
     def settings(self) -> list[str]:
         """The settings in their order."""
         return list(dict.fromkeys(self.runs['setting']))
@@ -63,7 +68,7 @@ class GridResults:
 def grid_markdown(results: GridResults) -> str:
     """The tables."""
     parts = [f'# {markdown_text(results.title)}', results.about.strip()]
-    figures = [MEAN, *results.heads]
+    figures = results.figures
     if results.axis is None:
         parts += [f'Top-1 on {results.split}, mean ± standard deviation over seeds:',
                   markdown_table(_figures(results, figures))]
@@ -94,6 +99,7 @@ def _where(runs: pd.DataFrame) -> str:
 
 
 def _spread(values: pd.Series) -> str:
+    values = values.dropna()
     if not len(values):
         return ''
     return f'{values.mean():.2f}' + (f' ± {values.std(ddof=1):.2f}' if len(values) > 1 else '')
@@ -119,25 +125,25 @@ def _by_value(results: GridResults, figure: str) -> pd.DataFrame:
 
 def _differences(results: GridResults) -> pd.DataFrame:
     made = []
-    for row in results.differences.itertuples(index=False):
-        value = None if results.axis is None else getattr(row, results.axis)
-        seeds = results.by_seed(row.setting, value, row.head)
+    for row in results.differences.to_dict('records'):
+        value = None if results.axis is None else row[results.axis]
+        seeds = results.by_seed(row['setting'], value, row['head'])
         made.append({
             **({} if value is None else {results.axis: value}),
-            'setting': row.setting,
-            'figure': row.head,
-            'difference': f'{row.difference:+.2f}',
-            f'{100 * LEVEL:.0f} % interval': f'{row.low:+.2f} to {row.high:+.2f}',
+            'setting': row['setting'],
+            'figure': row['head'],
+            'difference': f'{row["difference"]:+.2f}',
+            f'{100 * LEVEL:.0f} % interval': f'{row["low"]:+.2f} to {row["high"]:+.2f}',
             'by seed': ' '.join(f'{each:+.1f}' for each in seeds),
-            'p (Holm)': f'{row.holm:.4f}',
-            'holds': 'yes' if row.holm < SURE else 'no',
+            'p (Holm)': f'{row["holm"]:.4f}',
+            'holds': 'yes' if row['holm'] < SURE else 'no',
         })
     return pd.DataFrame(made)
 
 
 def draw_grid(results: GridResults) -> Figure:
     """A panel for the mean and one a head: by what varies a line a setting, else a bar; whiskers are one deviation."""
-    figures = [MEAN, *results.heads]
+    figures = results.figures
     height = 3.4 if results.axis else 0.9 + 0.3 * len(results.settings)
     figure = Figure(figsize=(3.1 * len(figures), height + (0.8 if results.axis else 0)), layout='constrained')
     panels = figure.subplots(1, len(figures), squeeze=False, sharey=results.axis is None)[0]
@@ -159,7 +165,7 @@ def draw_grid(results: GridResults) -> Figure:
 
 def _draw_bars(panel, results: GridResults, figure: str) -> None:
     for place, name in enumerate(results.settings):
-        values = results.of(name)[figure]
+        values = results.of(name)[figure].dropna()
         panel.errorbar(values.mean(), place, xerr=values.std(ddof=1) if len(values) > 1 else None, fmt='o', capsize=3,
                        markersize=5, color='#000000' if not place else '#4477aa')
     base = results.of(results.settings[0])[figure].mean()
@@ -168,11 +174,12 @@ def _draw_bars(panel, results: GridResults, figure: str) -> None:
 
 
 def _draw_lines(panel, results: GridResults, figure: str) -> None:
-    numbers = all(isinstance(value, int | float | np.number) for value in results.values)
+    numbers = all(isinstance(value, int | float | np.number) and not isinstance(value, bool | np.bool_)
+                  for value in results.values)
     places = np.array(results.values, dtype=float) if numbers else np.arange(len(results.values), dtype=float)
     logarithmic = numbers and places.min() > 0 and places.max() > 20 * places.min()
     for order, name in enumerate(results.settings):
-        runs = [results.of(name, value)[figure] for value in results.values]
+        runs = [results.of(name, value)[figure].dropna() for value in results.values]
         there = [bool(len(each)) for each in runs]
         runs = [each for each in runs if len(each)]
         # Apart, so that whiskers do not hide each other.
