@@ -5,6 +5,7 @@ import re
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from common import write_data
 from test_cli import fails
 
 from timm_multilabel.cli import grid
+from timm_multilabel.cli.grid import read_results
 from timm_multilabel.cli.grid_file import read_grid
 from timm_multilabel.cli.jobs import Job, Jobs
 from timm_multilabel.cli.main import run_command
@@ -206,3 +208,25 @@ def test_tables_hold_means_deviations_and_differences_by_seed():
     assert '| 20            | other $ | mean   | +5.00' in by_value
     assert len(draw_grid(results('labelled_rows')).axes) == len(draw_grid(results(None)).axes) == 1
 
+
+
+EXPERIMENTS = Path(__file__).parents[1] / 'experiments'
+
+
+@pytest.mark.parametrize('name', sorted(path.parent.name for path in EXPERIMENTS.glob('*/grid.yaml')))
+def test_experiments_are_read_and_their_tables_are_those_of_their_csvs(name):
+    made = read_grid(EXPERIMENTS / name / 'grid.yaml')
+    if (EXPERIMENTS / name / 'results.csv').is_file():
+        found = read_results(EXPERIMENTS / name, 'val', made)
+        assert grid_markdown(found) == (EXPERIMENTS / name / 'results.md').read_text()
+        asked = [(run.setting, run.value, run.seed) for run in made.runs if not run.is_start]
+        there = found.runs if made.axis else found.runs.assign(**{'': None})
+        assert list(zip(there['setting'], there[made.axis or ''], there['seed'])) == asked
+
+
+def test_the_tables_of_the_readme_are_those_of_the_experiments():
+    readme = (EXPERIMENTS.parent / 'README.md').read_text()
+    section = readme[readme.index('### Does SimCLR help?'):readme.index('## Batches larger than the memory')]
+    rows = [line for line in section.split('\n') if line.startswith('|') and '±' in line]
+    tables = ''.join(path.read_text() for path in EXPERIMENTS.glob('*/results.md'))
+    assert rows and all(row in tables for row in rows)

@@ -11,6 +11,7 @@ from common import write_data
 from timm_multilabel.cli import train, train_flags, validate
 from timm_multilabel.cli.checks import check_phases
 from timm_multilabel.cli.flags import Parser, parse_with_config
+from timm_multilabel.cli.grid_file import read_grid
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.sample import write_sample
 from timm_multilabel.errors import UserError
@@ -279,8 +280,17 @@ def test_recipes_are_read(name):
     flags = check_phases(parse(RECIPES / name, 'data'))
     assert all(each.data_dir == 'data' for each in flags)
     weights = {'fashion.yaml': [(0.1, 0.9)], 'cs492.yaml': [(1, 0), (1, 100)], 'cs492-arcface.yaml': [(1, 0), (1, 100)],
-               'sample.yaml': [(0.5, 0), (0.2, 0.8), (0, 1)], 'few-labels.yaml': [(1, 0), (0.2, 0.8)]}
+               'sample.yaml': [(0.5, 0), (0.2, 0.8), (0, 1)], 'recommended.yaml': [(1, 0), (0, 1)]}
     assert [(each.simclr_loss_weight, each.classification_loss_weight) for each in flags] == weights[name]
+
+
+def test_the_recommended_recipe_is_a_setting_of_the_experiment_that_recommends_it():
+    made = read_grid(RECIPES.parent / 'experiments' / 'few-labels' / 'grid.yaml')
+    run = next(run for run in made.runs if run.setting == 'SimCLR, then labels' and run.value == 1000)
+    recipe = yaml.safe_load((RECIPES / 'recommended.yaml').read_text())
+    for measured, phase in zip((run.start.recipe, run.recipe), recipe.pop('phases'), strict=True):
+        del phase['name']
+        assert {**recipe, **phase} == {name: value for name, value in measured.items() if name != 'labelled_rows'}
 
 
 @pytest.mark.parametrize('name', ['cs492.yaml', 'cs492-arcface.yaml'])
