@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from common import run_ranks, tiny_task
 
-from timm_multilabel.cli.batches import Loaders, train_views
+from timm_multilabel.cli.batches import Loaders, train_views, view_recipe
 from timm_multilabel.cli.data import read_data
 from timm_multilabel.cli.flags import Parser
 from timm_multilabel.cli.train_flags import add_flags
@@ -31,6 +31,7 @@ from timm_multilabel.loading.sampling import JoinedBatches, ShuffledBatches
 from timm_multilabel.losses import categorical_entropy, marginal_entropy, nt_xent_loss
 from timm_multilabel.task import Pool
 from timm_multilabel.views.pillow import PillowViews, eval_views
+from timm_multilabel.views.recipe import ViewRecipe
 
 SPACE = LabelSpace((LabelSet('color', ('blue', 'green', 'red')), LabelSet('shape', ('disc', 'ring'))))
 MIXED = LabelSpace((
@@ -92,7 +93,12 @@ def test_the_first_view_of_a_pair_is_a_weak_one_on_demand(data_dir):
         loaders = Loaders(args, task, read_data(args, print), config, torch.device('cpu'), print)
         recipes = loaders.train.loader.dataset.parts[0].views.recipes
         assert [recipe.scale == (0.8, 1.0) and not recipe.jitter_prob for recipe in recipes] == weak
-    assert train_views(args, config, 1, weak_first=True).recipes[0].scale == (0.08, 1.0)  # alone it is a strong one
+    strong = recipes[1]
+    assert (strong.scale, strong.jitter, strong.grayscale_prob) == ((0.2, 1.0), (0.4, 0.4, 0.4, 0.1), 0.1)
+    assert (strong.jitter_prob, strong.blur_prob) == (0.8, 0.5)
+    flags = ['--scale', '0.08', '1', '--color-jitter', '0.8', '0.8', '0.8', '0.2', '--grayscale-prob', '0.2']
+    assert view_recipe(parser.parse_args([str(data_dir), *flags]), config) == ViewRecipe((32, 32))  # SimCLR's own
+    assert train_views(args, config, 1, weak_first=True).recipes[0].scale == (0.2, 1.0)  # alone it is a strong one
 
 
 def test_more_labels_than_there_are(data_dir):

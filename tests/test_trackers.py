@@ -99,7 +99,7 @@ def test_tensorboard_has_the_flags_as_hyperparameters_of_the_same_run(data_dir, 
 
     flags = content('session_start_info').session_start_info.hparams
     assert flags['lr'].number_value == 0.05 and flags['model'].string_value == 'test_resnet'
-    assert flags['scale'].string_value == '[0.08, 1.0]' and 'aa' not in flags
+    assert flags['decay_milestones'].string_value == '[30, 60]' and 'aa' not in flags
     metrics = {info.name.tag for info in content('experiment').experiment.metric_infos}
     assert metrics == {'train_loss', 'eval_loss', 'eval_top1'} and metrics <= scalars(folder).keys()
 
@@ -124,7 +124,7 @@ def test_wandb_has_what_summary_csv_has(data_dir, tmp_path, offline, capsys):
     assert kept['epochs'] == 3 and kept['steps'] == {'progress': 9}
     assert {(run.project, run.display_name) for run in runs} == {('timm-multilabel', 'run')}
     flags = {update.key: json.loads(update.value_json) for update in runs[0].config.update}
-    assert flags['lr'] == 0.05 and flags['scale'] == [0.08, 1.0] and flags['log_wandb'] is True
+    assert flags['lr'] == 0.05 and flags['decay_milestones'] == [30, 60] and flags['log_wandb'] is True
     axes = {record.metric.name: record.metric.step_metric for record in records if record.HasField('metric')}
     assert {name: axes[name] for name in rows} == dict.fromkeys(rows, 'epochs')
     assert axes['progress/train_loss'] == 'progress/step'

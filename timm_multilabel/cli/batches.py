@@ -29,6 +29,10 @@ from timm_multilabel.views.recipe import ViewRecipe, weak_recipe
 
 Say = Callable[[str], None]
 
+SIMCLR_VIEWS = {'scale': (0.2, 1.0), 'jitter': (0.4, 0.4, 0.4, 0.1), 'grayscale_prob': 0.1}
+"""What `--views simclr` has unless flags say otherwise: half of what SimCLR's own recipe does to colors, which at full
+strength takes them from the heads (experiments/views)."""
+
 
 def which_views(args: argparse.Namespace) -> str:
     """The recipe of training views: the one asked for, else SimCLR's where SimCLR is on and no policy of timm's is."""
@@ -41,9 +45,10 @@ def weak_first(args: argparse.Namespace) -> bool:
 
 
 def view_recipe(args: argparse.Namespace, data_config: dict[str, Any]) -> ViewRecipe:
-    """SimCLR's recipe, with what the flags say otherwise."""
+    """SimCLR's recipe at half its strength, with what the flags say otherwise."""
     jitter = args.color_jitter
     wishes = {
+        'scale': args.scale and tuple(args.scale),
         'jitter': jitter and tuple((3 * jitter if len(jitter) == 1 else jitter) + [0.0])[:4],
         'jitter_prob': args.color_jitter_prob,
         'grayscale_prob': args.grayscale_prob,
@@ -51,10 +56,9 @@ def view_recipe(args: argparse.Namespace, data_config: dict[str, Any]) -> ViewRe
     }
     return ViewRecipe(
         **_placing(args, data_config, 'bilinear'),
-        scale=tuple(args.scale),
         ratio=tuple(args.ratio),
         rotation=args.rotation,
-        **{name: wish for name, wish in wishes.items() if wish is not None},
+        **{**SIMCLR_VIEWS, **{name: wish for name, wish in wishes.items() if wish is not None}},
     )
 
 
@@ -90,7 +94,7 @@ def _timm_transform(args: argparse.Namespace, data_config: dict[str, Any]):
     try:
         return timm_transform(
             **_placing(args, data_config, 'random'),
-            scale=args.scale,
+            scale=args.scale or [0.08, 1.0],
             ratio=args.ratio,
             rotation=args.rotation,
             color_jitter=jitter[0] if len(jitter) == 1 else tuple(jitter),

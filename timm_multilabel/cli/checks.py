@@ -85,7 +85,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError('--aa has colors of its own, and timm then leaves --color-jitter out; pass one of them')
     if args.aa and args.color_jitter_prob is not None and '3a' not in args.aa:
         raise UserError('--aa has colors of its own, and timm then leaves --color-jitter-prob out; pass one of them')
-    for name in ('scale', 'ratio'):
+    for name in ('scale', 'ratio') if args.scale else ('ratio',):
         low, high = getattr(args, name)
         if low > high or name == 'scale' and high > 1:
             raise UserError(f'--{name} {low:g} {high:g}: the least comes first'

@@ -125,7 +125,8 @@ def _add_views(group) -> None:
                             "timm's transforms (default: simclr with SimCLR and without --aa, else timm)")
     group.add_argument('--weak-first-view', action=_SWITCH, default=False,
                        help='make the first view of a pair a weak one (flip, slight crop), as with pseudo-labels')
-    group.add_argument('--scale', type=above_0, nargs=2, default=[0.08, 1.0], metavar='X', help='crop area range')
+    group.add_argument('--scale', type=above_0, nargs=2, metavar='X',
+                       help="crop area range (default: 0.2 1; with timm's views 0.08 1)")
     group.add_argument('--ratio', type=above_0, nargs=2, default=[3 / 4, 4 / 3], metavar='X',
                        help='crop aspect range (default: 3/4 4/3)')
     group.add_argument('--hflip', type=fraction, default=0.5, metavar='P', help='probability of a horizontal flip')
@@ -136,12 +137,12 @@ def _add_views(group) -> None:
                        help="resampling of the crop (default: bilinear, with timm's views random)")
     group.add_argument('--aa', metavar='POLICY', help='auto augment policy, e.g. rand-m9-mstd0.5')
     group.add_argument('--color-jitter', type=at_least_0, nargs='+', metavar='X',
-                       help="brightness, contrast, saturation[, hue], or one number for the first three (default: 0.8 "
-                            "0.8 0.8 0.2; with timm's views 0.4, and off with --aa)")
+                       help="brightness, contrast, saturation[, hue], or one number for the first three (default: 0.4 "
+                            "0.4 0.4 0.1; with timm's views 0.4, and off with --aa)")
     group.add_argument('--color-jitter-prob', type=fraction, metavar='P',
                        help="probability of color jitter (default: 0.8; with timm's views always)")
     group.add_argument('--grayscale-prob', type=fraction, metavar='P',
-                       help="probability of greyscale (default: 0.2; with timm's views 0)")
+                       help="probability of greyscale (default: 0.1; with timm's views 0)")
     group.add_argument('--gaussian-blur-prob', type=fraction, metavar='P',
                        help="probability of blur (default: 0.5; with timm's views 0)")
     group.add_argument('--reprob', type=fraction, default=0.0, metavar='P', help='probability of random erasing')
