@@ -193,7 +193,8 @@ def results(axis):
     differences = [
         {**({} if axis is None else {axis: value}), 'setting': 'other $', 'head': 'mean', 'difference': 5.0, 'low': 1.0,
          'high': 9.0, 'p': 0.01, 'holm': 0.02} for value in ([0] if axis is None else [10, 20])]
-    return GridResults('Title', 'About.', 'val', axis, pd.DataFrame(rows), pd.DataFrame(differences), ['color'])
+    return GridResults('Title', 'About.', 'val', axis, ['base', 'other $'], pd.DataFrame(rows),
+                       pd.DataFrame(differences), ['color'])
 
 
 def test_tables_hold_means_deviations_and_differences_by_seed():

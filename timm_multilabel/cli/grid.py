@@ -276,7 +276,8 @@ def collect(
                 'head': row.head or MEAN, 'difference': row.difference, 'low': row.low, 'high': row.high, 'p': row.p,
                 'holm': row.holm})
     return GridResults(
-        grid.title, grid.about, args.split, grid.axis, pd.DataFrame(rows), pd.DataFrame(differences), heads)
+        grid.title, grid.about, args.split, grid.axis, grid.settings, pd.DataFrame(rows), pd.DataFrame(differences),
+        heads)
 
 
 def read_results(folder: Path, split: str, grid: Grid) -> GridResults:
@@ -302,7 +303,7 @@ def read_results(folder: Path, split: str, grid: Grid) -> GridResults:
             na_values={name: [''] for name in columns if name not in (*_TEXTS, grid.axis)}))
     columns = list(tables[0].columns)
     heads = columns[columns.index('seed') + 1:columns.index(MEAN)]
-    return GridResults(grid.title, grid.about, split, grid.axis, *tables, heads)
+    return GridResults(grid.title, grid.about, split, grid.axis, grid.settings, *tables, heads)
 
 
 def write_tables(folder: Path, split: str, results: GridResults) -> None:

@@ -25,6 +25,7 @@ class GridResults:
         about: What it asks.
         split: The split that the figures are of.
         axis: The column of what varies, or None.
+        settings: The settings in their order; the others were compared with the first one.
         runs: A row a run: 'setting', the axis, 'seed', a column a head of its top-1 in percent, 'mean', 'minutes',
             'cpu_minutes' (its own and those of what it started from), and where it ran.
         differences: A row a comparison with the first setting: the axis, 'setting', 'head', 'difference', 'low',
@@ -35,6 +36,7 @@ class GridResults:
     about: str
     split: str
     axis: str | None
+    settings: Sequence[str]
     runs: pd.DataFrame
     differences: pd.DataFrame
     heads: Sequence[str]
@@ -43,11 +45,6 @@ class GridResults:
     def figures(self) -> list[str]:
         """The columns that are shown: the mean over heads, where there are several, and each head."""
         return [MEAN, *self.heads] if len(self.heads) > 1 else list(self.heads)
-
-    @property
-    def settings(self) -> list[str]:
-        """The settings in their order."""
-        return list(dict.fromkeys(self.runs['setting']))
 
     @property
     def values(self) -> list:
