@@ -286,7 +286,7 @@ def test_recipes_are_read(name):
 
 def test_the_recommended_recipe_is_a_setting_of_the_experiment_that_recommends_it():
     made = read_grid(RECIPES.parent / 'experiments' / 'few-labels' / 'grid.yaml')
-    run = next(run for run in made.runs if run.setting == 'SimCLR, then labels' and run.value == 1000)
+    run = next(run for run in made.runs if run.setting == 'SimCLR, then labels for long' and run.value == 1000)
     recipe = yaml.safe_load((RECIPES / 'recommended.yaml').read_text())
     for measured, phase in zip((run.start.recipe, run.recipe), recipe.pop('phases'), strict=True):
         del phase['name']
