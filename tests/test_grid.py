@@ -154,13 +154,20 @@ def test_after_a_run_that_fails_those_that_run_end_and_no_other_starts(tmp_path)
     job = endless(tmp_path, 'good')
     words = [*job.words[:job.words.index('10000')], '1', *job.words[job.words.index('10000') + 1:],
              '--warmup-epochs', '0', '--cooldown-epochs', '0']
-    jobs, said = make_jobs(tmp_path, Job('good', words), Job('wrong', [str(tmp_path / 'nowhere')]),
+    jobs, said = make_jobs(tmp_path, Job('wrong', [str(tmp_path / 'nowhere')]), Job('good', words),
                            Job('later', [], 'good'))
+
+    def starts(name):
+        said.append(name)
+        if name == 'good':  # not before the other one has failed, without reaping it
+            os.waitid(os.P_PID, jobs.running[0].process.pid, os.WEXITED | os.WNOWAIT)
+
+    jobs.starts = starts
     ended = []
     with pytest.raises(UserError, match="'wrong' ended with status 2: .*nowhere: no such data directory.*wrong.log"):
         ended.extend(name for name, _ in jobs.run())
     assert not jobs.running and jobs.done == {'good'} and not (tmp_path / 'later.log').exists()
-    assert said[:2] == ['good', 'wrong'] and "run 'wrong' ended" in said[2]
+    assert said[:2] == ['wrong', 'good'] and "run 'wrong' ended" in said[2]
 
 
 def test_runs_save_and_stop_where_the_grid_is_stopped(tmp_path):
