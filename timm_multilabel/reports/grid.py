@@ -13,7 +13,8 @@ from timm_multilabel.reports.tables import markdown_table, markdown_text
 MEAN = 'mean'
 """The column of the plain mean over heads."""
 
-_COLORS = ('#000000', '#4477aa', '#66ccee', '#228833', '#ccbb44', '#ee6677', '#aa3377', '#bbbbbb')
+_COLORS = ('#000000', '#4477aa', '#66ccee', '#228833', '#ccbb44', '#ee6677', '#aa3377', '#bbbbbb',
+           '#994f00')
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def draw_grid(results: GridResults) -> Figure:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False, fontsize=9)
     else:
-        panels[0].invert_yaxis()
+        panels[0].set_ylim(len(results.settings) - 0.5, -0.5)
         figure.supxlabel('top-1, %', fontsize=10)
     return figure
 
