@@ -14,9 +14,11 @@ from timm_multilabel.cli.data import Data
 from timm_multilabel.errors import UserError
 from timm_multilabel.metrics import less_is_better
 from timm_multilabel.model import MultiLabelModel, create_backbone
+from timm_multilabel.model_names import plain_model
 from timm_multilabel.optim import create_optimizer
 from timm_multilabel.task import JointTask, Pool
 from timm_multilabel.training.checkpoint import Checkpoint
+from timm_multilabel.training.checkpoint_checks import is_data_config
 from timm_multilabel.training.loop import Precision, make_scaler
 from timm_multilabel.training.saver import WholeSaver
 from timm_multilabel.training.updater import Updater
@@ -57,6 +59,9 @@ def model(
     data_config = resolve_data_config({**size, **wishes}, model=backbone)
     for name in ('input_size', 'mean', 'std'):
         data_config[name] = list(data_config[name])  # as YAML and checkpoints hold it
+    if not is_data_config(data_config):
+        raise UserError(
+            f'--img-size, --crop-pct, --mean, --std: {data_config} is out of the range that a checkpoint may hold')
     try_out(args.model, backbone, data_config['input_size'])
     try:
         made = MultiLabelModel(
@@ -94,6 +99,7 @@ def task(
             raise UserError(f'--sync-bn needs CUDA, and the device is {device}; leave it out')
         model = convert_sync_batchnorm(model)
     check_pieces(args, model, data)
+    arch, model_kwargs = plain_model(args.model, args.model_kwargs)
     model.to(device=device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
     return JointTask(
         model,
@@ -114,8 +120,9 @@ def task(
         freeze_backbone=args.freeze_backbone,
         micro_batch=args.micro_batch,
         metadata={
-            'arch': args.model,
-            'model_kwargs': args.model_kwargs,
+            'arch': arch,
+            'model_kwargs': model_kwargs,
+            'head_module': args.head_module,
             'opt': args.opt,
             'data_config': data_config,
             'best_weights': 'plain',

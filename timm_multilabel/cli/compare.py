@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from timm_multilabel.cli import train_flags
 from timm_multilabel.cli.device import loader_workers, start_device
-from timm_multilabel.cli.flags import Parser, count
+from timm_multilabel.cli.flags import Parser, add_trust_flags, count
 from timm_multilabel.cli.run_flags import read_run_flags
 from timm_multilabel.cli.splits import split_path
 from timm_multilabel.cli.stored import predictions_path, stored_predictions
@@ -52,8 +52,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                         help='a run of the group that the others are compared with (default: the first run)')
     parser.add_argument('--data', metavar='DIR',
                         help='data directory to score all runs on (default: what each was trained with)')
-    parser.add_argument('--head-module', metavar='FILE',
-                        help='Python file with the kinds of heads of your own')
+    add_trust_flags(parser)
     parser.add_argument('-j', '--workers', type=count, default=4, metavar='N',
                         help='loader processes, where predictions have to be made')
     parser.add_argument('--device', metavar='NAME', help='cpu, cuda, ... (default: cuda where there is one)')
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     """Compare."""
     paths = _run_paths(args.runs)
     outputs = _prepare_outputs(args.out, args.force)
-    settings, flags = [_read_settings(path) for path in paths], _flag_names()
+    settings, flags = [_read_settings(path, args.head_module) for path in paths], _flag_names()
     runs = [_read_run(path, name, of_run, flags) for (path, name), of_run in zip(_names(paths).items(), settings)]
     groups = group_runs(runs)
     baseline = _find_baseline(args.baseline, paths, groups)
@@ -89,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
         answers = [
             Answers.of(stored_predictions(
                 path, name, Path(args.data) if args.data else None, device, loader_workers(args.workers), _say,
-                head_module=args.head_module))
+                head_module=args.head_module, allow_hub=args.allow_hub))
             for path, name in zip(paths, names)]
         results.append(_compare_split(split, answers, runs, groups, baseline, remark))
     experiments = Experiments(runs, groups, baseline, results, remarks)
@@ -148,11 +147,11 @@ def _flag_names() -> dict[str, str]:
             for action in parser._actions if action.option_strings}
 
 
-def _read_settings(path: Path) -> dict[str, object]:
+def _read_settings(path: Path, head_module: str | None) -> dict[str, object]:
     """The settings of a run as args.yaml holds them; flags that it is older than have their defaults."""
-    settings = vars(read_run_flags(path))
+    settings = vars(read_run_flags(path, head_module))
     phases = [{'name': phase.phase, **phase.given} for phase in settings['phases']]
-    return {**{name: value for name, value in settings.items() if name not in ('config', 'old_amp')},
+    return {**{name: value for name, value in settings.items() if name not in ('config', 'old_amp', 'allow_hub')},
             'phases': phases}
 
 

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     loaded = load_checkpoint_model(args, checkpoint, args.weights)
     rows = read_rows(args, args.images, checkpoint, loaded.model.label_space)
     part = loaded.part(rows, keep_bad=True)
-    with Progress('Embed', batches_of(args, rows), visible=True) as progress:
+    with Progress('Embed', batches_of(args, checkpoint, rows), visible=True) as progress:
         embeddings, bad = embed_part(loaded, part, args.what, args.batch_size, workers_of(args), progress)
     embeddings.save(path)
     for line in bad[:_NAMED]:

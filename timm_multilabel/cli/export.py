@@ -3,6 +3,7 @@ import argparse
 from pathlib import Path
 from types import ModuleType
 
+from timm_multilabel.cli.flags import add_trust_flags
 from timm_multilabel.errors import UserError, printable
 from timm_multilabel.export.compare import TOLERANCE, check_finite
 from timm_multilabel.export.examples import COUNT, images_of_paths, images_of_run, read_images
@@ -28,7 +29,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                              'split of the run)')
     parser.add_argument('--weights', choices=('best', 'plain', 'ema'), default='best',
                         help='weights to export (default: those that made the checkpoint what it is)')
-    parser.add_argument('--head-module', metavar='FILE', help='Python file with the kinds of heads of your own')
+    add_trust_flags(parser)
     parser.add_argument('--hub', metavar='DIR',
                         help='build a folder for the Hugging Face hub: model card, weights and configuration')
     parser.add_argument('--push', metavar='USER/NAME',
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out) if args.out else checkpoint.path.parent / 'export'
     check_outputs(args, forms, out, has_heads)
     weights = checkpoint.best_weights if args.weights == 'best' else args.weights
-    model = load_model(checkpoint, weights, load_kinds(args.head_module))
+    model = load_model(checkpoint, weights, load_kinds(args.head_module), args.allow_hub)
     paths = images_of_paths(args.images) if args.images else images_of_run(checkpoint)
     exportable = Exportable(checkpoint, model, describe(checkpoint, weights), read_images(checkpoint, paths))
     check_finite(exportable)

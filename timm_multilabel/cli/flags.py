@@ -3,6 +3,7 @@ import argparse
 import difflib
 import math
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,21 @@ import yaml
 from timm.utils import ParseKwargs
 
 from timm_multilabel.errors import UserError
+from timm_multilabel.model_names import is_from_elsewhere
 
 _VALUES = 10_000  # in a YAML file of flags, at most
+
+TRUST_FLAGS = ('head_module', 'allow_hub')
+"""The flags that let a command run code or look elsewhere, see `add_trust_flags`."""
+
+_TYPED_ONLY = {
+    'head_module': 'names the Python file {0}, and code is not run because a file names it; if you trust it, pass '
+                   '--head-module {0} on the command line, else remove the line',
+    'allow_hub': "'allow_hub' counts on the command line only; remove the line, and pass --allow-hub",
+    'model': "the model {0} is not one of timm's own, and a file does not make this program look elsewhere; pass "
+             '--allow-hub if you trust it, or name another with --model',
+}
+"""What a file of flags may not decide, with the message: a recipe or an args.yaml may come from anyone."""
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -178,9 +192,19 @@ def _parse_over(parser: Parser, argv: list[str], where: str, settings: dict[Any,
     parser.where = where
     settings = parser.parse_args(words)
     parser.where = ''
+    aside = {name: value for name in _TYPED_ONLY if (value := vars(settings).get(name))}
+    if not is_from_elsewhere(aside.get('model', '')):
+        aside.pop('model', None)
+    for name in aside:
+        setattr(settings, name, None)
     for action in positionals:
         action.default = getattr(settings, action.dest)
     args = parser.parse_args(argv, settings)
+    for name, value in aside.items():
+        if name == 'model' and args.allow_hub and args.model is None:
+            args.model = value
+        if getattr(args, name) is None:
+            raise UserError(f'{where}: ' + _TYPED_ONLY[name].format(shlex.quote(str(value))))
     for action, its_nargs, default in zip(positionals, nargs, defaults):
         action.nargs, action.default = its_nargs, default
         if getattr(args, action.dest) is None:
@@ -272,3 +296,10 @@ def _words(where: str, action: argparse.Action, value: Any) -> list[str]:
     option = action.option_strings[-1]
     # One word, so that a value such as -1 is not taken for a flag.
     return [f'{option}={values[0]}'] if action.nargs is None and len(values) == 1 else [option, *values]
+
+
+def add_trust_flags(parser: Any) -> None:
+    """Add what lets a command run code, or look elsewhere, for a run or a checkpoint that asks for it."""
+    parser.add_argument('--head-module', metavar='FILE', help='Python file with kinds of heads of your own')
+    parser.add_argument('--allow-hub', action='store_true',
+                        help="let a model that a file names, and that is not timm's own, be looked up (hf-hub:...)")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_multilabel.cli import train_flags
-from timm_multilabel.cli.flags import Parser, named_flag, read_yaml
+from timm_multilabel.cli.flags import TRUST_FLAGS, Parser, named_flag, read_yaml
 from timm_multilabel.errors import UserError
 
 _KEYS = ('title', 'about', 'flags', 'seeds', 'axis', 'starts', 'settings')
@@ -150,6 +150,9 @@ def _check_flags(path: Path, where: str, flags: Mapping[str, Any], axis: str | N
         if name in OWN_FLAGS or name == axis:
             what = 'what varies' if name == axis else 'set by the grid itself'
             raise UserError(f"{path}, {where}: '{name}' is {what}; leave it out")
+        if name in TRUST_FLAGS:
+            raise UserError(f"{path}, {where}: '{name}' counts on the command line only; leave it out, and end the "
+                            f"command with --flags --{name.replace('_', '-')} ...")
     return names
 
 

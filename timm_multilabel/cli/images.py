@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from timm_multilabel.cli.device import choose_precision, loader_workers, start_device
-from timm_multilabel.cli.flags import count, positive
+from timm_multilabel.cli.flags import add_trust_flags, count, positive
 from timm_multilabel.data.arguments import rows_of_arguments
 from timm_multilabel.data.table import Rows
 from timm_multilabel.distributed import world
@@ -19,7 +19,7 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags on how images are read and the model is run."""
     parser.add_argument('--image-column', metavar='NAME', help='column of the image paths in CSVs (default: as in '
                         'training)')
-    parser.add_argument('--head-module', metavar='FILE', help='Python file with the kinds of heads of your own')
+    add_trust_flags(parser)
     parser.add_argument('-b', '--batch-size', type=positive, default=128, metavar='N', help='images a batch')
     parser.add_argument('-j', '--workers', type=count, default=4, metavar='N', help='loader processes')
     parser.add_argument('--device', metavar='NAME', help='cpu, cuda, ... (default: cuda where there is one)')
@@ -36,7 +36,7 @@ def load_checkpoint_model(args: argparse.Namespace, checkpoint: Checkpoint, weig
     if world()[1] > 1:
         raise UserError('this command runs in one process; start it without torchrun')
     precision = choose_precision(device, args.amp, None, False)
-    return LoadedModel.of(checkpoint, weights, precision, load_kinds(args.head_module))
+    return LoadedModel.of(checkpoint, weights, precision, load_kinds(args.head_module), args.allow_hub)
 
 
 def read_rows(args: argparse.Namespace, images: list[str], checkpoint: Checkpoint, space: LabelSpace) -> Rows:
@@ -50,9 +50,9 @@ def workers_of(args: argparse.Namespace) -> int:
     return loader_workers(args.workers)
 
 
-def batches_of(args: argparse.Namespace, rows: Rows) -> int:
+def batches_of(args: argparse.Namespace, checkpoint: Checkpoint, rows: Rows) -> int:
     """How many batches the rows make, for the progress bar."""
-    return -(-len(rows) // args.batch_size)
+    return -(-len(rows) // checkpoint.batch_size(args.batch_size))
 
 
 def new_file(name: str, flag: str, suffixes: tuple[str, ...], force: bool) -> Path:

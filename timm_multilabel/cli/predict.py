@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
             yield from batch
             progress.advance()
 
-    with Progress('Predict', batches_of(args, rows), visible=True) as progress:
+    with Progress('Predict', batches_of(args, checkpoint, rows), visible=True) as progress:
         lines = FORMATS[form](answers(progress), predictor.label_space, args.top_k)
         write_lines(lines, path)
     end(int(part.bad.sum()), len(part))  # whose rows say what is wrong

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from timm_multilabel.cli.device import loader_workers, start_device
 from timm_multilabel.cli.first_views import first_views
-from timm_multilabel.cli.flags import count
+from timm_multilabel.cli.flags import add_trust_flags, count
 from timm_multilabel.cli.run_flags import command_line, read_run_flags
 from timm_multilabel.cli.splits import split_path
 from timm_multilabel.cli.stored import best_checkpoint, stored_predictions
@@ -41,7 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                         help="val, test, ... or the path of a CSV (default: the run's validation split)")
     parser.add_argument('--data', metavar='DIR', help="data directory, where it has moved (default: the run's)")
     parser.add_argument('--checkpoint', metavar='FILE', help='another than model_best.pth.tar of the run')
-    parser.add_argument('--head-module', metavar='FILE', help='Python file with the kinds of heads of your own')
+    add_trust_flags(parser)
     parser.add_argument('-j', '--workers', type=count, default=4, metavar='N', help='loader processes')
     parser.add_argument('--device', metavar='NAME', help='cpu, cuda, ... (default: cuda where there is one)')
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     """Write the report."""
     started = time.perf_counter()
     folder = Path(args.run)
-    flags, summary = read_run_flags(folder), read_finished_epochs(folder)
+    flags, summary = read_run_flags(folder, args.head_module), read_finished_epochs(folder)
     out = prepare_output(Path(args.out) if args.out else folder / 'report.html', args.force)
     path = Path(args.checkpoint) if args.checkpoint else best_checkpoint(folder)
     checkpoint = read_checkpoint(path, mapped=True)
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     device = start_device(args.device)
     predictions = stored_predictions(
         folder, split, data_dir, device, loader_workers(args.workers), print,
-        checkpoint=path if args.checkpoint else None, head_module=args.head_module)
+        checkpoint=path if args.checkpoint else None, head_module=args.head_module, allow_hub=args.allow_hub)
     page, notes = build_page(folder, flags, summary, checkpoint, predictions, split, data_dir)
     content = render(page).encode('utf-8', 'replace')  # names of files may hold what UTF-8 has not
     out.parent.mkdir(parents=True, exist_ok=True)

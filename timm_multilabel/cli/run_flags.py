@@ -9,17 +9,26 @@ from timm_multilabel.cli.flags import Assignments, HeadOptions, Parser, Settings
 from timm_multilabel.errors import UserError
 
 
-def read_run_flags(run: Path) -> argparse.Namespace:
+def read_run_flags(run: Path, head_module: str | None) -> argparse.Namespace:
     """The flags of training that a run folder's args.yaml holds, checked as the command line is.
 
+    Args:
+        run: The folder.
+        head_module: What the command line of this command says of it; that of args.yaml does not count.
+
     Raises:
-        UserError: The folder is none of a run, or its args.yaml cannot be read.
+        UserError: The folder is none of a run, its args.yaml cannot be read, or it names a file of heads and nobody
+            else does.
     """
     path = run / 'args.yaml'
     if not path.is_file():
         what = 'holds no args.yaml' if run.is_dir() else 'no such folder'
         raise UserError(f'{run}: not a run folder ({what}); name one that training made, such as output/train/NAME')
-    return parse_with_config(_parser(), ['-c', str(path)])
+    words = ['-c', str(path), '--allow-hub']  # which allows nothing: no model is made of these flags
+    flags = parse_with_config(_parser(), [*words, f'--head-module={head_module}'] if head_module else words)
+    for each in (flags, *flags.phases):
+        each.allow_hub = False
+    return flags
 
 
 def changed_flags(args: argparse.Namespace) -> dict[str, Any]:

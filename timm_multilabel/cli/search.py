@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     if args.sheet is not None:
         sheet = new_file(args.sheet, '--sheet', tuple(_PICTURES), args.force)
         sheet_size(len(rows), count)  # which raises where it is too large
-    with Progress('Embed queries', batches_of(args, rows), visible=True) as progress:
+    with Progress('Embed queries', batches_of(args, checkpoint, rows), visible=True) as progress:
         queries, bad = embed_part(
             loaded, loaded.part(rows, keep_bad=True), made_by['what'], args.batch_size, workers_of(args), progress)
     for line in bad:

@@ -52,6 +52,7 @@ def stored_predictions(
         say: Callable[[str], None],
         checkpoint: Path | None = None,
         head_module: str | None = None,
+        allow_hub: bool = False,
 ) -> Predictions:
     """What a run's best checkpoint says of a split: read from the run folder, or else made and kept there.
 
@@ -66,11 +67,12 @@ def stored_predictions(
         say: Prints a line.
         checkpoint: Another one than the best, whose predictions are not kept.
         head_module: Python file with the kinds of heads of the user's own.
+        allow_hub: See `load_model`.
 
     Raises:
         UserError: The folder is no run, it has no checkpoint yet, or the split cannot be read.
     """
-    flags = read_run_flags(run)
+    flags = read_run_flags(run, head_module)
     folder = Path(data_dir or flags.data_dir)
     model_file = checkpoint or best_checkpoint(run)
     kept, table = predictions_path(run, split), split_path(folder, split)
@@ -82,7 +84,7 @@ def stored_predictions(
             return found
     if not folder.is_dir():
         raise UserError(f'{folder}: no such data directory, and it is that of {run}; name it with --data')
-    made = _predict(read_checkpoint(model_file), flags, folder, split, device, workers, say, head_module)
+    made = _predict(read_checkpoint(model_file), flags, folder, split, device, workers, say, allow_hub)
     if checkpoint is None:
         replace(made, made_from=now).save(kept)
         say(f'predictions: {kept}')
@@ -106,14 +108,14 @@ def _predict(
         device: torch.device,
         workers: int,
         say: Callable[[str], None],
-        head_module: str | None,
+        allow_hub: bool,
 ) -> Predictions:
     """Run a checkpoint over a split; images that cannot be decoded are left out where the run does so."""
     settings = argparse.Namespace(
         data_dir=str(folder), split=split, image_column=None, separator=None, missing_value=None,
         batch_size=_BATCH, workers=workers, skip_bad_images=flags.skip_bad_images)
     rows = _read_rows(settings, checkpoint, say)
-    model = load_model(checkpoint, checkpoint.best_weights, load_kinds(head_module)).to(device)
+    model = load_model(checkpoint, checkpoint.best_weights, load_kinds(flags.head_module), allow_hub).to(device)
     loader, part = build_loader(checkpoint, rows, settings, device)
     with Progress(f'Predict {rows.source.name}', len(loader), visible=True) as progress:
         made = predict_rows(model, loader, rows, choose_precision(device, False, None, False), progress)

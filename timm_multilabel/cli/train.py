@@ -362,7 +362,7 @@ def choose_trackers(args: argparse.Namespace, folder: Path, goes_on: bool) -> li
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The flags as args.yaml holds them: what `-c` takes, without what names this one start."""
-    hidden = ('config', 'old_amp', 'resume', 'phases', 'phase', 'given')
+    hidden = ('config', 'old_amp', 'resume', 'phases', 'phase', 'given', 'allow_hub')
     flags = {key: value for key, value in vars(args).items() if key not in hidden}
     flags['amp'] = args.amp or args.old_amp
     if not args.phases:

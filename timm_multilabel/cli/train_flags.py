@@ -6,6 +6,7 @@ from timm_multilabel.cli.flags import (
     HeadOptions,
     Settings,
     above_0,
+    add_trust_flags,
     at_least_0,
     count,
     fraction,
@@ -13,8 +14,10 @@ from timm_multilabel.cli.flags import (
     positive,
     separator,
 )
+from timm_multilabel.model_names import LARGEST_PROJECTION, LARGEST_SIDE
 
 _SWITCH = argparse.BooleanOptionalAction
+side = number(int, least=1, most=LARGEST_SIDE)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +47,7 @@ def _add_data(group) -> None:
     group.add_argument('--head', action=HeadOptions, nargs='+', default={}, metavar='HEAD:NAME=VALUE,...',
                        help='options of a head: loss=softmax|arcface|tags|numeric, weight, input=features|projection, '
                             'drop, smoothing, class_weights=balanced, scale, margin, columns=a+b (0/1 columns of tags)')
-    group.add_argument('--head-module', metavar='FILE', help='Python file with kinds of heads of your own')
+    add_trust_flags(group)
     group.add_argument('--unknown-labels', choices=('error', 'ignore'), default='error',
                        help='labels of val.csv that training does not know: stop, or take them as missing')
     group.add_argument('--skip-bad-images', action=_SWITCH, default=False,
@@ -63,10 +66,12 @@ def _add_model(group) -> None:
                        help='start from a local timm checkpoint or safetensors file')
     group.add_argument('--initial-checkpoint', metavar='FILE',
                        help='start from what fits of a checkpoint of this program')
-    group.add_argument('--img-size', type=positive, metavar='N', help="image size (default: the model's own)")
-    group.add_argument('--input-size', type=positive, nargs=3, metavar='N', help='input size: 3 height width')
-    group.add_argument('--mean', type=number(), nargs='+', metavar='X', help='mean to normalise with')
-    group.add_argument('--std', type=above_0, nargs='+', metavar='X', help='standard deviation to normalise with')
+    group.add_argument('--img-size', type=side, metavar='N', help="image size (default: the model's own)")
+    group.add_argument('--input-size', type=side, nargs=3, metavar='N', help='input size: 3 height width')
+    group.add_argument('--mean', type=number(least=-1e4, most=1e4), nargs='+', metavar='X',
+                       help='mean to normalise with')
+    group.add_argument('--std', type=number(least=1e-4, most=1e4), nargs='+', metavar='X',
+                       help='standard deviation to normalise with')
     group.add_argument('--drop', type=fraction, default=0.0, metavar='P', help='dropout rate of the heads')
     group.add_argument('--drop-path', '--drop-connect', type=fraction, metavar='P',
                        help='stochastic depth rate of the backbone')
@@ -90,7 +95,8 @@ def _add_loss(group) -> None:
     group.add_argument('-wlc', '--classification-loss-weight', type=at_least_0, default=0.5, metavar='W',
                        help="weight of the heads' losses; 0 is SimCLR alone")
     group.add_argument('-t', '--temperature', type=above_0, default=0.5, metavar='T', help='temperature of NT-Xent')
-    group.add_argument('--projection-dim', type=positive, default=64, metavar='N', help='width of the projections')
+    group.add_argument('--projection-dim', type=number(int, least=1, most=LARGEST_PROJECTION), default=64,
+                       metavar='N', help='width of the projections')
     group.add_argument('--smoothing', type=fraction, default=0.1, metavar='P', help='label smoothing')
     group.add_argument('--head-weights', action=Assignments, nargs='+', metavar='HEAD=W',
                        help='weight of each head (default: 1 / number of heads)')
@@ -150,7 +156,8 @@ def _add_views(group) -> None:
     group.add_argument('--recount', type=positive, default=1, metavar='N', help='erased areas an image')
     group.add_argument('--interpolation', choices=('nearest', 'bilinear', 'bicubic', 'lanczos'),
                        help="evaluation's resize (default: the model's own)")
-    group.add_argument('--crop-pct', type=number(least=0.1), metavar='X', help="evaluation's center crop share")
+    group.add_argument('--crop-pct', type=number(least=0.1, most=10), metavar='X',
+                       help="evaluation's center crop share")
     group.add_argument('--mixup', type=at_least_0, default=0.0, metavar='A', help='mixup alpha; needs -wls 0')
     group.add_argument('--cutmix', type=at_least_0, default=0.0, metavar='A', help='cutmix alpha; needs -wls 0')
     group.add_argument('--mixup-prob', type=fraction, default=1.0, metavar='P', help='probability of mixing')

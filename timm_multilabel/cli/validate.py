@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from timm_multilabel.cli.device import choose_precision, loader_workers, start_device
-from timm_multilabel.cli.flags import count, positive, separator
+from timm_multilabel.cli.flags import add_trust_flags, count, positive, separator
 from timm_multilabel.cli.knn import KNN_FIGURE, knn_figures, with_heads_of_data
 from timm_multilabel.cli.splits import Splits, read_stored, split_path
 from timm_multilabel.data.images import FilePhotos
@@ -48,7 +48,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--image-column', metavar='NAME', help='column of the image paths (default: as in training)')
     parser.add_argument('--separator', type=separator, metavar='CHAR', help='between cells (default: as in training)')
     parser.add_argument('--missing-value', metavar='TEXT', help='a cell that means no label (default: as in training)')
-    parser.add_argument('--head-module', metavar='FILE', help='Python file with the kinds of heads of your own')
+    add_trust_flags(parser)
     parser.add_argument('-b', '--batch-size', type=positive, default=128, metavar='N', help='images a batch')
     parser.add_argument('-j', '--workers', type=count, default=4, metavar='N', help='loader processes')
     parser.add_argument('--skip-bad-images', action='store_true',
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     rows = read_split(args, scored, say)
     bank = read_bank(args, scored, say) if args.knn else None
     weights = checkpoint.best_weights if args.weights == 'best' else args.weights
-    model = load_model(checkpoint, weights, load_kinds(args.head_module)).to(device)
+    model = load_model(checkpoint, weights, load_kinds(args.head_module), args.allow_hub).to(device)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     say(f'{checkpoint.path}: {checkpoint.arch} after {checkpoint.state["epoch"] + 1} epochs, {weights} weights'
@@ -210,7 +210,7 @@ def build_loader(
     config = checkpoint.data_config
     views = eval_views(
         tuple(config['input_size'][-2:]), config['interpolation'], config['crop_pct'], config['crop_mode'])
-    rank, ranks = world()
+    size, (rank, ranks) = checkpoint.batch_size(args.batch_size), world()
     common = {
         'mean': tuple(config['mean']),
         'std': tuple(config['std']),
@@ -220,12 +220,12 @@ def build_loader(
         'ranks': ranks,
     }
     if isinstance(rows, StreamedRows):
-        loader = create_stream_loader(rows, views, args.batch_size, skip_bad=args.skip_bad_images, **common)
+        loader = create_stream_loader(rows, views, size, skip_bad=args.skip_bad_images, **common)
         return loader, loader.loader.dataset
     part = Part(rows, FilePhotos(rows), views)
     if args.skip_bad_images:
         part.skip_bad(stand_in=missing_row(checkpoint.label_space))
-    return create_eval_loader(part, args.batch_size, **common), part
+    return create_eval_loader(part, size, **common), part
 
 
 def gather_results(

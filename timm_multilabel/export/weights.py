@@ -60,19 +60,23 @@ def read_exported(path: str | Path) -> Checkpoint:
     return checkpoint_of(path, {**settings, 'state_dict': tensors})
 
 
-def load_exported(path: str | Path, kinds: Mapping[str, type[Head]] = KINDS) -> MultiLabelModel:
+def load_exported(
+        path: str | Path,
+        kinds: Mapping[str, type[Head]] = KINDS,
+        allow_hub: bool = False,
+) -> MultiLabelModel:
     """The model of exported weights, in evaluation mode.
 
     Raises:
         UserError: See `read_exported` and `load_model`.
     """
-    return load_model(read_exported(path), 'plain', kinds)
+    return load_model(read_exported(path), 'plain', kinds, allow_hub)
 
 
 def load(exportable: Exportable, path: Path) -> Run:
     """The model of a file, by this library."""
     kinds = {**KINDS, **{head.kind: type(head) for head in exportable.model.heads}}
-    model = load_exported(path, kinds)
+    model = load_exported(path, kinds, allow_hub=True)  # as the checkpoint, whose model is loaded already
 
     def run(images: torch.Tensor) -> list[torch.Tensor]:
         outputs = model(images)

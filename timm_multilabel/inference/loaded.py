@@ -47,6 +47,7 @@ class LoadedModel:
             weights: str,
             precision: Precision,
             kinds: Mapping[str, type[Head]] = KINDS,
+            allow_hub: bool = False,
     ) -> 'LoadedModel':
         """Make the model of a checkpoint, with its 'best', 'plain' or 'ema' weights.
 
@@ -54,7 +55,8 @@ class LoadedModel:
             UserError: See `load_model`.
         """
         weights = checkpoint.best_weights if weights == 'best' else weights
-        return cls(checkpoint, weights, load_model(checkpoint, weights, kinds).to(precision.device), precision)
+        model = load_model(checkpoint, weights, kinds, allow_hub)
+        return cls(checkpoint, weights, model.to(precision.device), precision)
 
     def part(self, rows: Rows, photos: Photos | None = None, keep_bad: bool = False) -> Part:
         """Rows with their photos (by default those of their files), resized as in training's evaluation.
@@ -71,7 +73,7 @@ class LoadedModel:
 
     def batches(self, part: Part, batch_size: int, workers: int) -> Iterator[torch.Tensor]:
         """Images (B, 3, H, W) of a part in order, normalised, on the device; one batch is loaded without processes."""
-        config = self.checkpoint.data_config
+        config, batch_size = self.checkpoint.data_config, self.checkpoint.batch_size(batch_size)
         loader = create_eval_loader(
             part, batch_size, mean=tuple(config['mean']), std=tuple(config['std']), device=self.precision.device,
             workers=workers if len(part) > batch_size else 0)

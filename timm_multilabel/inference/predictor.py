@@ -49,6 +49,7 @@ class Predictor:
             device: str | torch.device | None = None,
             weights: str = 'best',
             head_module: str | None = None,
+            allow_hub: bool = False,
     ) -> 'Predictor':
         """Read a checkpoint.
 
@@ -57,12 +58,14 @@ class Predictor:
             device: Where to compute; CUDA where there is one when None.
             weights: 'best' (those that made the checkpoint what it is), 'plain' or 'ema'.
             head_module: Python file with the kinds of heads of your own.
+            allow_hub: Look up a model that the file names and that is none of timm's own (`hf-hub:...`).
 
         Raises:
             UserError: The file cannot be used.
         """
         device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-        return cls(LoadedModel.of(read_checkpoint(path), weights, Precision(device), load_kinds(head_module)))
+        return cls(LoadedModel.of(
+            read_checkpoint(path), weights, Precision(device), load_kinds(head_module), allow_hub))
 
     @property
     def label_space(self) -> LabelSpace:

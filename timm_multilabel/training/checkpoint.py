@@ -1,8 +1,9 @@
 """Checkpoints in timm's format that carry what is needed to use them: label space, model and input settings."""
+import re
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,48 +17,16 @@ from timm_multilabel.errors import UserError
 from timm_multilabel.heads import KINDS, Head, default_kind
 from timm_multilabel.labels import Labels, LabelSpace
 from timm_multilabel.model import MultiLabelModel, create_backbone
+from timm_multilabel.model_names import is_from_elsewhere
 from timm_multilabel.task import JointTask
+from timm_multilabel.training.checkpoint_checks import check_archive, wrong_setting, wrong_tensors
 from timm_multilabel.training.place import Place
 from timm_multilabel.training.updater import Updater
 
 WEIGHTS = {'plain': 'state_dict', 'ema': 'state_dict_ema'}
 """The two kinds of weights that a checkpoint may hold, and their keys."""
 
-
-def _holds(condition: Callable[[Any], bool], value: Any) -> bool:
-    try:
-        return condition(value)
-    except (TypeError, ValueError, AttributeError):
-        return False
-
-
-def _is_data_config(value: Any) -> bool:
-    size, colors = value.get('input_size', ()), [value.get(name, ()) for name in ('mean', 'std')]
-    return (
-        len(size) == 3 and all(isinstance(number, int) and 0 < number <= _LARGEST for number in size)
-        and all(len(numbers) == 3 and all(isinstance(number, float) for number in numbers) for numbers in colors)
-        and isinstance(value.get('crop_pct'), float | int) and 0 < value['crop_pct'] <= _LARGEST
-        and all(isinstance(value.get(name), str) for name in ('interpolation', 'crop_mode')))
-
-
-_LARGEST = 2 ** 16  # pixels of a side
-_SETTINGS = {  # of a checkpoint, and what each must be
-    'arch': lambda value: isinstance(value, str),
-    'model_kwargs': lambda value: value is None or isinstance(value, dict),
-    'head_options': lambda value: value is None or isinstance(value, dict) and all(
-        isinstance(options, dict) for options in value.values()),
-    'projection_dim': lambda value: isinstance(value, int) and 0 < value <= _LARGEST,
-    'data_config': lambda value: isinstance(value, dict) and _is_data_config(value),
-    'phases': lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
-    'phase': lambda value: isinstance(value, int) and value >= 0,
-    'epoch': lambda value: isinstance(value, int) and value >= 0,
-    'run': lambda value: isinstance(value, dict),
-    # Its names are those of files that may be removed one day.
-    'saver': lambda value: isinstance(value, dict) and all(
-        isinstance(name, str) and Path(name).name == name for name, _ in value.get('checkpoint_files', [])),
-    'within': lambda value: isinstance(value, dict) and isinstance(value.get('ranks'), list) and all(
-        isinstance(value.get(name), int) and value[name] > 0 for name in ('step', 'steps')),
-}
+_PIXELS = 2 ** 26  # of a batch in evaluation: 1,337 images of 224x224
 
 
 @dataclass(frozen=True)
@@ -74,14 +43,13 @@ class Checkpoint:
 
     @property
     def data_config(self) -> dict[str, Any]:
-        """Input size, normalisation and evaluation's resizing, as timm's `resolve_data_config` gives them.
+        """Input size, normalisation and evaluation's resizing, as timm's `resolve_data_config` gives them."""
+        return self.state['data_config']
 
-        A checkpoint of timm's own training script has its flags instead.
-        """
-        if 'data_config' in self.state:
-            return self.state['data_config']
-        flags = vars(self.state.get('args', Namespace()))
-        return resolve_data_config(flags, pretrained_cfg=timm.get_pretrained_cfg(self.arch).to_dict())
+    def batch_size(self, asked: int) -> int:
+        """Images of a batch in evaluation: as asked, but fewer where the file says that they are very large."""
+        _, height, width = self.data_config['input_size']
+        return max(1, min(asked, _PIXELS // (height * width)))
 
     @property
     def best_weights(self) -> str:
@@ -113,6 +81,7 @@ def read_checkpoint(path: str | Path, mapped: bool = False) -> Checkpoint:
     if not path.is_file():
         raise UserError(f'{path}: no such checkpoint')
     try:
+        check_archive(path)
         with torch.serialization.safe_globals([Namespace]):  # timm's script saves its flags; a Namespace runs nothing
             state = torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)
     except Exception as error:  # damaged files make it raise nearly anything
@@ -124,49 +93,111 @@ def read_checkpoint(path: str | Path, mapped: bool = False) -> Checkpoint:
 def checkpoint_of(path: Path, state: Any) -> Checkpoint:
     """What a file held, as a checkpoint.
 
+    A checkpoint of timm's own training script, which has its flags in place of a `data_config`, gets one.
+
     Raises:
-        UserError: It is none of this program, or its settings are not what this program writes.
+        UserError: It is none of this program, or it holds what this program does not write.
     """
     foreign = UserError(f'{path}: not a checkpoint of timm-multilabel (no weights with a label space and a model name)')
     if not isinstance(state, dict) or not isinstance(state.get('state_dict'), dict) or 'arch' not in state:
         raise foreign
-    for name, is_well in _SETTINGS.items():
-        if name in state and not _holds(is_well, state[name]):
-            raise UserError(f"{path}: its '{name}' cannot be what this program wrote; take another checkpoint")
-    if state.get('phase', 0) >= max(1, len(state.get('phases', []))):
-        raise UserError(f"{path}: its 'phase' is none of its phases; take another checkpoint")
+    if 'data_config' not in state:
+        state = {**state, 'data_config': _data_config_of_flags(state)}
+    wrong = wrong_setting(state) or wrong_tensors(state, path.stat().st_size)
+    if wrong:
+        raise UserError(f'{path}: {wrong} cannot be what this program wrote; use another checkpoint')
     try:
         return Checkpoint(path, state, LabelSpace.from_dict(state.get('label_space')))
     except ValueError as error:
         raise foreign from error
 
 
-def load_model(checkpoint: Checkpoint, weights: str, kinds: Mapping[str, type[Head]] = KINDS) -> MultiLabelModel:
+def _data_config_of_flags(state: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The `data_config` that the flags of timm's own training script make; None where they make none."""
+    try:
+        known = timm.get_pretrained_cfg(state['arch']).to_dict()
+        return resolve_data_config(vars(state.get('args', Namespace())), pretrained_cfg=known)
+    except Exception:  # whatever timm makes of a name and of flags that anyone may have written
+        return None
+
+
+def load_model(
+        checkpoint: Checkpoint,
+        weights: str,
+        kinds: Mapping[str, type[Head]] = KINDS,
+        allow_hub: bool = False,
+) -> MultiLabelModel:
     """The model of a checkpoint with its 'plain' or 'ema' weights, in evaluation mode.
 
+    Args:
+        checkpoint: It.
+        weights: Which of its weights.
+        kinds: The kinds of heads by name.
+        allow_hub: Look up a model that is none of timm's own (`hf-hub:...`).
+
     Raises:
-        UserError: The checkpoint has no such weights, they do not fit its model, or a head is of an unknown kind.
+        UserError: The checkpoint has no such weights, they do not fit its model, a head is of an unknown kind, or its
+            model would have to be looked up.
     """
+    if is_from_elsewhere(checkpoint.arch) and not allow_hub:
+        raise UserError(f"{checkpoint.path}: its model {checkpoint.arch} is not one of timm's own, and a file does not "
+                        'make this program look elsewhere; pass --allow-hub if you trust it')
+    check_kinds(checkpoint, kinds)
+    state = checkpoint.weights(weights)
+    model = None
     try:
-        backbone = create_backbone(
-            checkpoint.arch,
-            input_size={'input_size': checkpoint.data_config['input_size']},
-            model_kwargs=checkpoint.state.get('model_kwargs'),
-        )
-        model = MultiLabelModel(
-            backbone,
-            checkpoint.label_space,
-            head_options=checkpoint.state.get('head_options'),
-            kinds=kinds,
-            projection_dim=checkpoint.state.get('projection_dim', 64),
-        )
+        if _expected_shapes(checkpoint).items() <= _shapes(state).items():
+            model = _make_model(checkpoint, kinds)
     except (UserError, ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
         raise UserError(f'{checkpoint.path}: {" ".join(str(error).split())}') from error
-    try:
-        model.load_state_dict(checkpoint.weights(weights))
-    except RuntimeError as error:
-        raise UserError(f'{checkpoint.path}: its {weights} weights do not fit its model and heads') from error
+    if model is None or _shapes(model.state_dict()) != _shapes(state):
+        raise UserError(f'{checkpoint.path}: its {weights} weights do not fit its model and heads')
+    model.load_state_dict(state)
     return model.eval()
+
+
+def _make_model(checkpoint: Checkpoint, kinds: Mapping[str, type[Head]]) -> MultiLabelModel:
+    backbone = create_backbone(
+        checkpoint.arch,
+        input_size={'input_size': checkpoint.data_config['input_size']},
+        model_kwargs=checkpoint.state.get('model_kwargs'),
+    )
+    return MultiLabelModel(
+        backbone,
+        checkpoint.label_space,
+        head_options=checkpoint.state.get('head_options'),
+        kinds=kinds,
+        projection_dim=checkpoint.state.get('projection_dim', 64),
+    )
+
+
+def _expected_shapes(checkpoint: Checkpoint) -> dict[str, torch.Size]:
+    """The shapes of the weights that a checkpoint's settings ask for, found out without taking memory for them.
+
+    Heads of a user's own kind are left out: their code may not run without real tensors.
+    """
+    options = checkpoint.state.get('head_options') or {}
+    places = [place for place, labels in enumerate(checkpoint.label_space.heads)
+              if options.get(labels.name, {}).get('loss', default_kind(labels)) in KINDS]
+    heads = tuple(checkpoint.label_space.heads[place] for place in places)
+    ours = replace(checkpoint, label_space=LabelSpace(heads), state={
+        **checkpoint.state, 'head_options': {each.name: options[each.name] for each in heads if each.name in options}})
+    with torch.device('meta'):
+        shapes = _shapes(_make_model(ours, KINDS).state_dict())
+    return {re.sub(r'^heads\.(\d+)', lambda found: f'heads.{places[int(found[1])]}', name): shape
+            for name, shape in shapes.items()}
+
+
+def check_kinds(checkpoint: Checkpoint, kinds: Mapping[str, type[Head]]) -> None:
+    """Raise UserError where a head is of a kind that nobody brought; the line names the file that training had."""
+    for name, options in (checkpoint.state.get('head_options') or {}).items():
+        kind = options.get('loss', '')
+        if kind and kind not in kinds:
+            module = checkpoint.state.get('head_module')
+            raise UserError(
+                f"{checkpoint.path}: head '{name}' is of the kind '{kind}'"
+                + (f', which training had from {module}' if module else '')
+                + '; code is not run because a file names it: pass --head-module FILE with that kind')
 
 
 def start_from(task: JointTask, checkpoint: Checkpoint, weights: str) -> str:
@@ -222,7 +253,7 @@ def _below(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tenso
 
 
 def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in state.items()}
+    return {name: getattr(value, 'shape', None) for name, value in state.items()}
 
 
 def of_task(task: JointTask, name: str) -> Checkpoint:
@@ -281,7 +312,9 @@ def resume(
         place = Place.of(state, steps)
         plateau = state.get('run', {}).get('plateau')
         if plateau is not None and hasattr(scheduler, 'lr_scheduler'):
-            scheduler.lr_scheduler.load_state_dict(plateau)
+            known = scheduler.lr_scheduler.state_dict()  # it would take anything for an attribute of its own
+            scheduler.lr_scheduler.load_state_dict({
+                name: type(known[name])(value) for name, value in plateau.items() if name in known})
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f'{checkpoint.path}: its place in the run cannot be read; resume from another') from error
     if not place.fits(task):
