@@ -179,12 +179,20 @@ def test_a_model_of_a_folder_is_kept_under_the_name_that_timm_has_for_it(data_di
     {'best_weights': 'other'}, {'separator': '(a+)+$'}, {'image_column': None}, {'missing_value': 1},
     {'phases': ['../x'], 'phase': 0}, {'head_weights': {'color': float('nan')}}, {'head_weights': {'color': -1}},
     {'head_options': {'color': {'scale': float('inf')}}}, {'head_options': {'color': {'class_weights': [[1]]}}},
-    {'epoch': -1}, {'epoch': 2 ** 50},
+    {'epoch': -1}, {'epoch': 2 ** 50}, {'run': {'bad_images': [{}]}}, {'run': {'strikes': 'x'}}, {'run': [1]},
+    {'saver': {'checkpoint_files': [['..', 1.0]]}}, {'saver': {'checkpoint_files': [['args.yaml', 1.0]]}},
 ])
 def test_settings_that_this_program_does_not_write(plain, tmp_path, settings):
     name = next(iter(settings))
     with pytest.raises(UserError, match=f"x.pth.tar: its '{name}'.* cannot be what this program wrote"):
         read_checkpoint(changed(plain, tmp_path / 'x.pth.tar', **settings))
+
+
+@pytest.mark.parametrize('ranks', [[], [3], [{'meter': {'x': 1}}], [{'buffers': [[1]]}], [{'meter': []}]])
+def test_a_place_in_an_epoch_that_this_program_does_not_write(plain, tmp_path, capsys, ranks):
+    path = changed(plain, tmp_path / 'x.pth.tar', within={'step': 1, 'steps': 3, 'lr': 0.1, 'ranks': ranks})
+    line = fails(capsys, train, [plain.parent / 'data', '-c', plain / 'args.yaml', '--resume', path])
+    assert 'x.pth.tar: ' in line
 
 
 @pytest.mark.parametrize('name, value', [
@@ -193,7 +201,7 @@ def test_settings_that_this_program_does_not_write(plain, tmp_path, settings):
     ('std', [0.2, 0.2, 0.0]), ('std', [0.2, 0.2, float('nan')]), ('std', [1e-30] * 3),
     ('input_size', [3, 32, 10 ** 5]), ('input_size', [1, 32, 32]), ('input_size', [3, 0, 32]),
     ('input_size', [3, 32.0, 32]),
-        ('interpolation', 'random'), ('interpolation', '<b>'), ('crop_mode', '<script>'), ('crop_mode', None),
+    ('interpolation', 'random'), ('interpolation', '<b>'), ('crop_mode', '<script>'), ('crop_mode', None),
 ])
 def test_data_configs_that_this_program_does_not_write(plain, tmp_path, name, value):
     config = {**torch.load(plain / 'last.pth.tar', weights_only=True)['data_config'], name: value}

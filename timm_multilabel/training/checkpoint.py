@@ -315,9 +315,10 @@ def resume(
             known = scheduler.lr_scheduler.state_dict()  # it would take anything for an attribute of its own
             scheduler.lr_scheduler.load_state_dict({
                 name: type(known[name])(value) for name, value in plateau.items() if name in known})
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        fits = place.fits(task)
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f'{checkpoint.path}: its place in the run cannot be read; resume from another') from error
-    if not place.fits(task):
+    if not fits:
         raise UserError(
             f'{checkpoint.path}: saved within an epoch of other loss terms or another model; give the flags of that '
             'epoch, or go on from the end of the one before')

@@ -61,6 +61,11 @@ def _are_options(value: Any) -> bool:
         for name, options in value.items())
 
 
+def _is_run(bad_images: Any = (), plateau: Any = None, **numbers: Any) -> bool:
+    return (all(isinstance(name, str) for name in bad_images) and (plateau is None or isinstance(plateau, dict))
+            and all(value is None or _is_number(value) for value in numbers.values()))
+
+
 def _are_arguments(value: Any) -> bool:
     check_arguments(value or {})
     return True
@@ -83,10 +88,10 @@ _SETTINGS: Mapping[str, Callable[[Any], bool]] = {
         re.fullmatch(r'[\w.-]+', name) and name.strip('.') for name in value),
     'phase': _is_count,
     'epoch': _is_count,
-    'run': lambda value: isinstance(value, dict),
+    'run': lambda value: _is_run(**value),
     # Its names are those of files that may be removed one day.
     'saver': lambda value: isinstance(value, dict) and all(
-        isinstance(name, str) and Path(name).name == name for name, _ in value.get('checkpoint_files', [])),
+        re.fullmatch(r'[\w-]+\.pth\.tar', name) for name, _ in value.get('checkpoint_files', [])),
     'within': lambda value: isinstance(value.get('ranks'), list) and all(
         _is_count(value.get(name)) and value[name] for name in ('step', 'steps')),
 }
