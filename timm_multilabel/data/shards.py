@@ -187,7 +187,8 @@ def _read_tars(files: Iterable[str], images: bool) -> Iterator[dict[str, Any]]:
                     yield {'fname': name, 'data': data, '__url__': path}
         except (tarfile.TarError, RecursionError, EOFError, ValueError, OSError) as error:
             reason = getattr(error, 'strerror', None) or error
-            raise UserError(f'{path}: cannot be read as a tar ({reason}); write it as a plain one, not compressed') from error
+            raise UserError(f'{path}: cannot be read as a tar ({reason}); write it as a plain one, not '
+                            'compressed') from error
         yield {}
 
 
