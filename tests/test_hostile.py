@@ -133,7 +133,7 @@ def test_what_is_no_file_is_named(tmp_path):
     os.mkfifo(folder / 'pipe.png')
     with pytest.raises(UserError, match='pipe.png: is no file'):
         rows_of_folder(folder, LabelSpace(()))
-    with pytest.raises(UserError, match=r'pipe.png \(row 2\): cannot be read as an image, that is no file'):
+    with pytest.raises(UserError, match=r'pipe.png \(row 2\): cannot be read .it is a folder, a pipe'):
         read_photo(str(folder / 'pipe.png'), 'row 2')
     (folder / 'pipe.png').unlink()
     (folder / 'link.png').symlink_to(tmp_path / 'nowhere')

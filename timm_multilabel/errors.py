@@ -1,4 +1,8 @@
-"""The one kind of error that commands report without a traceback."""
+"""The one kind of error that commands report without a traceback, and names and labels as messages show them."""
+from collections.abc import Collection
+
+_LETTERS = 40  # of a name or a label
+_NAMES = 20  # of a list of names
 
 
 class UserError(Exception):
@@ -20,3 +24,15 @@ class UserError(Exception):
 def printable(text: str) -> str:
     """A text without the characters by which it could do something to a terminal or take several lines."""
     return ''.join(letter if letter.isprintable() else ' ' for letter in text)
+
+
+def shortened(text: str, letters: int = _LETTERS) -> str:
+    """A text of a length that fits into a line, its end left out."""
+    return text if len(text) <= letters else f'{text[:letters - 3]}...'
+
+
+def listed(names: Collection[str]) -> str:
+    """The first of some names, and how many more there are."""
+    shown = [shortened(name) for name, _ in zip(names, range(_NAMES))]
+    more = len(names) - len(shown)
+    return ', '.join(shown) + (f' and {more:,} more' if more else '')

@@ -1,5 +1,7 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and read only where they are files."""
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,3 +67,24 @@ def _flush_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file to read, and never what only looks like one: a pipe or a device, which may block for ever.
+
+    Raises:
+        OSError: It cannot be opened, or is no regular file.
+    """
+    def check(state: os.stat_result) -> None:
+        if not stat.S_ISREG(state.st_mode):
+            raise OSError(errno.EINVAL, 'it is a folder, a pipe, a socket or a device, not a file', str(path))
+
+    check(os.stat(path))  # before it is opened, since that alone may do something to a device
+    # Without blocking, and looked at again, since another file may have come in its place.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0))
+    try:
+        check(os.fstat(descriptor))
+        return os.fdopen(descriptor, 'rb')
+    except BaseException:
+        os.close(descriptor)
+        raise

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import UserError, shortened
 from timm_multilabel.files import write_whole
 
 MISSING = -1
@@ -113,7 +113,7 @@ class TagSet:
         """
         found = cls(name, tuple(cells.columns), tuple(cells.columns))
         if not (found.encode(cells) != MISSING).any():
-            raise ValueError(f"the columns of '{name}' have no label in any row")
+            raise ValueError(f"the columns of '{shortened(name)}' have no label in any row")
         return found
 
     @property
@@ -137,7 +137,7 @@ class TagSet:
             for name in cells.columns:
                 for row, text in cells[name].items():
                     if text not in values:
-                        raise BadCell(f"'{text}' is neither 0 nor 1", name, row)
+                        raise BadCell(f"'{shortened(text)}' is neither 0 nor 1", name, row)
             return cells.replace(values).to_numpy(dtype=np.float32)
         index = {tag: position for position, tag in enumerate(self.classes)}
         encoded = np.zeros((len(cells), len(self.classes)), dtype=np.float32)
@@ -185,11 +185,11 @@ class Quantity:
         values = _numbers(name, cells.iloc[:, 0])
         values = values[~np.isnan(values)]
         if not len(values):
-            raise ValueError(f"column '{name}' has no label in any row")
+            raise ValueError(f"column '{shortened(name)}' has no label in any row")
         with np.errstate(over='ignore', invalid='ignore'):
             mean, std = float(values.mean()), float(values.std())
         if not np.isfinite([mean, std]).all():
-            raise ValueError(f"the numbers of column '{name}' are too large")
+            raise ValueError(f"the numbers of column '{shortened(name)}' are too large")
         return cls(name, mean, std if std > 1e-12 * abs(mean) else 1.0)  # of equal numbers only rounding is left
 
     @property
@@ -221,7 +221,7 @@ Labels = LabelSet | TagSet | Quantity
 def _sorted_texts(name: str, texts: Iterable[str]) -> tuple[str, ...]:
     found = tuple(sorted(set(texts) - {''}))
     if not found:
-        raise ValueError(f"column '{name}' has no label in any row")
+        raise ValueError(f"column '{shortened(name)}' has no label in any row")
     return found
 
 
@@ -235,7 +235,7 @@ def _numbers(name: str, texts: pd.Series) -> np.ndarray:
     wrong = ~np.isfinite(numbers)
     if wrong.any():
         row = texts.index[wrong][0]
-        raise BadCell(f"'{texts[row]}' is no number", name, row)
+        raise BadCell(f"'{shortened(texts[row])}' is no number", name, row)
     numbers[(texts == '').to_numpy()] = np.nan
     return numbers
 

@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 from timm_multilabel.cli.flags import count, positive, separator
 from timm_multilabel.data.scan import read_contents, scan_images
-from timm_multilabel.errors import UserError, printable
+from timm_multilabel.errors import UserError, printable, shortened
 from timm_multilabel.files import write_whole
-from timm_multilabel.reports.data_check import Report, report_on, shortened
+from timm_multilabel.reports.data_check import Report, report_on
 
 NAME = 'check'
 HELP = 'check a data directory for what would spoil a result'

@@ -1,7 +1,6 @@
 """Image file -> photo: its size from the header, its pixels as upright RGB, at a reduced scale where that will do."""
 import os
 import re
-import stat
 from collections.abc import Sequence
 from io import BytesIO
 from typing import BinaryIO, Protocol
@@ -10,8 +9,10 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
+from timm_multilabel.data.expensive import check_bytes, check_opened, check_scans
 from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import UserError
+from timm_multilabel.files import open_regular
 
 MAX_PIXELS = 178_956_970
 """Pixels of an image at most, a gigabyte at 16 bits a color; also what Pillow refuses by itself."""
@@ -89,7 +90,7 @@ class EncodedPhoto:
         name: What messages call it: the file, and where the file is named.
 
     Raises:
-        UserError: The header cannot be read, or speaks of more than `MAX_PIXELS`.
+        UserError: The header cannot be read, or says that the image has more than `MAX_PIXELS`, or is a bomb.
     """
 
     def __init__(self, data: bytes, name: str):
@@ -104,20 +105,24 @@ class EncodedPhoto:
                 self.reductions = REDUCTIONS
         # Without the marks of an orientation, as most are, JPEGs need no look by Pillow, and PNGs no decoding for it.
         marked = any(mark in data for mark in _MARKS)
-        if marked or len(self.reductions) == 1:
-            try:
+        try:
+            check_bytes(data)
+            if marked or len(self.reductions) == 1:
                 self._look(marked)
-            except UserError:
-                raise
-            except Exception as error:  # each decoder of Pillow raises its own kinds
-                raise self._unreadable(error) from error
-        if self.height * self.width > MAX_PIXELS:
-            raise self._unreadable(f'{self.width}x{self.height} pixels are more than {MAX_PIXELS:,}')
+            if self.height * self.width > MAX_PIXELS:
+                raise ValueError(f'{self.width}x{self.height} pixels are more than {MAX_PIXELS:,}')
+            if data[:2] == b'\xff\xd8':
+                check_scans(data, self.height, self.width)
+        except UserError:
+            raise
+        except Exception as error:  # each decoder of Pillow raises its own kinds
+            raise self._unreadable(error) from error
 
     def _look(self, marked: bool) -> None:
         """Let Pillow read size and orientation."""
         with open_image(BytesIO(self.data)) as image:
             self.width, self.height = image.size
+            check_opened(image, len(self.data))
             tiff = image.format == 'TIFF'
             if marked or tiff:
                 self.orientation = _orientation(image)
@@ -192,15 +197,14 @@ def read_photo(path: str, where: str) -> EncodedPhoto:
         UserError: It cannot be read, or its header cannot.
     """
     try:
-        state = os.stat(path)
-        if not stat.S_ISREG(state.st_mode) or state.st_size > MAX_BYTES:  # a pipe would never end
-            what = f'of more than {MAX_BYTES:,} bytes' if stat.S_ISREG(state.st_mode) else 'that is no file'
-            raise UserError(f'{path} ({where}): cannot be read as an image, {what}; replace it or remove the row')
-        with open(path, 'rb') as file:
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise UserError(f'{path} ({where}): cannot be read as an image, of more than {MAX_BYTES:,} bytes; '
+                                'replace it or remove the row')
             data = file.read()
     except OSError as error:
         raise UserError(
-            f'{path} ({where}): cannot be read ({error.strerror}); mend that or remove the row') from error
+            f'{path} ({where}): cannot be read ({error.strerror}); fix that or remove the row') from error
     return EncodedPhoto(data, f'{path} ({where})')
 
 
@@ -230,4 +234,4 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    return image.convert('RGB')
+    return image if image.mode == 'RGB' else image.convert('RGB')  # which would copy it

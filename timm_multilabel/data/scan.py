@@ -57,9 +57,7 @@ class Split:
 
     def labels(self, head: str) -> np.ndarray | None:
         """The texts of a head's column (N,), or None where there is no such column."""
-        if head not in self.table.label_columns:
-            return None
-        return self.table.frame[head].to_numpy(dtype=object)
+        return self.table.frame[head].to_numpy(dtype=object) if self.table.has_label(head) else None
 
 
 @dataclass(frozen=True)
@@ -186,7 +184,7 @@ def _find_heads(
         try:
             found.extend(find_label_space(tables or others, [name]).heads)
         except UserError as error:
-            if not any(name in table.label_columns for table in (*tables, *others)):
+            if not any(table.has_label(name) for table in (*tables, *others)):
                 raise
             bad[name] = error.line
     return LabelSpace(tuple(found)), bad

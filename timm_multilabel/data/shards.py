@@ -1,23 +1,37 @@
-"""Shards -> samples: WebDataset tars and Parquet tables, streamed and dealt out by the libraries that they are of."""
+"""Shards -> samples: WebDataset tars and Parquet tables, streamed and dealt out by the libraries that they are of.
+
+The files are opened here, never by those libraries, which would take a path such as `pipe:...` for a command.
+"""
 import json
 import math
+import os
 import random
+import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from glob import escape, glob
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from timm_multilabel.errors import UserError
+from timm_multilabel.data.images import MAX_BYTES
+from timm_multilabel.errors import UserError, listed, shortened
+from timm_multilabel.files import open_regular
 from timm_multilabel.labels import TAG_SEPARATOR
 
 BUFFER = 1000
 """Samples among which the next one is drawn, in each loader process."""
 
+MAX_JSON = 16 * 2 ** 20
+"""Bytes of a sample's JSON at most; parsed, it may take 25 times as many."""
+
+_MAX_HEADER = 2 ** 20  # bytes that a tar may spend on one name or one set of extended headers
+_EXPANDED = 256 * 2 ** 20  # bytes of a Parquet row group that may come of a file of any size
+_EXPANSION = 100  # times its compressed size that a larger row group may take
 _IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'bmp', 'gif', 'tif', 'tiff')
 
 
@@ -80,10 +94,11 @@ class Shards:
         Raises:
             UserError: A shard or a sample cannot be read, or a library is missing.
         """
+        wanted = None if self.columns is None else set(self.columns)
         read = self._tar_samples if self.tars else self._parquet_samples
         for name, image, cells in read(rank, ranks, seed, images):
             texts = {column: _text(value, name, column) for column, value in cells.items()
-                     if self.columns is None or column in self.columns}
+                     if wanted is None or column in wanted}
             yield Sample(name, image, {
                 column: '' if text == self.missing_value else text for column, text in texts.items()})
 
@@ -93,21 +108,12 @@ class Shards:
         by_file = self._by_file(ranks)
         if seed is not None:
             random.Random(seed).shuffle(files)
-        stream = webdataset.WebDataset(
-            files,
-            shardshuffle=False,
-            nodesplitter=(lambda urls: islice(urls, rank, None, ranks)) if by_file else None,
-            empty_check=False,
-            seed=0,  # used for nothing; without it the library would draw one from Python's generator
-        )
+        stream = webdataset.shardlists.split_by_worker(files[rank::ranks] if by_file else files)
+        stream = webdataset.tariterators.group_by_keys(_read_tars(stream, images))
         if seed is not None:
-            stream = stream.shuffle(BUFFER, rng=random.Random(seed))
-        try:
-            for members in islice(stream, 0 if by_file else rank, None, 1 if by_file else ranks):
-                yield _from_tar(members, images)
-        except (tarfile.TarError, EOFError, ValueError, OSError) as error:
-            shard = next((part for part in error.args[1:] if part in self.files), self.source)
-            raise UserError(f'{shard}: cannot be read as a tar ({error.args[0] if error.args else error})') from error
+            stream = webdataset.filters.shuffle(BUFFER, rng=random.Random(seed))(stream)
+        for members in islice(stream, 0 if by_file else rank, None, 1 if by_file else ranks):
+            yield _from_tar(members, images)
 
     def _parquet_samples(self, rank: int, ranks: int, seed: int | None, images: bool) -> Iterator[tuple]:
         datasets = find_library(self.library)
@@ -140,7 +146,8 @@ def find_shards(folder: Path, name: str, image_column: str, missing_value: str |
             # A number follows, so that train-small-000000.tar is no shard of train.
             patterns = [place / f'{name}{rest}{ending}' for rest in ('-[0-9]*', '/*', '')]
         for pattern in patterns:
-            files = sorted(glob(str(pattern)))
+            # A file of just this name comes first, so that one that is called a[1].tar can be named.
+            files = [str(Path(name))] if pattern == Path(name) and pattern.is_file() else sorted(glob(str(pattern)))
             if files:
                 shown = Path(files[0]).with_name(pattern.name.replace('-[0-9]*', '-*'))
                 return Shards(shown, tuple(files), image_column, missing_value)
@@ -167,37 +174,104 @@ def find_library(name: str) -> ModuleType:
         ) from error
 
 
+def _read_tars(files: Iterable[str], images: bool) -> Iterator[dict[str, Any]]:
+    """The members of tars as `group_by_keys` takes them, {} after each tar.
+
+    Raises:
+        UserError: A tar cannot be read, or is compressed.
+    """
+    for path in files:
+        try:
+            with open_regular(path) as file:
+                for name, data in _members(file, images):
+                    yield {'fname': name, 'data': data, '__url__': path}
+        except (tarfile.TarError, RecursionError, EOFError, ValueError, OSError) as error:
+            reason = getattr(error, 'strerror', None) or error
+            raise UserError(f'{path}: cannot be read as a tar ({reason}); write it as a plain one, not '
+                            'compressed') from error
+        yield {}
+
+
+class _Headers:
+    """A file from which `tarfile` can read headers of a sane size, whatever size they claim to have."""
+
+    def __init__(self, file: BinaryIO):
+        self._read, self.seek, self.tell = file.read, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _MAX_HEADER:
+            raise tarfile.ReadError(f'a header of {size:,} bytes')
+        return self._read(size)
+
+
+def _members(file: BinaryIO, images: bool) -> Iterator[tuple[str, bytes]]:
+    """Name and content of a tar's files; b'' for those that nobody reads.
+
+    Raises:
+        tarfile.TarError: It cannot be read, or a member of it is out of all proportion.
+    """
+    # 'r:' and not 'r': a compressed tar may hold more than fits into memory. Names in another encoding stay printable.
+    tar = tarfile.open(fileobj=_Headers(file), mode='r:', encoding='utf-8', errors='backslashreplace')
+    key, taken, end = None, 0, 0
+    while (member := tar.next()) is not None:
+        tar.members.clear()
+        if tar.offset <= end:  # a negative size would lead back
+            raise tarfile.ReadError(f'{member.name!r} ends before it begins')
+        end = tar.offset
+        # Members with names such as __url__ are metadata of the archive, or would pass for what webdataset notes.
+        if not member.isreg() or re.search(r'^__[^/]*__($|/)|\.__[^/.]*__$', member.name):
+            continue
+        stem, ending = re.fullmatch(r'((?:.*/)?[^/.]*)(.*)', member.name, re.DOTALL).groups()
+        ending = ending.rpartition('.')[2].lower()
+        if ending != 'json' and not (images and ending in _IMAGES):
+            yield member.name, b''
+            continue
+        key, taken = stem, member.size + (taken if stem == key else 0)
+        limit = MAX_JSON if ending == 'json' else MAX_BYTES
+        if member.issparse():
+            raise tarfile.ReadError(f'{member.name!r} is a sparse file')
+        if member.size > limit or taken > MAX_BYTES:
+            raise tarfile.ReadError(f'{member.name!r} makes more than {min(limit, MAX_BYTES):,} bytes')
+        file.seek(member.offset_data)
+        data = file.read(member.size)
+        if len(data) < member.size:
+            raise tarfile.ReadError(f'{member.name!r} is cut off')
+        yield member.name, data
+
+
 def _from_tar(members: dict[str, Any], images: bool) -> tuple[str, bytes | None, dict[str, Any]]:
     """Name, image and cells of the files of one key."""
-    name = f'{Path(members["__url__"]).name} sample {members["__key__"]}'
+    name = f'{Path(members["__url__"]).name} sample {shortened(members["__key__"], 200)}'
     image = next((data for ending, data in members.items() if ending.rpartition('.')[2] in _IMAGES), None)
     if image is None:
         raise UserError(
             f'{name}: no image ({", ".join(_IMAGES)}) among its files, which stand side by side in the tar: '
-            f'{", ".join(ending for ending in members if ending[0] != "_")}')
+            f'{listed([ending for ending in members if ending[0] != "_"])}')
     try:
         cells = json.loads(members.get('json', b'{}'))
     except (ValueError, RecursionError) as error:
-        raise UserError(f'{name}: its JSON cannot be read ({error}); mend it') from error
+        raise UserError(f'{name}: its JSON cannot be read ({error}); fix it') from error
     if not isinstance(cells, dict):
-        raise UserError(f'{name}: its JSON is no mapping of label columns to labels; mend it')
+        raise UserError(f'{name}: its JSON is no mapping of label columns to labels; fix it')
     return name, image if images else None, cells
 
 
 def _read_parquet(files: Sequence[str], *args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
     """The rows of Parquet files as `datasets` streams them."""
-    parquet = find_library('pyarrow.parquet')
-    for file in files:
+    pyarrow, parquet = find_library('pyarrow'), find_library('pyarrow.parquet')
+    for path in files:
         try:
-            with parquet.ParquetFile(file) as table:
-                yield from _rows(table, file, *args, **kwargs)
-        except (ValueError, OSError) as error:  # pyarrow's errors of broken files are of these
-            raise UserError(f'{file}: cannot be read as Parquet ({" ".join(str(error).split())})') from error
+            with open_regular(path) as file, parquet.ParquetFile(file) as table:
+                yield from _rows(table, path, os.fstat(file.fileno()).st_size, *args, **kwargs)
+        except (pyarrow.ArrowException, ValueError, OSError, RecursionError) as error:
+            reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())
+            raise UserError(f'{path}: cannot be read as Parquet ({reason}); write it anew') from error
 
 
 def _rows(
         table: Any,
         file: str,
+        size: int,
         image_column: str,
         label_columns: tuple[str, ...] | None,
         images: bool,
@@ -205,21 +279,61 @@ def _rows(
     columns = table.schema_arrow.names
     column = next((name for name in (image_column, 'image') if name in columns), None)
     if column is None:
-        raise UserError(f"{file}: no column '{image_column}' or 'image' (there are: {', '.join(columns)}); "
+        raise UserError(f"{file}: no column '{image_column}' or 'image' (there are: {listed(columns)}); "
                         'name the one that holds the images with --image-column')
-    features = find_library('datasets').Features.from_arrow_schema(table.schema_arrow)
-    wanted = [name for name in columns if (
-        images if name == column else label_columns is None or name in label_columns)]
+    if twice := [name for name, count in Counter(columns).items() if count > 1]:
+        raise UserError(f"{file}: two columns are called '{shortened(twice[0])}'; rename or remove one")
+    try:
+        features = find_library('datasets').Features.from_arrow_schema(table.schema_arrow)
+    except Exception as error:  # whatever absurd metadata make of the reader
+        reason = shortened(' '.join(str(error).split()), 200)
+        raise UserError(f'{file}: its metadata of columns cannot be read ({reason}); write it anew') from error
+    labels = set(columns if label_columns is None else label_columns)
+    wanted = [name for name in columns if (images if name == column else name in labels)]
     number = 0
-    # Small batches, since a row may hold a megabyte; no threads, which a forked loader process has not.
-    for batch in table.iter_batches(batch_size=64, columns=wanted, use_threads=False):
+    for batch in _batches(table, wanted, size, images):
         # A batch of no columns still has rows.
         for row in batch.to_pylist() if wanted else [{}] * batch.num_rows:
             number += 1
             name = f'{Path(file).name} row {number}'
             image = _image_bytes(row.pop(column), name, column) if images else None
-            cells = {key: _class_name(value, features[key]) for key, value in row.items()}
+            cells = {key: _class_name(value, features[key], name, key) for key, value in row.items()}
             yield {'name': name, 'image': image, 'cells': cells}
+
+
+def _batches(table: Any, wanted: list[str], size: int, images: bool) -> Iterator[Any]:
+    """The rows of a Parquet file, so few at once that they fit into memory whatever they expand to.
+
+    Raises:
+        ValueError: They expand out of all proportion to their size on disk.
+    """
+    names = set(wanted)
+    for group in range(table.num_row_groups):
+        metadata = table.metadata.row_group(group)
+        chunks = [metadata.column(number) for number in range(metadata.num_columns)]
+        chunks = [chunk for chunk in chunks if not names.isdisjoint(_prefixes(chunk.path_in_schema))]
+        most = max(_EXPANDED, _EXPANSION * min(size, sum(chunk.total_compressed_size for chunk in chunks)))
+        expanded = [chunk.total_uncompressed_size for chunk in chunks]
+        # A dictionary may make one large value the value of every row. Footers may lie, so images come one by one.
+        rows = 1 if images else max(1, min(64, _EXPANDED // max(1, *expanded, 1)))
+        # No threads, which a forked loader process has not.
+        batches = table.iter_batches(rows, row_groups=[group], columns=wanted, use_threads=False)
+        total = sum(expanded)
+        if total <= most:
+            total = 0
+            for batch in batches:
+                total += batch.nbytes
+                if total > most:
+                    break
+                yield batch
+        if total > most:
+            raise ValueError(f'row group {group + 1} expands to more than {most:,} bytes, which is out of all '
+                             'proportion to its size on disk')
+
+
+def _prefixes(path: str) -> list[str]:
+    """The columns that a leaf such as `image.bytes` may be part of; their names may hold dots."""
+    return [path[:place] for place in (*(match.start() for match in re.finditer(r'\.', path)), len(path))]
 
 
 def _image_bytes(value: Any, name: str, column: str) -> bytes:
@@ -229,14 +343,16 @@ def _image_bytes(value: Any, name: str, column: str) -> bytes:
     return data
 
 
-def _class_name(value: Any, feature: Any) -> Any:
+def _class_name(value: Any, feature: Any, name: str, column: str) -> Any:
     """What a number stands for where the table's metadata say that it is a class (-1: none)."""
     feature = getattr(feature, 'feature', feature)  # of a list
     names = getattr(feature, 'names', None)
     if names is None or value is None:
         return value
     if isinstance(value, list):
-        return [_class_name(part, feature) for part in value]
+        return [_class_name(part, feature, name, column) for part in value]
+    if not -1 <= value < len(names):
+        raise UserError(f"{name}: '{shortened(column)}' is class {value}, and its metadata name {len(names)}")
     return names[value] if value >= 0 else None
 
 
@@ -246,8 +362,13 @@ def _text(value: Any, name: str, column: str) -> str:
         return ''
     if isinstance(value, bool):
         return str(int(value))  # a tag's column of 0 and 1
-    if isinstance(value, list):
+    if isinstance(value, list) and not any(isinstance(part, list) for part in value):
         return TAG_SEPARATOR.join(filter(None, (_text(part, name, column) for part in value)))
-    if isinstance(value, dict | bytes):
-        raise UserError(f"{name}: '{column}' is no text, number or list of tags; choose --heads without it")
-    return str(value).strip()
+    if isinstance(value, dict | bytes | list):
+        raise UserError(f"{name}: '{shortened(column)}' is no text, number or list of tags; choose --heads without it")
+    try:
+        text = str(value).strip()
+        text.encode()
+    except ValueError as error:  # half a surrogate pair, which JSON can spell; an integer of thousands of digits
+        raise UserError(f"{name}: '{shortened(column)}' cannot be written as text ({error})") from error
+    return text

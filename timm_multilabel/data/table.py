@@ -1,8 +1,10 @@
 """CSV -> rows: image paths that exist and class indices, or one clear line about what is wrong."""
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from io import StringIO
 from pathlib import Path
 
@@ -10,10 +12,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from timm_multilabel.errors import UserError, printable
+from timm_multilabel.errors import UserError, listed, printable, shortened
+from timm_multilabel.files import open_regular
 from timm_multilabel.labels import MISSING, UNKNOWN, BadCell, Labels, LabelSet, LabelSpace, Quantity, missing_row
 
 _EXAMPLES = 3  # rows, files or labels named in a message
+_PART = 2 ** 26  # bytes read at once
 _LINE_END = re.compile(r'\r\n|\r|\n')
 
 
@@ -28,9 +32,18 @@ class Table:
     frame: pd.DataFrame
     image_column: str
 
-    @property
+    @cached_property
     def label_columns(self) -> list[str]:
         return [column for column in self.frame.columns if column != self.image_column]
+
+    def has_label(self, column: str) -> bool:
+        """Whether this is a label column."""
+        return column != self.image_column and column in self.frame.columns
+
+    def cells(self, columns: Sequence[str]) -> pd.DataFrame:
+        """Some of the columns."""
+        # One is had in a tenth of the time so, which counts where there are thousands.
+        return self.frame[columns[0]].to_frame() if len(columns) == 1 else self.frame[list(columns)]
 
 
 @dataclass(frozen=True)
@@ -93,28 +106,30 @@ def read_table(
     try:
         # The header is read as a row: pandas would rename repeated columns and take surplus cells for an index.
         cells = pd.read_csv(
-            StringIO(text), sep=separator or _find_separator(text), header=None, dtype=str, keep_default_na=False,
+            StringIO(text), sep=separator or _find_separator(text), header=None, dtype=object, keep_default_na=False,
             skip_blank_lines=False)
     except ValueError as error:  # pandas' parser errors
         reason = ' '.join(str(error).split())
         raise UserError(f'{path}: cannot be read as a CSV ({reason}); mend it') from error
-    cells = cells.fillna('').map(str.strip)
-    cells.index = np.arange(1, len(cells) + 1)
-    header, frame = cells.iloc[0].tolist(), cells.iloc[1:]
-    frame = frame[(frame != '').any(axis=1)]
+    # As one array of objects: pandas would spend a millisecond on each of many columns.
+    cells = np.frompyfunc(str.strip, 1, 1)(cells.fillna('').to_numpy(dtype=object))
+    header, frame = cells[0].tolist(), pd.DataFrame(cells[1:], np.arange(2, len(cells) + 1), dtype=object)
+    frame = frame[(cells[1:] != '').any(axis=1)]
 
+    seen: set[str] = set()
     for position, name in enumerate(header, 1):
         if not name:
             raise UserError(f'{path} row 1: column {position} has no name; name it or remove it')
         if not name.isprintable():
             raise UserError(f'{path} row 1: the name of column {position} holds a character that cannot be shown; '
                             'rename it')
-        if header.index(name) != position - 1:
-            raise UserError(f"{path} row 1: two columns are called '{name}'; rename or remove one")
-    frame.columns = header
-    if image_column not in header:
+        if name in seen:
+            raise UserError(f"{path} row 1: two columns are called '{shortened(name)}'; rename or remove one")
+        seen.add(name)
+    frame.columns = pd.Index(header, dtype=object)
+    if image_column not in seen:
         raise UserError(
-            f"{path}: no column '{image_column}' (there are: {', '.join(header)}); "
+            f"{path}: no column '{image_column}' (there are: {listed(header)}); "
             'name the one that holds the image paths with --image-column')
     if frame.empty:
         raise UserError(f'{path}: the table has no rows')
@@ -122,8 +137,7 @@ def read_table(
     if len(without):
         raise UserError(f"{path} row {without[0]}: no image in column '{image_column}'; name one or remove the row")
     if missing_value is not None:
-        labels = [column for column in header if column != image_column]
-        frame = frame.assign(**{column: frame[column].mask(frame[column] == missing_value, '') for column in labels})
+        frame = frame.mask((frame == missing_value) & (np.array(header) != image_column), '')
     return Table(path, frame, image_column)
 
 
@@ -133,10 +147,16 @@ def _read_text(path: Path) -> str:
     Raises:
         UserError: It cannot be read, or is something else.
     """
+    parts = []
     try:
-        data = path.read_bytes()
+        with open_regular(path) as file:
+            while part := file.read(_PART):
+                parts.append(part)
+                if b'\0' in part:  # the rest may be terabytes of them, which take no room on disk
+                    break
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({error.strerror})') from error
+    data = b''.join(parts)
     try:
         text = data.decode('utf-8-sig')
     except UnicodeDecodeError as error:
@@ -225,25 +245,25 @@ def find_label_space(
     names = heads
     if names is None:  # a group stands where its first column does
         names = list(dict.fromkeys(grouped.get(column, column) for column in train.label_columns))
-    found = []
+    found, counts = [], Counter(names)
     for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"--heads: '{name}' is named twice")
+        if counts[name] > 1:
+            raise UserError(f"--heads: '{shortened(name)}' is named twice")
         if name == 'ema' or name.startswith('ema_'):  # summary.csv names the figures of EMA weights so
             raise UserError(f"{train.path}: a label column may not be called '{name}'; rename it")
         columns = list(groups.get(name, (name,)))
         for table in tables:
             for column in columns:
-                if column not in table.label_columns:
+                if not table.has_label(column):
                     raise UserError(
-                        f"{table.path}: no label column '{column}' (there are: "
-                        f"{', '.join(table.label_columns) or 'none'}); choose columns with --heads")
+                        f"{table.path}: no label column '{shortened(column)}' (there are: "
+                        f"{listed(table.label_columns) or 'none'}); choose columns with --heads")
         reader = readers.get(name, LabelSet)
         # A mean over validation and test rows too would tell the model of them.
         source = train if reader is Quantity else tables[0]
         read = reader.from_group if name in groups else reader.from_cells
         try:
-            found.append(read(name, source.frame[columns]))
+            found.append(read(name, source.cells(columns)))
         except BadCell as error:
             raise _bad_cell(source, error) from error
         except ValueError as error:
@@ -252,7 +272,8 @@ def find_label_space(
 
 
 def _bad_cell(table: Table, error: BadCell) -> UserError:
-    return UserError(f"{table.path} row {error.row}, column '{error.column}': {error}; mend it, or leave it empty")
+    return UserError(
+        f"{table.path} row {error.row}, column '{shortened(error.column)}': {error}; fix it, or leave it empty")
 
 
 def check_single_class(table: Table, name: str) -> None:
@@ -260,7 +281,8 @@ def check_single_class(table: Table, name: str) -> None:
     several = table.frame.index[table.frame[name].str.contains('|', regex=False)]
     if len(several):
         raise UserError(
-            f"{table.path} row {several[0]}: column '{name}' holds several tags ('{table.frame[name][several[0]]}'), "
+            f"{table.path} row {several[0]}: column '{shortened(name)}' holds several tags "
+            f"('{shortened(table.frame[name][several[0]])}'), "
             f'and ArcFace takes one class an image; for tags, --head {name}:loss=tags')
 
 
@@ -276,8 +298,7 @@ def unknown_labels(table: Table, label_space: LabelSpace) -> dict[str, dict[str,
 
 def _cells(table: Table, head: Labels) -> pd.DataFrame | None:
     """The columns of a head, or None where the table has not all of them."""
-    columns = list(head.columns)
-    return table.frame[columns] if set(columns) <= set(table.frame.columns) else None
+    return table.cells(head.columns) if all(column in table.frame.columns for column in head.columns) else None
 
 
 def describe_unknown(unknown: dict[str, dict[str, list[int]]]) -> str:
@@ -286,7 +307,8 @@ def describe_unknown(unknown: dict[str, dict[str, list[int]]]) -> str:
     for head, labels in unknown.items():
         for label, rows in labels.items():
             shown = ', '.join(str(row) for row in rows[:_EXAMPLES]) + (', ...' if len(rows) > _EXAMPLES else '')
-            parts.append(f"{head} '{printable(label)}' in {len(rows)} row{'s' if len(rows) > 1 else ''} ({shown})")
+            parts.append(f"{shortened(head)} '{printable(shortened(label))}' in {len(rows)} "
+                         f"row{'s' if len(rows) > 1 else ''} ({shown})")
     more = len(parts) - 2 * _EXAMPLES
     return '; '.join(parts[:2 * _EXAMPLES]) + (f'; and {more} more labels' if more > 0 else '')
 

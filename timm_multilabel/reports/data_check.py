@@ -13,6 +13,7 @@ import numpy as np
 from timm_multilabel.data.scan import UNLABELLED, Contents, Scans, Split
 from timm_multilabel.data.split import SPLITS
 from timm_multilabel.data.table import unknown_labels
+from timm_multilabel.errors import shortened
 from timm_multilabel.labels import LabelSet
 
 ERROR = 'error'
@@ -28,7 +29,6 @@ LARGE = 16_000_000
 """Pixels above which an image is a very large one."""
 
 _SIZES = 5  # sizes of images that a report names
-_LETTERS = 40  # of a label, that an example shows
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,6 @@ def report_on(contents: Contents, scans: Scans, examples: int = 5) -> Report:
         images=_describe_images(scans),
         findings=sorted(findings, key=lambda finding: finding.severity != ERROR),
     )
-
-
-def shortened(text: str) -> str:
-    """A label of a length that fits into a line."""
-    return text if len(text) <= _LETTERS else f'{text[:_LETTERS - 3]}...'
 
 
 def _quoted(label: str) -> str:
