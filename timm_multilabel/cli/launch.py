@@ -64,11 +64,14 @@ def main() -> None:
     os.environ[LAUNCHER] = str(os.getpid())
     with temporary_folder('timm-multilabel-launch-', Path(tempfile.gettempdir())) as folder:
         os.environ[SAVED_FILE] = str(folder / 'saved')
+        args.log_dir = args.log_dir or str(folder)  # torchrun leaves its own behind
         if parse_min_max_nnodes(args.nnodes)[1] == 1:
             meet_by_files(args, folder)
         status = launch(args, forward)
         saved = Path(os.environ[SAVED_FILE]).exists()
-    sys.exit(SAVED if saved and len(forward.received) < 2 else status)
+    # Where a process was killed, it may be that torchrun told the others to stop and they did so in good order.
+    killed = status > 128 and not forward.received
+    sys.exit(SAVED if saved and not killed and len(forward.received) < 2 else status)
 
 
 def meet_by_files(args: argparse.Namespace, folder: Path) -> None:
@@ -76,6 +79,9 @@ def meet_by_files(args: argparse.Namespace, folder: Path) -> None:
 
     torchrun's ports would be open to the network, and it unpickles what it finds there.
     """
+    if {'?', '#'} & set(str(folder)):  # the processes find it by a URL
+        print(f'launch: error: TMPDIR: {folder.parent} has a ? or a # in it; name another folder', file=sys.stderr)
+        sys.exit(2)
     args.standalone, args.rdzv_backend, args.rdzv_id = False, 'c10d', folder.name
     args.rdzv_endpoint, args.rdzv_conf = str(folder / 'launcher'), 'store_type=file'
     os.environ[STORE] = str(folder / 'processes')
