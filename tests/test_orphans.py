@@ -144,8 +144,7 @@ def test_whoever_is_killed_the_others_end_and_the_run_goes_on_to_the_same_result
     assert 'since its launcher is gone: ends the step and saves' in log and 'Traceback' not in log
     assert 'stopped at step' in log and len(newest(part)) == 1
     assert addresses <= {'127.0.0.1', '::1'}
-    status, _, log = killed_at('evaluation', data, part, [2])
-    assert status == 128 + signal.SIGKILL and 'launch: process 1 was ended by signal 9' in log
+    _, _, log = killed_at('evaluation', data, part, [0, 2])
     assert 'Traceback' not in log
     _, _, log = killed_at('evaluation', data, part, [0])
     assert 'goes on from here' in log and 'stopped at step 10 of Epoch 1/2' in log and 'Traceback' not in log
@@ -153,8 +152,6 @@ def test_whoever_is_killed_the_others_end_and_the_run_goes_on_to_the_same_result
     _, _, log = killed_at('checkpoint', data, part, [0], torchrun='torch.distributed.run')
     assert 'stopped after Epoch 1/2, saved' in log and 'Traceback' not in log
     assert (part / 'run' / 'last.pth.tar').is_file() and newest(part) == []
-    _, _, log = killed_at('training', data, part, [0, 2])
-    assert 'Traceback' not in log
 
     folder, log = finish(data, part)
     assert f'{folder / "last.pth.tar"}: goes on from here' in log
@@ -167,7 +164,8 @@ def test_whoever_is_killed_the_others_end_and_the_run_goes_on_to_the_same_result
 
 def test_the_runs_of_a_grid_end_with_it(data, tmp_path):
     folder = write_grid(tmp_path / 'grid', flags={**FLAGS, 'epochs': 500})
-    process = start(['-m', 'timm_multilabel', 'grid', str(folder), str(data), '--output', str(tmp_path)], tmp_path)
+    process = start(['-c', 'from timm_multilabel.cli.main import main; main()', 'grid', str(folder), str(data),
+                     '--output', str(tmp_path)], tmp_path)
     wait_for([tmp_path / 'simclr-s3' / 'summary.csv'], process, tmp_path)
     runs = psutil.Process(process.pid).children(recursive=True)
     process.kill()
