@@ -1,9 +1,13 @@
-"""Files written whole or not at all, and read only where they are files."""
+"""Files written whole or not at all, read only where they are files, and temporary ones that nobody leaves for ever."""
 import errno
+import fcntl
+import glob
 import os
+import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,8 +25,10 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    remove_left_over(path.parent.glob(f'.{glob.escape(path.name)}.*.tmp'))
     try:
-        with open(temporary, 'wb') as file:
+        descriptor, _ = make_locked(lambda: (os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666), temporary))
+        with open(descriptor, 'wb') as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -57,6 +63,64 @@ def link_whole(source: str | Path, path: str | Path) -> None:
     os.replace(temporary, path)  # does nothing where both are one file already
     temporary.unlink(missing_ok=True)
     _flush_folder(path.parent)
+
+
+def make_locked(make: Callable[[], tuple[int, str | Path]]) -> tuple[int, str | Path]:
+    """Make a temporary file or folder that `remove_left_over` spares until its descriptor is closed.
+
+    Args:
+        make: Makes it; its open descriptor and its path.
+
+    Returns:
+        What `make` returned.
+    """
+    while True:
+        descriptor, path = make()
+        with suppress(OSError):  # a file system without locks, where nothing that is left over is removed either
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if os.path.exists(path):  # else it was removed before it was locked
+            return descriptor, path
+        os.close(descriptor)
+
+
+def remove_left_over(paths: Iterable[Path]) -> None:
+    """Remove temporary files and folders of this user that no process has locked: their processes were killed."""
+    for path in paths:
+        with suppress(OSError):  # it is another user's, or in use, or has just been removed
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(descriptor).st_uid == os.getuid():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def hold(folder: Path) -> None:
+    """Have `remove_left_over` spare another process's folder until this one ends."""
+    with suppress(OSError):
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)
+
+
+@contextmanager
+def temporary_folder(prefix: str, parent: Path) -> Iterator[Path]:
+    """A new folder that is removed at the end, or, where its process is killed, when the next one is made there.
+
+    Args:
+        prefix: What its name begins with; all such folders in `parent` must be of this function.
+        parent: Where it is made.
+    """
+    def make() -> tuple[int, str]:
+        path = tempfile.mkdtemp(prefix=prefix, dir=parent)
+        return os.open(path, os.O_RDONLY), path
+
+    remove_left_over(parent.glob(f'{prefix}*'))
+    descriptor, path = make_locked(make)
+    try:
+        yield Path(path)
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(descriptor)
 
 
 def _flush_folder(folder: Path) -> None:

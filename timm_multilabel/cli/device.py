@@ -1,15 +1,23 @@
 """The device of this process, the precision on it, and the processes that load for it."""
 import os
+from pathlib import Path
 
+import psutil
 import torch
 from timm.utils.distributed import init_distributed_device_so
 
 from timm_multilabel.errors import UserError
+from timm_multilabel.files import hold
 from timm_multilabel.training.loop import Precision
+from timm_multilabel.training.parent import STORE, watch_launcher
 
 
 def start_device(name: str | None) -> torch.device:
-    """Join the other processes, if torchrun started some, and pick this one's device."""
+    """Join the other processes, if torchrun started some, and pick this one's device.
+
+    From here on the process ends, saved, when its launcher is gone.
+    """
+    watch_launcher()
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     if name.startswith('cuda') and not torch.cuda.is_available():
         raise UserError(f'--device {name}: this machine has no CUDA device; pass --device cpu')
@@ -18,7 +26,7 @@ def start_device(name: str | None) -> torch.device:
     except RuntimeError as error:
         raise _unusable(name, error) from error
     try:
-        device = torch.device(init_distributed_device_so(name)['device'])
+        device = torch.device(init_distributed_device_so(name, dist_url=_meeting_place())['device'])
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f'the processes of this run cannot join ({_one_line(error)}); start them with ./distributed_train.sh, or '
@@ -31,6 +39,27 @@ def start_device(name: str | None) -> torch.device:
     if device.type == 'cuda':
         torch.backends.cudnn.benchmark = True
     return device
+
+
+def _meeting_place() -> str | None:
+    """The URL where the processes meet, if it is none of torchrun's ports.
+
+    Where all of them are on this machine, they then talk over its loopback interface alone, unless the user has
+    chosen another: they unpickle what they receive.
+    """
+    ranks = os.environ.get('WORLD_SIZE')
+    if ranks is not None and os.environ.get('LOCAL_WORLD_SIZE') == ranks:
+        loopback = [name for name, addresses in psutil.net_if_addrs().items()
+                    if any(each.address == '127.0.0.1' for each in addresses)]
+        for name in loopback:
+            os.environ.setdefault('GLOO_SOCKET_IFNAME', name)
+            os.environ.setdefault('NCCL_SOCKET_IFNAME', f'={name}')
+    if STORE not in os.environ:
+        return None
+    hold(Path(os.environ[STORE]).parent)
+    # Under Slurm timm adds rank and size itself.
+    query = '' if 'SLURM_PROCID' in os.environ else f'?rank={os.environ["RANK"]}&world_size={ranks}'
+    return f'file://{os.environ[STORE]}-{os.environ["TORCHELASTIC_RESTART_COUNT"]}{query}'
 
 
 def _unusable(name: str, error: Exception) -> UserError:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from timm_multilabel.errors import UserError
+from timm_multilabel.training.parent import LAUNCHER
 from timm_multilabel.training.signals import SAVED
 
 _POLL = 0.1  # seconds
@@ -106,7 +107,8 @@ class Jobs:
     def _start(self, job: Job) -> None:
         self.starts(job.name)
         threads = max(1, (os.cpu_count() or 1) // self.at_once)
-        environment: Mapping[str, str] = {'OMP_NUM_THREADS': str(threads), **os.environ}
+        environment: Mapping[str, str] = {
+            'OMP_NUM_THREADS': str(threads), **os.environ, LAUNCHER: str(os.getpid())}
         with open(self.log(job.name), 'ab') as log:
             process = subprocess.Popen(
                 [sys.executable, '-c', _TRAIN, 'train', *job.words], stdin=subprocess.DEVNULL, stdout=log,

@@ -2,6 +2,7 @@
 
 SIGTERM and SIGINT are passed on to the training processes, which save and end; the exit status is then `SAVED`.
 """
+import argparse
 import logging
 import os
 import signal
@@ -14,8 +15,10 @@ from types import FrameType
 import psutil
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import parse_args, run
+from torch.distributed.run import parse_args, parse_min_max_nnodes, run
 
+from timm_multilabel.files import temporary_folder
+from timm_multilabel.training.parent import LAUNCHER, STORE
 from timm_multilabel.training.signals import LAUNCHER_ENDS, SAME, SAVED, SAVED_FILE, say_received
 
 
@@ -58,11 +61,30 @@ def main() -> None:
         args.signals_to_handle = 'SIGHUP,SIGQUIT'
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, forward)
-    with tempfile.TemporaryDirectory(prefix='timm-multilabel-') as folder:
-        os.environ[SAVED_FILE] = os.path.join(folder, 'saved')
+    os.environ[LAUNCHER] = str(os.getpid())
+    with temporary_folder('timm-multilabel-launch-', Path(tempfile.gettempdir())) as folder:
+        os.environ[SAVED_FILE] = str(folder / 'saved')
+        args.log_dir = args.log_dir or str(folder)  # torchrun leaves its own behind
+        if parse_min_max_nnodes(args.nnodes)[1] == 1:
+            meet_by_files(args, folder)
         status = launch(args, forward)
         saved = Path(os.environ[SAVED_FILE]).exists()
-    sys.exit(SAVED if saved and len(forward.received) < 2 else status)
+    # Where a process was killed, it may be that torchrun told the others to stop and they did so in good order.
+    killed = status > 128 and not forward.received
+    sys.exit(SAVED if saved and not killed and len(forward.received) < 2 else status)
+
+
+def meet_by_files(args: argparse.Namespace, folder: Path) -> None:
+    """Let the processes of one machine find each other by files that this user alone may read.
+
+    torchrun's ports would be open to the network, and it unpickles what it finds there.
+    """
+    if {'?', '#'} & set(str(folder)):  # the processes find it by a URL
+        print(f'launch: error: TMPDIR: {folder.parent} has a ? or a # in it; name another folder', file=sys.stderr)
+        sys.exit(2)
+    args.standalone, args.rdzv_backend, args.rdzv_id = False, 'c10d', folder.name
+    args.rdzv_endpoint, args.rdzv_conf = str(folder / 'launcher'), 'store_type=file'
+    os.environ[STORE] = str(folder / 'processes')
 
 
 def launch(args, forward: Forward) -> int:

@@ -1,7 +1,6 @@
 """The formats, and how a file of one is written: aside, loaded again, compared, and only then put in place."""
 import importlib.util
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from timm_multilabel.errors import UserError
 from timm_multilabel.export import backbone, onnx, pt2, weights
 from timm_multilabel.export.compare import TOLERANCE, largest_difference
 from timm_multilabel.export.exportable import Exportable
-from timm_multilabel.files import link_whole
+from timm_multilabel.files import link_whole, temporary_folder
 
 FORMATS = {form.NAME: form for form in (onnx, pt2, weights, backbone)}
 """The formats by name. Each is a module with NAME, FILES (the first holds the weights), OF_HEADS (it has heads, not the
@@ -39,13 +38,13 @@ def check_free(folder: Path, files: Sequence[str], force: bool) -> None:
 def put_in_place(folder: Path, files: Sequence[str]) -> Iterator[Path]:
     """A folder aside to write files into; they are moved into `folder` if all went well, and else removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.export-', dir=folder) as aside:
-        yield Path(aside)
+    with temporary_folder('.timm-multilabel-export-', folder) as aside:
+        yield aside
         for name in files:
-            with open(Path(aside, name), 'rb') as file:
+            with open(aside / name, 'rb') as file:
                 os.fsync(file.fileno())
         for name in files:
-            link_whole(Path(aside, name), folder / name)
+            link_whole(aside / name, folder / name)
 
 
 def export(exportable: Exportable, form: ModuleType, folder: Path) -> float:

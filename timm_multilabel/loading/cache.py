@@ -1,4 +1,5 @@
 """Decoded images as bytes, in memory or on disk, shared by the workers and the ranks of a machine."""
+import glob
 import hashlib
 import os
 import shutil
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from timm_multilabel.data.images import REDUCTIONS, DecodedPhoto, FilePhotos, Photo
 from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import UserError
-from timm_multilabel.files import write_whole
+from timm_multilabel.files import remove_left_over, write_whole
 from timm_multilabel.loading.shared import SharedBytes, format_size, free_memory
 
 FORMAT = 1  # of the files; another one is another cache
@@ -205,7 +206,8 @@ def open_cache(
     here = [rank for rank, machine in enumerate(machines) if machine == machines[world()[0]]]
     leader, place, visible = here[0], here.index(world()[0]), not world()[0]
     index = _find_index(files, views, folder) if kind == 'disk' else None
-    old = _data_of(index) if index is not None else None
+    if index is not None and not place:
+        _remove_left_over(index)
     offer = _lead(files, views, index, workers, skip_bad, title, say, visible) if not place else None
     offers = all_objects(offer)
     made, bad, ready = None, [], True
@@ -219,7 +221,7 @@ def open_cache(
         everyone = all_objects(bad)
         if not ready:
             contents.bad[sum((everyone[rank] for rank in here), [])] = True
-        path = _finish(index, shared, contents, old) if not ready and index is not None and not place else None
+        path = _finish(index, shared, contents) if not ready and index is not None and not place else None
     except BaseException:
         if not ready and index is not None and not place:
             Path(shared.path).unlink(missing_ok=True)
@@ -327,7 +329,14 @@ def _data_of(index: Path) -> Path | None:
         return None
 
 
-def _finish(index: Path, shared: SharedBytes, contents: Contents, old: Path | None) -> Path:
+def _remove_left_over(index: Path) -> None:
+    """Remove what processes that were killed left of any cache in the folder, and of this one the files of before."""
+    remove_left_over(index.parent.glob(f'.*-{"[0-9a-f]" * 16}-*.tmp'))
+    # A file that was put into its place a moment ago is locked until its index is there.
+    remove_left_over(path for path in index.parent.glob(f'{glob.escape(index.stem)}-*.bin') if path != _data_of(index))
+
+
+def _finish(index: Path, shared: SharedBytes, contents: Contents) -> Path:
     """Put a cache on disk into its place. The index names the file, so that both change at once, however many write."""
     os.fsync(shared.descriptor)
     path = index.with_name(Path(shared.path).name.removeprefix('.').removesuffix('.tmp') + '.bin')
@@ -335,8 +344,7 @@ def _finish(index: Path, shared: SharedBytes, contents: Contents, old: Path | No
     written = BytesIO()
     np.savez(written, **vars(contents), data=np.array(path.name))
     write_whole(index, written.getvalue())
-    if old is not None:
-        old.unlink(missing_ok=True)  # who has it open keeps it
+    _remove_left_over(index)  # who has one of them open keeps it
     return path
 
 

@@ -1,9 +1,7 @@
 """Bytes that processes share, in memory or on disk, and how much there is room for."""
-import fcntl
 import mmap
 import os
 import tempfile
-import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import psutil
+
+from timm_multilabel.files import make_locked
 
 
 class SharedBytes:
@@ -47,10 +47,7 @@ class SharedBytes:
     @classmethod
     def in_file(cls, folder: Path, name: str, length: int) -> 'SharedBytes':
         """A new file `.NAME-....tmp`, its room on the disk taken; it is locked while this process has it."""
-        for path in folder.glob(f'.{name}-*.tmp'):
-            _remove_unless_locked(path)  # what a run that was killed has left
-        descriptor, path = tempfile.mkstemp('.tmp', f'.{name}-', folder)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        descriptor, path = make_locked(lambda: tempfile.mkstemp('.tmp', f'.{name}-', folder))
         try:
             if hasattr(os, 'posix_fallocate'):
                 os.posix_fallocate(descriptor, 0, length)
@@ -86,16 +83,6 @@ class SharedBytes:
 def _path_of(descriptor: int) -> str:
     """A path by which other processes may open a file that this one has open (Linux)."""
     return f'/proc/{os.getpid()}/fd/{descriptor}'
-
-
-def _remove_unless_locked(path: Path) -> None:
-    try:
-        with open(path, 'rb') as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if time.time() - path.stat().st_mtime > 60:  # else its process may be about to lock it
-                path.unlink()
-    except OSError:  # another run is filling it, or has just taken it away
-        pass
 
 
 def free_memory() -> int:

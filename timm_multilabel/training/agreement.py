@@ -1,13 +1,48 @@
 """What all ranks know of a step at the same time, and no host waits for its device to know it."""
 from collections import deque
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from timm_multilabel.distributed import world
+from timm_multilabel.distributed import all_objects, world
 
 _LAG = 2  # updates after which a verdict is read on a device that runs behind its host
+_VOTES = 20  # of an evaluation, at most
+
+
+class ToldToStop(Exception):
+    """Some rank was told to stop; all ranks raise it after the same vote."""
+
+
+def until_told(loader: Any, told: Callable[[], bool]) -> Iterator[Any]:
+    """The batches of a loader, of which ranks may have different numbers, until one of them is told to stop.
+
+    Every so many batches the ranks vote. One that is told goes to its next vote at once, so that they stop between two
+    batches where all are told, and else with the next vote.
+
+    Args:
+        loader: The batches.
+        told: Whether this rank was told to stop.
+
+    Raises:
+        ToldToStop: One of them was told.
+    """
+    def vote() -> None:
+        if any(all_objects(told())):
+            raise ToldToStop
+
+    steps = max(all_objects(len(loader)))
+    votes = min(_VOTES, steps)
+    due = deque(steps * number // votes for number in range(1, votes + 1))
+    for done, batch in enumerate(loader):
+        if due and (done >= due[0] or told()):
+            due.popleft()
+            vote()
+        yield batch
+    for _ in due:
+        vote()
 
 
 class Verdict(NamedTuple):

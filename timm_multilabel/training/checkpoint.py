@@ -324,9 +324,11 @@ def resume(
             'epoch, or go on from the end of the one before')
     # On another number of processes it is between two updates as well, or at the epoch's end.
     place.step = place.step - place.step % updater.accumulate if place.step < steps else steps
-    if scheduler is not None and (place.epoch or place.step):
-        # All but plateau are functions of these.
+    # All schedules but plateau are functions of these. A run that starts calls neither, and plateau would take the
+    # learning rate of its warmup for epoch 0 even without one.
+    if scheduler is not None and place.epoch:
         scheduler.step(place.epoch)
+    if scheduler is not None and (place.epoch or place.step):
         scheduler.step_update(place.epoch * updater.updates_per_epoch(steps) + place.step // updater.accumulate)
     return place
 

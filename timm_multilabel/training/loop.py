@@ -15,7 +15,7 @@ from timm_multilabel.loading.batches import BadImages
 from timm_multilabel.metrics import MultiLabelEvaluator, TrainingMeter, default_metric, less_is_better
 from timm_multilabel.seeds import MODEL, seed_step
 from timm_multilabel.task import JointTask
-from timm_multilabel.training.agreement import Agreement, Verdict
+from timm_multilabel.training.agreement import Agreement, ToldToStop, Verdict, until_told
 from timm_multilabel.training.place import Place
 from timm_multilabel.training.progress import Progress
 from timm_multilabel.training.run_folder import RunFolder
@@ -125,6 +125,7 @@ class Fit:
     signals: StopSignals | None = None
     task: JointTask = field(init=False)
     strikes: float = field(default=0.0, init=False)
+    trained: Place | None = field(default=None, init=False)  # the end of the epoch's training, before its evaluation
 
     def __post_init__(self):
         self.task = self.updater.task
@@ -160,7 +161,10 @@ class Fit:
                     distribute_bn(module, ranks, reduce=True)
         row = {**({'phase': self.phase} if self.phase else {}), 'epoch': epoch, **row}
         if self.eval_loader is not None:
-            row |= self.evaluate(title)
+            try:
+                row |= self.evaluate(title)
+            except ToldToStop:
+                self._save_within(self.trained, progress, stop=True)
         row |= {'lr': lr, 'images_per_second': images_per_second}
         if self.bad_images is not None:
             self._tell_bad_images(progress)
@@ -181,7 +185,7 @@ class Fit:
             self.saver.progress = {'run': self._state()}
             # No figure, where every update of an epoch of SimCLR alone was skipped, ranks it nowhere.
             self.saver.save_checkpoint(epoch, None if math.isnan(row[best]) else row[best])
-        if any(all_objects(self._told)):
+        if any(all_objects(self._told())):
             raise Stopped(f'stopped after {title}, saved')
         return row
 
@@ -219,7 +223,7 @@ class Fit:
                 with self.precision.autocast():
                     result = task(self.precision.layout(images), target)
                 updater.backward(
-                    result['loss'] / updater.batches_in_update(step, steps), update, agreement, step, self._told)
+                    result['loss'] / updater.batches_in_update(step, steps), update, agreement, step, self._told())
             if update:
                 updates += 1
                 task.update_ema(step=updates)
@@ -247,9 +251,9 @@ class Fit:
         if skipped:
             progress.say(f'{progress.title}: skipped {skipped} update{"s" * (skipped > 1)} whose loss or gradient is '
                          'no finite number')
+        self.trained = Place.here(epoch, steps, lr, meter, task)
         return meter.compute(distributed=ranks > 1)
 
-    @property
     def _told(self) -> bool:
         return self.signals is not None and self.signals.received is not None
 
@@ -317,7 +321,11 @@ class Fit:
                 f' as {path}' if self.saver is not None else ''))
 
     def evaluate(self, title: str) -> dict[str, float]:
-        """The evaluation's figures of the plain weights ('eval_...') and of the EMA ('eval_ema_...')."""
+        """The evaluation's figures of the plain weights ('eval_...') and of the EMA ('eval_ema_...').
+
+        Raises:
+            ToldToStop: A rank was told to stop.
+        """
         row = {}
         for prefix, ema in (('eval_', False), ('eval_ema_', True)):
             model = self.task.get_eval_model(ema=ema)
@@ -325,7 +333,8 @@ class Fit:
                 continue
             with Progress(f'{title} {prefix.strip("_")}', len(self.eval_loader), visible=world()[0] == 0) as progress:
                 figures = evaluate(
-                    model, self.eval_loader, self.task.create_evaluator(), self.precision, progress)
+                    model, until_told(self.eval_loader, self._told), self.task.create_evaluator(), self.precision,
+                    progress)
             row |= {prefix + name: value for name, value in figures.items()}
         check_finite(row['eval_loss'], f'the evaluation loss is {row["eval_loss"]}')
         return row

@@ -31,9 +31,11 @@ class Place:
     @classmethod
     def here(cls, epoch: int, step: int, lr: float, meter: TrainingMeter, task: JointTask) -> 'Place':
         """The place after a step."""
-        buffers = [list(module.buffers()) for module in _modules(task)]
-        sums = {name: tensor.cpu() for name, tensor in meter.state().items()}
-        mine = {'meter': sums, 'buffers': [[buffer.cpu() for buffer in each] for each in buffers]}
+        def copy(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.detach().to('cpu', copy=True)
+
+        sums = {name: copy(tensor) for name, tensor in meter.state().items()}
+        mine = {'meter': sums, 'buffers': [[copy(each) for each in module.buffers()] for module in _modules(task)]}
         return cls(epoch, step, lr, mine=mine)
 
     def to_dict(self, steps: int) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from timm_multilabel.labels import LabelSpace
 _LAUNCH = '.launch'
 """The file that names the launch of torchrun, so that its restarts find the folder."""
 
-_PATIENCE = 15
-"""Seconds in which loader processes of a run that was killed end, and with them its lock."""
+_PATIENCE = 45
+"""Seconds in which the other processes of a run that was killed end, and with them its lock."""
 
 
 def run_folder_path(output: str, experiment: str | None, model: str, size: int) -> Path:

@@ -31,16 +31,16 @@ class Stopped(BaseException):  # as KeyboardInterrupt, which nobody takes for an
 
 def exit_when_stopped() -> NoReturn:
     """End this process, which has saved, so that whoever started it knows."""
-    if SAVED_FILE in os.environ:
+    with suppress(KeyError, OSError):  # no launcher, or none any more
         Path(os.environ[SAVED_FILE]).touch()
         sys.exit(0)
     sys.exit(SAVED)
 
 
-def say_received(number: int) -> None:
+def say_received(number: int, why: str = '') -> None:
     """Say what a first signal does; by the system call, since print may be what the signal has interrupted."""
     with suppress(OSError, AttributeError, ValueError):  # nobody reads it, perhaps
-        line = f'\n{signal.Signals(number).name}: ends the step and saves; once more to stop at once\n'
+        line = f'\n{signal.Signals(number).name}{why}: ends the step and saves; once more to stop at once\n'
         os.write(sys.__stderr__.fileno(), line.encode())
 
 
@@ -52,11 +52,16 @@ class StopSignals:
 
     Args:
         visible: Say so, unless the launcher does.
+
+    `orphaned`: the launcher is gone.
     """
+    current: 'StopSignals | None' = None
+    """Those of this process, if any."""
 
     def __init__(self, visible: bool):
         self.launched = SAVED_FILE in os.environ
-        self.visible, self.received, self.since, self.noting = visible and not self.launched, None, 0.0, False
+        self.visible, self.received, self.since, self.noting = visible, None, 0.0, False
+        self.orphaned = False
         self.before = {}
 
     def __enter__(self) -> 'StopSignals':
@@ -64,12 +69,14 @@ class StopSignals:
             self.before = {each: signal.signal(each, self._receive) for each in _SIGNALS}
         except ValueError:  # not in the main thread, which alone may ask
             pass
+        StopSignals.current = self
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        StopSignals.current = None
         for each, handler in self.before.items():
             signal.signal(each, handler)
-        if self.received is not None and self.launched and isinstance(error, RuntimeError):
+        if self.received is not None and (self.launched or self.orphaned) and isinstance(error, RuntimeError):
             # Another process has failed, and the launcher ends this one: that a collective fails is of no interest.
             self._stop(self.received)
 
@@ -91,8 +98,8 @@ class StopSignals:
         self.received, self.since = number, now
         if not self.noting:
             raise Stopped('stopped before it began')
-        if self.visible:
-            say_received(number)
+        if self.visible and (self.orphaned or not self.launched):
+            say_received(number, ', since its launcher is gone' if self.orphaned else '')
 
     @staticmethod
     def _stop(number: int) -> None:
