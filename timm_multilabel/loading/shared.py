@@ -1,9 +1,8 @@
 """Bytes that processes share, in memory or on disk, and how much there is room for."""
-import fcntl
+import glob
 import mmap
 import os
 import tempfile
-import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import psutil
+
+from timm_multilabel.files import remove_leftovers, temporary_file
 
 
 class SharedBytes:
@@ -28,41 +29,57 @@ class SharedBytes:
 
     @classmethod
     def in_memory(cls, length: int) -> 'SharedBytes':
-        """Memory without a name in any folder, where the system has such; it goes when the last process ends."""
+        """Memory without a name in any folder, where the system has such; it goes when the last process ends.
+
+        Raises:
+            OSError: There is not so much, or a limit forbids it.
+        """
         if hasattr(os, 'memfd_create'):
             descriptor = os.memfd_create('timm-multilabel')
             path = _path_of(descriptor)
         else:
             descriptor, path = tempfile.mkstemp(prefix='timm-multilabel-')
+        made = cls(path, length, True, descriptor)  # which gives it back where the next step fails
         os.ftruncate(descriptor, length)
-        return cls(path, length, True, descriptor)
+        return made
 
     @classmethod
     def of_file(cls, path: Path, length: int) -> 'SharedBytes':
-        """A file that is there, and stays what it is for this and its processes even where another takes its place."""
-        descriptor = os.open(path, os.O_RDONLY)
+        """A file that is there, and stays what it is for this and its processes even where another takes its place.
+
+        Raises:
+            OSError, ValueError: It cannot be opened, is a link or no file, or is too short.
+        """
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         opened = _path_of(descriptor)
         return cls(opened if os.path.exists(opened) else str(path), length, descriptor=descriptor).open()
 
     @classmethod
     def in_file(cls, folder: Path, name: str, length: int) -> 'SharedBytes':
-        """A new file `.NAME-....tmp`, its room on the disk taken; it is locked while this process has it."""
-        for path in folder.glob(f'.{name}-*.tmp'):
-            _remove_unless_locked(path)  # what a run that was killed has left
-        descriptor, path = tempfile.mkstemp('.tmp', f'.{name}-', folder)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        """A new file `.NAME-....tmp`, its room on the disk taken; it is locked while this process has it.
+
+        Raises:
+            OSError: There is no room, a limit forbids it, or the folder cannot be written to.
+        """
+        remove_leftovers(folder.glob(f'.{glob.escape(name)}-*.tmp'))  # of a run that was killed
+        descriptor, path = temporary_file(folder, name)
+        made = cls(str(path), length, True, descriptor)
         try:
             if hasattr(os, 'posix_fallocate'):
                 os.posix_fallocate(descriptor, 0, length)
             else:
                 os.ftruncate(descriptor, length)
         except OSError:
-            os.unlink(path)
+            path.unlink(missing_ok=True)
             raise
-        return cls(path, length, True, descriptor)
+        return made
 
     def open(self) -> 'SharedBytes':
-        """This, mapped now, while the process that made it is there."""
+        """This, mapped now, while the process that made it is there.
+
+        Raises:
+            OSError, ValueError: It cannot be opened, or is too short.
+        """
         assert len(self.array) == self.length
         return self
 
@@ -86,16 +103,6 @@ class SharedBytes:
 def _path_of(descriptor: int) -> str:
     """A path by which other processes may open a file that this one has open (Linux)."""
     return f'/proc/{os.getpid()}/fd/{descriptor}'
-
-
-def _remove_unless_locked(path: Path) -> None:
-    try:
-        with open(path, 'rb') as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if time.time() - path.stat().st_mtime > 60:  # else its process may be about to lock it
-                path.unlink()
-    except OSError:  # another run is filling it, or has just taken it away
-        pass
 
 
 def free_memory() -> int:
