@@ -19,7 +19,7 @@ import numpy as np
 
 from timm_multilabel.errors import UserError, printable
 
-_FREE_RATIO = 2 ** 28  # bytes that a compressed file may expand to, however small it is
+_FREE = 2 ** 28  # bytes that a compressed file may expand to, however small it is
 _RATIO = 50  # and beyond that, bytes for each of its own
 _HEADER = 1000  # characters of the header of an array
 _DAY = 86_400  # seconds
@@ -267,7 +267,7 @@ def check_expansion(path: str | Path, size: int) -> None:
 
 def _limit(size: int) -> int:
     """The bytes that a file of a size may expand to."""
-    return max(_FREE_RATIO, _RATIO * size)
+    return max(_FREE, _RATIO * size)
 
 
 def _read_member(stored: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:

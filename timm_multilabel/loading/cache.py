@@ -214,50 +214,47 @@ def open_cache(
     machines = all_objects((socket.gethostname(), _boot()))
     here = [rank for rank, machine in enumerate(machines) if machine == machines[world()[0]]]
     leader, place, visible = here[0], here.index(world()[0]), not world()[0]
-    leads, wrong, made, bad, ready = not place, None, None, [], True
     indices = _indices(files, views, folder) if kind == 'disk' else []
-    offer = None
-    if leads:
+    offer, wrong = None, None
+    if not place:
         try:
             offer = _lead(files, views, indices, workers, skip_bad, title, say, visible)
         except OSError as error:
-            wrong = error
+            wrong = _reason(error)
     offers = all_objects(offer)
+    made, shared, ready = None, None, True
+    if offers[leader] is not None:
+        contents, shared, ready = offer or offers[leader]
+        try:
+            made = CachedPhotos(files, contents, shared.open())
+        except (OSError, ValueError) as error:
+            wrong = _reason(error)
     try:
-        if offers[leader] is not None:
-            contents, shared, ready = offer or offers[leader]
-            try:
-                made = CachedPhotos(files, contents, shared.open())
-            except (OSError, ValueError) as error:
-                wrong = error
-            if not ready and made is not None:
-                bad = made.fill(range(place, len(files), len(here)), workers, skip_bad, title, visible)
+        todo = range(place, 0 if ready or made is None else len(files), len(here))
+        bad = made.fill(todo, workers, skip_bad, title, visible) if todo else []
         # From here on all ranks of all machines, since some may have a cache, and some no room for one.
-        everyone = all_objects((bad, wrong and _reason(wrong)))
-        wrong = next((everyone[rank][1] for rank in here if everyone[rank][1]), None)
+        everyone = [all_objects((bad, wrong))[rank] for rank in here]
+        wrong = next((its for _, its in everyone if its), None)
+        if not ready and made is not None:
+            contents.bad[sum((its for its, _ in everyone), [])] = True
         finished = None
-        if leads and not ready and wrong is None:
-            contents.bad[sum((everyone[rank][0] for rank in here), [])] = True
+        if not place and not ready and indices and wrong is None:
             try:
-                finished = _finish(indices, shared, contents) if indices else shared
+                finished = _finish(indices, shared, contents)
             except (OSError, UserError) as error:
                 wrong = _reason(error)
     finally:
-        if leads and not ready and indices:
+        if not place and not ready and indices:
             Path(shared.path).unlink(missing_ok=True)  # it has another name by now, if all went well
-    ended = all_objects((finished, wrong))[leader]
-    if ended[1] is not None:
-        if leads:
-            say(f'{title}: cannot be used ({ended[1]}); goes on without it')
-        return files
-    if made is not None and ended[0] is not None:
-        contents.bad[sum((everyone[rank][0] for rank in here), [])] = True
-        if indices:
-            try:
-                made.shared = (finished or ended[0]).open()
-            except (OSError, ValueError):  # another run has just replaced it; what it holds is the same without it
-                return files
-    return files if made is None else made
+    theirs, wrong = all_objects((finished, wrong))[leader]
+    if wrong is None and theirs is not None:
+        try:
+            made.shared = (finished or theirs).open()
+        except (OSError, ValueError) as error:  # without it the batches are the same
+            wrong = _reason(error)
+    if wrong is not None:
+        say(f'{title}: cannot be used ({wrong}); goes on without it')
+    return files if made is None or wrong is not None else made
 
 
 def _reason(error: Exception) -> str:

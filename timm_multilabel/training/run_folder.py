@@ -99,7 +99,7 @@ def _as_numbers(texts: pd.DataFrame) -> pd.DataFrame:
             made[name] = made[name].where(~wrong, 0).astype(int)
         if wrong.any():
             row = int(wrong.to_numpy().argmax())
-            raise ValueError(f"row {row + 2}: '{cells.iloc[row]}' in column '{name}' is no number of an epoch")
+            raise ValueError(f"row {row + 2}: '{cells.iloc[row][:50]}' in column '{name}' is no number of an epoch")
     summary = pd.DataFrame(made)
     phases = texts['phase'] if 'phase' in texts else pd.Series('', texts.index)
     begins = phases != phases.shift()
