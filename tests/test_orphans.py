@@ -11,8 +11,9 @@ import pytest
 from common import TINY, assert_same_summary, assert_same_weights, run_ranks, train_run, write_data
 from test_grid import FLAGS, write_grid
 
-from timm_multilabel.files import remove_left_over, temporary_folder, whole_file
+from timm_multilabel.files import whole_file
 from timm_multilabel.metrics import MultiLabelEvaluator
+from timm_multilabel.temporary import remove_leftovers, temporary_folder
 from timm_multilabel.training.agreement import ToldToStop, until_told
 from timm_multilabel.training.parent import LAUNCHER
 
@@ -251,13 +252,13 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
         with temporary_folder('x-', tmp_path) as second:
             assert set(tmp_path.iterdir()) == {used, second}
         (tmp_path / 'x-link').symlink_to(used)
-        remove_left_over(tmp_path.glob('*'))
+        remove_leftovers(tmp_path.glob('*'))
         assert {path.name for path in tmp_path.iterdir()} == {used.name, 'x-link'} and (used / 'file').exists()
     (tmp_path / 'x-link').unlink()
     (tmp_path / '.report [1].html.1.tmp').touch()
     with whole_file(tmp_path / 'report [1].html') as first:
         with whole_file(tmp_path / 'other.html'):
-            remove_left_over(tmp_path.glob('.*.tmp'))
+            remove_leftovers(tmp_path.glob('.*.tmp'))
         first.write(b'whole')
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
         'report [1].html': b'whole', 'other.html': b''}

@@ -335,7 +335,8 @@ def test_what_is_refused(data_dir, packed, tmp_path, capsys):
     (packed / 'rows.json').write_text('{"train": 12, "val": 6}')  # now it is met in training
     assert "color 'red' in" in stopped(capsys, packed, tmp_path)
     (packed / 'rows.json').write_text('[]')
-    assert 'rows.json: expected the number of samples' in stopped(capsys, packed, tmp_path)
+    error = stopped(capsys, packed, tmp_path)
+    assert 'rows.json: cannot be read as JSON' in error and 'expected the number of samples' in error
 
 
 def test_sample_in_shards_has_the_labels_of_the_sample_in_csvs(tmp_path, kind, capsys):

@@ -1,48 +1,62 @@
-"""Files written whole or not at all, read only where they are files, and temporary ones that nobody leaves for ever."""
+"""Files: written whole or not at all, read only where they are files, and without trusting what they hold."""
 import errno
-import fcntl
-import glob
+import json
 import os
 import shutil
 import stat
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import UserError, printable
+from timm_multilabel.temporary import lock, temporary_file, temporary_path
+
+# Writing
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+def whole_file(path: str | Path, read_only: bool = False) -> Iterator[BinaryIO]:
     """A file that is written beside its final place, and renamed when all of it is on disk.
 
-    A reader, a crash or a loss of power never meets half of it. The folder must exist.
+    A reader, a crash or a loss of power never meets half of it. The folder must exist. A file that is replaced passes
+    its permissions on; a new one has those that the umask allows. A link is replaced, not followed.
+
+    Args:
+        path: Its final place.
+        read_only: Nobody may write to it afterwards; it can only be replaced.
 
     Raises:
         UserError: The disk is full, or the folder cannot be written to; what was there before is left as it is.
     """
     path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    remove_left_over(path.parent.glob(f'.{glob.escape(path.name)}.*.tmp'))
+    if path.exists() and not path.is_file():  # as root it would take the place of /dev/null
+        raise UserError(f'{path}: cannot be written: it is a folder, a device or a pipe; name a file')
+    temporary = None
     try:
-        descriptor, _ = make_locked(lambda: (os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666), temporary))
+        descriptor, temporary = temporary_file(path.parent, path.name)
         with open(descriptor, 'wb') as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+            with suppress(OSError):
+                before = path.lstat().st_mode
+                mode = stat.S_IMODE(before) & 0o777 if stat.S_ISREG(before) else mode
+            os.fchmod(descriptor, mode & 0o444 if read_only else mode)
+            os.fsync(descriptor)
+            os.replace(temporary, path)  # while it is locked, so that nobody takes it for a leftover
         _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save puts its own error over it
         if not isinstance(cause, OSError):
             raise
         raise UserError(
-            f'{path}: cannot be written ({cause.strerror}), and what was there before is left as it is; make room or '
-            'mend that') from error
+            f'{path}: cannot be written ({cause.strerror or cause}), and what was there before is left as it is; make '
+            'room or check the permissions') from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
@@ -52,85 +66,55 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
 
 
 def link_whole(source: str | Path, path: str | Path) -> None:
-    """Give a file another name, in place of the file that may have it; where there are no links, a copy."""
+    """Give a file another name, in place of the file that may have it; where there are no links, a copy.
+
+    Raises:
+        UserError: See `whole_file`.
+    """
     path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    temporary = temporary_path(path.parent, path.name)
     try:
-        os.link(source, temporary)
+        with open(source, 'rb') as file:
+            lock(file.fileno())  # the link is the same file, and must not be taken for a leftover
+            os.link(source, temporary)
+            os.replace(temporary, path)  # does nothing where both are one file already
     except OSError:
-        write_whole(path, Path(source).read_bytes())
+        with open(source, 'rb') as file, whole_file(path) as copy:
+            shutil.copyfileobj(file, copy)
         return
-    os.replace(temporary, path)  # does nothing where both are one file already
-    temporary.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)
     _flush_folder(path.parent)
 
 
-def make_locked(make: Callable[[], tuple[int, str | Path]]) -> tuple[int, str | Path]:
-    """Make a temporary file or folder that `remove_left_over` spares until its descriptor is closed.
+def open_to_append(path: str | Path) -> BinaryIO:
+    """Open a file to add to, made where there is none.
 
-    Args:
-        make: Makes it; its open descriptor and its path.
-
-    Returns:
-        What `make` returned.
+    Raises:
+        UserError: It is a link, which might lead anywhere, or no file, or cannot be opened.
     """
-    while True:
-        descriptor, path = make()
-        with suppress(OSError):  # a file system without locks, where nothing that is left over is removed either
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-        if os.path.exists(path):  # else it was removed before it was locked
-            return descriptor, path
-        os.close(descriptor)
-
-
-def remove_left_over(paths: Iterable[Path]) -> None:
-    """Remove temporary files and folders of this user that no process has locked: their processes were killed."""
-    for path in paths:
-        with suppress(OSError):  # it is another user's, or in use, or has just been removed
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(descriptor).st_uid == os.getuid():
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            finally:
-                os.close(descriptor)
-
-
-def hold(folder: Path) -> None:
-    """Have `remove_left_over` spare another process's folder until this one ends."""
-    with suppress(OSError):
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)
-
-
-@contextmanager
-def temporary_folder(prefix: str, parent: Path) -> Iterator[Path]:
-    """A new folder that is removed at the end, or, where its process is killed, when the next one is made there.
-
-    Args:
-        prefix: What its name begins with; all such folders in `parent` must be of this function.
-        parent: Where it is made.
-    """
-    def make() -> tuple[int, str]:
-        path = tempfile.mkdtemp(prefix=prefix, dir=parent)
-        return os.open(path, os.O_RDONLY), path
-
-    remove_left_over(parent.glob(f'{prefix}*'))
-    descriptor, path = make_locked(make)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        yield Path(path)
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(descriptor)
+        file = open(os.open(path, flags, 0o666), 'ab')
+    except OSError as error:
+        raise UserError(f'{path}: cannot be opened to add to it ({error.strerror}); remove it') from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UserError(f'{path}: is no file; remove it')
+    return file
 
 
 def _flush_folder(folder: Path) -> None:
     """Let the names in a folder reach the disk."""
-    if hasattr(os, 'O_DIRECTORY'):
+    with suppress(PermissionError):  # it may be written to, and not read
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+# Reading
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -152,3 +136,46 @@ def open_regular(path: str | Path) -> BinaryIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+@contextmanager
+def reading(path: str | Path, what: str, way_out: str) -> Iterator[None]:
+    """Turn whatever goes wrong while a file is read into one line.
+
+    Args:
+        path: The file.
+        what: What it should be, such as 'stored predictions'.
+        way_out: What the user can do.
+
+    Raises:
+        UserError: Any Exception was raised within.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of libraries, on damaged files
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # damaged files make libraries raise nearly anything
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = ' '.join(printable(reason).split())[:200] or type(error).__name__
+        raise UserError(f'{path}: cannot be read as {what} ({reason}); {way_out}') from error
+
+
+def read_json(path: Path, what: str, way_out: str, check: Callable[[Any], bool] = lambda value: True) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: The file.
+        what: See `reading`.
+        way_out: See `reading`.
+        check: Whether what it holds is what this program writes; it may raise.
+
+    Raises:
+        UserError: It cannot be read, or holds something else.
+    """
+    with reading(path, what, way_out):
+        value = json.loads(path.read_text(encoding='utf-8'))
+        if not check(value):
+            raise ValueError('it holds something else')
+    return value

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from timm_multilabel.errors import UserError, shortened
-from timm_multilabel.files import write_whole
+from timm_multilabel.files import reading, write_whole
 
 MISSING = -1
 """The class index, or the 0/1 of a tag, of a label that is not there: nothing is learnt from it or scored on it."""
@@ -76,6 +76,11 @@ class LabelSet:
     def unknown(self, cells: pd.DataFrame) -> dict[str, list[Any]]:
         """The texts that are no classes, with their rows."""
         return _group((row, text) for row, text in cells.iloc[:, 0].items() if text not in self._index)
+
+    def check(self, target: np.ndarray) -> None:
+        """Raise ValueError unless targets (N,) are indices of classes or missing."""
+        if ((target < MISSING) | (target >= len(self.classes))).any():
+            raise ValueError(f"head '{self.name}': a class that there is not")
 
     def known(self, target: torch.Tensor) -> torch.Tensor:
         """Which rows (B,) of class indices (B,), or of mixed labels (B, C), have a label."""
@@ -155,6 +160,11 @@ class TagSet:
         known = set(self.classes)
         return _group((row, tag) for row, text in cells.iloc[:, 0].items() for tag in _tags(text) if tag not in known)
 
+    def check(self, target: np.ndarray) -> None:
+        """Raise ValueError unless targets (N, C) are 0, 1 or missing."""
+        if not np.isin(target, (MISSING, 0, 1)).all():
+            raise ValueError(f"head '{self.name}': a tag that is neither 0 nor 1")
+
     def known(self, target: torch.Tensor) -> torch.Tensor:
         """Which rows (B,) of tags (B, C) have any label."""
         return (target != MISSING).any(dim=1)
@@ -206,6 +216,11 @@ class Quantity:
 
     def unknown(self, cells: pd.DataFrame) -> dict[str, list[Any]]:
         return {}
+
+    def check(self, target: np.ndarray) -> None:
+        """Raise ValueError unless targets (N,) are finite or missing."""
+        if np.isinf(target).any():
+            raise ValueError(f"head '{self.name}': a number that is not finite")
 
     def known(self, target: torch.Tensor) -> torch.Tensor:
         """Which rows (B,) of numbers (B,) have one."""
@@ -305,15 +320,27 @@ class LabelSpace:
             ValueError: The data is not that of a label space.
         """
         try:
+            if not isinstance(data['heads'], list | tuple):
+                raise TypeError('no list of heads')
             heads = tuple(_labels_from_dict(head) for head in data['heads'])
-        except (TypeError, KeyError, AttributeError) as error:
+        except ValueError:
+            raise
+        except Exception as error:  # whatever is wrong with data that nobody has checked
             raise ValueError('not a label space') from error
         if len({head.name for head in heads}) != len(heads):
             raise ValueError('two heads have the same name')
         return cls(heads)
 
     def save(self, path: str | Path) -> None:
-        """Write the label space as JSON."""
+        """Write the label space as JSON.
+
+        Raises:
+            UserError: `load` would refuse it, or the file cannot be written.
+        """
+        try:
+            self.from_dict(self.to_dict())
+        except ValueError as error:
+            raise UserError(f'{path}: cannot be written ({error}); rename it in the data') from error
         write_whole(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + '\n')
 
     @classmethod
@@ -323,10 +350,8 @@ class LabelSpace:
         Raises:
             UserError: The file is missing or holds no label space.
         """
-        try:
+        with reading(path, 'a label space', 'restore it, or remove it to have it made again'):
             return cls.from_dict(json.loads(Path(path).read_text(encoding='utf-8')))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f'{path}: cannot be read as a label space ({error})') from error
 
 
 def missing_row(label_space: LabelSpace) -> torch.Tensor:
@@ -342,19 +367,24 @@ def _as_taken(head: Labels, column: torch.Tensor) -> torch.Tensor:
 
 
 def _labels_from_dict(data: dict[str, Any]) -> Labels:
-    data = dict(data)
-    kind, name = data.pop('kind', LabelSet.kind), data['name']
+    kind, name = data.get('kind', LabelSet.kind), data['name']
     if kind == Quantity.kind:
-        made = Quantity(name, float(data['mean']), float(data['std']))
-        texts = (name,)
-    elif kind == TagSet.kind:
-        made = TagSet(name, tuple(data['classes']), tuple(data['group']))
-        texts = (name, *made.classes, *made.group)
+        made, texts = Quantity(name, float(data['mean']), float(data['std'])), ()
+        if not math.isfinite(made.mean) or not 0 < made.std < math.inf:
+            raise ValueError(f"head '{name}' has no mean and standard deviation")
+    elif kind in (TagSet.kind, LabelSet.kind):
+        texts = data['classes']
+        if not isinstance(texts, list | tuple):
+            raise ValueError(f"head '{name}' has no list of classes")
+        made = LabelSet(name, tuple(texts)) if kind == LabelSet.kind else TagSet(
+            name, tuple(texts), tuple(data['group']))
+        if not texts or len(set(texts)) != len(texts) or getattr(made, 'group', ()) not in ((), made.classes):
+            raise ValueError(f"head '{name}' has no classes, has one twice, or those of other columns")
     else:
-        made = LabelSet(name, tuple(data['classes']))
-        texts = (name, *made.classes)
-    if not all(isinstance(text, str) and text for text in texts):
-        raise ValueError('not a label space')
-    if made.kind != Quantity.kind and (not made.classes or len(set(made.classes)) != len(made.classes)):
-        raise ValueError(f"head '{name}' has no classes or has one twice")
+        raise ValueError(f"head '{name}' is of no kind")
+    for text in (name, *texts):
+        if not isinstance(text, str) or not text or any('\ud800' <= letter <= '\udfff' for letter in text):
+            raise ValueError('a name or a label that is no text')
+    if not name.isprintable():
+        raise ValueError('the name of a head holds a character that cannot be shown')
     return made

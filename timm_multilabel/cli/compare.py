@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import pandas as pd
 from tqdm import tqdm
 
 from timm_multilabel.cli import train_flags
@@ -35,6 +34,7 @@ from timm_multilabel.reports.experiments import (
     shared_heads,
 )
 from timm_multilabel.training.checkpoint import read_checkpoint
+from timm_multilabel.training.run_folder import read_summary
 
 NAME = 'compare'
 HELP = 'compare runs: settings that differ, figures, and which differences hold'
@@ -165,14 +165,10 @@ def _read_run(path: Path, name: str, settings: Mapping[str, object], flags: Mapp
     checkpoint = read_checkpoint(path / 'model_best.pth.tar', mapped=True)
     if not checkpoint.label_space.heads:
         raise UserError(f'{path}: trained with -wlc 0, so it has no heads to compare; leave it out')
-    try:
-        summary = pd.read_csv(path / 'summary.csv')
-        if 'phase' in summary:
-            summary = summary[summary['phase'] == summary['phase'].iloc[-1]]
-        epochs = len(summary['epoch'])
-    except (ValueError, KeyError, IndexError) as error:
-        raise UserError(f'{path / "summary.csv"}: cannot be read ({" ".join(str(error).split())})') from error
-    return Run(name, flat_settings(settings, flags), str(settings['seed']), checkpoint.state['epoch'] + 1, epochs)
+    summary = read_summary(path / 'summary.csv')
+    phases = summary['phase'].tolist() if 'phase' in summary else [None] * len(summary)
+    return Run(name, flat_settings(settings, flags), str(settings['seed']), checkpoint.state.get('epoch', 0) + 1,
+               phases.count(phases[-1]) if phases else 0)
 
 
 def _find_baseline(word: str | None, paths: list[Path], groups: list[list[int]]) -> int:

@@ -14,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pandas as pd
 import torch
 import yaml
@@ -28,7 +29,7 @@ from timm_multilabel.cli.jobs import Job, Jobs
 from timm_multilabel.cli.splits import split_path
 from timm_multilabel.cli.stored import stored_predictions
 from timm_multilabel.errors import UserError, printable
-from timm_multilabel.files import write_whole
+from timm_multilabel.files import read_json, reading, write_whole
 from timm_multilabel.reports.experiments import MEAN as MEAN_HEAD
 from timm_multilabel.reports.experiments import Answers, compare_groups, run_figures, share
 from timm_multilabel.reports.grid import MEAN, GridResults, draw_grid, grid_markdown
@@ -40,6 +41,7 @@ HELP = 'run an experiment of many settings and seeds, and compare them'
 RESULTS, DIFFERENCES, TABLES, PICTURE = 'results.csv', 'differences.csv', 'results.md', 'results.png'
 _FILES = (RESULTS, DIFFERENCES, TABLES, PICTURE)
 _WHERE = ('commit', 'machine', 'torch')  # what is noted of the program and the machine
+_LARGEST = 1e12  # number in a table
 _TEXTS = ('setting', 'head', 'command', *_WHERE)  # columns that are texts, whatever they look like
 
 
@@ -129,9 +131,23 @@ def record_of(run: GridRun, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_record(run: GridRun, output: Path) -> dict[str, Any]:
-    """What was noted of a run when it began, and when it ended; nothing of one that never did."""
+    """What was noted of a run when it began, and when it ended; nothing of one that never did.
+
+    Raises:
+        UserError: The note is damaged.
+    """
     path = output / f'{run.name}.json'
-    return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    return read_json(path, 'the record of a run', 'remove it, and the run goes on where it stopped', _is_record)
+
+
+def _is_record(record: Any) -> bool:
+    """Whether it is what `write_record` was given when a run began or ended."""
+    return isinstance(record['run'], dict) and all(isinstance(record['where'][name], str) for name in _WHERE) and all(
+        seconds is None or isinstance(seconds, int | float) and 0 <= seconds < 1e12
+        for seconds in (record.get('seconds'), record.get('cpu_seconds'))) and (
+            'seconds' not in record or 'cpu_seconds' in record)
 
 
 def write_record(run: GridRun, output: Path, record: Mapping[str, Any]) -> None:
@@ -291,19 +307,46 @@ def read_results(folder: Path, split: str, grid: Grid) -> GridResults:
         path = file_of(folder, name, split)
         if not path.is_file():
             raise UserError(f'{path}: not there; run the experiment (without --tables) first')
-        try:
-            columns = pd.read_csv(path, nrows=0).columns
-        except pd.errors.EmptyDataError:  # of one setting
-            tables.append(pd.DataFrame())
-            continue
-        if grid.axis is not None and grid.axis not in columns:
-            raise UserError(f"{path}: has no column '{grid.axis}', which grid.yaml varies; run the experiment again")
-        tables.append(pd.read_csv(
-            path, dtype={name: str for name in _TEXTS if name in columns}, keep_default_na=False,
-            na_values={name: [''] for name in columns if name not in (*_TEXTS, grid.axis)}))
-    columns = list(tables[0].columns)
-    heads = columns[columns.index('seed') + 1:columns.index(MEAN)]
+        with reading(path, 'results of an experiment', 'run the experiment again, without --tables'):
+            tables.append(_read_table(path, grid, name == RESULTS))
+            if name == RESULTS:
+                columns = list(tables[0].columns)
+                heads = columns[columns.index('seed') + 1:columns.index(MEAN)]
+                if not heads:
+                    raise ValueError('no heads')
+            elif len(tables[1]) and not tables[1]['head'].isin([MEAN, *heads]).all():
+                raise ValueError('a head that the results have not')
     return GridResults(grid.title, grid.about, split, grid.axis, grid.settings, *tables, heads)
+
+
+def _read_table(path: Path, grid: Grid, of_runs: bool) -> pd.DataFrame:
+    """A CSV of results, or of differences; raises ValueError where it is none of this grid."""
+    try:
+        columns = pd.read_csv(path, nrows=0).columns
+    except pd.errors.EmptyDataError:  # of one setting
+        if of_runs:
+            raise
+        return pd.DataFrame()
+    if grid.axis is not None and grid.axis not in columns:
+        raise ValueError(f"it has no column '{grid.axis}', which grid.yaml varies")
+    table = pd.read_csv(
+        path, dtype={name: str for name in _TEXTS if name in columns}, keep_default_na=False, index_col=False,
+        na_values={name: [''] for name in columns if name not in (*_TEXTS, grid.axis)})
+    needed = ('setting', 'seed', MEAN, 'minutes', 'cpu_minutes', 'command', *_WHERE) if of_runs else (
+        'setting', 'head', 'difference', 'low', 'high', 'p', 'holm')
+    missing = [name for name in needed if name not in columns]
+    if missing or of_runs and not len(table):
+        raise ValueError(f"it has no column '{missing[0]}'" if missing else 'it has no rows')
+    for name, cells in table.drop(columns=[*_TEXTS, grid.axis], errors='ignore').items():
+        if cells.dtype.kind not in 'if' or np.isinf(cells).any() or (cells.abs() > _LARGEST).any():
+            raise ValueError(f"column '{name}' holds something other than numbers")
+    unknown = set(table['setting']) - set(grid.settings)
+    keys = ['setting', 'seed' if of_runs else 'head', *([grid.axis] if grid.axis else [])]
+    if unknown or table[keys].isna().any(axis=None) or table.duplicated(keys).any():
+        raise ValueError(f"grid.yaml has no setting '{unknown.pop()}'" if unknown else 'a row twice, or without a name')
+    if of_runs and not table['setting'].eq(grid.settings[0]).any():
+        raise ValueError(f"it has no run of '{grid.settings[0]}'")
+    return table
 
 
 def write_tables(folder: Path, split: str, results: GridResults) -> None:

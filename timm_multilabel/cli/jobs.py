@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from timm_multilabel.errors import UserError
+from timm_multilabel.files import open_to_append
 from timm_multilabel.training.parent import LAUNCHER
 from timm_multilabel.training.signals import SAVED
 
@@ -109,7 +110,7 @@ class Jobs:
         threads = max(1, (os.cpu_count() or 1) // self.at_once)
         environment: Mapping[str, str] = {
             'OMP_NUM_THREADS': str(threads), **os.environ, LAUNCHER: str(os.getpid())}
-        with open(self.log(job.name), 'ab') as log:
+        with open_to_append(self.log(job.name)) as log:
             process = subprocess.Popen(
                 [sys.executable, '-c', _TRAIN, 'train', *job.words], stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT, env=environment, start_new_session=True)  # a Ctrl-C is for us to pass on

@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, parse_min_max_nnodes, run
 
-from timm_multilabel.files import temporary_folder
+from timm_multilabel.temporary import temporary_folder
 from timm_multilabel.training.parent import LAUNCHER, STORE
 from timm_multilabel.training.signals import LAUNCHER_ENDS, SAME, SAVED, SAVED_FILE, say_received
 

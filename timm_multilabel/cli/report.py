@@ -77,13 +77,8 @@ def read_finished_epochs(run: Path) -> pd.DataFrame:
         UserError: No epoch has been finished, or the file cannot be read.
     """
     path = run / 'summary.csv'
-    try:
-        summary = read_summary(path)
-    except FileNotFoundError:
-        summary = pd.DataFrame()
-    except (ValueError, OSError) as error:
-        raise UserError(f'{path}: cannot be read ({" ".join(str(error).split())})') from error
-    if not len(summary) or 'epoch' not in summary:
+    summary = read_summary(path) if path.is_file() else ()
+    if not len(summary):
         raise UserError(f'{run}: no epoch has been finished, so there is nothing to report; train it first')
     return summary
 

@@ -11,10 +11,11 @@ import torch
 from timm_multilabel.data.shards import Sample, Shards
 from timm_multilabel.data.table import Rows, Table, encode_rows, encode_targets
 from timm_multilabel.errors import UserError
-from timm_multilabel.files import write_whole
+from timm_multilabel.files import read_json, write_whole
 from timm_multilabel.labels import Labels, LabelSet, LabelSpace
 
 _SEEN = 50_000  # combinations of labels that are kept
+_MOST = 10 ** 12  # samples of a split
 
 
 @dataclass(frozen=True)
@@ -153,12 +154,10 @@ class Stored:
         path = folder / cls.LABEL_SPACE
         label_space = LabelSpace.load(path) if path.is_file() else None
         path = folder / cls.ROWS
-        try:
-            rows = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f'{path}: cannot be read as JSON ({error}); mend or remove it') from error
-        if not isinstance(rows, dict) or not all(isinstance(count, int) and count > 0 for count in rows.values()):
-            raise UserError(f'{path}: expected the number of samples by split, such as {{"train": 4000}}')
+        rows = read_json(
+            path, 'JSON', 'expected the number of samples by split, such as {"train": 4000}; correct or remove it',
+            lambda rows: all(type(count) is int and 0 < count <= _MOST for count in rows.values()),
+        ) if path.is_file() else {}
         return cls(folder, label_space, rows)
 
     def choose(

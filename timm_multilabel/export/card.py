@@ -1,13 +1,11 @@
 """The model card of a hub's folder: what the model is, its labels, its figures, how it is used."""
-import csv
-import io
-
 from huggingface_hub import ModelCardData
 
-from timm_multilabel.errors import UserError
 from timm_multilabel.escaping import markdown_text
 from timm_multilabel.export.exportable import Exportable
 from timm_multilabel.labels import Quantity
+from timm_multilabel.training.run_folder import read_summary
+from timm_multilabel.training.trackers import numbers
 
 _USAGE = '''```python
 import torch
@@ -90,7 +88,7 @@ def _figures(exportable: Exportable) -> list[str]:
     prefix = 'eval_ema_' if exportable.description['weights'] == 'ema' else 'eval_'
     rows = {
         name: {figure: row[f'{prefix}{name}_{figure}'] for figure in (*head.figures, 'loss')
-               if row.get(f'{prefix}{name}_{figure}')}
+               if f'{prefix}{name}_{figure}' in row}
         for name, head in exportable.model.named_heads.items()}
     rows = {name: values for name, values in rows.items() if values}
     if not rows:
@@ -101,13 +99,13 @@ def _figures(exportable: Exportable) -> list[str]:
     lines.append(f'| head | {" | ".join(titles)} |')
     lines.append('| --- |' + ' --- |' * len(titles))
     for name, values in rows.items():
-        cells = [f'{float(values[title]):.3f}' if title in values else '' for title in titles]
+        cells = [f'{values[title]:.3f}' if title in values else '' for title in titles]
         lines.append(f'| {markdown_text(name)} | {" | ".join(cells)} |')
     return [*lines, '']
 
 
-def summary_row(exportable: Exportable) -> dict[str, str]:
-    """The row of the run's summary.csv that is of the checkpoint's epoch; empty where there is none.
+def summary_row(exportable: Exportable) -> dict[str, float]:
+    """The metrics of the run's summary.csv of the checkpoint's epoch; empty where there is no such row.
 
     Raises:
         UserError: The file cannot be read as such.
@@ -119,13 +117,8 @@ def summary_row(exportable: Exportable) -> dict[str, str]:
         return {}
     phases = state.get('phases') or []
     phase = phases[state['phase']] if phases and state.get('phase', 0) < len(phases) else None
-    try:
-        for row in csv.DictReader(io.StringIO(path.read_text(encoding='utf-8'))):
-            if int(row['epoch']) == state['epoch'] and row.get('phase') in (phase, None):
-                for name, value in row.items():
-                    if name.startswith('eval_') and value:
-                        float(value)
-                return row
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        raise UserError(f'{path}: cannot be read as the summary of a run ({error}); mend or remove it') from error
-    return {}
+    summary = read_summary(path)
+    is_it = summary['epoch'] == state['epoch']
+    if 'phase' in summary:
+        is_it &= summary['phase'] == phase
+    return numbers(summary[is_it]) if is_it.any() else {}

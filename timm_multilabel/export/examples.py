@@ -11,6 +11,7 @@ from timm_multilabel.data.images import FilePhotos
 from timm_multilabel.data.pool import rows_of_folder
 from timm_multilabel.data.table import Rows, find_images, missing_targets, read_table
 from timm_multilabel.errors import UserError
+from timm_multilabel.files import reading
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.loading.batches import Part
 from timm_multilabel.loading.loaders import create_eval_loader
@@ -32,13 +33,11 @@ def images_of_run(checkpoint: Checkpoint) -> list[str]:
     settings = next((folder / 'args.yaml' for folder in folders if (folder / 'args.yaml').is_file()), None)
     if settings is None:
         raise UserError(f'{checkpoint.path}: no args.yaml beside it tells of its data; {way_out}')
-    try:
+    with reading(settings, 'the settings of a run', way_out):
         args = yaml.safe_load(settings.read_text(encoding='utf-8'))
         folder, names = Path(args['data_dir']), [args.get('val_split') or 'val', args.get('train_split') or 'train']
         tables = [folder / f'{name}.csv' for name in names] + [folder / name for name in names]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f'{settings}: cannot be read as the settings of a run; {way_out}') from error
-    path = next((table for table in tables if table.is_file() and table.suffix == '.csv'), None)
+        path = next((table for table in tables if table.is_file() and table.suffix == '.csv'), None)
     if path is None:
         raise UserError(f'{settings}: of its data directory {folder} no CSV is here; {way_out}')
     state = checkpoint.state

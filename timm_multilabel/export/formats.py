@@ -10,7 +10,8 @@ from timm_multilabel.errors import UserError
 from timm_multilabel.export import backbone, onnx, pt2, weights
 from timm_multilabel.export.compare import TOLERANCE, largest_difference
 from timm_multilabel.export.exportable import Exportable
-from timm_multilabel.files import link_whole, temporary_folder
+from timm_multilabel.files import link_whole
+from timm_multilabel.temporary import temporary_folder
 
 FORMATS = {form.NAME: form for form in (onnx, pt2, weights, backbone)}
 """The formats by name. Each is a module with NAME, FILES (the first holds the weights), OF_HEADS (it has heads, not the

@@ -1,16 +1,13 @@
 """safetensors: the weights of backbone, heads and projector, with the description as JSON beside them."""
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from timm_multilabel.errors import UserError
 from timm_multilabel.export.compare import Run
 from timm_multilabel.export.exportable import Exportable, readable
-from timm_multilabel.files import write_whole
+from timm_multilabel.files import read_json, reading, write_whole
 from timm_multilabel.heads import KINDS, Head
 from timm_multilabel.model import MultiLabelModel
 from timm_multilabel.training.checkpoint import Checkpoint, checkpoint_of, load_model
@@ -45,14 +42,11 @@ def read_exported(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     described = path.with_suffix('.json')
-    try:
-        description = json.loads(described.read_text(encoding='utf-8'))
+    way_out = 'export the model again'
+    with reading(path, f'exported weights with {described.name} beside them', way_out):
+        description = read_json(
+            described, 'the description of an exported model', way_out, lambda value: isinstance(value, dict))
         tensors = load_file(path)
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise UserError(
-            f'{path}: cannot be read as exported weights with {described.name} beside them ({error})') from error
-    if not isinstance(description, dict):
-        raise UserError(f'{described}: is no description of an exported model')
     settings = {name: description[name] for name in (
         'arch', 'model_kwargs', 'head_options', 'projection_dim', 'label_space') if name in description}
     if 'preprocessing' in description:

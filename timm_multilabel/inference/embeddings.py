@@ -1,7 +1,5 @@
 """Where images lie in a model's space, kept in a file with the images' paths and what made them."""
-import io
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from timm_multilabel.arrays import check_array, check_expansion, read_arrays, write_arrays
 from timm_multilabel.errors import UserError
-from timm_multilabel.files import whole_file, write_whole
+from timm_multilabel.files import reading, whole_file
 from timm_multilabel.inference.loaded import WHAT, LoadedModel, reason_of
 from timm_multilabel.loading.batches import Part
 from timm_multilabel.training.checkpoint import WEIGHTS
@@ -19,6 +18,7 @@ SUFFIXES = ('.npz', '.parquet')
 """The kinds of files: numpy's, and Parquet with a row an image."""
 
 _METADATA = b'timm-multilabel'  # the key in the metadata of a Parquet file
+_BATCH = 1024  # rows that are read from one at once
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,14 @@ class Embeddings:
         if Path(path).suffix == '.parquet':
             self._save_parquet(path)
             return
-        written = io.BytesIO()
-        np.savez(written, images=self.images.astype(str), embeddings=self.vectors,
-                 made_by=np.array(json.dumps(self.made_by)))
-        write_whole(path, written.getbuffer())
+        write_arrays(path, {'images': self.images.astype(str), 'embeddings': self.vectors,
+                            'made_by': np.array(json.dumps(self.made_by))})
 
     def _save_parquet(self, path: str | Path) -> None:
         pyarrow, parquet = import_pyarrow(path)
+        for image in self.images:
+            if any('\ud800' <= letter <= '\udfff' for letter in image):
+                raise UserError(f'{path}: the name of {image} is not UTF-8, as Parquet needs it; name a .npz file')
         vectors = pyarrow.FixedSizeListArray.from_arrays(
             pyarrow.array(np.ascontiguousarray(self.vectors).reshape(-1)), self.vectors.shape[1])
         table = pyarrow.table({'image': pyarrow.array(self.images.astype(str)), 'embedding': vectors})
@@ -70,36 +71,41 @@ class Embeddings:
         path = Path(path)
         if not path.is_file():
             raise UserError(f'{path}: no such file of embeddings; write one with timm-multilabel embed')
-        try:
-            found = cls._load_parquet(path) if path.suffix == '.parquet' else cls._load_npz(path)
-            images, vectors = found.images, found.vectors
-            if vectors.ndim != 2 or vectors.dtype != np.float32 or images.shape != vectors.shape[:1] or not len(images):
-                raise ValueError(f'vectors of shape {vectors.shape} and type {vectors.dtype} for {len(images)} images')
-            if not all(isinstance(image, str) for image in images):
+        with reading(path, 'embeddings', 'write them again with timm-multilabel embed'):
+            images, vectors, made_by = _load_parquet(path) if path.suffix == '.parquet' else _load_npz(path)
+            if not all(isinstance(image, str) and '\0' not in image for image in images):
                 raise ValueError('an image without a path')
-            _check_made_by(found.made_by)
-        except (OSError, ValueError, KeyError, EOFError, RecursionError, zipfile.BadZipFile) as error:
-            reason = ' '.join(str(error).split())[:200]
-            raise UserError(f'{path}: cannot be read as embeddings ({reason}); write them again with timm-multilabel '
-                            'embed') from error
-        return found
+            check_array('embeddings', vectors, np.float32, len(images), None)
+            if not vectors.size or not np.isfinite(vectors).all():
+                raise ValueError('embeddings: none, or some are not finite')
+            _check_made_by(made_by)
+        return cls(np.array(images, object), vectors, made_by)
 
-    @classmethod
-    def _load_npz(cls, path: Path) -> 'Embeddings':
-        with np.load(path, allow_pickle=False) as stored:
-            return cls(stored['images'].astype(object), stored['embeddings'], json.loads(str(stored['made_by'])))
 
-    @classmethod
-    def _load_parquet(cls, path: Path) -> 'Embeddings':
-        pyarrow, parquet = import_pyarrow(path)
-        try:
-            table = parquet.read_table(path, columns=['image', 'embedding'])
-            column = table['embedding'].combine_chunks()
-            vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1).copy()
-            made_by = json.loads((table.schema.metadata or {})[_METADATA])
-        except (pyarrow.ArrowException, AttributeError) as error:  # the latter: a column that holds no lists
-            raise ValueError(str(error)) from error
-        return cls(table['image'].to_numpy(), vectors, made_by)
+def _load_npz(path: Path) -> tuple[list[Any], np.ndarray, Any]:
+    """Images, vectors and what made them."""
+    stored = read_arrays(path)
+    check_array('images', stored['images'], str, None)
+    return stored['images'].tolist(), stored['embeddings'], json.loads(str(stored['made_by']))
+
+
+def _load_parquet(path: Path) -> tuple[list[Any], np.ndarray, Any]:
+    """As `_load_npz`."""
+    pyarrow, parquet = import_pyarrow(path)
+    batches, size = [], 0
+    with parquet.ParquetFile(path) as file:
+        about = file.metadata
+        groups = [about.row_group(number) for number in range(about.num_row_groups)]
+        values = sum(group.column(number).num_values for group in groups for number in range(group.num_columns))
+        check_expansion(path, 4 * values)  # few bytes may stand for many equal values
+        for batch in file.iter_batches(_BATCH, columns=['image', 'embedding']):
+            size += batch.nbytes
+            check_expansion(path, size)
+            batches.append(batch)
+        table = pyarrow.Table.from_batches(batches, file.schema_arrow)
+    vectors = table['embedding'].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    made_by = json.loads((table.schema.metadata or {})[_METADATA])
+    return table['image'].to_pylist(), vectors.reshape(len(table), -1).copy(), made_by
 
 
 def _check_made_by(made_by: Any) -> None:

@@ -1,8 +1,6 @@
 """What a model says of each row of a split, kept in a file, so that reports and comparisons need no second pass."""
-import io
 import json
 import os
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from timm_multilabel.arrays import check_array, read_arrays, write_arrays
 from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import UserError
-from timm_multilabel.files import write_whole
-from timm_multilabel.labels import LabelSpace
+from timm_multilabel.files import reading
+from timm_multilabel.labels import LabelSpace, Quantity
 from timm_multilabel.model import MultiLabelModel
+
+_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,22 @@ class Predictions:
         return columns[self.label_space.names.index(head)].numpy()
 
     def save(self, path: str | Path) -> None:
-        """Write them as an npz file."""
+        """Write them as an npz file.
+
+        Raises:
+            UserError: They are not what `load` takes, or the file cannot be written.
+        """
+        try:
+            self._check()
+        except ValueError as error:
+            raise UserError(f'{path}: cannot be written, since predictions of this model cannot be kept ({error})'
+                            ) from error
         arrays = {name: getattr(self, name) for name in ('rows', 'images', 'targets', 'features')}
         # By number, since a head may be called anything.
         arrays |= {f'output_{number}': self.outputs[name] for number, name in enumerate(self.label_space.names)}
         arrays['made_from'] = np.array(self.made_from)
-        written = io.BytesIO()
-        np.savez_compressed(written, label_space=np.array(json.dumps(self.label_space.to_dict())), **arrays)
-        write_whole(path, written.getvalue())
+        arrays['label_space'] = np.array(json.dumps(self.label_space.to_dict()))
+        write_arrays(path, arrays, compress=True)
 
     @classmethod
     def load(cls, path: str | Path) -> 'Predictions':
@@ -65,15 +74,31 @@ class Predictions:
         Raises:
             UserError: The file is missing, damaged or something else.
         """
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                label_space = LabelSpace.from_dict(json.loads(str(stored['label_space'])))
-                outputs = {name: stored[f'output_{number}'] for number, name in enumerate(label_space.names)}
-                return cls(label_space, *(stored[name] for name in ('rows', 'images', 'targets')), outputs,
-                           stored['features'], tuple(stored['made_from'].tolist()))
-        except (OSError, ValueError, KeyError, EOFError, RecursionError, zipfile.BadZipFile) as error:
-            raise UserError(f'{path}: cannot be read as stored predictions ({error}); remove it to have them made '
-                            'again') from error
+        with reading(path, 'stored predictions', 'remove it to have them made again'):
+            stored = read_arrays(path)
+            label_space = LabelSpace.from_dict(json.loads(str(stored['label_space'])))
+            outputs = {name: stored[f'output_{number}'] for number, name in enumerate(label_space.names)}
+            check_array('made_from', stored['made_from'], str, 2)
+            found = cls(label_space, *(stored[name] for name in ('rows', 'images', 'targets')), outputs,
+                        stored['features'], tuple(stored['made_from'].tolist()))
+            found._check()
+        return found
+
+    def _check(self) -> None:
+        """Raise ValueError unless all parts fit each other; what a model says may be NaN."""
+        count, heads = len(self.rows), self.label_space.heads
+        if not count:
+            raise ValueError('no rows')
+        for name in ('rows', 'images'):
+            check_array(name, getattr(self, name), str, count)
+        check_array('targets', self.targets, np.float32, count, sum(labels.width for labels in heads))
+        check_array('features', self.features, np.float32, count, None)
+        for labels, target in zip(heads, self.label_space.split(torch.from_numpy(self.targets)), strict=True):
+            labels.check(target.numpy())
+            output = self.outputs[labels.name]
+            check_array(labels.name, output, np.float32, count, labels.outputs)
+            if not isinstance(labels, Quantity) and ((output < -_ROUNDING) | (output > 1 + _ROUNDING)).any():
+                raise ValueError(f"head '{labels.name}': a probability that is not between 0 and 1")
 
 
 @torch.no_grad()

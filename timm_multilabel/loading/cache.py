@@ -2,13 +2,12 @@
 import glob
 import hashlib
 import os
+import secrets
 import shutil
 import socket
-import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +16,13 @@ import PIL
 import simplejpeg
 from tqdm import tqdm
 
-from timm_multilabel.data.images import REDUCTIONS, DecodedPhoto, FilePhotos, Photo
+from timm_multilabel.arrays import check_array, read_arrays, write_arrays
+from timm_multilabel.data.images import MAX_PIXELS, REDUCTIONS, DecodedPhoto, FilePhotos, Photo
 from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import UserError
-from timm_multilabel.files import remove_left_over, write_whole
+from timm_multilabel.files import reading
 from timm_multilabel.loading.shared import SharedBytes, format_size, free_memory
+from timm_multilabel.temporary import RANDOM_NAME, remove_leftovers
 
 FORMAT = 1  # of the files; another one is another cache
 _SHARE = 0.8  # of the memory or the disk that is free, what a cache may take at most
@@ -91,6 +92,15 @@ class Contents:
 
         _in_threads(look, range(len(rows)), workers)
         return made
+
+    def check(self, count: int) -> None:
+        """Raise ValueError unless it can be that of so many images."""
+        for name, kind, shape in (('sizes', np.int32, (2,)), ('first', np.uint8, ()), ('last', np.uint8, ()),
+                                  ('bad', bool, ()), ('stamps', np.int64, (3,))):
+            check_array(name, getattr(self, name), np.dtype(kind), count, *shape)
+        if (self.sizes < 0).any() or (self.sizes.astype(np.int64).prod(axis=1) > MAX_PIXELS).any() or (
+                self.last >= len(REDUCTIONS)).any():
+            raise ValueError('sizes that no image has')
 
     def lengths(self) -> np.ndarray:
         """Bytes of each image (N,)."""
@@ -186,7 +196,8 @@ def open_cache(
 ) -> CachedPhotos | FilePhotos:
     """Keep the images of rows decoded; where that would not fit, the files themselves.
 
-    All ranks call it together; those of one machine share a cache and the work of filling it.
+    All ranks call it together; those of one machine share a cache and the work of filling it. Where the system does
+    not let it be made (no room, no permission, a limit), they go on without it, with a line.
 
     Args:
         kind: 'ram' or 'disk'.
@@ -205,31 +216,52 @@ def open_cache(
     machines = all_objects((socket.gethostname(), _boot()))
     here = [rank for rank, machine in enumerate(machines) if machine == machines[world()[0]]]
     leader, place, visible = here[0], here.index(world()[0]), not world()[0]
-    index = _find_index(files, views, folder) if kind == 'disk' else None
-    if index is not None and not place:
-        _remove_left_over(index)
-    offer = _lead(files, views, index, workers, skip_bad, title, say, visible) if not place else None
+    indices = _indices(files, views, folder) if kind == 'disk' else []
+    offer, wrong = None, None
+    if not place:
+        try:
+            offer = _lead(files, views, indices, workers, skip_bad, title, say, visible)
+        except OSError as error:
+            wrong = _reason(error)
     offers = all_objects(offer)
-    made, bad, ready = None, [], True
-    try:
-        if offers[leader] is not None:
-            contents, shared, ready = offer or offers[leader]
+    made, shared, ready = None, None, True
+    if offers[leader] is not None:
+        contents, shared, ready = offer or offers[leader]
+        try:
             made = CachedPhotos(files, contents, shared.open())
-        if not ready:
-            bad = made.fill(range(place, len(files), len(here)), workers, skip_bad, title, visible)
+        except (OSError, ValueError) as error:
+            wrong = _reason(error)
+    try:
+        todo = range(place, 0 if ready or made is None else len(files), len(here))
+        bad = made.fill(todo, workers, skip_bad, title, visible) if todo else []
         # From here on all ranks of all machines, since some may have a cache, and some no room for one.
-        everyone = all_objects(bad)
-        if not ready:
-            contents.bad[sum((everyone[rank] for rank in here), [])] = True
-        path = _finish(index, shared, contents) if not ready and index is not None and not place else None
-    except BaseException:
-        if not ready and index is not None and not place:
-            Path(shared.path).unlink(missing_ok=True)
-        raise
-    path = all_objects(path)[leader]
-    if path is not None:
-        made.shared = SharedBytes.of_file(path, shared.length)
-    return files if made is None else made
+        everyone = [all_objects((bad, wrong))[rank] for rank in here]
+        wrong = next((its for _, its in everyone if its), None)
+        if not ready and made is not None:
+            contents.bad[sum((its for its, _ in everyone), [])] = True
+        finished = None
+        if not place and not ready and indices and wrong is None:
+            try:
+                finished = _finish(indices, shared, contents)
+            except (OSError, UserError) as error:
+                wrong = _reason(error)
+    finally:
+        if not place and not ready and indices:
+            Path(shared.path).unlink(missing_ok=True)  # it has another name by now, if all went well
+    theirs, wrong = all_objects((finished, wrong))[leader]
+    if wrong is None and theirs is not None:
+        try:
+            made.shared = (finished or theirs).open()
+        except (OSError, ValueError) as error:  # without it the batches are the same
+            wrong = _reason(error)
+    if wrong is not None:
+        say(f'{title}: cannot be used ({wrong}); goes on without it')
+    return files if made is None or wrong is not None else made
+
+
+def _reason(error: Exception) -> str:
+    """Why the system did not let something be done, on one line."""
+    return error.line if isinstance(error, UserError) else ' '.join(str(error).split())
 
 
 def _boot() -> str:
@@ -241,22 +273,30 @@ def _boot() -> str:
 def _lead(
         files: FilePhotos,
         views: Scales,
-        index: Path | None,
+        indices: Sequence[Path],
         workers: int,
         skip_bad: bool,
         title: str,
         say: Callable[[str], None],
         visible: bool,
 ) -> tuple[Contents, SharedBytes, bool] | None:
-    """Find out what a cache holds, and where, and whether it is there already; None if it would not fit."""
-    found = _read_index(files, index, title, say) if index is not None else None
-    if found is not None:
-        contents, path = found
-        length = int(contents.lengths().sum())
-        say(f'{title}: {format_size(length)} in {path}, whole and up to date')
-        return contents, SharedBytes.of_file(path, max(1, length)), True
+    """Find out what a cache holds, and where, and whether it is there already; None if it would not fit.
+
+    Raises:
+        OSError: The system does not let it be made.
+        UserError: An image is bad, and such are not left out.
+    """
+    for index in indices:
+        index.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(index.parent.glob(f'.*-{"[0-9a-f]" * 16}-{RANDOM_NAME}'))  # of any cache
+        found = _read_index(files, index, title, say)
+        if found is not None:
+            _remove_others(index, found[2])
+            say(f'{title}: {format_size(found[1].length)} in {found[2]}, whole and up to date')
+            return found[0], found[1], True
+    folder = indices[0].parent if indices else None
     count = len(files)
-    free = _SHARE * (free_memory() if index is None else shutil.disk_usage(index.parent).free)
+    free = _SHARE * (free_memory() if folder is None else shutil.disk_usage(folder).free)
     if count > 2 * _SAMPLED:  # the headers of all may take minutes; often some say that it is not worth it
         some = range(0, count, count // _SAMPLED)
         with _bar(f'{title}: sizes', len(some), visible) as bar:
@@ -273,19 +313,23 @@ def _lead(
             'without it')
         return None
     say(f'{title}: decodes {count} images into {format_size(length)} of '
-        + ('memory' if index is None else str(index.parent)))
+        + ('memory' if folder is None else str(folder)))
     length = max(1, length)
-    shared = SharedBytes.in_memory(length) if index is None else SharedBytes.in_file(index.parent, index.stem, length)
+    shared = SharedBytes.in_memory(length) if folder is None else SharedBytes.in_file(folder, indices[0].stem, length)
     return contents, shared, False
 
 
-def _find_index(files: FilePhotos, views: Scales, folder: Path) -> Path:
-    """The index of a cache on disk: another one for other images, other scales, another decoder."""
+def _indices(files: FilePhotos, views: Scales, folder: Path) -> list[Path]:
+    """The indices that a cache on disk may have: others for other images, other scales, another decoder.
+
+    The first is everybody's. The second is this user's own, where the first is another's and cannot be replaced.
+    """
     key = hashlib.sha256(repr((FORMAT, simplejpeg.__version__, PIL.__version__, views.scales_key)).encode())
     for image in files.rows.images:
-        key.update(os.path.abspath(image).encode() + b'\0')
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f'{Path(files.rows.source).stem}-{key.hexdigest()[:16]}.npz'
+        key.update(os.fsencode(os.path.abspath(image)) + b'\0')
+    stem = os.fsencode(Path(files.rows.source).stem)[:150].decode('utf-8', 'ignore')
+    name = f'{stem}-{key.hexdigest()[:16]}'
+    return [folder / f'{name}.npz', folder / f'{name}.{os.getuid()}.npz']
 
 
 def _stamp(image: str) -> tuple[int, int, int]:
@@ -301,51 +345,66 @@ def _read_index(
         index: Path,
         title: str,
         say: Callable[[str], None],
-) -> tuple[Contents, Path] | None:
-    """What a cache on disk holds, and its file; None where there is none that is whole and up to date."""
+) -> tuple[Contents, SharedBytes, Path] | None:
+    """What a cache on disk holds, and its file; None where there is none that is whole, up to date and readable."""
+    if not index.is_file():
+        return None
     try:
-        with np.load(index, allow_pickle=False) as stored:
-            found = dict(stored)
-        path = index.with_name(str(found.pop('data')))
-        contents = Contents(**found)
-        if path.stat().st_size != max(1, contents.lengths().sum()):
-            return None
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
+        with reading(index, 'the index of a cache', 'it is made again'):
+            found = read_arrays(index)
+            name = str(found.pop('data'))
+            contents = Contents(**found)
+            contents.check(len(files))
+            length, path = max(1, int(contents.lengths().sum())), index.with_name(name)
+            if not _is_data(path, index) or path.stat().st_size != length:
+                raise ValueError('other data')
+            shared = SharedBytes.of_file(path, length)
+    except UserError:
         return None
     stamps = np.array([_stamp(image) for image in files.rows.images], np.int64)
     changed = int((stamps != contents.stamps).any(axis=1).sum())
     if changed:
         say(f'{title}: {changed} of {len(files)} images have changed since it was made')
         return None
-    return contents, path
+    return contents, shared, path
 
 
-def _data_of(index: Path) -> Path | None:
-    """The file that an index names."""
-    try:
-        with np.load(index, allow_pickle=False) as stored:
-            return index.with_name(str(stored['data']))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
+def _is_data(path: Path, index: Path) -> bool:
+    """Whether a file is named as that of an index."""
+    return path.name.startswith(f'{index.stem}-') and path.suffix == '.bin'
 
 
-def _remove_left_over(index: Path) -> None:
-    """Remove what processes that were killed left of any cache in the folder, and of this one the files of before."""
-    remove_left_over(index.parent.glob(f'.*-{"[0-9a-f]" * 16}-*.tmp'))
-    # A file that was put into its place a moment ago is locked until its index is there.
-    remove_left_over(path for path in index.parent.glob(f'{glob.escape(index.stem)}-*.bin') if path != _data_of(index))
+def _finish(indices: Sequence[Path], shared: SharedBytes, contents: Contents) -> SharedBytes:
+    """Put a cache on disk into its place. The index names the file, so that both change at once, however many write.
 
+    Both can only be read from then on: a file that becomes shorter ends the processes that have mapped it.
 
-def _finish(index: Path, shared: SharedBytes, contents: Contents) -> Path:
-    """Put a cache on disk into its place. The index names the file, so that both change at once, however many write."""
+    Raises:
+        OSError, UserError: The system does not let it be done.
+    """
+    os.fchmod(shared.descriptor, os.fstat(shared.descriptor).st_mode & 0o444)
     os.fsync(shared.descriptor)
-    path = index.with_name(Path(shared.path).name.removeprefix('.').removesuffix('.tmp') + '.bin')
-    os.replace(shared.path, path)
-    written = BytesIO()
-    np.savez(written, **vars(contents), data=np.array(path.name))
-    write_whole(index, written.getvalue())
-    _remove_left_over(index)  # who has one of them open keeps it
-    return path
+    path = Path(shared.path)
+    try:
+        for index in indices:
+            path = path.replace(index.with_name(f'{index.stem}-{secrets.token_hex(8)}.bin'))
+            try:
+                write_arrays(index, {**vars(contents), 'data': np.array(path.name)}, read_only=True)
+                break
+            except UserError:
+                if index == indices[-1]:
+                    raise
+        finished = SharedBytes.of_file(path, shared.length)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    _remove_others(index, path)
+    return finished
+
+
+def _remove_others(index: Path, data: Path) -> None:
+    """Remove the data that an index does not name (any more); who has it open keeps it."""
+    remove_leftovers(path for path in index.parent.glob(f'{glob.escape(index.stem)}-*.bin') if path != data)
 
 
 def _bar(title: str, total: int, visible: bool) -> tqdm:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from timm_multilabel.files import make_locked
+from timm_multilabel.temporary import temporary_file
 
 
 class SharedBytes:
@@ -28,38 +28,56 @@ class SharedBytes:
 
     @classmethod
     def in_memory(cls, length: int) -> 'SharedBytes':
-        """Memory without a name in any folder, where the system has such; it goes when the last process ends."""
+        """Memory without a name in any folder, where the system has such; it goes when the last process ends.
+
+        Raises:
+            OSError: There is not so much, or a limit forbids it.
+        """
         if hasattr(os, 'memfd_create'):
             descriptor = os.memfd_create('timm-multilabel')
             path = _path_of(descriptor)
         else:
             descriptor, path = tempfile.mkstemp(prefix='timm-multilabel-')
+        made = cls(path, length, True, descriptor)  # which gives it back where the next step fails
         os.ftruncate(descriptor, length)
-        return cls(path, length, True, descriptor)
+        return made
 
     @classmethod
     def of_file(cls, path: Path, length: int) -> 'SharedBytes':
-        """A file that is there, and stays what it is for this and its processes even where another takes its place."""
-        descriptor = os.open(path, os.O_RDONLY)
+        """A file that is there, and stays what it is for this and its processes even where another takes its place.
+
+        Raises:
+            OSError, ValueError: It cannot be opened, is a link or no file, or is too short.
+        """
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         opened = _path_of(descriptor)
         return cls(opened if os.path.exists(opened) else str(path), length, descriptor=descriptor).open()
 
     @classmethod
     def in_file(cls, folder: Path, name: str, length: int) -> 'SharedBytes':
-        """A new file `.NAME-....tmp`, its room on the disk taken; it is locked while this process has it."""
-        descriptor, path = make_locked(lambda: tempfile.mkstemp('.tmp', f'.{name}-', folder))
+        """A new file `.NAME-....tmp`, its room on the disk taken; it is locked while this process has it.
+
+        Raises:
+            OSError: There is no room, a limit forbids it, or the folder cannot be written to.
+        """
+        descriptor, path = temporary_file(folder, name)
+        made = cls(str(path), length, True, descriptor)
         try:
             if hasattr(os, 'posix_fallocate'):
                 os.posix_fallocate(descriptor, 0, length)
             else:
                 os.ftruncate(descriptor, length)
         except OSError:
-            os.unlink(path)
+            path.unlink(missing_ok=True)
             raise
-        return cls(path, length, True, descriptor)
+        return made
 
     def open(self) -> 'SharedBytes':
-        """This, mapped now, while the process that made it is there."""
+        """This, mapped now, while the process that made it is there.
+
+        Raises:
+            OSError, ValueError: It cannot be opened, or is too short.
+        """
         assert len(self.array) == self.length
         return self
 

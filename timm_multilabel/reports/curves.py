@@ -25,6 +25,7 @@ _WIDTH, _DPI = 8.0, 150  # inches, and dots in one of them: twice what a README 
 _MARKED = 12  # epochs with a marker, about, of a long run
 _SIZE = 3.5  # points of a marker
 _NAME = 20  # letters of a name
+_LARGEST = 1e30  # value that can be drawn
 _LETTERS = 75  # that stand side by side on the x axis
 
 
@@ -189,11 +190,11 @@ def _main_figure(summary: pd.DataFrame, head: str) -> str | None:
 
 
 def _values(summary: pd.DataFrame, column: str) -> np.ndarray:
-    """A column as numbers (N,); NaN where there is none."""
+    """A column as numbers (N,); NaN where there is none, or one beyond what can be drawn."""
     if column not in summary:
         return np.full(len(summary), np.nan)
     values = pd.to_numeric(summary[column], errors='coerce').to_numpy(float)
-    return np.where(np.isfinite(values), values, np.nan)
+    return np.where(np.abs(values) < _LARGEST, values, np.nan)
 
 
 def _best(values: np.ndarray) -> float:

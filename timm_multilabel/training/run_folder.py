@@ -1,4 +1,5 @@
-"""The folder of a run: settings, label space, one row of figures an epoch."""
+"""The folder of a run: settings, label space, one row of metrics an epoch."""
+import csv
 import fcntl
 import io
 import itertools
@@ -6,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ import yaml
 from timm.models import safe_model_name
 
 from timm_multilabel.errors import UserError
-from timm_multilabel.files import write_whole
+from timm_multilabel.files import reading, write_whole
 from timm_multilabel.labels import LabelSpace
+from timm_multilabel.temporary import remove_leftovers
 
 _LAUNCH = '.launch'
 """The file that names the launch of torchrun, so that its restarts find the folder."""
@@ -64,16 +67,46 @@ def find_launched(folders: Iterable[Path], launchers: Sequence[str]) -> Path | N
     found = {}
     for folder in folders:
         path = folder / _LAUNCH
-        if path.is_file() and path.stat().st_mtime >= started:
-            if set(path.read_text(encoding='utf-8').split('\n')) & set(launchers) - {''}:
-                found[folder] = path.stat().st_mtime
+        with suppress(OSError):  # one that cannot be read is none of this launch
+            if path.is_file() and path.stat().st_mtime >= started:
+                if set(path.read_bytes().split(b'\n')) & {each.encode() for each in launchers if each}:
+                    found[folder] = path.stat().st_mtime
     return max(found, key=found.get, default=None)
 
 
 def read_summary(path: Path) -> pd.DataFrame:
-    """summary.csv: a row an epoch, numbers as numbers, names of phases as they are."""
-    table = _read_texts(path)
-    return table.apply(lambda column: column if column.name == 'phase' else pd.to_numeric(column, errors='coerce'))
+    """summary.csv: a row an epoch, numbers as numbers, NaN where there is none, names of phases as they are.
+
+    Raises:
+        UserError: There is no such file, or it is not what `RunFolder.add_summary` writes.
+    """
+    with reading(path, 'the summary of a run', 'correct it, or remove it'):
+        return _as_numbers(_texts(path.read_text(encoding='utf-8-sig')))
+
+
+def _as_numbers(texts: pd.DataFrame) -> pd.DataFrame:
+    """The numbers of a summary's texts; raises ValueError where something else stands there."""
+    if 'epoch' not in texts:
+        raise ValueError("there is no column 'epoch'")
+    made = {}
+    for name, cells in texts.items():
+        if name == 'phase':
+            made[name] = cells
+            continue
+        made[name] = pd.to_numeric(cells.where(cells != ''), errors='coerce')
+        wrong = made[name].isna() & ~cells.str.lower().isin(['', 'nan'])
+        if name == 'epoch':
+            wrong |= ~cells.str.fullmatch('[0-9]{1,9}')
+            made[name] = made[name].where(~wrong, 0).astype(int)
+        if wrong.any():
+            row = int(wrong.to_numpy().argmax())
+            raise ValueError(f"row {row + 2}: '{cells.iloc[row][:50]}' in column '{name}' is no number of an epoch")
+    summary = pd.DataFrame(made)
+    phases = texts['phase'] if 'phase' in texts else pd.Series('', texts.index)
+    begins = phases != phases.shift()
+    if phases[begins].duplicated().any() or ((summary['epoch'].diff() <= 0) & ~begins).any():
+        raise ValueError('its epochs are not in order')
+    return summary
 
 
 def running_epochs(summary: pd.DataFrame) -> list[int]:
@@ -114,22 +147,43 @@ class RunFolder:
         self.path = path
         self.phases = list(phases)
         path.mkdir(parents=True, exist_ok=True)
-        for left_over in [*path.glob('.*.tmp'), *path.glob('*/.*.tmp')]:  # of a process that was killed
-            left_over.unlink(missing_ok=True)
+        remove_leftovers([*path.glob('.*.tmp'), *path.glob('*/.*.tmp')])
+        self._earlier()  # what is wrong with it shows now, and not when an epoch is done
         if any(launchers):
             write_whole(path / _LAUNCH, '\n'.join(launchers))
         write_whole(path / 'args.yaml', yaml.safe_dump(args, sort_keys=False, allow_unicode=True))
         label_space.save(path / 'label_space.json')
 
-    def add_summary(self, row: dict[str, Any]) -> pd.DataFrame:
-        """Add an epoch's figures to summary.csv, in place of what an earlier try left of this epoch and later ones.
+    def _earlier(self) -> pd.DataFrame | None:
+        """summary.csv as text, if there is one.
 
-        With phases, `row` names its own as 'phase'. Returns the whole of summary.csv.
+        Raises:
+            UserError: It is none, or that of other phases.
         """
         path = self.path / 'summary.csv'
-        rows = _read_texts(io.StringIO(pd.DataFrame([row]).to_csv(index=False)))
-        if path.is_file():
-            earlier = _read_texts(path)
+        if not path.is_file():
+            return None
+        with reading(path, 'the summary of this run', 'correct it, or remove it to begin a new one'):
+            texts = _texts(path.read_text(encoding='utf-8-sig'))
+            _as_numbers(texts)
+            wrong = [name for name in texts.get('phase', [None] * len(texts)) if name not in (self.phases or [None])]
+            if wrong:
+                raise ValueError(f"its phase '{wrong[0]}' is none of {', '.join(self.phases)}" if self.phases and
+                                 wrong[0] is not None else 'the run has phases, or the summary has, and not both')
+        return texts
+
+    def add_summary(self, row: dict[str, Any]) -> pd.DataFrame:
+        """Add an epoch's metrics to summary.csv, in place of what an earlier try left of this epoch and later ones.
+
+        With phases, `row` names its own as 'phase'. Returns the whole of summary.csv.
+
+        Raises:
+            UserError: It cannot be read or written.
+        """
+        path = self.path / 'summary.csv'
+        rows = _texts(pd.DataFrame([row]).to_csv(index=False))
+        earlier = self._earlier()
+        if earlier is not None:
             before = earlier['epoch'].astype(int) < row['epoch']
             if self.phases:
                 order = earlier['phase'].map(self.phases.index)
@@ -174,6 +228,12 @@ class RunLock:
         self.path, self.descriptor = None, None
 
 
-def _read_texts(file: Path | io.StringIO) -> pd.DataFrame:
-    """A CSV as text, so that what is written again is what was there."""
-    return pd.read_csv(file, dtype=str, keep_default_na=False)
+def _texts(content: str) -> pd.DataFrame:
+    """A CSV as text, so that what is written again is what was there; raises ValueError or csv.Error."""
+    header, *rows = [row for row in csv.reader(io.StringIO(content), strict=True) if row] or [[]]
+    if not header or len(set(header)) != len(header):
+        raise ValueError('two columns have one name' if header else 'it is empty')
+    for number, row in enumerate(rows, 2):
+        if len(row) != len(header):
+            raise ValueError(f'row {number}: {len(row)} cells for {len(header)} columns')
+    return pd.DataFrame(rows, columns=header, dtype=object)

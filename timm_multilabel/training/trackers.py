@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ from uuid import uuid4
 import pandas as pd
 
 from timm_multilabel.errors import UserError, printable
-from timm_multilabel.files import write_whole
+from timm_multilabel.files import read_json, write_whole
 from timm_multilabel.training.run_folder import running_epochs
 
 
@@ -76,8 +77,8 @@ class Trackers:
                 results.append(getattr(tracker, method)(*args))
             except Exception as error:  # whatever such a library, a network or a disk comes up with
                 self.trackers.remove(tracker)
-                line = printable(str(error)).strip()
-                self.say(f'{tracker.name}: left out from here on, and the run goes on ({type(error).__name__}: {line})')
+                line = error.line if isinstance(error, UserError) else f'{type(error).__name__}: {error}'
+                self.say(f'{tracker.name}: left out from here on, and the run goes on ({printable(line).strip()})')
         return results
 
 
@@ -168,7 +169,8 @@ class WandbTracker(Tracker):
     def start(self) -> str:
         wandb = self.wandb
         if self.goes_on and self.path.is_file():
-            self.known |= json.loads(self.path.read_text(encoding='utf-8'))
+            self.known |= read_json(
+                self.path, 'the state of its tracker', 'remove it, and the next run begins anew there', _is_known)
         self.run = wandb.init(
             id=self.known['id'],
             resume='allow',
@@ -212,6 +214,12 @@ class WandbTracker(Tracker):
 
     def _keep(self) -> None:
         write_whole(self.path, json.dumps(self.known))
+
+
+def _is_known(value: Any) -> bool:
+    """Whether it is what `WandbTracker` keeps; folders are named by the id."""
+    return bool(re.fullmatch(r'[\w-]{1,64}', value['id'])) and all(
+        type(steps) is int and steps >= 0 for steps in (value['epochs'], *value['steps'].values()))
 
 
 def need(package: str, flag: str) -> ModuleType:
