@@ -1,8 +1,11 @@
-"""The one kind of error that commands report without a traceback."""
+"""The one kind of error that commands report without a traceback, and texts of any origin as people can read them."""
+
+_LINE = 4000  # letters of a line at most, and of a name in it
+_NAME = 80
 
 
 class UserError(Exception):
-    """Something the user can mend: one line that names the file, the row and the way out.
+    """Something the user can fix: one line that names the file, the row and the way out.
 
     Commands print the line on standard error and end with exit status 2.
     """
@@ -13,10 +16,28 @@ class UserError(Exception):
 
         A DataLoader worker's error is raised again in the main process with the worker's traceback put before it.
         """
-        text = str(self).rpartition(f'{__name__}.{type(self).__name__}: ')[2]
-        return printable(text).strip()
+        return one_line(str(self).rpartition(f'{__name__}.{type(self).__name__}: ')[2]).strip()
 
 
-def printable(text: str) -> str:
-    """A text without the characters by which it could do something to a terminal or take several lines."""
-    return ''.join(letter if letter.isprintable() else ' ' for letter in text)
+def printable(text: str, keep: str = '') -> str:
+    """A text without the characters by which it could do something to a terminal or take several lines.
+
+    Args:
+        text: The text.
+        keep: Characters that stay although they are not printable, such as a line end.
+    """
+    if text.isprintable():
+        return text
+    return ''.join(letter if letter.isprintable() or letter in keep else ' ' for letter in text)
+
+
+def shortened(text: str, most: int = _NAME) -> str:
+    """A name for people to read: printable, and its end replaced by an ellipsis where it is longer than `most`."""
+    return printable(text) if len(text) <= most else printable(text[:most - 1]) + '\u2026'
+
+
+def one_line(text: str) -> str:
+    """A message as a single printable line; the middle of a very long one is left out."""
+    if len(text) > _LINE:
+        text = f'{text[:_LINE // 2]} \u2026 {text[-_LINE // 2:]}'
+    return printable(text)

@@ -8,9 +8,8 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,13 +24,16 @@ from timm_multilabel.cli.device import start_device
 from timm_multilabel.cli.flags import Parser, parse_with_config, positive
 from timm_multilabel.cli.grid_file import OWN_FLAGS, Grid, GridRun, read_grid
 from timm_multilabel.cli.jobs import Job, Jobs
+from timm_multilabel.cli.output import say
 from timm_multilabel.cli.splits import split_path
 from timm_multilabel.cli.stored import stored_predictions
-from timm_multilabel.errors import UserError, printable
+from timm_multilabel.errors import UserError, one_line, shortened
+from timm_multilabel.escaping import spreadsheet_text, spreadsheet_text_back
 from timm_multilabel.files import write_whole
 from timm_multilabel.reports.experiments import MEAN as MEAN_HEAD
 from timm_multilabel.reports.experiments import Answers, compare_groups, run_figures, share
 from timm_multilabel.reports.grid import MEAN, GridResults, draw_grid, grid_markdown
+from timm_multilabel.reports.pictures import png
 from timm_multilabel.training.run_folder import RunLock
 
 NAME = 'grid'
@@ -83,7 +85,8 @@ def run(args: argparse.Namespace) -> None:
         train(grid, args, output)
     results = collect(grid, args, output, flags)
     for name, table in ((RESULTS, results.runs), (DIFFERENCES, results.differences)):
-        write_whole(file_of(folder, name, args.split), table.to_csv(index=False, float_format='%.6g'))
+        text = _escaped(table, spreadsheet_text).to_csv(index=False, float_format='%.6g')
+        write_whole(file_of(folder, name, args.split), text)
     write_tables(folder, args.split, read_results(folder, args.split, grid))
 
 
@@ -182,13 +185,13 @@ def train(grid: Grid, args: argparse.Namespace, output: Path) -> None:
     def starts(name: str) -> None:
         write_record(runs[name], output, {'run': record_of(runs[name], args), 'where': where()})
 
-    with tqdm(total=len(runs), initial=len(done), desc=grid.title, disable=None) as bar:
-        def say(line: str) -> None:
-            bar.write(printable(line), file=sys.stderr)
+    with tqdm(total=len(runs), initial=len(done), desc=shortened(grid.title), disable=None) as bar:
+        def write(line: str) -> None:
+            bar.write(one_line(line), file=sys.stderr)
 
         jobs = Jobs(
             [Job(name, recipe_words(run, args, output), run.start and run.start.name) for name, run in runs.items()],
-            set(done), args.jobs, lambda name: output / f'{name}.log', starts, say)
+            set(done), args.jobs, lambda name: output / f'{name}.log', starts, write)
         with closing(jobs.run()) as ended:
             for name, cost in ended:
                 # What a run that was resumed took before is not known.
@@ -197,7 +200,7 @@ def train(grid: Grid, args: argparse.Namespace, output: Path) -> None:
                     **read_record(runs[name], output), 'seconds': cost.seconds if known else None,
                     'cpu_seconds': cost.cpu_seconds if known else None})
                 bar.update()
-                say(f'{name}: done in {cost.seconds:.0f} s')
+                write(f'{name}: done in {cost.seconds:.0f} s')
 
 
 def where() -> dict[str, str]:
@@ -235,7 +238,7 @@ def collect(
     runs = [run for run in grid.runs if not run.is_start]
     device = start_device(None)
     answers = []
-    for run in tqdm(runs, desc='predictions', leave=False, disable=None):
+    for run in runs:
         of_run = flags[run.name]
         split = of_run.val_split if args.split == 'val' else args.split
         answers.append(Answers.of(stored_predictions(
@@ -296,27 +299,33 @@ def read_results(folder: Path, split: str, grid: Grid) -> GridResults:
         except pd.errors.EmptyDataError:  # of one setting
             tables.append(pd.DataFrame())
             continue
+        columns = [spreadsheet_text_back(name) for name in columns]
         if grid.axis is not None and grid.axis not in columns:
             raise UserError(f"{path}: has no column '{grid.axis}', which grid.yaml varies; run the experiment again")
-        tables.append(pd.read_csv(
-            path, dtype={name: str for name in _TEXTS if name in columns}, keep_default_na=False,
-            na_values={name: [''] for name in columns if name not in (*_TEXTS, grid.axis)}))
+        tables.append(_escaped(pd.read_csv(
+            path, header=0, names=columns, dtype={name: str for name in _TEXTS if name in columns},
+            keep_default_na=False,
+            na_values={name: [''] for name in columns if name not in (*_TEXTS, grid.axis)}), spreadsheet_text_back))
     columns = list(tables[0].columns)
     heads = columns[columns.index('seed') + 1:columns.index(MEAN)]
     return GridResults(grid.title, grid.about, split, grid.axis, grid.settings, *tables, heads)
 
 
+def _escaped(table: pd.DataFrame, escape: Callable[[str], str]) -> pd.DataFrame:
+    """A table with its texts and the names of its columns through `spreadsheet_text`, or back."""
+    cells = table.map(lambda cell: escape(cell) if isinstance(cell, str) else cell)
+    return cells.rename(columns=escape)
+
+
 def write_tables(folder: Path, split: str, results: GridResults) -> None:
     """Write tables and picture, and print the tables."""
     tables = grid_markdown(results)
-    picture = BytesIO()
-    draw_grid(results).savefig(picture, format='png', dpi=110)
     write_whole(file_of(folder, TABLES, split), tables)
-    write_whole(file_of(folder, PICTURE, split), picture.getvalue())
+    write_whole(file_of(folder, PICTURE, split), png(draw_grid(results)))
     print(tables)
     _say(f'Wrote {", ".join(str(file_of(folder, name, split)) for name in _FILES)}')
 
 
 def _say(line: str) -> None:
     """Standard output is for the tables."""
-    print(printable(line), file=sys.stderr)
+    say(line, sys.stderr)

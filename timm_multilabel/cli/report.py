@@ -11,6 +11,7 @@ from tqdm import tqdm
 from timm_multilabel.cli.device import loader_workers, start_device
 from timm_multilabel.cli.first_views import first_views
 from timm_multilabel.cli.flags import count
+from timm_multilabel.cli.output import say
 from timm_multilabel.cli.run_flags import command_line, read_run_flags
 from timm_multilabel.cli.splits import split_path
 from timm_multilabel.cli.stored import best_checkpoint, stored_predictions
@@ -58,16 +59,16 @@ def run(args: argparse.Namespace) -> None:
     split = args.split or default_split(flags, checkpoint, data_dir)
     device = start_device(args.device)
     predictions = stored_predictions(
-        folder, split, data_dir, device, loader_workers(args.workers), print,
+        folder, split, data_dir, device, loader_workers(args.workers), say,
         checkpoint=path if args.checkpoint else None, head_module=args.head_module)
     page, notes = build_page(folder, flags, summary, checkpoint, predictions, split, data_dir)
     content = render(page).encode('utf-8', 'replace')  # names of files may hold what UTF-8 has not
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, content)
     for note in notes:
-        print(note)
-    print(f'{out}: {len(predictions)} images, {len(content) / 1e6:.1f} MB, '
-          f'{time.perf_counter() - started:.0f} s')
+        say(note)
+    say(f'{out}: {len(predictions)} images, {len(content) / 1e6:.1f} MB, '
+        f'{time.perf_counter() - started:.0f} s')
 
 
 def read_finished_epochs(run: Path) -> pd.DataFrame:
