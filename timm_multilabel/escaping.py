@@ -1,6 +1,10 @@
 """Texts of the user's data, made harmless for the programs that show or open them."""
+import csv
 import html
 import re
+from typing import Any
+
+import pandas as pd
 
 from timm_multilabel.errors import printable, shortened
 
@@ -23,6 +27,23 @@ def spreadsheet_text(text: str) -> str:
 def spreadsheet_text_back(text: str) -> str:
     """The text of which `spreadsheet_text` made a cell."""
     return text[1:] if text.startswith("'") and spreadsheet_text(text[1:]) == text else text
+
+
+def spreadsheet_csv(table: pd.DataFrame, **options: Any) -> str:
+    """A table as CSV whose texts, as cells and as names of rows and columns, no spreadsheet computes.
+
+    Args:
+        table: The table.
+        options: Further ones of `DataFrame.to_csv`.
+    """
+    table = table.map(_spreadsheet_cell).rename(index=_spreadsheet_cell, columns=_spreadsheet_cell)
+    text = table.to_csv(**options)
+    # The module csv does not quote a carriage return, which ends a row for those that read it.
+    return table.to_csv(quoting=csv.QUOTE_NONNUMERIC, **options) if '\r' in text else text
+
+
+def _spreadsheet_cell(value: Any) -> Any:
+    return spreadsheet_text(value) if isinstance(value, str) else value
 
 
 def markdown_text(text: str) -> str:

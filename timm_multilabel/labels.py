@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import UserError, shortened
 from timm_multilabel.files import write_whole
 
 MISSING = -1
@@ -355,6 +355,8 @@ def _labels_from_dict(data: dict[str, Any]) -> Labels:
         texts = (name, *made.classes)
     if not all(isinstance(text, str) and text for text in texts):
         raise ValueError('not a label space')
+    if not all(text.isprintable() for text in (name, *getattr(made, 'group', ()))):  # as `read_table` asks of columns
+        raise ValueError(f'the name {shortened(name)!r} of a head, or of a column of it, holds control characters')
     if made.kind != Quantity.kind and (not made.classes or len(set(made.classes)) != len(made.classes)):
-        raise ValueError(f"head '{name}' has no classes or has one twice")
+        raise ValueError(f"head '{shortened(name)}' has no classes or has one twice")
     return made

@@ -8,7 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,7 +28,7 @@ from timm_multilabel.cli.output import say
 from timm_multilabel.cli.splits import split_path
 from timm_multilabel.cli.stored import stored_predictions
 from timm_multilabel.errors import UserError, one_line, shortened
-from timm_multilabel.escaping import spreadsheet_text, spreadsheet_text_back
+from timm_multilabel.escaping import spreadsheet_csv, spreadsheet_text_back
 from timm_multilabel.files import write_whole
 from timm_multilabel.reports.experiments import MEAN as MEAN_HEAD
 from timm_multilabel.reports.experiments import Answers, compare_groups, run_figures, share
@@ -85,8 +85,7 @@ def run(args: argparse.Namespace) -> None:
         train(grid, args, output)
     results = collect(grid, args, output, flags)
     for name, table in ((RESULTS, results.runs), (DIFFERENCES, results.differences)):
-        text = _escaped(table, spreadsheet_text).to_csv(index=False, float_format='%.6g')
-        write_whole(file_of(folder, name, args.split), text)
+        write_whole(file_of(folder, name, args.split), spreadsheet_csv(table, index=False, float_format='%.6g'))
     write_tables(folder, args.split, read_results(folder, args.split, grid))
 
 
@@ -302,19 +301,13 @@ def read_results(folder: Path, split: str, grid: Grid) -> GridResults:
         columns = [spreadsheet_text_back(name) for name in columns]
         if grid.axis is not None and grid.axis not in columns:
             raise UserError(f"{path}: has no column '{grid.axis}', which grid.yaml varies; run the experiment again")
-        tables.append(_escaped(pd.read_csv(
+        table = pd.read_csv(
             path, header=0, names=columns, dtype={name: str for name in _TEXTS if name in columns},
-            keep_default_na=False,
-            na_values={name: [''] for name in columns if name not in (*_TEXTS, grid.axis)}), spreadsheet_text_back))
+            keep_default_na=False, na_values={name: [''] for name in columns if name not in (*_TEXTS, grid.axis)})
+        tables.append(table.map(lambda cell: spreadsheet_text_back(cell) if isinstance(cell, str) else cell))
     columns = list(tables[0].columns)
     heads = columns[columns.index('seed') + 1:columns.index(MEAN)]
     return GridResults(grid.title, grid.about, split, grid.axis, grid.settings, *tables, heads)
-
-
-def _escaped(table: pd.DataFrame, escape: Callable[[str], str]) -> pd.DataFrame:
-    """A table with its texts and the names of its columns through `spreadsheet_text`, or back."""
-    cells = table.map(lambda cell: escape(cell) if isinstance(cell, str) else cell)
-    return cells.rename(columns=escape)
 
 
 def write_tables(folder: Path, split: str, results: GridResults) -> None:

@@ -15,7 +15,7 @@ from timm_multilabel.cli.output import say
 from timm_multilabel.cli.run_flags import command_line, read_run_flags
 from timm_multilabel.cli.splits import split_path
 from timm_multilabel.cli.stored import best_checkpoint, stored_predictions
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import UserError, one_line, shortened
 from timm_multilabel.files import write_whole
 from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.reports.curves import curve_figures
@@ -171,7 +171,7 @@ def build_map(predictions: Predictions) -> Map | str:
     if found is None:
         return 'There are too few images that differ.'
     rows, places = found
-    colorings = {labels.name: color_points(labels, predictions.target(labels.name)[rows])
+    colorings = {shortened(labels.name): color_points(labels, predictions.target(labels.name)[rows])
                  for labels in predictions.label_space.heads}
     if not colorings:
         colorings = {'': Coloring([], (), np.full(len(rows), -1), '')}
@@ -181,7 +181,7 @@ def build_map(predictions: Predictions) -> Map | str:
 
 def _describe_row(predictions: Predictions, row: int) -> str:
     """An image's name and labels."""
-    labels = (f'{labels.name}: {describe_target(labels, predictions.target(labels.name)[row])}'
+    labels = (f'{shortened(labels.name)}: {describe_target(labels, predictions.target(labels.name)[row])}'
               for labels in predictions.label_space.heads)
     return ' \u00b7 '.join([Path(predictions.images[row]).name, *labels])
 
@@ -205,7 +205,7 @@ def _facts(
     weights = 'EMA weights' if checkpoint.best_weights == 'ema' else 'plain weights'
     return [
         ('model', f'{checkpoint.arch}, {size} pixels'),
-        ('heads', str(predictions.label_space)),
+        ('heads', one_line(str(predictions.label_space))),
         ('epochs trained', f'{len(summary)}, in {len(phases)} phases' if phases else str(len(summary))),
         ('checkpoint', f'{checkpoint.path.name}: epoch {state.get("epoch", 0) + 1}{phase}, {weights}'),
         ('split', f'{split}, {len(predictions)} images'),

@@ -20,9 +20,10 @@ from timm_multilabel.data.streams import StreamedRows, StreamedTable, encode
 from timm_multilabel.data.table import Rows, Table, describe_unknown, unknown_labels
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError, shortened
-from timm_multilabel.escaping import spreadsheet_text
+from timm_multilabel.escaping import spreadsheet_csv
 from timm_multilabel.files import write_whole
 from timm_multilabel.heads import Head, load_kinds
+from timm_multilabel.inference.loaded import check_finite
 from timm_multilabel.labels import LabelSet, missing_row
 from timm_multilabel.loading.batches import BadImages, Part
 from timm_multilabel.loading.loaders import create_eval_loader
@@ -97,12 +98,16 @@ def run(args: argparse.Namespace) -> None:
         with Progress(f'Validate {rows.source.name}', len(loader), visible=rank == 0) as progress:
             figures = evaluate(model, loader, evaluator, precision, progress)
         predictions = evaluator.predictions(distributed=ranks > 1)
+        check_finite([torch.tensor([
+            figures[f'{name}_loss'] for name, (target, _) in predictions.items() if len(target)])], checkpoint.path)
         results = gather_results(model.named_heads, figures, predictions, head_weights)
     seconds = time.perf_counter() - started
     if args.knn:
         bank_loader, bank_part = build_loader(scored, bank, args, device)
         parts.append(bank_part)
-        add_knn(results, knn_figures(model, scored.label_space, bank_loader, loader, args.knn, precision), head_weights)
+        knn = knn_figures(
+            model, scored.label_space, bank_loader, loader, args.knn, precision, checkpoint.path)
+        add_knn(results, knn, head_weights)
     news = BadImages(parts).news() if args.skip_bad_images else None
     if news:
         say(news)
@@ -290,9 +295,9 @@ def write_outputs(
         if path.suffix == '.json':
             write_whole(path, json.dumps(_without_nan(results), indent=1) + '\n')
         else:
-            rows = [{'head': spreadsheet_text(name), **values} for name, values in results['heads'].items()]
+            rows = [{'head': name, **values} for name, values in results['heads'].items()]
             table = pd.DataFrame([*rows, {'head': '', **results['mean']}]).astype({'labels': 'Int64'})
-            write_whole(path, table.to_csv(index=False))
+            write_whole(path, spreadsheet_csv(table, index=False))
         print_line(f'figures: {path}')
     if args.confusion is not None:
         folder = Path(args.confusion or checkpoint.path.parent)

@@ -11,7 +11,7 @@ import torch
 
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import whole_file, write_whole
-from timm_multilabel.inference.loaded import WHAT, LoadedModel, reason_of
+from timm_multilabel.inference.loaded import WHAT, LoadedModel, check_finite, reason_of
 from timm_multilabel.loading.batches import Part
 from timm_multilabel.training.checkpoint import WEIGHTS
 
@@ -75,6 +75,8 @@ class Embeddings:
             images, vectors = found.images, found.vectors
             if vectors.ndim != 2 or vectors.dtype != np.float32 or images.shape != vectors.shape[:1] or not len(images):
                 raise ValueError(f'vectors of shape {vectors.shape} and type {vectors.dtype} for {len(images)} images')
+            if not np.isfinite(vectors).all():
+                raise ValueError('vectors that are not finite')
             if not all(isinstance(image, str) for image in images):
                 raise ValueError('an image without a path')
             _check_made_by(found.made_by)
@@ -147,7 +149,7 @@ def embed_part(
         The embeddings, and a line for each bad image that the part keeps.
 
     Raises:
-        UserError: The checkpoint has no projector, or no image can be read.
+        UserError: The checkpoint has no projector or its outputs are not finite, or no image can be read.
     """
     embedder, vectors = loaded.embedder(what), []
     with torch.no_grad():
@@ -160,7 +162,9 @@ def embed_part(
     lines = [reason_of(part, index) for index in np.flatnonzero(bad)]
     if bad.all():
         raise UserError(f'none of {len(part)} images can be read; the first: {lines[0]}')
-    return Embeddings(part.rows.images[~bad], torch.cat(vectors).numpy()[~bad], loaded.maker(what)), lines
+    points = torch.cat(vectors).numpy()[~bad]
+    check_finite([torch.from_numpy(points)], loaded.checkpoint.path)
+    return Embeddings(part.rows.images[~bad], points, loaded.maker(what)), lines
 
 
 def check_maker(embeddings: Embeddings, path: str | Path, loaded: LoadedModel) -> None:

@@ -14,8 +14,11 @@ import torch
 from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import write_whole
-from timm_multilabel.labels import LabelSpace
+from timm_multilabel.inference.loaded import check_finite
+from timm_multilabel.labels import LabelSpace, Quantity, TagSet
 from timm_multilabel.model import MultiLabelModel
+
+_CELLS = 2 ** 28  # numbers, of 4 bytes each, that the outputs of all rows are at most
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,25 @@ class Predictions:
         np.savez_compressed(written, label_space=np.array(json.dumps(self.label_space.to_dict())), **arrays)
         write_whole(path, written.getvalue())
 
+    def _check(self) -> None:
+        """Raise ValueError unless the arrays fit each other and the label space, and are finite."""
+        heads, rows = self.label_space.heads, len(self.rows)
+        arrays = [(self.targets, sum(head.width for head in heads)), (self.features, (self.features.shape or (0,))[-1])]
+        arrays += [(self.outputs[head.name], head.outputs) for head in heads]
+        for array, width in arrays:
+            if array.dtype != np.float32 or array.shape != (rows, width):
+                raise ValueError('arrays that do not fit each other')
+        for names in (self.rows, self.images):
+            if names.dtype.kind != 'U' or names.shape != (rows,):
+                raise ValueError('rows without names')
+        if not all(np.isfinite(array).all() for array in (self.features, *self.outputs.values())):
+            raise ValueError('numbers that are not finite')
+        for head in heads:
+            target = self.target(head.name)
+            most = 0 if isinstance(head, Quantity) else 1 if isinstance(head, TagSet) else len(head.classes) - 1
+            if not isinstance(head, Quantity) and rows and not (-1 <= target.min() and target.max() <= most):
+                raise ValueError('labels that are none')
+
     @classmethod
     def load(cls, path: str | Path) -> 'Predictions':
         """Read what `save` wrote, without running anything that it contains.
@@ -69,11 +91,23 @@ class Predictions:
             with np.load(path, allow_pickle=False) as stored:
                 label_space = LabelSpace.from_dict(json.loads(str(stored['label_space'])))
                 outputs = {name: stored[f'output_{number}'] for number, name in enumerate(label_space.names)}
-                return cls(label_space, *(stored[name] for name in ('rows', 'images', 'targets')), outputs,
-                           stored['features'], tuple(stored['made_from'].tolist()))
+                found = cls(label_space, *(stored[name] for name in ('rows', 'images', 'targets')), outputs,
+                            stored['features'], tuple(stored['made_from'].tolist()))
+            found._check()
+            return found
         except (OSError, ValueError, KeyError, EOFError, RecursionError, zipfile.BadZipFile) as error:
             raise UserError(f'{path}: cannot be read as stored predictions ({error}); remove it to have them made '
                             'again') from error
+
+
+def check_size(rows: int, label_space: LabelSpace, path: str | Path) -> None:
+    """Raise UserError where the predictions of so many rows would take too much memory."""
+    outputs = sum(label_space.sizes)
+    if rows * outputs > _CELLS:
+        raise UserError(
+            f'{path}: predictions of {rows:,} rows x {outputs:,} classes, tags and numbers would take '
+            f'{4 * rows * outputs / 1e9:.1f} GB, and {4 * _CELLS / 1e9:.1f} GB is the most; take a split of at most '
+            f'{_CELLS // outputs:,} rows, or score it with validate, which keeps no predictions')
 
 
 @torch.no_grad()
@@ -83,6 +117,7 @@ def predict_rows(
         rows: Rows,
         precision: Any,
         progress: Any,
+        path: str | Path = 'the model',
 ) -> Predictions:
     """Run a model over all rows, in order, in one process.
 
@@ -92,7 +127,12 @@ def predict_rows(
         rows: The rows.
         precision: `training.loop.Precision`.
         progress: Has `advance()`, called after each batch.
+        path: The checkpoint, for messages.
+
+    Raises:
+        UserError: What the model says is not finite, or takes too much memory.
     """
+    check_size(len(rows), model.label_space, path)
     features, outputs = [], {name: [] for name in model.named_heads}
     for images, _ in loader:
         with precision.autocast():
@@ -101,6 +141,7 @@ def predict_rows(
         features.append(pooled.float().cpu())
         for name, head in model.named_heads.items():
             outputs[name].append(head.probabilities(made[name]).cpu())
+        check_finite([features[-1], *(parts[-1] for parts in outputs.values())], path)
         progress.advance()
     return Predictions(
         model.label_space,

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from timm_multilabel.errors import one_line
-from timm_multilabel.escaping import html_text, markdown_text, spreadsheet_text
+from timm_multilabel.escaping import html_text, markdown_text, spreadsheet_csv
 from timm_multilabel.reports.bootstrap import LEVEL, RESAMPLES
 from timm_multilabel.reports.experiments import MEAN, SURE, Run, differing_settings
 from timm_multilabel.reports.tables import html_table, markdown_table
@@ -87,7 +87,7 @@ def experiments_csv(experiments: Experiments) -> str:
     """
     made = []
     for group, numbers in experiments.rows():
-        row = {name: spreadsheet_text(text) for name, text in _about(experiments, numbers).items()}
+        row = dict(_about(experiments, numbers))
         for split in experiments.splits:
             for head, figure in split.figures.columns:
                 title, values = split.title(head, figure), split.figures[head, figure].iloc[numbers]
@@ -98,7 +98,7 @@ def experiments_csv(experiments: Experiments) -> str:
         made.append(row)
     table = pd.DataFrame(made)
     # The dashes of flags would be a formula; recipes and args.yaml have none either.
-    return table.rename(columns=lambda name: spreadsheet_text(name.lstrip('-'))).to_csv(index=False)
+    return spreadsheet_csv(table.rename(columns=lambda name: name.lstrip('-')), index=False)
 
 
 def _difference(split: SplitResult, group: int | None, head: str) -> dict[str, float]:
