@@ -1,6 +1,7 @@
 """Texts that would do something to a terminal, a page, a spreadsheet or a picture: all show them as they are."""
 import csv
 import io
+import json
 import os
 import pty
 import subprocess
@@ -41,7 +42,7 @@ from timm_multilabel.training.progress import Progress
 
 HEADS = ('<img src=x onerror=alert(1)>', '"><script>alert(2)</script>', r'=HYPERLINK("http://a")', r'$\frac{}{}$|`b`')
 CLASSES = ('\x1b]0;title\x07\x1b[31mred', 'a\nfake: 100.0 % right', '\u202egnp.exe',
-           '</title><script>alert(3)</script>', '  =1+1', r'$\frac{}{}$', 'a\rb\x9b2J')
+           '</title><script>alert(3)</script>', '=1+1', r'$\frac{}{}$', 'a\rb\x9b2J')
 CONTROLS = [letter for letter in map(chr, [*range(32), *range(127, 160), 0x202e, 0x2066, 0x2028, 0x200f])
             if letter not in '\n\t']
 
@@ -174,11 +175,24 @@ def test_predictions_are_data_in_a_pipe_and_printable_for_people(hostile, tmp_pa
     assert {spreadsheet_text_back(cell) for cell in row[2:16:2]} == set(CLASSES)
 
 
-def on_a_terminal(*words):
-    """What a command writes to a terminal, and its exit status."""
+COMMANDS = """import json, sys
+from timm_multilabel.cli.main import main
+for words in json.loads(sys.argv[1]):
+    sys.argv[1:] = words
+    try:
+        main()
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    print('status', status)
+"""
+
+
+def on_a_terminal(*commands):
+    """What commands write to a terminal, each with its exit status."""
     main, side = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, '-c', 'from timm_multilabel.cli.main import main; main()', *map(str, words)],
+        [sys.executable, '-c', COMMANDS, json.dumps([[*map(str, words)] for words in commands])],
         stdin=subprocess.DEVNULL, stdout=side, stderr=side, env={**os.environ, 'COLUMNS': '100', 'TERM': 'xterm'})
     os.close(side)
     parts = []
@@ -188,19 +202,23 @@ def on_a_terminal(*words):
     except OSError:  # what Linux says at the end of a terminal
         pass
     os.close(main)
-    return b''.join(parts).decode(), process.wait()
+    assert process.wait() == 0
+    return b''.join(parts).decode()
 
 
 def test_on_a_terminal_nothing_is_obeyed(hostile):
     run, data = hostile
-    for words in (['validate', data, '--checkpoint', run / 'last.pth.tar', '--device', 'cpu', '-j', 0],
-                  ['predict', run / 'last.pth.tar', data / 'images/0.png', '--format', 'csv', '--device', 'cpu']):
-        text, status = on_a_terminal(*words)
-        assert status == 0 and not (set(CONTROLS) - {'\r'}) & set(text)
-    text, status = on_a_terminal('validate', data, '--checkpoint', 'no\x1b[31m\nsuch\u202e')
-    assert status == 2 and text == 'timm-multilabel validate: error: no [31m such : no such checkpoint\r\n'
-    text, status = on_a_terminal('validate', data, '--checkpoint', run / 'last.pth.tar', '--x\x1b[31m')
-    assert status == 2 and '\x1b' not in text and 'unrecognized arguments: --x [31m' in text
+    checkpoint, common = run / 'last.pth.tar', ['--device', 'cpu', '-j', 0]
+    text = on_a_terminal(
+        ['validate', data, '--checkpoint', checkpoint, *common],
+        ['predict', checkpoint, data / 'images/0.png', '--format', 'csv', *common],
+        ['validate', data, '--checkpoint', 'no\x1b[31m\nsuch\u202e'],
+        ['validate', data, '--checkpoint', checkpoint, '--x\x1b[31m'])
+    assert not (set(CONTROLS) - {'\r'}) & set(text)
+    assert [line for line in text.split('\r\n') if line.startswith('status')] == [
+        'status 0', 'status 0', 'status 2', 'status 2']
+    assert '\ntimm-multilabel validate: error: no [31m such : no such checkpoint\r\n' in text
+    assert 'unrecognized arguments: --x [31m' in text
 
 
 def test_streams_are_printable_and_never_fail(monkeypatch):

@@ -1,5 +1,5 @@
 """What a head says of an image, in words: probabilities -> labels."""
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -80,10 +80,7 @@ def guess_all(
         outputs: Mapping[str, np.ndarray],
         top_k: int,
         thresholds: Thresholds,
-) -> list[dict[str, list[Guess]]]:
-    """`guess` for each image of a batch and each head, from {head: (B, C)}."""
-    size = len(next(iter(outputs.values())))
-    return [
-        {labels.name: guess(labels, outputs[labels.name][row], top_k, thresholds) for labels in label_space.heads}
-        for row in range(size)
-    ]
+) -> Iterator[dict[str, list[Guess]]]:
+    """`guess` for each image of a batch, one after the other, and each head, from {head: (B, C)}."""
+    for row in range(len(next(iter(outputs.values())))):
+        yield {labels.name: guess(labels, outputs[labels.name][row], top_k, thresholds) for labels in label_space.heads}

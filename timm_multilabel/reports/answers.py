@@ -30,14 +30,15 @@ def csv_columns(label_space: LabelSpace, top_k: int) -> list[str]:
     Raises:
         UserError: Two would have the same name, or there would be too many.
     """
+    count = 2 + sum((2 - isinstance(labels, Quantity)) * _places(labels, top_k) for labels in label_space.heads)
+    if count > _COLUMNS:
+        raise UserError(f'--top-k {top_k}: the CSV would have {count:,} columns, and {_COLUMNS:,} is the most; lower '
+                        'it, or pass --format jsonl')
     columns = ['image', 'error']
     for labels in label_space.heads:
         for place in range(1, 1 + _places(labels, top_k)):
             name = labels.name if place == 1 else f'{labels.name}_{place}'
             columns += [name] if isinstance(labels, Quantity) else [name, f'{name}_probability']
-    if len(columns) > _COLUMNS:
-        raise UserError(f'--top-k {top_k}: the CSV would have {len(columns):,} columns, and {_COLUMNS:,} is the most; '
-                        'lower it, or pass --format jsonl')
     for name, count in Counter(columns).items():
         if count > 1:
             raise UserError(f"two columns of the CSV would be called '{name}', after heads of the checkpoint; pass "
