@@ -9,7 +9,7 @@ from common import train_run, write_data
 from test_cli import fails
 
 from benchmarks.damaged_files import make_kinds, try_kind
-from timm_multilabel import files
+from timm_multilabel import arrays
 from timm_multilabel.arrays import read_arrays, write_arrays
 from timm_multilabel.cli import compare, grid, report, train
 from timm_multilabel.cli.grid_file import read_grid
@@ -122,7 +122,7 @@ BOMBS = {
 @pytest.mark.parametrize('what', BOMBS)
 @pytest.mark.parametrize('load', [Predictions.load, Embeddings.load], ids=['predictions', 'embeddings'])
 def test_arrays_that_ask_for_too_much(tmp_path, monkeypatch, what, load):
-    monkeypatch.setattr(files, '_FREE', 2 ** 20)
+    monkeypatch.setattr(arrays, '_FREE', 2 ** 20)
     content, compression = BOMBS[what]
     whole = io.BytesIO()
     np.savez(whole, **predictions())
@@ -138,7 +138,7 @@ def test_arrays_that_ask_for_too_much(tmp_path, monkeypatch, what, load):
 @pytest.mark.parametrize('free, shrinks', [(2 ** 28, True), (2 ** 20, False)])
 def test_what_is_written_is_never_refused_as_a_bomb(tmp_path, monkeypatch, free, shrinks):
     """Features of a model that has collapsed shrink as far as a bomb does."""
-    monkeypatch.setattr(files, '_FREE', free)
+    monkeypatch.setattr(arrays, '_FREE', free)
     write_arrays(tmp_path / 'x.npz', {'x': np.zeros((1000, 1000), np.float32)}, compress=True)
     assert ((tmp_path / 'x.npz').stat().st_size < 10 ** 5) == shrinks
     assert read_arrays(tmp_path / 'x.npz')['x'].shape == (1000, 1000)
@@ -156,7 +156,7 @@ def test_embeddings_that_are_not_finite(tmp_path):
 
 
 def test_few_bytes_of_parquet_that_stand_for_many_values(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, '_FREE', 2 ** 20)
+    monkeypatch.setattr(arrays, '_FREE', 2 ** 20)
     pyarrow = pytest.importorskip('pyarrow')
     parquet = pytest.importorskip('pyarrow.parquet')
     values = pyarrow.DictionaryArray.from_arrays(pyarrow.array(np.zeros(2 ** 20, np.int32)), pyarrow.array(['x' * 9]))

@@ -122,10 +122,10 @@ def test_vote_by_hand():
     labels = torch.tensor([[0, 1, 1]])
     # exp(0.9 / T) against exp(0.5 / T) + exp(0.4 / T): two beat the nearest only where T is large.
     cosines = torch.tensor([[0.9, 0.5, 0.4]])
-    assert vote(cosines, labels, 2, temperature=0.07).tolist() == [0]
-    assert vote(cosines, labels, 2, temperature=1.0).tolist() == [1]
-    assert vote(torch.tensor([[0.9, 0.88, 0.86]]), labels, 2).tolist() == [1]  # 1 < 0.751 + 0.565
-    assert vote(torch.tensor([[0.9, 0.8, 0.8]]), labels, 2).tolist() == [0]  # 1 > 2 * 0.240
+    assert vote(cosines, labels, temperature=0.07).tolist() == [0]
+    assert vote(cosines, labels, temperature=1.0).tolist() == [1]
+    assert vote(torch.tensor([[0.9, 0.88, 0.86]]), labels).tolist() == [1]  # 1 < 0.751 + 0.565
+    assert vote(torch.tensor([[0.9, 0.8, 0.8]]), labels).tolist() == [0]  # 1 > 2 * 0.240
 
 
 def test_knn_is_sklearns():
@@ -135,7 +135,7 @@ def test_knn_is_sklearns():
     b[::3] = -1
     found = knn_predictions(
         *map(torch.from_numpy, (queries, bank)), [torch.from_numpy(a), torch.from_numpy(b), torch.full((200,), -1)],
-        [4, 3, 2], k=15)
+        k=15)
     for target, predicted in zip((a, b), found):
         known = target >= 0
         peer = KNeighborsClassifier(

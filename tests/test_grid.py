@@ -206,14 +206,14 @@ def results(axis):
 
 def test_tables_hold_means_deviations_and_differences_by_seed():
     plain = grid_markdown(results(None))
-    assert '| setting | color        | CPU minutes |' in plain  # one head is its own mean
+    assert '| setting  | color        | CPU minutes |' in plain  # one head is its own mean
     # 50 and 52, 54 and 58: deviations of sqrt(2) and sqrt(8).
-    assert '| base    | 51.00 ± 1.41 | 1.5         |' in plain
-    assert '| other $ | 56.00 ± 2.83 | 1.5         |' in plain
-    assert '| other $ | mean   | +5.00      | +1.00 to +9.00 | +4.0 +6.0 | 0.0200   | yes   |' in plain
+    assert '| base     | 51.00 ± 1.41 | 1.5         |' in plain
+    assert r'| other \$ | 56.00 ± 2.83 | 1.5         |' in plain
+    assert r'| other \$ | mean   | +5.00      | +1.00 to +9.00 | +4.0 +6.0 | 0.0200   | yes   |' in plain
     by_value = grid_markdown(results('labelled_rows'))
-    assert '| base    | 52.00 ± 1.41     | 53.00 ± 1.41     | 1.5         |' in by_value
-    assert '| 20            | other $ | mean   | +5.00' in by_value
+    assert '| base     | 52.00 ± 1.41     | 53.00 ± 1.41     | 1.5         |' in by_value
+    assert r'| 20            | other \$ | mean   | +5.00' in by_value
     assert len(draw_grid(results('labelled_rows')).axes) == len(draw_grid(results(None)).axes) == 1
 
 

@@ -255,7 +255,7 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
         remove_leftovers(tmp_path.glob('*'))
         assert {path.name for path in tmp_path.iterdir()} == {used.name, 'x-link'} and (used / 'file').exists()
     (tmp_path / 'x-link').unlink()
-    (tmp_path / '.report [1].html.1.tmp').touch()
+    (tmp_path / f'.report [1].html-{"0" * 16}.tmp').touch()
     with whole_file(tmp_path / 'report [1].html') as first:
         with whole_file(tmp_path / 'other.html'):
             remove_leftovers(tmp_path.glob('.*.tmp'))

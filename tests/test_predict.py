@@ -85,7 +85,8 @@ def test_guesses_by_hand():
     assert guess(TAGS, np.array([0.25, 0.4]), 1, {}) == []
     assert guess(TAGS, np.array([0.25, 0.4]), 1, {'t': 0.25}) == [('q', 0.4), ('p', 0.25)]
     assert guess(NUMBER, np.array([-0.5]), 1, {'': 0.9}) == [(8.0, None)]
-    assert guess(CLASSES, np.full(3, np.nan), 1, {})[0].label == 'unknown'
+    with pytest.raises(UserError, match="head 'c': its outputs are not finite"):
+        guess(CLASSES, np.array([0.5, np.nan, 0.5]), 1, {})
 
 
 def test_thresholds_that_are_none():
@@ -239,7 +240,7 @@ def test_text_that_programs_would_obey():
     answers = [Answer('-x\x1b[31m.png', {'=head': [Guess('=1+1', 0.5)]}), Answer('y', {}, 'bad, indeed')]
     assert list(csv_lines(answers, space, 2)) == [
         "image,error,'=head,'=head_probability,'=head_2,'=head_2_probability",
-        "'-x [31m.png,,'=1+1,0.5,,", 'y,"bad, indeed",,,,']
+        "'-x\x1b[31m.png,,'=1+1,0.5,,", 'y,"bad, indeed",,,,']
     assert list(table_lines(answers, space, 1)) == [
         'image        =head', '-x [31m.png  =1+1 0.500', 'y            error: bad, indeed']
     assert json.loads(list(json_lines(answers, space, 1))[0]) == {

@@ -86,7 +86,7 @@ def test_class_figures_of_resamples_are_scikit_learns_of_repeated_images():
     generator = np.random.default_rng(0)
     target, predicted = generator.integers(4, size=(2, 60))
     weights = generator.multinomial(60, np.ones(60) / 60, size=5)
-    made = class_figures(target, predicted, 4, weights)
+    made = class_figures(target, predicted, weights)
     for row, of_row in enumerate(weights):
         expected = class_metrics(np.repeat(target, of_row), np.repeat(predicted, of_row))
         for name, value in expected.items():
@@ -138,7 +138,7 @@ def test_intervals_hold_their_figure_where_most_classes_are_rare_and_missed():
     # Without care a resample that lacks the missed classes has a balanced accuracy of twice the true one.
     target = np.array([0] * 50 + list(range(1, 31)))
     predicted = np.zeros(80, int)
-    found = bootstrap(lambda weights: class_figures(target, predicted, 31, weights), 80)
+    found = bootstrap(lambda weights: class_figures(target, predicted, weights), 80)
     assert found['balanced_accuracy'] == pytest.approx((100 / 31,) * 3)
     value, low, high = found['macro_f1']
     assert low <= value <= high
@@ -270,10 +270,10 @@ def test_a_head_of_one_class():
     assert made.pairs == made.mistakes == [] and made.calibration['ece'] == '0.00 %' and made.confusion
 
 
-def test_rows_without_label_or_without_a_number():
-    target, output = np.array([0, 1, -1, 2]), np.array([[.9, .1, 0], [.2, .1, .7], [1, 0, 0], [np.nan] * 3])
+def test_rows_without_label():
+    target, output = np.array([0, 1, -1]), np.array([[.9, .1, 0], [.2, .1, .7], [1, 0, 0]])
     made = section(ABC, target, output, target >= 0)
-    assert (made.labelled, made.left_out) == (3, 1) and made.figures[0][1] == '50.00 %'
+    assert made.labelled == 2 and made.figures[0][1] == '50.00 %'
     assert [(each['where'], each['thumbnail']) for each in made.mistakes] == [('row 1', 'data:1')]
     nothing = section(ABC, np.full(2, -1), output[:2], np.zeros(2, bool))
     assert nothing.figures == [] and nothing.calibration is None

@@ -1,12 +1,13 @@
-"""The one kind of error that commands report without a traceback, and names and labels as messages show them."""
+"""The one kind of error that commands report without a traceback, and texts of any origin as people can read them."""
 from collections.abc import Collection
 
-_LETTERS = 40  # of a name or a label
+_LINE = 4000  # letters of a line at most, and of a name in it
+_NAME = 80
 _NAMES = 20  # of a list of names
 
 
 class UserError(Exception):
-    """Something the user can mend: one line that names the file, the row and the way out.
+    """Something the user can fix: one line that names the file, the row and the way out.
 
     Commands print the line on standard error and end with exit status 2.
     """
@@ -17,18 +18,24 @@ class UserError(Exception):
 
         A DataLoader worker's error is raised again in the main process with the worker's traceback put before it.
         """
-        text = str(self).rpartition(f'{__name__}.{type(self).__name__}: ')[2]
-        return printable(text).strip()
+        return one_line(str(self).rpartition(f'{__name__}.{type(self).__name__}: ')[2]).strip()
 
 
-def printable(text: str) -> str:
-    """A text without the characters by which it could do something to a terminal or take several lines."""
-    return ''.join(letter if letter.isprintable() else ' ' for letter in text)
+def printable(text: str, keep: str = '') -> str:
+    """A text without the characters by which it could do something to a terminal or take several lines.
+
+    Args:
+        text: The text.
+        keep: Characters that stay although they are not printable, such as a line end.
+    """
+    if text.isprintable():
+        return text
+    return ''.join(letter if letter.isprintable() or letter in keep else ' ' for letter in text)
 
 
-def shortened(text: str, letters: int = _LETTERS) -> str:
-    """A text of a length that fits into a line, its end left out."""
-    return text if len(text) <= letters else f'{text[:letters - 3]}...'
+def shortened(text: str, most: int = _NAME) -> str:
+    """A name for people to read: printable, and its end replaced by an ellipsis where it is longer than `most`."""
+    return printable(text) if len(text) <= most else printable(text[:most - 1]) + '\u2026'
 
 
 def listed(names: Collection[str]) -> str:
@@ -36,3 +43,10 @@ def listed(names: Collection[str]) -> str:
     shown = [shortened(name) for name, _ in zip(names, range(_NAMES))]
     more = len(names) - len(shown)
     return ', '.join(shown) + (f' and {more:,} more' if more else '')
+
+
+def one_line(text: str) -> str:
+    """A message as a single printable line; the middle of a very long one is left out."""
+    if len(text) > _LINE:
+        text = f'{text[:_LINE // 2]} \u2026 {text[-_LINE // 2:]}'
+    return printable(text)

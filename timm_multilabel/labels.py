@@ -385,6 +385,6 @@ def _labels_from_dict(data: dict[str, Any]) -> Labels:
     for text in (name, *texts):
         if not isinstance(text, str) or not text or any('\ud800' <= letter <= '\udfff' for letter in text):
             raise ValueError('a name or a label that is no text')
-    if not name.isprintable():
-        raise ValueError('the name of a head holds a character that cannot be shown')
+    if not all(text.isprintable() for text in (name, *getattr(made, 'group', ()))):  # as `read_table` asks of columns
+        raise ValueError(f'the name {shortened(name)!r} of a head, or of a column of it, holds control characters')
     return made

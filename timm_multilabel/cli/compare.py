@@ -9,11 +9,12 @@ from tqdm import tqdm
 from timm_multilabel.cli import train_flags
 from timm_multilabel.cli.device import loader_workers, start_device
 from timm_multilabel.cli.flags import Parser, add_trust_flags, count
+from timm_multilabel.cli.output import say
 from timm_multilabel.cli.run_flags import read_run_flags
 from timm_multilabel.cli.splits import split_path
 from timm_multilabel.cli.stored import predictions_path, stored_predictions
 from timm_multilabel.data.shards import find_shards
-from timm_multilabel.errors import UserError, printable
+from timm_multilabel.errors import UserError
 from timm_multilabel.files import write_whole
 from timm_multilabel.reports.bootstrap import RESAMPLES
 from timm_multilabel.reports.experiment_pages import (
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _say(line: str) -> None:
     """Standard output is for the table."""
-    print(printable(line), file=sys.stderr)
+    say(line, sys.stderr)
 
 
 def _run_paths(words: list[str]) -> list[Path]:

@@ -11,8 +11,8 @@ from timm_multilabel.cli.images import (
     read_rows,
     workers_of,
 )
+from timm_multilabel.cli.output import say
 from timm_multilabel.data.arguments import HELP as IMAGES_HELP
-from timm_multilabel.errors import printable
 from timm_multilabel.inference.embeddings import SUFFIXES, embed_part, import_pyarrow
 from timm_multilabel.inference.loaded import WHAT
 from timm_multilabel.training.checkpoint import read_checkpoint
@@ -50,9 +50,9 @@ def run(args: argparse.Namespace) -> None:
         embeddings, bad = embed_part(loaded, part, args.what, args.batch_size, workers_of(args), progress)
     embeddings.save(path)
     for line in bad[:_NAMED]:
-        print(line, file=sys.stderr)
+        say(line, sys.stderr)
     if len(bad) > _NAMED:
-        print('...', file=sys.stderr)
-    print(printable(f'{path}: {args.what} of {len(embeddings)} images, {embeddings.vectors.shape[1]} numbers each, by '
-                    f'the {loaded.weights} weights of {checkpoint.path}'))
+        say('...', sys.stderr)
+    say(f'{path}: {args.what} of {len(embeddings)} images, {embeddings.vectors.shape[1]} numbers each, by '
+        f'the {loaded.weights} weights of {checkpoint.path}')
     end(len(bad), len(rows))

@@ -4,7 +4,8 @@ from pathlib import Path
 from types import ModuleType
 
 from timm_multilabel.cli.flags import add_trust_flags
-from timm_multilabel.errors import UserError, printable
+from timm_multilabel.cli.output import say
+from timm_multilabel.errors import UserError
 from timm_multilabel.export.compare import TOLERANCE, check_finite
 from timm_multilabel.export.examples import COUNT, images_of_paths, images_of_run, read_images
 from timm_multilabel.export.exportable import Exportable, describe
@@ -52,8 +53,8 @@ def run(args: argparse.Namespace) -> None:
 
     epochs = exportable.description['epochs']
     after = f' after {epochs} epochs' if epochs else ''
-    print(printable(f'{checkpoint.path}: {checkpoint.arch}{after}, {weights} weights; compared on {len(paths)} image'
-                    f'{"s" * (len(paths) > 1)} such as {paths[0]}, one and {len(exportable.images)} at a time'))
+    say(f'{checkpoint.path}: {checkpoint.arch}{after}, {weights} weights; compared on {len(paths)} image'
+        f'{"s" * (len(paths) > 1)} such as {paths[0]}, one and {len(exportable.images)} at a time')
     failures = []
     with Progress('Export', len(forms) + bool(args.hub), visible=True) as progress:
         for line in left_out:
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     if failures:
         raise UserError('; '.join(failures))
     if args.push:
-        print(f'pushed: {push_folder(Path(args.hub), args.push, has_heads)}')
+        say(f'pushed: {push_folder(Path(args.hub), args.push, has_heads)}')
 
 
 def choose_formats(
@@ -100,7 +101,7 @@ def choose_formats(
         elif names:
             raise UserError(f'--formats {form.NAME}: {reason}')
         else:
-            left_out.append(printable(f'{form.NAME}: left out, {reason}'))
+            left_out.append(f'{form.NAME}: left out, {reason}')
     return forms, left_out
 
 
@@ -116,4 +117,4 @@ def check_outputs(args: argparse.Namespace, forms: list[ModuleType], out: Path, 
 
 
 def _line(path: Path, difference: float, note: str) -> str:
-    return printable(f'{path}: largest difference {difference:.1e} (at most {TOLERANCE:.0e}); {note}')
+    return f'{path}: largest difference {difference:.1e} (at most {TOLERANCE:.0e}); {note}'

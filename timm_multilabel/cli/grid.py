@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,13 +25,16 @@ from timm_multilabel.cli.device import start_device
 from timm_multilabel.cli.flags import Parser, parse_with_config, positive
 from timm_multilabel.cli.grid_file import OWN_FLAGS, Grid, GridRun, read_grid
 from timm_multilabel.cli.jobs import Job, Jobs
+from timm_multilabel.cli.output import say
 from timm_multilabel.cli.splits import split_path
 from timm_multilabel.cli.stored import stored_predictions
-from timm_multilabel.errors import UserError, printable
+from timm_multilabel.errors import UserError, one_line, shortened
+from timm_multilabel.escaping import spreadsheet_csv, spreadsheet_text_back
 from timm_multilabel.files import read_json, reading, write_whole
 from timm_multilabel.reports.experiments import MEAN as MEAN_HEAD
 from timm_multilabel.reports.experiments import Answers, compare_groups, run_figures, share
 from timm_multilabel.reports.grid import MEAN, GridResults, draw_grid, grid_markdown
+from timm_multilabel.reports.pictures import png
 from timm_multilabel.training.run_folder import RunLock
 
 NAME = 'grid'
@@ -85,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         train(grid, args, output)
     results = collect(grid, args, output, flags)
     for name, table in ((RESULTS, results.runs), (DIFFERENCES, results.differences)):
-        write_whole(file_of(folder, name, args.split), table.to_csv(index=False, float_format='%.6g'))
+        write_whole(file_of(folder, name, args.split), spreadsheet_csv(table, index=False, float_format='%.6g'))
     write_tables(folder, args.split, read_results(folder, args.split, grid))
 
 
@@ -198,13 +200,13 @@ def train(grid: Grid, args: argparse.Namespace, output: Path) -> None:
     def starts(name: str) -> None:
         write_record(runs[name], output, {'run': record_of(runs[name], args), 'where': where()})
 
-    with tqdm(total=len(runs), initial=len(done), desc=grid.title, disable=None) as bar:
-        def say(line: str) -> None:
-            bar.write(printable(line), file=sys.stderr)
+    with tqdm(total=len(runs), initial=len(done), desc=shortened(grid.title), disable=None) as bar:
+        def write(line: str) -> None:
+            bar.write(one_line(line), file=sys.stderr)
 
         jobs = Jobs(
             [Job(name, recipe_words(run, args, output), run.start and run.start.name) for name, run in runs.items()],
-            set(done), args.jobs, lambda name: output / f'{name}.log', starts, say)
+            set(done), args.jobs, lambda name: output / f'{name}.log', starts, write)
         with closing(jobs.run()) as ended:
             for name, cost in ended:
                 # What a run that was resumed took before is not known.
@@ -213,7 +215,7 @@ def train(grid: Grid, args: argparse.Namespace, output: Path) -> None:
                     **read_record(runs[name], output), 'seconds': cost.seconds if known else None,
                     'cpu_seconds': cost.cpu_seconds if known else None})
                 bar.update()
-                say(f'{name}: done in {cost.seconds:.0f} s')
+                write(f'{name}: done in {cost.seconds:.0f} s')
 
 
 def where() -> dict[str, str]:
@@ -251,7 +253,7 @@ def collect(
     runs = [run for run in grid.runs if not run.is_start]
     device = start_device(None)
     answers = []
-    for run in tqdm(runs, desc='predictions', leave=False, disable=None):
+    for run in runs:
         of_run = flags[run.name]
         split = of_run.val_split if args.split == 'val' else args.split
         answers.append(Answers.of(stored_predictions(
@@ -327,11 +329,13 @@ def _read_table(path: Path, grid: Grid, of_runs: bool) -> pd.DataFrame:
         if of_runs:
             raise
         return pd.DataFrame()
+    columns = [spreadsheet_text_back(name) for name in columns]
     if grid.axis is not None and grid.axis not in columns:
         raise ValueError(f"it has no column '{grid.axis}', which grid.yaml varies")
     table = pd.read_csv(
-        path, dtype={name: str for name in _TEXTS if name in columns}, keep_default_na=False, index_col=False,
-        na_values={name: [''] for name in columns if name not in (*_TEXTS, grid.axis)})
+        path, header=0, names=columns, dtype={name: str for name in _TEXTS if name in columns}, keep_default_na=False,
+        index_col=False, na_values={name: [''] for name in columns if name not in (*_TEXTS, grid.axis)})
+    table = table.map(lambda cell: spreadsheet_text_back(cell) if isinstance(cell, str) else cell)
     needed = ('setting', 'seed', MEAN, 'minutes', 'cpu_minutes', 'command', *_WHERE) if of_runs else (
         'setting', 'head', 'difference', 'low', 'high', 'p', 'holm')
     missing = [name for name in needed if name not in columns]
@@ -352,14 +356,12 @@ def _read_table(path: Path, grid: Grid, of_runs: bool) -> pd.DataFrame:
 def write_tables(folder: Path, split: str, results: GridResults) -> None:
     """Write tables and picture, and print the tables."""
     tables = grid_markdown(results)
-    picture = BytesIO()
-    draw_grid(results).savefig(picture, format='png', dpi=110)
     write_whole(file_of(folder, TABLES, split), tables)
-    write_whole(file_of(folder, PICTURE, split), picture.getvalue())
+    write_whole(file_of(folder, PICTURE, split), png(draw_grid(results)))
     print(tables)
     _say(f'Wrote {", ".join(str(file_of(folder, name, split)) for name in _FILES)}')
 
 
 def _say(line: str) -> None:
     """Standard output is for the tables."""
-    print(printable(line), file=sys.stderr)
+    say(line, sys.stderr)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from timm_multilabel.cli.device import choose_precision, loader_workers, start_device
 from timm_multilabel.cli.flags import add_trust_flags, count, positive
+from timm_multilabel.cli.output import say
 from timm_multilabel.data.arguments import rows_of_arguments
 from timm_multilabel.data.table import Rows
 from timm_multilabel.distributed import world
@@ -75,5 +76,5 @@ def new_file(name: str, flag: str, suffixes: tuple[str, ...], force: bool) -> Pa
 def end(bad: int, images: int) -> None:
     """Where images could not be read, say how many on standard error, and end with exit status 1."""
     if bad:
-        print(f'{bad} of {images} images could not be read', file=sys.stderr)
+        say(f'{bad} of {images} images could not be read', sys.stderr)
         sys.exit(1)

@@ -9,6 +9,7 @@ import torch
 
 from timm_multilabel.cli.splits import Splits, read_stored
 from timm_multilabel.errors import UserError
+from timm_multilabel.inference.loaded import check_finite
 from timm_multilabel.inference.neighbours import knn_predictions
 from timm_multilabel.labels import LabelSet, LabelSpace
 from timm_multilabel.model import MultiLabelModel
@@ -47,6 +48,7 @@ def knn_figures(
         queries: Iterable[tuple[torch.Tensor, torch.Tensor]],
         k: int,
         precision: Precision,
+        path: Path,
 ) -> dict[str, tuple[float, int]]:
     """Of each head of classes the accuracy, in percent, of what the K nearest training images vote for; and its labels.
 
@@ -59,13 +61,17 @@ def knn_figures(
         queries: Batches of the images to classify.
         k: K.
         precision: How the model computes.
+        path: The checkpoint, for messages.
+
+    Raises:
+        UserError: Features are not finite.
     """
     points, targets = _features(model, bank, precision, 'k-NN: train')
     rows, labels = _features(model, queries, precision, 'k-NN: rows')
+    check_finite([points, rows], path)
     heads = [number for number, head in enumerate(label_space.heads) if isinstance(head, LabelSet)]
     targets, labels = label_space.split(targets), label_space.split(labels)
-    predictions = knn_predictions(
-        rows, points, [targets[number] for number in heads], [label_space.heads[number].outputs for number in heads], k)
+    predictions = knn_predictions(rows, points, [targets[number] for number in heads], k)
     figures = {}
     for number, predicted in zip(heads, predictions):
         label = labels[number]

@@ -4,7 +4,6 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from types import ModuleType
 
 from timm_multilabel.cli import (
@@ -22,7 +21,7 @@ from timm_multilabel.cli import (
     validate,
 )
 from timm_multilabel.cli.flags import Parser, parse_with_config
-from timm_multilabel.cli.output import patient_streams
+from timm_multilabel.cli.output import print_traceback, printed_streams, say
 from timm_multilabel.errors import UserError
 from timm_multilabel.training.signals import Stopped, exit_when_stopped
 
@@ -35,13 +34,15 @@ def main() -> None:
     subparsers = parser.add_subparsers(metavar='COMMAND', required=True)
     for command in COMMANDS:
         subparsers.add_parser(command.NAME, help=command.HELP, add_help=False).set_defaults(command=command)
-    command = parser.parse_args(sys.argv[1:2]).command
+    with printed_streams():
+        command = parser.parse_args(sys.argv[1:2]).command
     run_command(command, f'timm-multilabel {command.NAME}', sys.argv[2:])
 
 
 def run_command(command: ModuleType, prog: str, argv: Sequence[str]) -> None:
-    """Run a subcommand; what the user can mend becomes one line on standard error and exit status 2."""
-    with patient_streams() if command is train else nullcontext():
+    """Run a subcommand; what the user can fix becomes one line on standard error and exit status 2."""
+    sys.excepthook = print_traceback
+    with printed_streams(patient=command is train):
         _run(command, prog, argv)
 
 
@@ -55,10 +56,10 @@ def _run(command: ModuleType, prog: str, argv: Sequence[str]) -> None:
         command.run(parse_with_config(parser, list(argv)))
     except Stopped as stop:
         if not int(os.environ.get('RANK', 0)):
-            print(f'{prog}: {stop}; go on with --resume', file=sys.stderr, flush=True)
+            say(f'{prog}: {stop}; go on with --resume', sys.stderr)
         exit_when_stopped()
     except KeyboardInterrupt:
-        print(f'{prog}: stopped', file=sys.stderr)
+        say(f'{prog}: stopped', sys.stderr)
         sys.exit(130)
     except Exception as error:
         status, line = describe(error)
@@ -70,7 +71,7 @@ def _run(command: ModuleType, prog: str, argv: Sequence[str]) -> None:
         if status == 2 and int(os.environ.get('RANK', 0)):
             # All ranks meet most errors alike. The first one has the word; it ends, and the launcher ends the others.
             time.sleep(3)
-        print(f'{prog}: error: {line}', file=sys.stderr, flush=True)
+        say(f'{prog}: error: {line}', sys.stderr)
         sys.exit(status)
 
 
@@ -80,6 +81,8 @@ def describe(error: Exception) -> tuple[int, str | None]:
         return 2, error.line
     if isinstance(error, OSError) and error.filename is not None:  # a folder that is a file, a missing permission
         return 2, f'{error.filename}: {error.strerror}'
+    if isinstance(error, MemoryError):
+        return 1, f'out of memory ({str(error) or "no more can be had"}); lower -b, or take fewer rows or classes'
     if str(error).startswith('DataLoader worker'):
         return 1, f'{" ".join(str(error).split())} -- a loader process has died; if for want of memory, lower -j or -b'
     return 1, None

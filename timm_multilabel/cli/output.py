@@ -1,31 +1,56 @@
-"""What is printed, also where nobody reads it any more: a run is more than its log."""
+"""What is printed: nothing in it does anything to a terminal, and a run is more than its log.
+
+All of what a command prints goes through these streams, whoever prints it: this program, warnings, logging, progress
+bars, tracebacks.
+"""
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from types import TracebackType
 from typing import Any, TextIO
 
+from timm_multilabel.errors import one_line, printable
 
-class PatientStream:
-    """A stream that goes on into nothing when its reader has gone (`train ... | tee`, and tee is killed).
+
+class PrintedStream:
+    """A stream whose text is printable: escape sequences, control characters and marks of direction become blanks.
+
+    Line ends and tabs stay, as does a carriage return at an end of what is written, by which progress bars go back.
+    Letters that the encoding of the stream lacks become `\\u....`.
 
     Args:
         stream: Standard output or standard error.
+        patient: Go on into nothing when the reader has gone (`train ... | tee`, and tee is killed); else the process
+            ends with exit status 1.
     """
 
-    def __init__(self, stream: TextIO):
-        self.stream = stream
+    def __init__(self, stream: TextIO, patient: bool = False):
+        self.stream, self.patient = stream, patient
 
     def write(self, text: str) -> int:
-        """Write, or not."""
+        """Write, or not where nobody reads."""
+        length = len(text)
+        if not text.isprintable():
+            inner = text.strip('\r')
+            before = length - len(text.lstrip('\r'))
+            text = text[:before] + printable(inner, keep='\n\t') + text[before + len(inner):]
         try:
-            return self.stream.write(text)
+            self._write(text)
         except BrokenPipeError:
             self._give_up()
-            return len(text)
+        return length
+
+    def _write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self.stream.encoding
+            self.stream.write(text.encode(encoding, 'backslashreplace').decode(encoding))
 
     def flush(self) -> None:
-        """Flush, or not."""
+        """Flush, or not where nobody reads."""
         try:
             self.stream.flush()
         except BrokenPipeError:
@@ -36,13 +61,26 @@ class PatientStream:
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, self.stream.fileno())
         os.close(nothing)
+        if not self.patient:
+            sys.exit(1)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
 
 @contextmanager
-def patient_streams() -> Iterator[None]:
-    """Print through `PatientStream`s."""
-    with redirect_stdout(PatientStream(sys.stdout)), redirect_stderr(PatientStream(sys.stderr)):
+def printed_streams(patient: bool = False) -> Iterator[None]:
+    """Print through `PrintedStream`s."""
+    with redirect_stdout(PrintedStream(sys.stdout, patient)), redirect_stderr(PrintedStream(sys.stderr, patient)):
         yield
+
+
+def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A `sys.excepthook` whose text is printable, for errors that leave `printed_streams`."""
+    with printed_streams(patient=True):
+        traceback.print_exception(kind, error, trace)
+
+
+def say(line: str, file: TextIO | None = None) -> None:
+    """Print a line, which stays one whatever the names in it hold."""
+    print(one_line(line), file=file, flush=True)

@@ -17,7 +17,7 @@ from timm_multilabel.cli.images import (
     workers_of,
 )
 from timm_multilabel.data.arguments import HELP as IMAGES_HELP
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import UserError, printable
 from timm_multilabel.files import whole_file
 from timm_multilabel.inference.answers import Answer, check_thresholds
 from timm_multilabel.inference.predictor import Predictor
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
 
     with Progress('Predict', batches_of(args, checkpoint, rows), visible=True) as progress:
         lines = FORMATS[form](answers(progress), predictor.label_space, args.top_k)
-        write_lines(lines, path)
+        write_lines(lines, path, data=form != 'table')
     end(int(part.bad.sum()), len(part))  # whose rows say what is wrong
 
 
@@ -82,10 +82,10 @@ def choose_format(given: str | None, out: str | None) -> str:
     return ending or 'table'
 
 
-def write_lines(lines: Iterable[str], path: Path | None) -> None:
+def write_lines(lines: Iterable[str], path: Path | None, data: bool) -> None:
     """Write lines as they come, to a file that is whole or not there, or to standard output.
 
-    What a name on disk holds that is no text becomes a replacement character.
+    Data are the same bytes in a file and in a pipe; what people read, and data on a terminal, is printable.
     """
     encoded = ((line + '\n').encode('utf-8', 'surrogateescape') for line in lines)
     if path is not None:
@@ -93,8 +93,11 @@ def write_lines(lines: Iterable[str], path: Path | None) -> None:
             file.writelines(encoded)
         return
     with _reader_may_leave():
-        for line in encoded:
-            sys.stdout.write(line.decode('utf-8', 'replace'))
+        if data and not sys.stdout.isatty():
+            sys.stdout.buffer.writelines(encoded)
+        else:
+            for line in lines:
+                print(printable(line))
         sys.stdout.flush()
 
 

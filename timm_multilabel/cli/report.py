@@ -11,10 +11,11 @@ from tqdm import tqdm
 from timm_multilabel.cli.device import loader_workers, start_device
 from timm_multilabel.cli.first_views import first_views
 from timm_multilabel.cli.flags import add_trust_flags, count
+from timm_multilabel.cli.output import say
 from timm_multilabel.cli.run_flags import command_line, read_run_flags
 from timm_multilabel.cli.splits import split_path
 from timm_multilabel.cli.stored import best_checkpoint, stored_predictions
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import UserError, one_line, shortened
 from timm_multilabel.files import write_whole
 from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.reports.curves import curve_figures
@@ -58,16 +59,16 @@ def run(args: argparse.Namespace) -> None:
     split = args.split or default_split(flags, checkpoint, data_dir)
     device = start_device(args.device)
     predictions = stored_predictions(
-        folder, split, data_dir, device, loader_workers(args.workers), print,
+        folder, split, data_dir, device, loader_workers(args.workers), say,
         checkpoint=path if args.checkpoint else None, head_module=args.head_module, allow_hub=args.allow_hub)
     page, notes = build_page(folder, flags, summary, checkpoint, predictions, split, data_dir)
     content = render(page).encode('utf-8', 'replace')  # names of files may hold what UTF-8 has not
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, content)
     for note in notes:
-        print(note)
-    print(f'{out}: {len(predictions)} images, {len(content) / 1e6:.1f} MB, '
-          f'{time.perf_counter() - started:.0f} s')
+        say(note)
+    say(f'{out}: {len(predictions)} images, {len(content) / 1e6:.1f} MB, '
+        f'{time.perf_counter() - started:.0f} s')
 
 
 def read_finished_epochs(run: Path) -> pd.DataFrame:
@@ -165,7 +166,7 @@ def build_map(predictions: Predictions) -> Map | str:
     if found is None:
         return 'There are too few images that differ.'
     rows, places = found
-    colorings = {labels.name: color_points(labels, predictions.target(labels.name)[rows])
+    colorings = {shortened(labels.name): color_points(labels, predictions.target(labels.name)[rows])
                  for labels in predictions.label_space.heads}
     if not colorings:
         colorings = {'': Coloring([], (), np.full(len(rows), -1), '')}
@@ -175,7 +176,7 @@ def build_map(predictions: Predictions) -> Map | str:
 
 def _describe_row(predictions: Predictions, row: int) -> str:
     """An image's name and labels."""
-    labels = (f'{labels.name}: {describe_target(labels, predictions.target(labels.name)[row])}'
+    labels = (f'{shortened(labels.name)}: {describe_target(labels, predictions.target(labels.name)[row])}'
               for labels in predictions.label_space.heads)
     return ' \u00b7 '.join([Path(predictions.images[row]).name, *labels])
 
@@ -199,7 +200,7 @@ def _facts(
     weights = 'EMA weights' if checkpoint.best_weights == 'ema' else 'plain weights'
     return [
         ('model', f'{checkpoint.arch}, {size} pixels'),
-        ('heads', str(predictions.label_space)),
+        ('heads', one_line(str(predictions.label_space))),
         ('epochs trained', f'{len(summary)}, in {len(phases)} phases' if phases else str(len(summary))),
         ('checkpoint', f'{checkpoint.path.name}: epoch {state.get("epoch", 0) + 1}{phase}, {weights}'),
         ('split', f'{split}, {len(predictions)} images'),

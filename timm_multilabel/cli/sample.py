@@ -2,6 +2,7 @@
 import argparse
 
 from timm_multilabel.cli.flags import count, number, positive
+from timm_multilabel.cli.output import say
 from timm_multilabel.data.packing import FORMATS
 from timm_multilabel.data.sample import write_sample
 
@@ -28,6 +29,6 @@ def run(args: argparse.Namespace) -> None:
     counts = {name: getattr(args, name) for name in ('train', 'val', 'test', 'unlabelled')}
     write_sample(args.directory, **counts, size=args.size, seed=args.seed, kind=args.format, force=args.force)
     described = ', '.join(f'{rows} {name}' for name, rows in counts.items())
-    print(f'Wrote {sum(counts.values())} pictures ({described}) to {args.directory}, see preview.png there')
-    print(f'Next: timm-multilabel train {args.directory} --model resnet10t --img-size {args.size} -b 64 '
+    say(f'Wrote {sum(counts.values())} pictures ({described}) to {args.directory}, see preview.png there')
+    say(f'Next: timm-multilabel train {args.directory} --model resnet10t --img-size {args.size} -b 64 '
           '--opt adamw --lr 2e-3 --epochs 6 --cooldown-epochs 0')

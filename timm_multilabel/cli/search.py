@@ -15,8 +15,9 @@ from timm_multilabel.cli.images import (
     read_rows,
     workers_of,
 )
+from timm_multilabel.cli.output import say
 from timm_multilabel.data.arguments import HELP as IMAGES_HELP
-from timm_multilabel.errors import UserError, printable
+from timm_multilabel.errors import UserError, shortened
 from timm_multilabel.files import write_whole
 from timm_multilabel.inference.embeddings import Embeddings, check_maker, embed_part
 from timm_multilabel.inference.neighbours import nearest
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         queries, bad = embed_part(
             loaded, loaded.part(rows, keep_bad=True), made_by['what'], args.batch_size, workers_of(args), progress)
     for line in bad:
-        print(line, file=sys.stderr)
+        say(line, sys.stderr)
     if queries.vectors.shape[1] != embeddings.vectors.shape[1]:
         raise UserError(f'{args.embeddings}: its {embeddings.vectors.shape[1]} numbers an image are not what the '
                         'checkpoint makes; embed the images again')
@@ -77,15 +78,19 @@ def run(args: argparse.Namespace) -> None:
         picture = io.BytesIO()
         draw_sheet(found).save(picture, format=_PICTURES[sheet.suffix], quality=90)
         write_whole(sheet, picture.getvalue())
-        print(printable(f'sheet: {sheet}'))
+        say(f'sheet: {sheet}')
     end(len(bad), len(rows))
 
 
 def table_lines(rows: list[SheetRow]) -> list[str]:
     """A line for each image found: query, rank, similarity, image."""
-    width = max(len('query'), *(len(printable(row.query)) for row in rows))
+    width = max(len('query'), *(len(_path(row.query)) for row in rows))
     lines = [f'{"query":<{width}}  rank  similarity  image']
     for row in rows:
-        lines += [f'{printable(row.query):<{width}}  {rank:>4}  {cosine:>10.4f}  {printable(image)}'
+        lines += [f'{_path(row.query):<{width}}  {rank:>4}  {cosine:>10.4f}  {_path(image)}'
                   for rank, (image, cosine) in enumerate(row.found, 1)]
     return lines
+
+
+def _path(path: str) -> str:
+    return shortened(path, 4096)

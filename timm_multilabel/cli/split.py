@@ -3,6 +3,7 @@ import argparse
 from pathlib import Path
 
 from timm_multilabel.cli.flags import at_least_0, count
+from timm_multilabel.cli.output import say
 from timm_multilabel.data.split import split_csv
 
 NAME = 'split'
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         ratios=args.ratios, seed=args.seed, force=args.force,
     )
     described = ', '.join(f'{counts[name]} {name}' for name in ('train', 'val', 'test'))
-    print(f'Wrote {counts["all"]} rows ({described}) to {directory}')
+    say(f'Wrote {counts["all"]} rows ({described}) to {directory}')
     if counts['missing']:
         print(f'Left out {counts["missing"]} rows whose image is not there')
 

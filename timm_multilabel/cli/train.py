@@ -16,6 +16,7 @@ from timm_multilabel.cli.batches import Loaders
 from timm_multilabel.cli.checks import check_metric, check_phases, check_terms, resolve_weights
 from timm_multilabel.cli.data import read_data
 from timm_multilabel.cli.device import choose_precision, start_device
+from timm_multilabel.cli.output import say as print_line
 from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import UserError
 from timm_multilabel.reports.curves import CurvesTracker
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
             raise Stopped('stopped before it began')
         device = start_device(args.device)
         lock = stack.enter_context(closing(RunLock()))
-        say = print if world()[0] == 0 else _silent
+        say = print_line if world()[0] == 0 else _silent
         if args.old_amp:
             say('--apex-amp and --native-amp are read as --amp: PyTorch has mixed precision of its own')
         phases = [Phase(each, device, say) for each in flags]

@@ -13,15 +13,17 @@ import torch.distributed as dist
 from timm_multilabel.cli.device import choose_precision, loader_workers, start_device
 from timm_multilabel.cli.flags import add_trust_flags, count, positive, separator
 from timm_multilabel.cli.knn import KNN_FIGURE, knn_figures, with_heads_of_data
+from timm_multilabel.cli.output import say as print_line
 from timm_multilabel.cli.splits import Splits, read_stored, split_path
 from timm_multilabel.data.images import FilePhotos
 from timm_multilabel.data.streams import StreamedRows, StreamedTable, encode
 from timm_multilabel.data.table import Rows, Table, describe_unknown, unknown_labels
 from timm_multilabel.distributed import world
-from timm_multilabel.errors import UserError
-from timm_multilabel.escaping import spreadsheet_text
+from timm_multilabel.errors import UserError, shortened
+from timm_multilabel.escaping import spreadsheet_csv
 from timm_multilabel.files import write_whole
 from timm_multilabel.heads import Head, load_kinds
+from timm_multilabel.inference.loaded import check_finite
 from timm_multilabel.labels import LabelSet, missing_row
 from timm_multilabel.loading.batches import BadImages, Part
 from timm_multilabel.loading.loaders import create_eval_loader
@@ -73,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     device = start_device(args.device)
     precision = choose_precision(device, args.amp, args.amp_dtype, args.channels_last)
     rank, ranks = world()
-    say = print if rank == 0 else lambda line: None
+    say = print_line if rank == 0 else lambda line: None
 
     if args.knn and ranks > 1:
         raise UserError('--knn runs in one process; leave it out, or start one')
@@ -96,12 +98,16 @@ def run(args: argparse.Namespace) -> None:
         with Progress(f'Validate {rows.source.name}', len(loader), visible=rank == 0) as progress:
             figures = evaluate(model, loader, evaluator, precision, progress)
         predictions = evaluator.predictions(distributed=ranks > 1)
+        check_finite([torch.tensor([
+            figures[f'{name}_loss'] for name, (target, _) in predictions.items() if len(target)])], checkpoint.path)
         results = gather_results(model.named_heads, figures, predictions, head_weights)
     seconds = time.perf_counter() - started
     if args.knn:
         bank_loader, bank_part = build_loader(scored, bank, args, device)
         parts.append(bank_part)
-        add_knn(results, knn_figures(model, scored.label_space, bank_loader, loader, args.knn, precision), head_weights)
+        knn = knn_figures(
+            model, scored.label_space, bank_loader, loader, args.knn, precision, checkpoint.path)
+        add_knn(results, knn, head_weights)
     news = BadImages(parts).news() if args.skip_bad_images else None
     if news:
         say(news)
@@ -111,9 +117,9 @@ def run(args: argparse.Namespace) -> None:
         results |= {'checkpoint': str(checkpoint.path), 'weights': weights, 'csv': str(rows.source)}
         print(results_table(results))
         if bank is not None:
-            print(f'{KNN_FIGURE}: what the {args.knn} nearest of {len(bank)} images of {bank.source} vote for')
+            say(f'{KNN_FIGURE}: what the {args.knn} nearest of {len(bank)} images of {bank.source} vote for')
         if model.named_heads:
-            print(f'{len(rows)} images, {results["images_per_second"]:.0f} images/s')
+            say(f'{len(rows)} images, {results["images_per_second"]:.0f} images/s')
         write_outputs(args, checkpoint, results, predictions)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -262,12 +268,13 @@ def add_knn(results: dict[str, Any], knn: dict[str, tuple[float, int]], head_wei
 
 def results_table(results: dict[str, Any]) -> str:
     """The figures as text, a line a head."""
-    rows = {**results['heads'], 'weighted mean': results['mean']}
-    titles = list(dict.fromkeys(title for values in rows.values() for title in values))
+    rows = [(shortened(name), values) for name, values in results['heads'].items()]
+    rows.append(('weighted mean', results['mean']))
+    titles = list(dict.fromkeys(title for _, values in rows for title in values))
     titles.sort(key=('loss', 'labels').count)  # these two last; others as they come
-    width = max(len(name) for name in rows)
+    width = max(len(name) for name, _ in rows)
     lines = [' ' * width + ''.join(f'{title:>19}' for title in titles)]
-    for name, values in rows.items():
+    for name, values in rows:
         cells = []
         for title in titles:
             value = values.get(title, '')
@@ -288,10 +295,10 @@ def write_outputs(
         if path.suffix == '.json':
             write_whole(path, json.dumps(_without_nan(results), indent=1) + '\n')
         else:
-            rows = [{'head': spreadsheet_text(name), **values} for name, values in results['heads'].items()]
+            rows = [{'head': name, **values} for name, values in results['heads'].items()]
             table = pd.DataFrame([*rows, {'head': '', **results['mean']}]).astype({'labels': 'Int64'})
-            write_whole(path, table.to_csv(index=False))
-        print(f'figures: {path}')
+            write_whole(path, spreadsheet_csv(table, index=False))
+        print_line(f'figures: {path}')
     if args.confusion is not None:
         folder = Path(args.confusion or checkpoint.path.parent)
         stems = confusion_stems(checkpoint.label_space.names)

@@ -1,11 +1,15 @@
 """The model card of a hub's folder: what the model is, its labels, its figures, how it is used."""
 from huggingface_hub import ModelCardData
 
+from timm_multilabel.errors import shortened
 from timm_multilabel.escaping import markdown_text
 from timm_multilabel.export.exportable import Exportable
 from timm_multilabel.labels import Quantity
 from timm_multilabel.training.run_folder import read_summary
 from timm_multilabel.training.trackers import numbers
+
+_LISTED = 500
+"""Labels of a head that the card names."""
 
 _USAGE = '''```python
 import torch
@@ -52,8 +56,8 @@ def model_card(exportable: Exportable, repo: str | None) -> str:
     lines = [
         f'---\n{header.to_yaml()}\n---\n',
         f'# {markdown_text((repo or described["arch"]).split("/")[-1])}\n',
-        f'{markdown_text(described["arch"])} {what}, trained with timm-multilabel{epochs} ({described["weights"]} '
-        f'weights), for images of {width}x{height} pixels.\n',
+        f'{markdown_text(shortened(described["arch"]))} {what}, trained with timm-multilabel{epochs} '
+        f'({described["weights"]} weights), for images of {width}x{height} pixels.\n',
     ]
     if heads:
         lines += ['## Labels\n', *_labels(exportable), *_figures(exportable)]
@@ -64,7 +68,8 @@ def model_card(exportable: Exportable, repo: str | None) -> str:
     preprocessing = described['preprocessing']
     lines.append('Images are resized and cropped to {} ({}, crop {} of {:g}), their pixels divided by 255, less {}, '
                  'divided by {}.'.format(
-                     f'{width}x{height}', preprocessing['interpolation'], preprocessing['crop_mode'],
+                     f'{width}x{height}',
+                     *(markdown_text(str(preprocessing[name])) for name in ('interpolation', 'crop_mode')),
                      preprocessing['crop_pct'], *(
                          ', '.join(f'{value:g}' for value in preprocessing[name]) for name in ('mean', 'std'))))
     return '\n'.join(lines) + '\n'
@@ -73,12 +78,14 @@ def model_card(exportable: Exportable, repo: str | None) -> str:
 def _labels(exportable: Exportable) -> list[str]:
     lines = []
     for labels in exportable.model.label_space.heads:
-        name = markdown_text(labels.name)
+        name = markdown_text(shortened(labels.name))
         if isinstance(labels, Quantity):
             lines.append(f'- **{name}**: a number ({labels.mean:g} on average, standard deviation {labels.std:g})')
         else:
-            texts = ', '.join(map(markdown_text, labels.classes))
-            lines.append(f'- **{name}**: {len(labels.classes)} {labels.kind}: {texts}')
+            texts = ', '.join(markdown_text(shortened(text)) for text in labels.classes[:_LISTED])
+            more = len(labels.classes) - _LISTED
+            texts += f', and {more:,} more, see multilabel.json' if more > 0 else ''
+            lines.append(f'- **{name}**: {len(labels.classes):,} {labels.kind}: {texts}')
     return [*lines, '']
 
 
@@ -96,11 +103,11 @@ def _figures(exportable: Exportable) -> list[str]:
     titles = list(dict.fromkeys(title for values in rows.values() for title in values))
     titles.sort(key=('loss',).count)
     lines = ['## Figures\n', f'On the validation split, of epoch {int(row["epoch"]) + 1}:\n']
-    lines.append(f'| head | {" | ".join(titles)} |')
+    lines.append(f'| head | {" | ".join(map(markdown_text, titles))} |')
     lines.append('| --- |' + ' --- |' * len(titles))
     for name, values in rows.items():
         cells = [f'{values[title]:.3f}' if title in values else '' for title in titles]
-        lines.append(f'| {markdown_text(name)} | {" | ".join(cells)} |')
+        lines.append(f'| {markdown_text(shortened(name))} | {" | ".join(cells)} |')
     return [*lines, '']
 
 

@@ -3,8 +3,8 @@ from collections.abc import Callable
 
 import torch
 
-from timm_multilabel.errors import UserError
 from timm_multilabel.export.exportable import Exportable, readable
+from timm_multilabel.inference import loaded as finite
 from timm_multilabel.labels import Quantity
 from timm_multilabel.model import MultiLabelModel
 
@@ -39,12 +39,9 @@ def expected_features(model: MultiLabelModel, images: torch.Tensor) -> list[tupl
 
 def check_finite(exportable: Exportable) -> None:
     """Raise UserError where a model gives no numbers, to which nothing could be compared."""
-    for expect in (expected_features, expected_outputs):
-        for values, _ in expect(exportable.model, exportable.images):
-            if not values.isfinite().all():
-                raise UserError(
-                    f'{exportable.checkpoint.path}: its outputs are not finite (did its training diverge?); take '
-                    'another checkpoint')
+    model, images = exportable.model, exportable.images
+    values = [*expected_features(model, images), *expected_outputs(model, images)]
+    finite.check_finite([value for value, _ in values], exportable.checkpoint.path)
 
 
 @torch.no_grad()

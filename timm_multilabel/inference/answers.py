@@ -1,5 +1,5 @@
 """What a head says of an image, in words: probabilities -> labels."""
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -55,16 +55,24 @@ def guess(labels: Labels, values: np.ndarray, top_k: int, thresholds: Thresholds
         values: What `Head.probabilities` gives for the image: (C,), or (1,) of a number.
         top_k: Classes at most.
         thresholds: See `Thresholds`.
+
+    Raises:
+        UserError: A value is not finite.
     """
+    if not np.isfinite(values).all():
+        raise UserError(f"head '{labels.name}': its outputs are not finite (did training diverge?); take another "
+                        'checkpoint')
     if isinstance(labels, Quantity):
         return [Guess(float(values[0]) * labels.std + labels.mean, None)]
     tags = isinstance(labels, TagSet)
     least = thresholds.get(labels.name, thresholds.get('', TAG_THRESHOLD if tags else 0.0))
-    order = np.argsort(-values, kind='stable')
-    found = [Guess(labels.classes[index], float(values[index])) for index in order if values[index] >= least]
-    if tags:
-        return found
-    return found[:top_k] or [Guess(UNKNOWN, float(values[order[0]]))]
+    most = len(values) if tags else min(top_k, len(values))
+    if most < len(values):  # those that reach the value of the last of them; a sort takes long for many classes
+        least = max(least, np.partition(values, -most)[-most])
+    reach = np.flatnonzero(values >= least)
+    order = reach[np.argsort(-values[reach], kind='stable')][:most]
+    found = [Guess(labels.classes[index], float(values[index])) for index in order]
+    return found if tags or found else [Guess(UNKNOWN, float(values.max()))]
 
 
 def guess_all(
@@ -72,10 +80,7 @@ def guess_all(
         outputs: Mapping[str, np.ndarray],
         top_k: int,
         thresholds: Thresholds,
-) -> list[dict[str, list[Guess]]]:
-    """`guess` for each image of a batch and each head, from {head: (B, C)}."""
-    size = len(next(iter(outputs.values())))
-    return [
-        {labels.name: guess(labels, outputs[labels.name][row], top_k, thresholds) for labels in label_space.heads}
-        for row in range(size)
-    ]
+) -> Iterator[dict[str, list[Guess]]]:
+    """`guess` for each image of a batch, one after the other, and each head, from {head: (B, C)}."""
+    for row in range(len(next(iter(outputs.values())))):
+        yield {labels.name: guess(labels, outputs[labels.name][row], top_k, thresholds) for labels in label_space.heads}

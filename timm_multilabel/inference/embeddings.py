@@ -10,7 +10,7 @@ import torch
 from timm_multilabel.arrays import check_array, check_expansion, read_arrays, write_arrays
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import reading, whole_file
-from timm_multilabel.inference.loaded import WHAT, LoadedModel, reason_of
+from timm_multilabel.inference.loaded import WHAT, LoadedModel, check_finite, reason_of
 from timm_multilabel.loading.batches import Part
 from timm_multilabel.training.checkpoint import WEIGHTS
 
@@ -153,7 +153,7 @@ def embed_part(
         The embeddings, and a line for each bad image that the part keeps.
 
     Raises:
-        UserError: The checkpoint has no projector, or no image can be read.
+        UserError: The checkpoint has no projector or its outputs are not finite, or no image can be read.
     """
     embedder, vectors = loaded.embedder(what), []
     with torch.no_grad():
@@ -166,7 +166,9 @@ def embed_part(
     lines = [reason_of(part, index) for index in np.flatnonzero(bad)]
     if bad.all():
         raise UserError(f'none of {len(part)} images can be read; the first: {lines[0]}')
-    return Embeddings(part.rows.images[~bad], torch.cat(vectors).numpy()[~bad], loaded.maker(what)), lines
+    points = torch.cat(vectors).numpy()[~bad]
+    check_finite([torch.from_numpy(points)], loaded.checkpoint.path)
+    return Embeddings(part.rows.images[~bad], points, loaded.maker(what)), lines
 
 
 def check_maker(embeddings: Embeddings, path: str | Path, loaded: LoadedModel) -> None:

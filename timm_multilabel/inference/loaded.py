@@ -1,8 +1,9 @@
 """A checkpoint's model on its device, with images loaded as in its evaluation; what all inference goes through."""
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,12 @@ from timm_multilabel.views.pillow import eval_views
 
 WHAT = ('features', 'projections')
 """What embeddings are made of: pooled features of the backbone, or what NT-Xent compares."""
+
+
+def check_finite(values: Iterable[torch.Tensor], path: str | Path) -> None:
+    """Raise UserError where what a checkpoint's model says is not finite; one wait for the device, however many."""
+    if not torch.stack([each.isfinite().all() for each in values]).all():
+        raise UserError(f'{path}: its outputs are not finite (did training diverge?); take another checkpoint')
 
 
 @dataclass(frozen=True)
@@ -82,11 +89,17 @@ class LoadedModel:
 
     @torch.no_grad()
     def probabilities(self, images: torch.Tensor) -> dict[str, np.ndarray]:
-        """{head: what `Head.probabilities` gives} of images, float32."""
+        """{head: what `Head.probabilities` gives} of images, float32.
+
+        Raises:
+            UserError: It is not finite.
+        """
         with self.precision.autocast():
-            outputs = self.model(images)
-        return {name: head.probabilities(outputs[name]).float().cpu().numpy()
-                for name, head in self.model.named_heads.items()}
+            features = self.model.backbone(images)
+            outputs = self.model.forward_heads(features)
+        made = {name: head.probabilities(outputs[name]).float() for name, head in self.model.named_heads.items()}
+        check_finite([features, *made.values()], self.checkpoint.path)
+        return {name: values.cpu().numpy() for name, values in made.items()}
 
     def embedder(self, what: str) -> nn.Module:
         """What turns images (B, 3, H, W) into 'features' (B, F) or 'projections' (B, D).

@@ -20,10 +20,17 @@ def nearest(queries: torch.Tensor, bank: torch.Tensor, k: int) -> tuple[torch.Te
     Returns:
         Cosines and indices of the points (Q, min(k, N)).
     """
-    bank = F.normalize(bank.float(), dim=1)
+    bank = _directions(bank)
     k = min(k, len(bank))
-    found = [_nearest_of_tile(F.normalize(rows.float(), dim=1), bank, k) for rows in queries.split(_QUERIES)]
+    found = [_nearest_of_tile(_directions(rows), bank, k) for rows in queries.split(_QUERIES)]
     return torch.cat([cosines for cosines, _ in found]), torch.cat([indices for _, indices in found])
+
+
+def _directions(points: torch.Tensor) -> torch.Tensor:
+    """Points (N, D) on the unit sphere, whatever their length; 0 has a cosine of 0 with everything."""
+    points = points.float()
+    largest = points.abs().amax(dim=1, keepdim=True)  # the square of which may be no number of float32
+    return F.normalize(points / torch.where(largest > 0, largest, 1), dim=1)
 
 
 def _nearest_of_tile(queries: torch.Tensor, bank: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,28 +49,31 @@ def _nearest_of_tile(queries: torch.Tensor, bank: torch.Tensor, k: int) -> tuple
 def vote(
         cosines: torch.Tensor,
         labels: torch.Tensor,
-        classes: int,
         temperature: float = TEMPERATURE,
 ) -> torch.Tensor:
     """The class that the neighbours of each query vote for, each with the weight exp(cosine / temperature): (Q,).
 
+    Votes are added up by neighbour, not by class, so memory is the same however many classes there are.
+
     Args:
         cosines: Of the neighbours (Q, K).
         labels: Their class indices (Q, K).
-        classes: How many classes there are.
         temperature: The less, the more the nearest count.
     """
     # The nearest weighs 1: the same order of classes, and nothing overflows.
     weights = ((cosines - cosines.max(dim=1, keepdim=True).values) / temperature).exp()
-    votes = torch.zeros(len(cosines), classes, dtype=weights.dtype, device=weights.device)
-    return votes.scatter_add_(1, labels, weights).argmax(dim=1)
+    labels, order = labels.sort(dim=1, stable=True)
+    candidate = (labels.diff(dim=1) != 0).cumsum(dim=1)
+    candidate = torch.cat([torch.zeros_like(labels[:, :1]), candidate], dim=1)  # each class has a number of its own
+    votes = torch.zeros_like(weights).scatter_add_(1, candidate, weights.gather(1, order))
+    chosen = votes.argmax(dim=1, keepdim=True)
+    return labels.gather(1, (candidate == chosen).int().argmax(dim=1, keepdim=True))[:, 0]
 
 
 def knn_predictions(
         queries: torch.Tensor,
         bank: torch.Tensor,
         targets: list[torch.Tensor],
-        classes: list[int],
         k: int,
 ) -> list[torch.Tensor | None]:
     """What the K nearest labelled points say each query is, for each of several heads.
@@ -72,7 +82,6 @@ def knn_predictions(
         queries: (Q, D).
         bank: The points (N, D).
         targets: By head the class indices of the points (N,), -1 where there is no label.
-        classes: By head the number of its classes.
         k: K.
 
     Returns:
@@ -80,7 +89,7 @@ def knn_predictions(
     """
     predictions: list[torch.Tensor | None] = []
     mask = None
-    for target, count in zip(targets, classes, strict=True):
+    for target in targets:
         known = target >= 0
         if not known.any():
             predictions.append(None)
@@ -88,5 +97,5 @@ def knn_predictions(
         if mask is None or not torch.equal(known, mask):  # heads mostly have labels on the same rows
             mask = known
             cosines, indices = nearest(queries, bank[known], k)
-        predictions.append(vote(cosines, target[known][indices], count))
+        predictions.append(vote(cosines, target[known][indices]))
     return predictions

@@ -13,10 +13,12 @@ from timm_multilabel.arrays import check_array, read_arrays, write_arrays
 from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import reading
+from timm_multilabel.inference.loaded import check_finite
 from timm_multilabel.labels import LabelSpace, Quantity
 from timm_multilabel.model import MultiLabelModel
 
 _ROUNDING = 1e-3
+_CELLS = 2 ** 28  # numbers, of 4 bytes each, that the outputs of all rows are at most
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Predictions:
         return found
 
     def _check(self) -> None:
-        """Raise ValueError unless all parts fit each other; what a model says may be NaN."""
+        """Raise ValueError unless all parts fit each other and are finite."""
         count, heads = len(self.rows), self.label_space.heads
         if not count:
             raise ValueError('no rows')
@@ -93,12 +95,26 @@ class Predictions:
             check_array(name, getattr(self, name), str, count)
         check_array('targets', self.targets, np.float32, count, sum(labels.width for labels in heads))
         check_array('features', self.features, np.float32, count, None)
+        if not np.isfinite(self.features).all():
+            raise ValueError('features that are not finite')
         for labels, target in zip(heads, self.label_space.split(torch.from_numpy(self.targets)), strict=True):
             labels.check(target.numpy())
             output = self.outputs[labels.name]
             check_array(labels.name, output, np.float32, count, labels.outputs)
+            if not np.isfinite(output).all():
+                raise ValueError(f"head '{labels.name}': a number that is not finite")
             if not isinstance(labels, Quantity) and ((output < -_ROUNDING) | (output > 1 + _ROUNDING)).any():
                 raise ValueError(f"head '{labels.name}': a probability that is not between 0 and 1")
+
+
+def check_size(rows: int, label_space: LabelSpace, path: str | Path) -> None:
+    """Raise UserError where the predictions of so many rows would take too much memory."""
+    outputs = sum(label_space.sizes)
+    if rows * outputs > _CELLS:
+        raise UserError(
+            f'{path}: predictions of {rows:,} rows x {outputs:,} classes, tags and numbers would take '
+            f'{4 * rows * outputs / 1e9:.1f} GB, and {4 * _CELLS / 1e9:.1f} GB is the most; take a split of at most '
+            f'{_CELLS // outputs:,} rows, or score it with validate, which keeps no predictions')
 
 
 @torch.no_grad()
@@ -108,6 +124,7 @@ def predict_rows(
         rows: Rows,
         precision: Any,
         progress: Any,
+        path: str | Path = 'the model',
 ) -> Predictions:
     """Run a model over all rows, in order, in one process.
 
@@ -117,7 +134,12 @@ def predict_rows(
         rows: The rows.
         precision: `training.loop.Precision`.
         progress: Has `advance()`, called after each batch.
+        path: The checkpoint, for messages.
+
+    Raises:
+        UserError: What the model says is not finite, or takes too much memory.
     """
+    check_size(len(rows), model.label_space, path)
     features, outputs = [], {name: [] for name in model.named_heads}
     for images, _ in loader:
         with precision.autocast():
@@ -126,6 +148,7 @@ def predict_rows(
         features.append(pooled.float().cpu())
         for name, head in model.named_heads.items():
             outputs[name].append(head.probabilities(made[name]).cpu())
+        check_finite([features[-1], *(parts[-1] for parts in outputs.values())], path)
         progress.advance()
     return Predictions(
         model.label_space,

@@ -105,8 +105,8 @@ class Predictor:
             workers: int,
             top_k: int,
             thresholds: Thresholds,
-    ) -> Iterator[list[Answer]]:
-        """What is said of the images of a part, in order, a batch at a time.
+    ) -> Iterator[Iterator[Answer]]:
+        """What is said of the images of a part, in order, a batch at a time, which is to be read before the next one.
 
         Args:
             part: Of `LoadedModel.part`; where it keeps bad images, they have answers with an error.
@@ -117,14 +117,15 @@ class Predictor:
         """
         first = 0
         for images in self.loaded.batches(part, batch_size, workers):
-            answers = []
             guesses = guess_all(self.label_space, self.loaded.probabilities(images), top_k, thresholds)
-            for index, of_image in enumerate(guesses, first):
-                bad = part.bad is not None and bool(part.bad[index])
-                answers.append(Answer(
-                    str(part.rows.images[index]), {} if bad else of_image, reason_of(part, index) if bad else None))
+            yield (_answer(part, index, of_image) for index, of_image in enumerate(guesses, first))
             first += len(images)
-            yield answers
+
+
+def _answer(part: Part, index: int, guesses: dict[str, list[Guess]]) -> Answer:
+    """What is said of an image of a part; of a bad one why it is so."""
+    bad = part.bad is not None and bool(part.bad[index])
+    return Answer(str(part.rows.images[index]), {} if bad else guesses, reason_of(part, index) if bad else None)
 
 
 class _Given:

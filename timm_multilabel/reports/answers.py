@@ -3,28 +3,44 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from timm_multilabel.errors import UserError, printable
+import numpy as np
+
+from timm_multilabel.errors import UserError, one_line, shortened
 from timm_multilabel.escaping import spreadsheet_text
 from timm_multilabel.inference.answers import Answer, Guess
 from timm_multilabel.labels import TAG_SEPARATOR, LabelSet, LabelSpace, Quantity
+
+_COLUMNS = 16_384
+"""Columns that spreadsheets take."""
+
+_PATH = 4096
+"""Letters of a path."""
+
+_WORDS = 200
+"""Letters of a head's labels in a cell of the table for people."""
 
 
 def csv_columns(label_space: LabelSpace, top_k: int) -> list[str]:
     """The columns of the CSV: image, error, and of each head its labels, each with its probability.
 
     Raises:
-        UserError: Two would have the same name.
+        UserError: Two would have the same name, or there would be too many.
     """
+    count = 2 + sum((2 - isinstance(labels, Quantity)) * _places(labels, top_k) for labels in label_space.heads)
+    if count > _COLUMNS:
+        raise UserError(f'--top-k {top_k}: the CSV would have {count:,} columns, and {_COLUMNS:,} is the most; lower '
+                        'it, or pass --format jsonl')
     columns = ['image', 'error']
     for labels in label_space.heads:
         for place in range(1, 1 + _places(labels, top_k)):
             name = labels.name if place == 1 else f'{labels.name}_{place}'
             columns += [name] if isinstance(labels, Quantity) else [name, f'{name}_probability']
-    for name in columns:
-        if columns.count(name) > 1:
+    for name, count in Counter(columns).items():
+        if count > 1:
             raise UserError(f"two columns of the CSV would be called '{name}', after heads of the checkpoint; pass "
                             '--format jsonl')
     return columns
@@ -37,33 +53,27 @@ def _places(labels: Any, top_k: int) -> int:
 
 def csv_lines(answers: Iterable[Answer], label_space: LabelSpace, top_k: int) -> Iterator[str]:
     """A row an image. Tags of a head stand in one cell, with `|` between them, as do their probabilities."""
-    yield _csv_line([_text(name) for name in csv_columns(label_space, top_k)])
+    yield _csv_line(map(spreadsheet_text, csv_columns(label_space, top_k)))
     for answer in answers:
-        cells = [_text(answer.image), _text(answer.error or '')]
+        cells = [spreadsheet_text(answer.image), spreadsheet_text(answer.error or '')]
         for labels in label_space.heads:
             guesses = answer.guesses.get(labels.name, [])
             places = _places(labels, top_k)
             if isinstance(labels, Quantity):
                 cells.append(_number(guesses[0].label) if guesses else '')
             elif isinstance(labels, LabelSet):
-                pairs = [(_text(guess.label), _number(guess.probability)) for guess in guesses]
+                pairs = [(spreadsheet_text(guess.label), _number(guess.probability)) for guess in guesses]
                 cells += [cell for pair in pairs + [('', '')] * (places - len(pairs)) for cell in pair]
             else:
-                cells += [_text(TAG_SEPARATOR.join(guess.label for guess in guesses)),
+                cells += [spreadsheet_text(TAG_SEPARATOR.join(guess.label for guess in guesses)),
                           TAG_SEPARATOR.join(_number(guess.probability) for guess in guesses)]
         yield _csv_line(cells)
 
 
-def _csv_line(cells: list[str]) -> str:
+def _csv_line(cells: Iterable[str]) -> str:
     line = io.StringIO()
-    csv.writer(line, lineterminator='').writerow(cells)
-    return line.getvalue()
-
-
-def _text(text: str) -> str:
-    """A cell that neither a spreadsheet computes nor a terminal obeys; bytes of names that are no text stay."""
-    return spreadsheet_text(''.join(
-        letter if letter.isprintable() or '\udc80' <= letter <= '\udcff' else ' ' for letter in text))
+    csv.writer(line, lineterminator='\r\n').writerow(cells)  # it quotes what holds a letter of its line end
+    return line.getvalue().removesuffix('\r\n')
 
 
 def _number(value: float) -> str:
@@ -100,7 +110,7 @@ def _finite(value: float) -> float | None:
 
 def table_lines(answers: Iterable[Answer], label_space: LabelSpace, top_k: int) -> Iterator[str]:
     """A table for people, with columns as wide as their widest cell."""
-    rows = [['image', *label_space.names]]
+    rows = [['image', *map(shortened, label_space.names)]]
     errors = {}
     for answer in answers:
         if answer.error is not None:
@@ -108,17 +118,23 @@ def table_lines(answers: Iterable[Answer], label_space: LabelSpace, top_k: int) 
             rows.append([answer.image])
         else:
             rows.append([answer.image, *(
-                ', '.join(_words(guess) for guess in answer.guesses[name]) or '-' for name in label_space.names)])
-    rows = [[printable(cell) for cell in row] for row in rows]
+                _words(answer.guesses[name]) for name in label_space.names)])
+    rows = [[shortened(row[0], _PATH), *row[1:]] for row in rows]
     widths = [max((len(row[place]) for row in rows if place < len(row)), default=0) for place in range(len(rows[0]))]
     for number, row in enumerate(rows):
         if number in errors:
-            row = [row[0], f'error: {errors[number]}']
+            row = [row[0], f'error: {one_line(errors[number])}']
         yield '  '.join(f'{cell:<{width}}' for cell, width in zip(row, widths)).rstrip()
 
 
-def _words(guess: Guess) -> str:
-    return f'{guess.label:.4g}' if guess.probability is None else f'{guess.label} {guess.probability:.3f}'
+def _words(guesses: list[Guess]) -> str:
+    """What a head says, in a cell: as many labels as fit."""
+    texts = [f'{guess.label:.4g}' if guess.probability is None else f'{shortened(guess.label)} {guess.probability:.3f}'
+             for guess in guesses[:_WORDS]]
+    ends = np.cumsum([len(text) + 2 for text in texts])
+    fit = max(1, int((ends <= _WORDS).sum()))
+    more = f', {len(guesses) - fit} more' if len(guesses) > fit else ''
+    return ', '.join(texts[:fit]) + more or '-'
 
 
 FORMATS: dict[str, Callable[[Iterable[Answer], LabelSpace, int], Iterator[str]]] = {

@@ -1,7 +1,5 @@
 """What a head takes for what, as a CSV and as a picture."""
-import io
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,12 +7,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from timm_multilabel.escaping import spreadsheet_text
+from timm_multilabel.escaping import picture_text, spreadsheet_csv
 from timm_multilabel.files import write_whole
 from timm_multilabel.labels import Labels, LabelSet, Quantity, TagSet
+from timm_multilabel.reports.pictures import png
 
 READABLE = 20
 """Classes of which a matrix is legible."""
+
+MATRIX = 1000
+"""Classes of which the CSV is a matrix; its cells grow with their square."""
 
 _PAIRS = 25  # confused pairs shown of more classes than that
 _NAME = 32  # letters of a name in a picture
@@ -39,9 +41,10 @@ def write_confusion(
 ) -> list[Path]:
     """Write what a head takes for what as `<stem>.csv` and `<stem>.png`.
 
-    Of classes the matrix (rows: label, columns: prediction, counts); the picture of more than 20 shows the pairs most
-    often confused. Of tags, how often each is rightly found, missed and wrongly found at a probability of 0.5. Of
-    numbers, label and prediction of each image.
+    Of classes the matrix (rows: label, columns: prediction, counts), and of more than 1,000 classes the pairs of label
+    and prediction that occur, a row each; the picture of more than 20 shows the pairs most often confused. Of tags, how
+    often each is rightly found, missed and wrongly found at a probability of 0.5. Of numbers, label and prediction of
+    each image.
 
     Args:
         folder: Where; it must exist.
@@ -54,12 +57,8 @@ def write_confusion(
         The files.
     """
     table, figure = draw_confusion(labels, target, measured)
-    write_whole(folder / f'{stem}.csv', _escaped(table).to_csv())
-    picture = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph .* missing')  # the fonts at hand may lack a script
-        figure.savefig(picture, format='png', dpi=120)
-    write_whole(folder / f'{stem}.png', picture.getvalue())
+    write_whole(folder / f'{stem}.csv', spreadsheet_csv(table))
+    write_whole(folder / f'{stem}.png', png(figure, 120))
     return [folder / f'{stem}.csv', folder / f'{stem}.png']
 
 
@@ -69,16 +68,25 @@ def draw_confusion(labels: Labels, target: np.ndarray, measured: np.ndarray) -> 
         return _tags(labels, target, measured)
     if isinstance(labels, Quantity):
         return _numbers(labels, target[:, 0], measured[:, 0])
+    pairs = pd.DataFrame({'label': target[:, 0].astype(int), 'prediction': measured[:, 0].astype(int)})
+    pairs = pairs.value_counts(sort=False).sort_index().rename('images').reset_index()
+    return _table(labels, pairs), _matrix(labels, pairs) if len(labels.classes) <= READABLE else _pairs(labels, pairs)
+
+
+def _table(labels: LabelSet, pairs: pd.DataFrame) -> pd.DataFrame:
+    """Pairs of class indices that occur, with their 'images', as a matrix, or of many classes as they are."""
+    if len(labels.classes) <= MATRIX:
+        return pd.DataFrame(_dense(labels, pairs), index=pd.Index(labels.classes, name='label \\ prediction'),
+                            columns=labels.classes)
+    names = {column: [labels.classes[index] for index in pairs[column]] for column in ('label', 'prediction')}
+    return pd.DataFrame({**names, 'images': pairs['images']}).set_index(['label', 'prediction'])
+
+
+def _dense(labels: LabelSet, pairs: pd.DataFrame) -> np.ndarray:
+    """The matrix (C, C)."""
     matrix = np.zeros((len(labels.classes),) * 2, dtype=int)
-    np.add.at(matrix, (target[:, 0].astype(int), measured[:, 0].astype(int)), 1)
-    table = pd.DataFrame(matrix, index=pd.Index(labels.classes, name='label \\ prediction'), columns=labels.classes)
-    return table, _matrix(labels, matrix) if len(labels.classes) <= READABLE else _pairs(labels, matrix)
-
-
-def _escaped(table: pd.DataFrame) -> pd.DataFrame:
-    """A table whose names of rows and columns no spreadsheet computes."""
-    return table.rename(
-        index=lambda name: spreadsheet_text(name) if isinstance(name, str) else name, columns=spreadsheet_text)
+    matrix[pairs['label'], pairs['prediction']] = pairs['images']
+    return matrix
 
 
 def _tags(labels: TagSet, target: np.ndarray, measured: np.ndarray) -> tuple[pd.DataFrame, Figure]:
@@ -121,8 +129,9 @@ def _numbers(labels: Quantity, target: np.ndarray, measured: np.ndarray) -> tupl
     return table, figure
 
 
-def _matrix(head: LabelSet, matrix: np.ndarray) -> Figure:
+def _matrix(head: LabelSet, pairs: pd.DataFrame) -> Figure:
     """Every class: the share of each label's images that each prediction got, with counts."""
+    matrix = _dense(head, pairs)
     names = [_plain(name) for name in head.classes]
     size = 1.5 + 0.45 * len(names) + max(1.0, 0.09 * max(map(len, names)))
     figure = Figure(figsize=(size, size), layout='constrained')
@@ -137,38 +146,36 @@ def _matrix(head: LabelSet, matrix: np.ndarray) -> Figure:
             if matrix[row, column]:
                 color = 'white' if share[row, column] > 0.5 else 'black'
                 axes.text(column, row, matrix[row, column], ha='center', va='center', color=color, fontsize=8)
-    axes.set(xlabel='prediction', ylabel='label', title=f'{_plain(head.name)}: {_accuracy(matrix)}')
+    axes.set(xlabel='prediction', ylabel='label', title=f'{_plain(head.name)}: {_accuracy(pairs)}')
     return figure
 
 
-def _pairs(head: LabelSet, matrix: np.ndarray) -> Figure:
+def _pairs(head: LabelSet, pairs: pd.DataFrame) -> Figure:
     """The pairs of label and prediction with the most images."""
-    wrong = matrix.copy()
-    np.fill_diagonal(wrong, 0)
-    order = np.argsort(wrong, axis=None, kind='stable')[::-1][:_PAIRS]
-    pairs = [(row, column) for row, column in zip(*np.unravel_index(order, wrong.shape)) if wrong[row, column]]
-    figure = Figure(figsize=(9, 2 + 0.28 * len(pairs)), layout='constrained')
+    of_label = pairs.groupby('label')['images'].sum()
+    wrong = pairs[pairs['label'] != pairs['prediction']].iloc[::-1]
+    wrong = wrong.sort_values('images', ascending=False, kind='stable')[:_PAIRS]
+    figure = Figure(figsize=(9, 2 + 0.28 * len(wrong)), layout='constrained')
     axes = figure.subplots()
-    counts = [wrong[pair] for pair in pairs]
-    bars = axes.barh(range(len(pairs)), counts, color='#4477aa')
-    of_label = matrix.sum(axis=1)
-    axes.bar_label(bars, [f'{wrong[pair]} of {of_label[pair[0]]}' for pair in pairs], padding=3, fontsize=8)
-    names = [f'{_plain(head.classes[row])} \u2192 {_plain(head.classes[column])}' for row, column in pairs]
-    axes.set_yticks(range(len(pairs)), names)
+    bars = axes.barh(range(len(wrong)), wrong['images'], color='#4477aa')
+    axes.bar_label(bars, [f'{row.images} of {of_label[row.label]}' for row in wrong.itertuples()], padding=3,
+                   fontsize=8)
+    names = [f'{_plain(head.classes[row.label])} \u2192 {_plain(head.classes[row.prediction])}'
+             for row in wrong.itertuples()]
+    axes.set_yticks(range(len(wrong)), names)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.spines[['top', 'right']].set_visible(False)
     axes.set(
         xlabel='images', ylabel='label \u2192 prediction',
-        title=f'{_plain(head.name)}: {_accuracy(matrix)}; the most frequent confusions of {len(head.classes)} classes')
+        title=f'{_plain(head.name)}: {_accuracy(pairs)}; the most frequent confusions of {len(head.classes)} classes')
     return figure
 
 
-def _accuracy(matrix: np.ndarray) -> str:
-    return f'{100 * np.trace(matrix) / max(matrix.sum(), 1):.1f} % of {matrix.sum()} right'
+def _accuracy(pairs: pd.DataFrame) -> str:
+    right = pairs.loc[pairs['label'] == pairs['prediction'], 'images'].sum()
+    return f'{100 * right / max(pairs["images"].sum(), 1):.1f} % of {pairs["images"].sum()} right'
 
 
 def _plain(text: str) -> str:
-    """A text as matplotlib shows it literally and at no great length: a dollar sign would start a formula."""
-    short = text if len(text) <= _NAME else text[:_NAME - 1] + '\u2026'
-    return short.replace('$', r'\$')
+    return picture_text(text, _NAME)

@@ -1,7 +1,5 @@
 """The curves of a run, of its summary.csv alone: accuracy, losses and learning rate over the epochs."""
-import io
 import re
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from timm_multilabel.escaping import picture_text
 from timm_multilabel.files import write_whole
+from timm_multilabel.reports.pictures import png
 from timm_multilabel.training.run_folder import running_epochs
 from timm_multilabel.training.trackers import Tracker
 
@@ -103,11 +103,7 @@ def write_curves(summary: pd.DataFrame, path: Path) -> None:
     figure = Figure(figsize=(_WIDTH, sum(heights) + 0.5), layout='constrained')
     axes = figure.subplots(len(panels), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     _draw(axes, panels, summary)
-    picture = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph .* missing')  # the fonts at hand may lack a script
-        figure.savefig(picture, format='png', dpi=_DPI)
-    write_whole(path, picture.getvalue())
+    write_whole(path, png(figure, _DPI))
 
 
 def _panels(summary: pd.DataFrame) -> dict[str, _Panel]:
@@ -128,7 +124,7 @@ def _accuracy(summary: pd.DataFrame) -> _Panel:
     ema_is_better = _best(means['eval_ema_']) > -np.inf and _best(means['eval_ema_']) >= _best(means['eval_'])
     curves = []
     for number, (head, figure) in enumerate(figures.items()):
-        name, column = _name(head) + ('' if figure in ('top1', None) else f', {figure}'), f'{head}_{figure}'
+        name, column = _name(head) + ('' if figure in ('top1', None) else f', {_name(figure)}'), f'{head}_{figure}'
         values, of_ema = _values(summary, 'eval_' + column), _values(summary, 'eval_ema_' + column)
         if ema_is_better:  # a phase may be without
             values = np.where(np.isnan(of_ema), values, of_ema)
@@ -156,7 +152,7 @@ def _terms(summary: pd.DataFrame) -> _Panel:
     """The terms that add up to the training loss, where they are several."""
     names = [match[1] for match in (re.fullmatch('(?!train_|eval_)(.+)_loss', column) for column in summary) if match]
     curves = [
-        _head_curve(_values(summary, f'{name}_loss'), name.replace('_', ' ').replace('simclr', 'SimCLR'), number)
+        _head_curve(_values(summary, f'{name}_loss'), _name(name.replace('_', ' ').replace('simclr', 'SimCLR')), number)
         for number, name in enumerate(names)]
     curves = _drawable(curve for curve in curves if np.nan_to_num(curve.values).any())
     return _Panel('weighted terms of\ntrain loss', 1.6, curves if len(curves) > 1 else ())
@@ -220,9 +216,8 @@ def _drawable(curves: Iterable[_Curve]) -> tuple[_Curve, ...]:
 
 
 def _name(name: str) -> str:
-    """A name as matplotlib shows it literally and at no great length: a dollar sign would start a formula."""
-    short = name if len(name) <= _NAME else name[:_NAME - 1] + '\u2026'
-    return short.replace('$', r'\$')
+    """A name of a column, a head or a phase."""
+    return picture_text(name, _NAME)
 
 
 def _draw(axes: Iterable[Axes], panels: Iterable[_Panel], summary: pd.DataFrame) -> None:

@@ -5,6 +5,7 @@ import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
+from timm_multilabel.errors import shortened
 from timm_multilabel.labels import MISSING, Labels, LabelSet, TagSet
 
 POINTS = 2000
@@ -80,8 +81,8 @@ def color_points(labels: Labels, target: np.ndarray) -> Coloring:
     else:
         unlabelled = bool((target == MISSING).any())
     rest = ', '.join(filter(None, [rest, 'no label' if unlabelled else '']))
-    return Coloring([f'{labels.classes[index]} ({counts[index]})' for index in order], COLORS[:len(order)], of_point,
-                    rest)
+    names = [f'{shortened(labels.classes[index])} ({counts[index]})' for index in order]
+    return Coloring(names, COLORS[:len(order)], of_point, rest)
 
 
 def _color_numbers(labels: Labels, target: np.ndarray) -> Coloring:

@@ -1,15 +1,15 @@
 """The experiments table as CSV, Markdown and HTML."""
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from timm_multilabel.escaping import spreadsheet_text
+from timm_multilabel.errors import one_line
+from timm_multilabel.escaping import html_text, markdown_text, spreadsheet_csv
 from timm_multilabel.reports.bootstrap import LEVEL, RESAMPLES
 from timm_multilabel.reports.experiments import MEAN, SURE, Run, differing_settings
-from timm_multilabel.reports.tables import html_table, markdown_table, markdown_text
+from timm_multilabel.reports.tables import html_table, markdown_table
 
 _OF_GROUP = {'difference': 'difference', 'low': 'low', 'high': 'high', 'p': 'p', 'holm': 'p Holm'}  # in the CSV
 _INTERVAL = f'{100 * LEVEL:.0f} %'
@@ -87,7 +87,7 @@ def experiments_csv(experiments: Experiments) -> str:
     """
     made = []
     for group, numbers in experiments.rows():
-        row = {name: spreadsheet_text(text) for name, text in _about(experiments, numbers).items()}
+        row = dict(_about(experiments, numbers))
         for split in experiments.splits:
             for head, figure in split.figures.columns:
                 title, values = split.title(head, figure), split.figures[head, figure].iloc[numbers]
@@ -98,7 +98,7 @@ def experiments_csv(experiments: Experiments) -> str:
         made.append(row)
     table = pd.DataFrame(made)
     # The dashes of flags would be a formula; recipes and args.yaml have none either.
-    return table.rename(columns=lambda name: spreadsheet_text(name.lstrip('-'))).to_csv(index=False)
+    return spreadsheet_csv(table.rename(columns=lambda name: name.lstrip('-')), index=False)
 
 
 def _difference(split: SplitResult, group: int | None, head: str) -> dict[str, float]:
@@ -182,8 +182,9 @@ def experiments_markdown(experiments: Experiments) -> str:
     differences = shown_differences(experiments)
     parts = [markdown_table(*shown_experiments(experiments))]
     if len(differences):
-        parts += [f'Against {markdown_text(experiments.name(experiments.baseline))}:', markdown_table(differences)]
-    return '\n\n'.join([*parts, '\n'.join(f'- {markdown_text(note)}' for note in _notes(experiments))]) + '\n'
+        parts += [f'Against {markdown_text(one_line(experiments.name(experiments.baseline)))}:',
+                  markdown_table(differences)]
+    return '\n\n'.join([*parts, '\n'.join(f'- {markdown_text(one_line(note))}' for note in _notes(experiments))]) + '\n'
 
 
 def experiments_html(experiments: Experiments) -> str:
@@ -192,9 +193,9 @@ def experiments_html(experiments: Experiments) -> str:
     parts = [html_table(*shown_experiments(experiments))]
     if len(differences):
         held = [number for number, holds in enumerate(differences['holds']) if holds == 'yes']
-        parts += [f'<h2>Against {html.escape(experiments.name(experiments.baseline))}</h2>',
+        parts += [f'<h2>Against {html_text(one_line(experiments.name(experiments.baseline)))}</h2>',
                   html_table(differences, held)]
-    notes = '\n'.join(f'<li>{html.escape(note)}</li>' for note in _notes(experiments))
+    notes = '\n'.join(f'<li>{html_text(one_line(note))}</li>' for note in _notes(experiments))
     return _PAGE.replace('BODY', '\n'.join([*parts, f'<ul>\n{notes}\n</ul>']))
 
 

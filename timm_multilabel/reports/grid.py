@@ -1,4 +1,5 @@
 """An experiment's results: Markdown tables and a picture, made of the two CSVs alone."""
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -6,15 +7,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from timm_multilabel.escaping import markdown_code, markdown_text, picture_text, shown
 from timm_multilabel.reports.bootstrap import LEVEL, RESAMPLES
 from timm_multilabel.reports.experiments import SURE
-from timm_multilabel.reports.tables import markdown_table, markdown_text
+from timm_multilabel.reports.tables import markdown_table
 
 MEAN = 'mean'
 """The column of the plain mean over heads."""
 
 _COLORS = ('#000000', '#4477aa', '#66ccee', '#228833', '#ccbb44', '#ee6677', '#aa3377', '#bbbbbb',
            '#994f00')
+_NAME = 32  # letters of a name in the picture
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,10 @@ class GridResults:
 
 def grid_markdown(results: GridResults) -> str:
     """The tables."""
-    parts = [f'# {markdown_text(results.title)}', results.about.strip()]
+    parts = [f'# {markdown_text(results.title)}', _about(results.about)]
     figures = results.figures
     if results.axis is None:
-        parts += [f'Top-1 on {results.split}, mean ± standard deviation over seeds:',
+        parts += [f'Top-1 on {markdown_text(results.split)}, mean ± standard deviation over seeds:',
                   markdown_table(_figures(results, figures))]
     else:
         for figure in figures:
@@ -78,8 +81,8 @@ def grid_markdown(results: GridResults) -> str:
         parts += [f'## Against {markdown_text(results.settings[0])}', markdown_table(_differences(results))]
     seeds = ', '.join(map(str, sorted(set(results.runs['seed']))))
     parts.append('\n'.join(f'- {note}' for note in [
-        f'Figures: top-1 in percent on {results.split}, of the checkpoint that was best on val; mean ± standard '
-        f'deviation (n - 1) over the seeds {seeds}. The mean is the plain one over heads.',
+        f'Figures: top-1 in percent on {markdown_text(results.split)}, of the checkpoint that was best on val; mean ± '
+        f'standard deviation (n - 1) over the seeds {seeds}. The mean is the plain one over heads.',
         f'Differences: paired bootstrap over the images, {RESAMPLES:,} resamples, what an image adds averaged over the '
         f'seeds first; {100 * LEVEL:.0f} % percentile intervals; Holm corrects p over the settings '
         '(the mean), or over settings and heads' + (', for each value' if results.axis else '')
@@ -93,7 +96,12 @@ def grid_markdown(results: GridResults) -> str:
 
 def _where(runs: pd.DataFrame) -> str:
     said = [f'{name} {", ".join(dict.fromkeys(runs[name].astype(str)))}' for name in ('commit', 'machine', 'torch')]
-    return f'Made by `{runs["command"].iloc[-1]}`; {"; ".join(said)}.'
+    return f'Made by {markdown_code(runs["command"].iloc[-1])}; {markdown_text("; ".join(said))}.'
+
+
+def _about(text: str) -> str:
+    """What an experiment asks, which is Markdown, without HTML."""
+    return re.sub(r'<(?=[A-Za-z/!?])', r'\\<', shown(text)).strip()
 
 
 def _spread(values: pd.Series) -> str:
@@ -147,7 +155,7 @@ def draw_grid(results: GridResults) -> Figure:
     panels = figure.subplots(1, len(figures), squeeze=False, sharey=results.axis is None)[0]
     for panel, name in zip(panels, figures):
         (_draw_bars if results.axis is None else _draw_lines)(panel, results, name)
-        panel.set_title(('mean over heads' if name == MEAN else name).replace('$', r'\$'), fontsize=10)
+        panel.set_title('mean over heads' if name == MEAN else picture_text(name, _NAME), fontsize=10)
         panel.spines[['top', 'right']].set_visible(False)
         panel.grid(color='#e5e5e5', linewidth=0.7, axis='x' if results.axis is None else 'both')
         panel.set_axisbelow(True)
@@ -168,7 +176,7 @@ def _draw_bars(panel, results: GridResults, figure: str) -> None:
                        markersize=5, color='#000000' if not place else '#4477aa')
     base = results.of(results.settings[0])[figure].mean()
     panel.axvline(base, color='black', linewidth=0.7, linestyle=':')
-    panel.set_yticks(range(len(results.settings)), [name.replace('$', r'\$') for name in results.settings], fontsize=9)
+    panel.set_yticks(range(len(results.settings)), [picture_text(name, _NAME) for name in results.settings], fontsize=9)
 
 
 def _draw_lines(panel, results: GridResults, figure: str) -> None:
@@ -185,10 +193,15 @@ def _draw_lines(panel, results: GridResults, figure: str) -> None:
         at = places * (1 + 0.12 * aside) if logarithmic else places + 0.1 * aside
         panel.errorbar(
             at[there], [each.mean() for each in runs], yerr=[each.std(ddof=1) if len(each) > 1 else 0 for each in runs],
-            label=name.replace('$', r'\$'), color=_COLORS[order % len(_COLORS)], marker='o', markersize=3.5,
+            label=_legend_text(name), color=_COLORS[order % len(_COLORS)], marker='o', markersize=3.5,
             linewidth=1.3, capsize=2, linestyle='-' if order < len(_COLORS) else '--')
     if logarithmic:
         panel.set_xscale('log')
-    panel.set_xticks(places, [f'{value:,}' if numbers else str(value) for value in results.values])
+    panel.set_xticks(places, [f'{value:,}' if numbers else picture_text(str(value), _NAME) for value in results.values])
     panel.minorticks_off()
-    panel.set_xlabel(str(results.axis).replace('_', ' '))
+    panel.set_xlabel(picture_text(str(results.axis).replace('_', ' '), _NAME))
+
+
+def _legend_text(name: str) -> str:
+    """A name that matplotlib puts into a legend, from which it leaves out what starts with an underscore."""
+    return ' ' * name.startswith('_') + picture_text(name, _NAME)

@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from timm_multilabel.errors import shortened
 from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.labels import MISSING, Labels, LabelSet, TagSet
 from timm_multilabel.reports.calibration import head_reliability
 from timm_multilabel.reports.confusion import READABLE, draw_confusion
 from timm_multilabel.reports.intervals import RESAMPLES, Figure, bootstrap, head_figures, mean_accuracy
-from timm_multilabel.reports.mistakes import confused_pairs, worst_mistakes
+from timm_multilabel.reports.mistakes import confused_pairs, listed, worst_mistakes
 from timm_multilabel.reports.pictures import Thumbnail, figure_uri, reliability_figure
 
 NAMES = {
@@ -27,7 +28,6 @@ class HeadSection:
         name: The head.
         kind: Such as '140 classes'.
         labelled: Images with a label.
-        left_out: Images with a label for which the model gave no finite number.
         figures: Rows (name, value, interval, how the interval was made).
         calibration: {picture, ece, of} or None.
         confusion: The picture, or ''.
@@ -37,7 +37,6 @@ class HeadSection:
     name: str
     kind: str
     labelled: int
-    left_out: int
     figures: list[tuple[str, str, str, str]]
     calibration: dict[str, Any] | None
     confusion: str
@@ -63,12 +62,9 @@ def head_section(
         rows: Each row's name (N,).
         thumbnail: The pictures.
     """
-    finite = np.isfinite(output).all(axis=1)
-    used = np.flatnonzero(known & finite)
+    used = np.flatnonzero(known)
     of_used, said = target[used], output[used]
-    section = {
-        'name': labels.name, 'kind': _kind(labels), 'labelled': int(known.sum()),
-        'left_out': int((known & ~finite).sum())}
+    section = {'name': shortened(labels.name), 'kind': _kind(labels), 'labelled': len(used)}
     if not len(used):
         return HeadSection(**section, figures=[], calibration=None, confusion='', pairs=[], mistakes=[])
     figures = [_figure_row(figure) for figure in head_figures(labels, of_used, said)]
@@ -88,9 +84,9 @@ def head_section(
 def describe_target(labels: Labels, target: Any) -> str:
     """A label in words: an element of `Predictions.target`; '-' where it is missing."""
     if isinstance(labels, LabelSet):
-        return labels.classes[target] if target != MISSING else '-'
+        return shortened(labels.classes[target]) if target != MISSING else '-'
     if isinstance(labels, TagSet):
-        return ', '.join(labels.classes[tag] for tag in np.flatnonzero(target == 1)) or '-'
+        return listed(labels.classes, target == 1) if (target == 1).any() else '-'
     return '-' if math.isnan(target) else f'{target * labels.std + labels.mean:.4g}'
 
 

@@ -98,7 +98,7 @@ def head_figures(labels: Labels, target: np.ndarray, output: np.ndarray) -> list
         figures = [_accuracy('top1', predicted == target)]
         if len(labels.classes) > 5:
             figures.append(_accuracy('top5', ranks < 5))
-        more = bootstrap(lambda weights: class_figures(target, predicted, len(labels.classes), weights), len(target))
+        more = bootstrap(lambda weights: class_figures(target, predicted, weights), len(target))
     elif isinstance(labels, TagSet):
         figures, more = [], bootstrap(lambda weights: tag_figures(target, output, weights), len(target))
     else:
@@ -135,7 +135,6 @@ def mean_accuracy(
 def class_figures(
         target: np.ndarray,
         predicted: np.ndarray,
-        classes: int,
         weights: np.ndarray,
 ) -> dict[str, np.ndarray]:
     """'balanced_accuracy' and 'macro_f1' in percent, as `metrics.class_metrics` has them, of weighted images.
@@ -146,11 +145,13 @@ def class_figures(
     Args:
         target: Class indices (N,).
         predicted: Class indices (N,).
-        classes: Their number.
         weights: Of the images (R, N).
     """
+    occurring, places = np.unique([target, predicted], return_inverse=True)  # others count in neither figure
+    (target, predicted), classes = places.reshape(2, -1), len(occurring)
+
     def totals(indices: np.ndarray, which: np.ndarray) -> np.ndarray:
-        """The weight of each class (C, R) over some of the images."""
+        """The weight of each class that occurs (C, R) over some of the images."""
         images = np.flatnonzero(which)
         members = csr_array((np.ones(len(images), np.int32), (indices[images], images)), shape=(classes, len(which)))
         return members @ weights.T

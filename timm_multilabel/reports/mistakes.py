@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from timm_multilabel.errors import shortened
 from timm_multilabel.labels import MISSING, Labels, LabelSet, Quantity, TagSet
 
 _LISTED = 8  # tags of a mistake
@@ -62,7 +63,8 @@ def confused_pairs(
         rows = wrong[(target[wrong] == label) & (predicted[wrong] == prediction)]
         rows = rows[np.argsort(-sureness[rows], kind='stable')][:examples].tolist()
         pairs.append(Pair(
-            labels.classes[label], labels.classes[prediction], int(counts[place]), int(of_label[label]), rows))
+            shortened(labels.classes[label]), shortened(labels.classes[prediction]), int(counts[place]),
+            int(of_label[label]), rows))
     return pairs
 
 
@@ -94,7 +96,7 @@ def _wrong_classes(labels: LabelSet, target: np.ndarray, output: np.ndarray, mos
     for row in _worst(sureness, (target != MISSING) & (predicted != target), most):
         of_label = output[row, target[row]]
         found.append(Mistake(
-            row, labels.classes[target[row]], labels.classes[predicted[row]],
+            row, shortened(labels.classes[target[row]]), shortened(labels.classes[predicted[row]]),
             f'{_percent(sureness[row])} sure; {_percent(of_label)} for the label'))
     return found
 
@@ -108,14 +110,16 @@ def _wrong_tags(labels: TagSet, target: np.ndarray, output: np.ndarray, most: in
     for row in _worst(loss, wrong, most):
         missed = int((known[row] & (target[row] == 1) & ~said[row]).sum())
         found.append(Mistake(
-            row, _listed(labels.classes, target[row] == 1), _listed(labels.classes, said[row]),
+            row, listed(labels.classes, target[row] == 1), listed(labels.classes, said[row]),
             f'{missed} missed, {int((known[row] & (target[row] == 0) & said[row]).sum())} wrongly found'))
     return found
 
 
-def _listed(classes: Sequence[str], which: np.ndarray) -> str:
-    names = [classes[index] for index in np.flatnonzero(which)]
-    return ', '.join(names[:_LISTED]) + (f', {len(names) - _LISTED} more' if len(names) > _LISTED else '') or 'none'
+def listed(classes: Sequence[str], which: np.ndarray) -> str:
+    """The tags that are marked (C,), the first of them by name; 'none' where none is."""
+    indices = np.flatnonzero(which)
+    more = f', {len(indices) - _LISTED} more' if len(indices) > _LISTED else ''
+    return ', '.join(shortened(classes[index]) for index in indices[:_LISTED]) + more or 'none'
 
 
 def _wrong_numbers(labels: Quantity, target: np.ndarray, output: np.ndarray, most: int) -> list[Mistake]:

@@ -5,7 +5,9 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from markupsafe import Markup
 
+from timm_multilabel.escaping import shown
 from timm_multilabel.reports.embedding_map import Coloring
 from timm_multilabel.reports.head_section import HeadSection
 
@@ -66,9 +68,14 @@ def render(page: Page) -> str:
     """The page as HTML."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True)
+        trim_blocks=True, lstrip_blocks=True, finalize=_shown)
     drawn = _draw_map(page.map) if isinstance(page.map, Map) else None
     return environment.get_template('report.html').render(page=page, map=drawn)
+
+
+def _shown(value: Any) -> Any:
+    """What stands on the page of a value; what a macro has made is escaped already."""
+    return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _draw_map(found: Map) -> dict[str, Any]:

@@ -17,14 +17,19 @@ _SIDE = 96  # pixels of a thumbnail's longer side
 _QUALITY = 82
 
 
-def figure_uri(figure: Figure) -> str:
-    """A figure as a PNG of 256 colors at most."""
+def png(figure: Figure, dpi: int = _DPI) -> bytes:
+    """A figure as a PNG."""
     drawn = BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph .* missing')  # the fonts at hand may lack a script
-        figure.savefig(drawn, format='png', dpi=_DPI)
+        figure.savefig(drawn, format='png', dpi=dpi)
+    return drawn.getvalue()
+
+
+def figure_uri(figure: Figure) -> str:
+    """A figure as a PNG of 256 colors at most."""
     small = BytesIO()
-    with Image.open(drawn) as image:
+    with Image.open(BytesIO(png(figure))) as image:
         image.convert('RGB').quantize(256, dither=Image.Dither.NONE).save(small, 'PNG', optimize=True)
     return _uri('png', small.getvalue())
 

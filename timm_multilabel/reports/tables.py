@@ -1,11 +1,9 @@
 """Tables of texts as Markdown and HTML, whatever the texts hold."""
-import html
-import re
 from collections.abc import Collection
 
 import pandas as pd
 
-from timm_multilabel.errors import printable
+from timm_multilabel.escaping import cell_text, html_text, markdown_text
 
 
 def markdown_table(table: pd.DataFrame, strong: Collection[int] = ()) -> str:
@@ -15,7 +13,8 @@ def markdown_table(table: pd.DataFrame, strong: Collection[int] = ()) -> str:
         table: The texts.
         strong: The rows in bold, by number.
     """
-    rows = [[markdown_text(cell) for cell in row] for row in [list(table.columns), *table.to_numpy().tolist()]]
+    rows = [list(table.columns), *table.to_numpy().tolist()]
+    rows = [[markdown_text(cell_text(cell)) for cell in row] for row in rows]
     for number in strong:
         rows[1 + number] = [f'**{cell}**' if cell else '' for cell in rows[1 + number]]
     widths = [max(3, *map(len, column)) for column in zip(*rows)]
@@ -24,19 +23,14 @@ def markdown_table(table: pd.DataFrame, strong: Collection[int] = ()) -> str:
     return '\n'.join(lines)
 
 
-def markdown_text(text: str) -> str:
-    """A text in Markdown that neither ends its cell nor becomes a link, a tag or a word in bold."""
-    return re.sub(r'([\\|*\[\]`<>])', r'\\\1', printable(str(text)))
-
-
 def html_table(table: pd.DataFrame, strong: Collection[int] = ()) -> str:
     """A table of texts as HTML, its first column as row headings; see `markdown_table`."""
     # Words in spans, so that a page can keep the dashes of a flag with its name.
-    words = [' '.join(f'<span>{html.escape(word)}</span>' for word in str(name).split()) for name in table.columns]
+    words = [' '.join(f'<span>{html_text(word)}</span>' for word in cell_text(name).split()) for name in table.columns]
     head = ''.join(f'<th scope="col">{name}</th>' for name in words)
     lines = ['<div class="scroll"><table>', f'<thead><tr>{head}</tr></thead>', '<tbody>']
     for number, (first, *cells) in enumerate(table.to_numpy().tolist()):
-        row = ''.join(f'<td>{html.escape(str(cell))}</td>' for cell in cells)
+        row = ''.join(f'<td>{html_text(cell_text(cell))}</td>' for cell in cells)
         group = ' class="group"' if number in strong else ''
-        lines.append(f'<tr{group}><th scope="row">{html.escape(str(first))}</th>{row}</tr>')
+        lines.append(f'<tr{group}><th scope="row">{html_text(cell_text(first))}</th>{row}</tr>')
     return '\n'.join([*lines, '</tbody>', '</table></div>'])

@@ -4,6 +4,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from timm_multilabel.errors import one_line
+
 
 class Progress:
     """Progress over the steps of an epoch, silent where `visible` is false (all ranks but the first).
@@ -17,6 +19,7 @@ class Progress:
     """
 
     def __init__(self, title: str, steps: int, visible: bool, images_per_step: int = 0, first: int = 0):
+        title = one_line(title)
         self.title, self.steps, self.visible, self.images_per_step = title, steps, visible, images_per_step
         self.first = first
         self.bar = tqdm(
@@ -43,7 +46,7 @@ class Progress:
     def show(self, step: int, figures: str) -> None:
         """Show figures and speed after a step: beside the bar, or as a line of their own."""
         elapsed = time.perf_counter() - self.started
-        figures += f'  {(step - self.first) * self.images_per_step / elapsed:.0f} images/s'
+        figures = one_line(figures) + f'  {(step - self.first) * self.images_per_step / elapsed:.0f} images/s'
         if not self.bar.disable:
             self.bar.set_postfix_str(figures)
         elif self.visible:
@@ -53,4 +56,4 @@ class Progress:
     def say(self, line: str) -> None:
         """Print a line that stays."""
         if self.visible:
-            tqdm.write(line)
+            tqdm.write(one_line(line))
