@@ -175,7 +175,7 @@ FAULTS = {
     'no room when it is written': ('os.fsync', errno.ENOSPC),
     'a name that cannot be given': ('pathlib.Path.replace', errno.EPERM),
     'an index that cannot be written': ('timm_multilabel.files.temporary_file', errno.EDQUOT),
-    'a file that cannot be mapped': ('mmap.mmap', errno.ENOMEM),
+    'a file that cannot be mapped': ('numpy.frombuffer', errno.ENOMEM),
 }
 
 
