@@ -83,7 +83,8 @@ def meet_by_files(args: argparse.Namespace, folder: Path) -> None:
         print(f'launch: error: TMPDIR: {folder.parent} has a ? or a # in it; name another folder', file=sys.stderr)
         sys.exit(2)
     args.standalone, args.rdzv_backend, args.rdzv_id = False, 'c10d', folder.name
-    args.rdzv_endpoint, args.rdzv_conf = str(folder / 'launcher'), 'store_type=file'
+    # Each sign of life makes the file longer, and there is no other launcher to read it.
+    args.rdzv_endpoint, args.rdzv_conf = str(folder / 'launcher'), 'store_type=file,keep_alive_interval=3600'
     os.environ[STORE] = str(folder / 'processes')
 
 
