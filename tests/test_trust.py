@@ -111,7 +111,7 @@ def test_a_checkpoint_of_custom_heads_asks_for_their_file_and_names_it(data_dir,
     assert yaml.safe_load((run / 'args.yaml').read_text())['head_module'] == str(module)
 
 
-def changed(run, path, **settings):
+def changed(run, path, /, **settings):
     """A copy of a run's checkpoint with other settings."""
     torch.save({**torch.load(run / 'last.pth.tar', weights_only=True), **settings}, path)
     return path

@@ -9,7 +9,7 @@ from timm_multilabel.cli.flags import Assignments, HeadOptions, Parser, Settings
 from timm_multilabel.errors import UserError
 
 
-def read_run_flags(run: Path, head_module: str | None) -> argparse.Namespace:
+def read_run_flags(run: Path, head_module: str | None = None) -> argparse.Namespace:
     """The flags of training that a run folder's args.yaml holds, checked as the command line is.
 
     Args:
