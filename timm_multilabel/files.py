@@ -138,6 +138,20 @@ def open_regular(path: str | Path) -> BinaryIO:
         raise
 
 
+def read_text(path: str | Path, limit: int) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        OSError: It cannot be opened, or is no regular file.
+        ValueError: It is of more than `limit` bytes, or not of UTF-8.
+    """
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f'more than {limit:,} bytes')
+    return data.decode('utf-8')
+
+
 @contextmanager
 def reading(path: str | Path, what: str, way_out: str) -> Iterator[None]:
     """Turn whatever goes wrong while a file is read into one line.
@@ -162,7 +176,13 @@ def reading(path: str | Path, what: str, way_out: str) -> Iterator[None]:
         raise UserError(f'{path}: cannot be read as {what} ({reason}); {way_out}') from error
 
 
-def read_json(path: Path, what: str, way_out: str, check: Callable[[Any], bool] = lambda value: True) -> Any:
+def read_json(
+        path: Path,
+        what: str,
+        way_out: str,
+        check: Callable[[Any], bool] = lambda value: True,
+        most: int = 2 ** 29,
+) -> Any:
     """Read a JSON file.
 
     Args:
@@ -170,12 +190,13 @@ def read_json(path: Path, what: str, way_out: str, check: Callable[[Any], bool] 
         what: See `reading`.
         way_out: See `reading`.
         check: Whether what it holds is what this program writes; it may raise.
+        most: Bytes that it may have.
 
     Raises:
         UserError: It cannot be read, or holds something else.
     """
     with reading(path, what, way_out):
-        value = json.loads(path.read_text(encoding='utf-8'))
+        value = json.loads(read_text(path, most))
         if not check(value):
             raise ValueError('it holds something else')
     return value

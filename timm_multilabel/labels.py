@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from timm_multilabel.errors import UserError, shortened
-from timm_multilabel.files import reading, write_whole
+from timm_multilabel.files import read_text, reading, write_whole
 
 MISSING = -1
 """The class index, or the 0/1 of a tag, of a label that is not there: nothing is learnt from it or scored on it."""
@@ -24,8 +24,13 @@ MISSING = -1
 UNKNOWN = -2
 """What `encode` gives for a text that is no class; never leaves the data code."""
 
+MAX_CLASSES = 2 ** 24
+"""Classes of a column at most, since class indices travel as float32."""
+
 TAG_SEPARATOR = '|'
 """Between the tags of a cell."""
+
+_MAX_BYTES = 2 ** 29  # of a label space as JSON
 
 
 class BadCell(ValueError):
@@ -237,6 +242,9 @@ def _sorted_texts(name: str, texts: Iterable[str]) -> tuple[str, ...]:
     found = tuple(sorted(set(texts) - {''}))
     if not found:
         raise ValueError(f"column '{shortened(name)}' has no label in any row")
+    if len(found) > MAX_CLASSES:
+        raise ValueError(f"column '{shortened(name)}' has {len(found):,} different labels, and {MAX_CLASSES:,} are the "
+                         'most')
     return found
 
 
@@ -351,7 +359,7 @@ class LabelSpace:
             UserError: The file is missing or holds no label space.
         """
         with reading(path, 'a label space', 'restore it, or remove it to have it made again'):
-            return cls.from_dict(json.loads(Path(path).read_text(encoding='utf-8')))
+            return cls.from_dict(json.loads(read_text(path, _MAX_BYTES)))
 
 
 def missing_row(label_space: LabelSpace) -> torch.Tensor:
@@ -378,6 +386,8 @@ def _labels_from_dict(data: dict[str, Any]) -> Labels:
             raise ValueError(f"head '{name}' has no list of classes")
         made = LabelSet(name, tuple(texts)) if kind == LabelSet.kind else TagSet(
             name, tuple(texts), tuple(data['group']))
+        if len(texts) > MAX_CLASSES:
+            raise ValueError(f"head '{shortened(name)}' has more than {MAX_CLASSES:,} classes")
         if not texts or len(set(texts)) != len(texts) or getattr(made, 'group', ()) not in ((), made.classes):
             raise ValueError(f"head '{name}' has no classes, has one twice, or those of other columns")
     else:
