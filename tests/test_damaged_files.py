@@ -159,8 +159,9 @@ def test_few_bytes_of_parquet_that_stand_for_many_values(tmp_path, monkeypatch):
     monkeypatch.setattr(arrays, '_FREE', 2 ** 20)
     pyarrow = pytest.importorskip('pyarrow')
     parquet = pytest.importorskip('pyarrow.parquet')
-    values = pyarrow.DictionaryArray.from_arrays(pyarrow.array(np.zeros(2 ** 20, np.int32)), pyarrow.array(['x' * 9]))
-    parquet.write_table(pyarrow.table({'image': values}), tmp_path / 'x.parquet')
+    vectors = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(np.zeros(2 ** 19, np.float32)), 8)
+    table = pyarrow.table({'image': ['x'] * 2 ** 16, 'embedding': vectors})
+    parquet.write_table(table, tmp_path / 'x.parquet')
     assert (tmp_path / 'x.parquet').stat().st_size < 10 ** 4
     with pytest.raises(UserError, match='it would expand to'):
         Embeddings.load(tmp_path / 'x.parquet')
