@@ -201,7 +201,8 @@ def test_memory_that_cannot_be_had(photos_dir):  # noqa: F811
             assert not isinstance(opened(photos_dir, said=said), CachedPhotos)
         assert 'File too large); goes on without it' in said[-1]
         gc.collect()  # the mock has held the frames
-        assert not [path for path in Path('/proc/self/fd').iterdir() if 'memfd:timm-multilabel' in os.path.realpath(path)]
+        held = [os.path.realpath(path) for path in Path('/proc/self/fd').iterdir()]
+        assert not [path for path in held if 'memfd:timm-multilabel' in path]
 
 
 def _limited(rank, folder, kind, limited):
