@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from common import SPACE, run_ranks
-from test_cache import VIEWS, batch, files, opened, photos_dir  # noqa: F401
+from test_cache import VIEWS, _open_in_a_rank, batch, files, opened, photos_dir  # noqa: F401
 
 from timm_multilabel.cli.jobs import Job, Jobs
 from timm_multilabel.errors import UserError
@@ -199,7 +199,8 @@ def test_memory_that_cannot_be_had(photos_dir):  # noqa: F811
             assert not isinstance(opened(photos_dir, said=said), CachedPhotos)
         assert 'File too large); goes on without it' in said[-1]
         gc.collect()  # the mock has held the frames
-        assert not [path for path in Path('/proc/self/fd').iterdir() if 'memfd:timm-multilabel' in os.path.realpath(path)]
+        open_files = map(os.path.realpath, Path('/proc/self/fd').iterdir())
+        assert not [path for path in open_files if 'memfd:timm-multilabel' in path]
 
 
 def _limited(rank, folder, kind, limited):
@@ -223,6 +224,15 @@ def test_no_rank_waits_where_the_system_limits_one(photos_dir, kind, limited):  
     expected = batch(files(photos_dir))[0].long().sum().item()
     results = run_ranks(_limited, 2, str(photos_dir), kind, limited)
     assert [result[:2] for result in results] == [(expected, 'FilePhotos')] * 2 and results[0][2] == 1
+
+
+def test_machines_of_different_numbers_of_ranks(photos_dir):  # noqa: F811
+    folder = photos_dir.parent / 'machines'
+    for name in ('one', 'two'):
+        shutil.copytree(photos_dir, folder / name)
+    expected = batch(files(photos_dir))[0].long().sum().item()
+    results = run_ranks(_open_in_a_rank, 3, str(folder), 'disk', ['one', 'one', 'two'], [1e9] * 3)
+    assert [result[:2] for result in results] == [(expected, 'CachedPhotos')] * 3
 
 
 AS_ANOTHER = '''
