@@ -541,7 +541,7 @@ def test_cells_do_nothing_to_a_terminal(capsys, clean):
     status, out, _ = run(capsys, clean)
     assert status == 1 and all(line.isprintable() for line in out.split('\n'))
     assert "'p [31mink 1m ' in val.csv row 4" in out and '(images/no such [2J.png)' in out
-    assert f"'{'long' * 9}l...' in val.csv row 5" in out
+    assert f"'{'long' * 19}lon\u2026' in val.csv row 5" in out
     status, out, _ = run(capsys, clean, '--json', '-')
     assert status == 1 and all(line.isprintable() for line in out.split('\n'))
     assert label in json.loads(out)['heads']['color']['counts']['val']

@@ -214,7 +214,7 @@ BAD_POOLS_AND_HEADS = [
     (['--pseudo-label-threshold', '0.5'], '--pseudo-label-threshold would change nothing: there is no'),
     (['--head', 'both:loss=arcface,columns=color+shape'], "columns are of tags, and 'arcface' reads classes"),
     (['--head', 'color:loss=tags', '--mixup', '0.2', '-wls', '0'], '--mixup and --cutmix mix'),
-    (['--head', 'color:loss=numeric'], "train.csv row 2, column 'color': 'red' is no number; mend it"),
+    (['--head', 'color:loss=numeric'], "train.csv row 2, column 'color': 'red' is no number; fix it"),
     (['--head', 'style:loss=tags,columns=color+shape'], "train.csv row 2, column 'color': 'red' is neither 0 nor 1"),
     (['--head-module', 'nowhere.py'], '--head-module nowhere.py: no such file'),
     (['--eval-metric', 'color_mae'], 'no such figure (there are: loss, top1, top5, color_loss, color_top1'),

@@ -313,10 +313,10 @@ def test_a_count_that_shards_cannot_hold_is_refused(data_dir, tmp_path, kind, ca
 
 
 @pytest.mark.parametrize('head, message', [
-    ({'name': 'a', 'kind': 'number', 'mean': 0, 'std': 0}, "head 'a' has a mean of 0.0 and a deviation of 0.0"),
-    ({'name': 'a', 'kind': 'number', 'mean': float('nan'), 'std': 1}, "head 'a' has a mean of nan"),
-    ({'name': 'a', 'kind': 'tags', 'classes': ['b'], 'group': ['c', 'd']}, "the columns of head 'a' are not its tags"),
-    ({'name': 'a', 'classes': ['\ud800']}, 'surrogates not allowed'),
+    ({'name': 'a', 'kind': 'number', 'mean': 0, 'std': 0}, "head 'a' has no mean and standard deviation"),
+    ({'name': 'a', 'kind': 'number', 'mean': float('nan'), 'std': 1}, "head 'a' has no mean and standard deviation"),
+    ({'name': 'a', 'kind': 'tags', 'classes': ['b'], 'group': ['c', 'd']}, "head 'a' has no classes, has one twice, or those of other columns"),
+    ({'name': 'a', 'classes': ['\ud800']}, 'a name or a label that is no text'),
 ])
 def test_label_spaces_that_no_run_would_write_are_refused(tmp_path, head, message):
     (tmp_path / 'x.json').write_text(json.dumps({'heads': [head]}))
@@ -464,7 +464,7 @@ def test_a_label_of_megabytes_is_shortened_in_messages(data_dir, capsys, tmp_pat
     path = data_dir / 'val.csv'
     path.write_text(path.read_text().replace('red', 'x' * 10 ** 7, 1))
     error = stopped(capsys, train, data_dir, *TINY, '--epochs', '1', '--output', tmp_path / 'out')
-    assert f"color '{'x' * 37}...' in 1 row" in error
+    assert f"color '{'x' * 79}\u2026' in 1 row" in error
     with pytest.raises(SystemExit) as stop:
         run_command(check, 'check', [str(data_dir)])
     assert stop.value.code == 1 and max(map(len, capsys.readouterr().out.splitlines())) < 500
@@ -475,5 +475,5 @@ def test_a_label_of_megabytes_is_shortened_in_messages(data_dir, capsys, tmp_pat
 
 
 def test_shortened_and_listed():
-    assert shortened('a' * 40) == 'a' * 40 and shortened('a' * 41) == 'a' * 37 + '...'
+    assert shortened('a' * 80) == 'a' * 80 and shortened('a' * 81) == 'a' * 79 + '\u2026'
     assert listed(['a', 'b']) == 'a, b' and listed([]) == '' and listed(['a'] * 22) == 'a, ' * 19 + 'a and 2 more'

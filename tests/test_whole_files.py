@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from common import SPACE, run_ranks
-from test_cache import VIEWS, batch, files, opened, photos_dir  # noqa: F401
+from test_cache import VIEWS, _open_in_a_rank, batch, files, opened, photos_dir  # noqa: F401
 
 from timm_multilabel.arrays import write_arrays
 from timm_multilabel.cli.jobs import Job, Jobs
@@ -226,6 +226,15 @@ def test_no_rank_waits_where_the_system_limits_one(photos_dir, kind, limited):  
     expected = batch(files(photos_dir))[0].long().sum().item()
     results = run_ranks(_limited, 2, str(photos_dir), kind, limited)
     assert [result[:2] for result in results] == [(expected, 'FilePhotos')] * 2 and results[0][2] == 1
+
+
+def test_machines_of_different_numbers_of_ranks(photos_dir):  # noqa: F811
+    folder = photos_dir.parent / 'machines'
+    for name in ('one', 'two'):
+        shutil.copytree(photos_dir, folder / name)
+    expected = batch(files(photos_dir))[0].long().sum().item()
+    results = run_ranks(_open_in_a_rank, 3, str(folder), 'disk', ['one', 'one', 'two'], [1e9] * 3)
+    assert [result[:2] for result in results] == [(expected, 'CachedPhotos')] * 3
 
 
 AS_ANOTHER = '''

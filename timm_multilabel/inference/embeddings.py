@@ -93,7 +93,8 @@ def _load_parquet(path: Path) -> tuple[list[Any], np.ndarray, Any]:
     """As `_load_npz`."""
     pyarrow, parquet = import_pyarrow(path)
     batches, size = [], 0
-    with parquet.ParquetFile(path) as file:
+    # Opened here, since a path such as s3://... would be taken for an address.
+    with open_regular(path) as opened, parquet.ParquetFile(opened) as file:
         # Not by what it says of its columns: pyarrow ends the process where that is damaged.
         kind = file.schema_arrow.field('embedding').type
         if not pyarrow.types.is_fixed_size_list(kind) or kind.value_type != pyarrow.float32():

@@ -217,51 +217,42 @@ def open_cache(
     here = [rank for rank, machine in enumerate(machines) if machine == machines[world()[0]]]
     leader, place, visible = here[0], here.index(world()[0]), not world()[0]
     indices = _indices(files, views, folder) if kind == 'disk' else []
-    offer, wrong = None, None
+    offer, wrong, made, finished, ready = None, None, None, None, True
     if not place:
-        try:
-            offer = _lead(files, views, indices, workers, skip_bad, title, say, visible)
-        except OSError as error:
-            wrong = _reason(error)
+        offer, wrong = _attempt(_lead, files, views, indices, workers, skip_bad, title, say, visible)
     offers = all_objects(offer)
-    made, shared, ready = None, None, True
     if offers[leader] is not None:
         contents, shared, ready = offer or offers[leader]
-        try:
-            made = CachedPhotos(files, contents, shared.open())
-        except (OSError, ValueError) as error:
-            wrong = _reason(error)
+        opened, wrong = _attempt(shared.open)
+        made = CachedPhotos(files, contents, opened) if wrong is None else None
     try:
         todo = range(place, 0 if ready or made is None else len(files), len(here))
         bad = made.fill(todo, workers, skip_bad, title, visible) if todo else []
         # From here on all ranks of all machines, since some may have a cache, and some no room for one.
-        everyone = [all_objects((bad, wrong))[rank] for rank in here]
+        everyone = all_objects((bad, wrong))
+        everyone = [everyone[rank] for rank in here]
         wrong = next((its for _, its in everyone if its), None)
         if not ready and made is not None:
             contents.bad[sum((its for its, _ in everyone), [])] = True
-        finished = None
         if not place and not ready and indices and wrong is None:
-            try:
-                finished = _finish(indices, shared, contents)
-            except (OSError, UserError) as error:
-                wrong = _reason(error)
+            finished, wrong = _attempt(_finish, indices, shared, contents)
     finally:
         if not place and not ready and indices:
             Path(shared.path).unlink(missing_ok=True)  # it has another name by now, if all went well
     theirs, wrong = all_objects((finished, wrong))[leader]
     if wrong is None and theirs is not None:
-        try:
-            made.shared = (finished or theirs).open()
-        except (OSError, ValueError) as error:  # without it the batches are the same
-            wrong = _reason(error)
+        made.shared, wrong = _attempt((finished or theirs).open)  # without it the batches are the same
     if wrong is not None:
         say(f'{title}: cannot be used ({wrong}); goes on without it')
     return files if made is None or wrong is not None else made
 
 
-def _reason(error: Exception) -> str:
-    """Why the system did not let something be done, on one line."""
-    return error.line if isinstance(error, UserError) else ' '.join(str(error).split())
+def _attempt(work: Callable[..., Any], *args: Any) -> tuple[Any, str | None]:
+    """What some work gives, and None; or None, and why the system did not let it be done."""
+    try:
+        return work(*args), None
+    except (OSError, ValueError) as error:
+        return None, ' '.join(str(error).split())
 
 
 def _boot() -> str:
@@ -380,7 +371,7 @@ def _finish(indices: Sequence[Path], shared: SharedBytes, contents: Contents) ->
     Both can only be read from then on: a file that becomes shorter ends the processes that have mapped it.
 
     Raises:
-        OSError, UserError: The system does not let it be done.
+        OSError: The system does not let it be done.
     """
     os.fchmod(shared.descriptor, os.fstat(shared.descriptor).st_mode & 0o444)
     os.fsync(shared.descriptor)
@@ -391,9 +382,9 @@ def _finish(indices: Sequence[Path], shared: SharedBytes, contents: Contents) ->
             try:
                 write_arrays(index, {**vars(contents), 'data': np.array(path.name)}, read_only=True)
                 break
-            except UserError:
+            except UserError as error:
                 if index == indices[-1]:
-                    raise
+                    raise OSError(error.line) from error
         finished = SharedBytes.of_file(path, shared.length)
     except BaseException:
         path.unlink(missing_ok=True)

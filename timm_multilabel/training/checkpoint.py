@@ -101,15 +101,16 @@ def checkpoint_of(path: Path, state: Any) -> Checkpoint:
     foreign = UserError(f'{path}: not a checkpoint of timm-multilabel (no weights with a label space and a model name)')
     if not isinstance(state, dict) or not isinstance(state.get('state_dict'), dict) or 'arch' not in state:
         raise foreign
+    try:
+        label_space = LabelSpace.from_dict(state.get('label_space'))
+    except ValueError as error:
+        raise foreign from error
     if 'data_config' not in state:
         state = {**state, 'data_config': _data_config_of_flags(state)}
     wrong = wrong_setting(state) or wrong_tensors(state, path.stat().st_size)
     if wrong:
         raise UserError(f'{path}: {wrong} cannot be what this program wrote; use another checkpoint')
-    try:
-        return Checkpoint(path, state, LabelSpace.from_dict(state.get('label_space')))
-    except ValueError as error:
-        raise foreign from error
+    return Checkpoint(path, state, label_space)
 
 
 def _data_config_of_flags(state: Mapping[str, Any]) -> dict[str, Any] | None:
