@@ -88,3 +88,17 @@ def open_regular(path: str | Path) -> BinaryIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def read_text(path: str | Path, limit: int) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        OSError: It cannot be opened, or is no regular file.
+        ValueError: It is of more than `limit` bytes, or not of UTF-8.
+    """
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f'more than {limit:,} bytes')
+    return data.decode('utf-8')

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from timm_multilabel.errors import UserError, shortened
-from timm_multilabel.files import write_whole
+from timm_multilabel.files import read_text, write_whole
 
 MISSING = -1
 """The class index, or the 0/1 of a tag, of a label that is not there: nothing is learnt from it or scored on it."""
@@ -24,8 +24,13 @@ MISSING = -1
 UNKNOWN = -2
 """What `encode` gives for a text that is no class; never leaves the data code."""
 
+MAX_CLASSES = 2 ** 24
+"""Classes of a column at most, since class indices travel as float32."""
+
 TAG_SEPARATOR = '|'
 """Between the tags of a cell."""
+
+_MAX_BYTES = 2 ** 29  # of a label space as JSON
 
 
 class BadCell(ValueError):
@@ -222,6 +227,9 @@ def _sorted_texts(name: str, texts: Iterable[str]) -> tuple[str, ...]:
     found = tuple(sorted(set(texts) - {''}))
     if not found:
         raise ValueError(f"column '{shortened(name)}' has no label in any row")
+    if len(found) > MAX_CLASSES:
+        raise ValueError(f"column '{shortened(name)}' has {len(found):,} different labels, and {MAX_CLASSES:,} are the "
+                         'most')
     return found
 
 
@@ -324,7 +332,7 @@ class LabelSpace:
             UserError: The file is missing or holds no label space.
         """
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding='utf-8')))
+            return cls.from_dict(json.loads(read_text(path, _MAX_BYTES)))
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f'{path}: cannot be read as a label space ({error})') from error
 
@@ -347,14 +355,21 @@ def _labels_from_dict(data: dict[str, Any]) -> Labels:
     if kind == Quantity.kind:
         made = Quantity(name, float(data['mean']), float(data['std']))
         texts = (name,)
+        if not (math.isfinite(made.mean) and math.isfinite(made.std) and made.std > 0):
+            raise ValueError(f"head '{shortened(str(name))}' has a mean of {made.mean} and a deviation of {made.std}")
     elif kind == TagSet.kind:
         made = TagSet(name, tuple(data['classes']), tuple(data['group']))
         texts = (name, *made.classes, *made.group)
+        if made.group not in ((), made.classes):
+            raise ValueError(f"the columns of head '{shortened(str(name))}' are not its tags")
     else:
         made = LabelSet(name, tuple(data['classes']))
         texts = (name, *made.classes)
     if not all(isinstance(text, str) and text for text in texts):
         raise ValueError('not a label space')
+    ''.join(texts).encode()  # raises where JSON spells half a surrogate pair, which could not be written again
+    if made.kind != Quantity.kind and len(made.classes) > MAX_CLASSES:
+        raise ValueError(f"head '{shortened(name)}' has more than {MAX_CLASSES:,} classes")
     if made.kind != Quantity.kind and (not made.classes or len(set(made.classes)) != len(made.classes)):
-        raise ValueError(f"head '{name}' has no classes or has one twice")
+        raise ValueError(f"head '{shortened(name)}' has no classes or has one twice")
     return made

@@ -5,7 +5,7 @@ import struct
 from PIL import Image
 
 MAX_SCANS = 2 ** 32
-"""Scans of a progressive JPEG times its pixels at most, about two seconds; the largest photo may have 24 scans."""
+"""Scans of a progressive JPEG times its pixels at most, about two seconds; the largest photo may have 23 scans."""
 
 _FEWEST_PIXELS = 2 ** 16  # that a JPEG counts as, since each scan takes some time of its own
 _MAX_CHUNKS = 100_000  # of a PNG, those of pixels left out

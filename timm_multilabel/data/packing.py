@@ -4,8 +4,10 @@ from pathlib import Path
 
 from timm_multilabel.data.shards import find_library
 from timm_multilabel.data.table import Table, find_images
+from timm_multilabel.files import whole_file
 
 FORMATS = ('webdataset', 'parquet')
+
 
 def check_packing(kind: str) -> None:
     """Raise UserError where the library of a format is missing."""
@@ -39,7 +41,8 @@ def pack(table: Table, folder: Path, name: str, kind: str, size: int = 1000) -> 
 
 
 def _write_tar(path: Path, images: list[Path], labels: list[dict]) -> None:
-    with find_library('webdataset').TarWriter(str(path), mtime=0) as writer:
+    # Opened here: the library would take a path such as pipe:... for a command.
+    with whole_file(path) as file, find_library('webdataset').TarWriter(file, mtime=0) as writer:
         for image, cells in zip(images, labels):
             writer.write({
                 '__key__': image.stem, image.suffix.lstrip('.'): image.read_bytes(),
@@ -52,4 +55,5 @@ def _write_parquet(path: Path, images: list[Path], labels: list[dict]) -> None:
     schema = datasets.Features({'image': datasets.Image(), **texts}).arrow_schema
     rows = [{'image': {'bytes': image.read_bytes(), 'path': image.name}, **cells}
             for image, cells in zip(images, labels)]
-    find_library('pyarrow.parquet').write_table(pyarrow.Table.from_pylist(rows, schema), path, row_group_size=100)
+    with whole_file(path) as file:
+        find_library('pyarrow.parquet').write_table(pyarrow.Table.from_pylist(rows, schema), file, row_group_size=100)

@@ -10,6 +10,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape, glob
 from importlib import import_module
@@ -82,6 +83,14 @@ class Shards:
         """Whether a rank reads shards of its own. Else every rank reads all, and takes its share of the samples."""
         return _is_even(len(self.files), ranks) if self.tars else len(self.files) % ranks == 0  # as `datasets` has it
 
+    def most_samples(self) -> int:
+        """A number of samples that the files hold at most; of Parquet, the number that they hold.
+
+        Raises:
+            UserError: A file cannot be read.
+        """
+        return sum(map(_most_in_tar if self.tars else _rows_of_parquet, self.files))
+
     def samples(self, rank: int = 0, ranks: int = 1, seed: int | None = None, images: bool = True) -> Iterator[Sample]:
         """The share of a rank, and of the loader process that this is called in: each sample once over all of them.
 
@@ -97,6 +106,7 @@ class Shards:
         wanted = None if self.columns is None else set(self.columns)
         read = self._tar_samples if self.tars else self._parquet_samples
         for name, image, cells in read(rank, ranks, seed, images):
+            _check_columns(cells, name)
             texts = {column: _text(value, name, column) for column, value in cells.items()
                      if wanted is None or column in wanted}
             yield Sample(name, image, {
@@ -112,8 +122,11 @@ class Shards:
         stream = webdataset.tariterators.group_by_keys(_read_tars(stream, images))
         if seed is not None:
             stream = webdataset.filters.shuffle(BUFFER, rng=random.Random(seed))(stream)
-        for members in islice(stream, 0 if by_file else rank, None, 1 if by_file else ranks):
-            yield _from_tar(members, images)
+        try:
+            for members in islice(stream, 0 if by_file else rank, None, 1 if by_file else ranks):
+                yield _from_tar(members, images)
+        except ValueError as error:
+            raise UserError(f'{self.source}: cannot be read as tars ({error.args[0]})') from error
 
     def _parquet_samples(self, rank: int, ranks: int, seed: int | None, images: bool) -> Iterator[tuple]:
         datasets = find_library(self.library)
@@ -152,6 +165,18 @@ def find_shards(folder: Path, name: str, image_column: str, missing_value: str |
                 shown = Path(files[0]).with_name(pattern.name.replace('-[0-9]*', '-*'))
                 return Shards(shown, tuple(files), image_column, missing_value)
     return None
+
+
+def _most_in_tar(path: str) -> int:
+    try:
+        return os.stat(path).st_size // tarfile.BLOCKSIZE  # a header is of one block
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read ({error.strerror})') from error
+
+
+def _rows_of_parquet(path: str) -> int:
+    with _open_parquet(path) as (_, table):
+        return table.metadata.num_rows
 
 
 def _is_even(files: int, parts: int) -> bool:
@@ -256,16 +281,27 @@ def _from_tar(members: dict[str, Any], images: bool) -> tuple[str, bytes | None,
     return name, image if images else None, cells
 
 
+@contextmanager
+def _open_parquet(path: str) -> Iterator[tuple[BinaryIO, Any]]:
+    """A Parquet file, as a file and as a table.
+
+    Raises:
+        UserError: It cannot be opened, or read within the context.
+    """
+    pyarrow, parquet = find_library('pyarrow'), find_library('pyarrow.parquet')
+    try:
+        with open_regular(path) as file, parquet.ParquetFile(file) as table:
+            yield file, table
+    except (pyarrow.ArrowException, ValueError, OSError, RecursionError) as error:
+        reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())
+        raise UserError(f'{path}: cannot be read as Parquet ({reason}); write it anew') from error
+
+
 def _read_parquet(files: Sequence[str], *args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
     """The rows of Parquet files as `datasets` streams them."""
-    pyarrow, parquet = find_library('pyarrow'), find_library('pyarrow.parquet')
     for path in files:
-        try:
-            with open_regular(path) as file, parquet.ParquetFile(file) as table:
-                yield from _rows(table, path, os.fstat(file.fileno()).st_size, *args, **kwargs)
-        except (pyarrow.ArrowException, ValueError, OSError, RecursionError) as error:
-            reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())
-            raise UserError(f'{path}: cannot be read as Parquet ({reason}); write it anew') from error
+        with _open_parquet(path) as (file, table):
+            yield from _rows(table, path, os.fstat(file.fileno()).st_size, *args, **kwargs)
 
 
 def _rows(
@@ -316,12 +352,11 @@ def _batches(table: Any, wanted: list[str], size: int, images: bool) -> Iterator
         expanded = [chunk.total_uncompressed_size for chunk in chunks]
         # A dictionary may make one large value the value of every row. Footers may lie, so images come one by one.
         rows = 1 if images else max(1, min(64, _EXPANDED // max(1, *expanded, 1)))
-        # No threads, which a forked loader process has not.
-        batches = table.iter_batches(rows, row_groups=[group], columns=wanted, use_threads=False)
         total = sum(expanded)
         if total <= most:
             total = 0
-            for batch in batches:
+            # No threads, which a forked loader process has not.
+            for batch in table.iter_batches(rows, row_groups=[group], columns=wanted, use_threads=False):
                 total += batch.nbytes
                 if total > most:
                     break
@@ -354,6 +389,15 @@ def _class_name(value: Any, feature: Any, name: str, column: str) -> Any:
     if not -1 <= value < len(names):
         raise UserError(f"{name}: '{shortened(column)}' is class {value}, and its metadata name {len(names)}")
     return names[value] if value >= 0 else None
+
+
+def _check_columns(cells: dict[str, Any], name: str) -> None:
+    for column in cells:
+        if not column.strip():
+            raise UserError(f'{name}: a label column without a name; name it or remove it')
+        if not column.isprintable():
+            raise UserError(f'{name}: the name of a label column, {shortened(ascii(column))}, holds a character that '
+                            'cannot be shown; rename it')
 
 
 def _text(value: Any, name: str, column: str) -> str:

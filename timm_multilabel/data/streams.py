@@ -11,10 +11,13 @@ import torch
 from timm_multilabel.data.shards import Sample, Shards
 from timm_multilabel.data.table import Rows, Table, encode_rows, encode_targets
 from timm_multilabel.errors import UserError
-from timm_multilabel.files import write_whole
+from timm_multilabel.files import read_text, write_whole
 from timm_multilabel.labels import Labels, LabelSet, LabelSpace
 
 _SEEN = 50_000  # combinations of labels that are kept
+_MAX_BYTES = 2 ** 20  # of rows.json
+_MAX_CELLS = 2 ** 27  # of a table of labels, where nearly all cells are empty
+_MAX_HOLES = 100  # cells of such a table for each one that is filled
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,21 @@ class StreamedRows:
 
 
 def read_labels(samples: Iterable[Sample]) -> pd.DataFrame:
-    """The cells of samples as text, by their names; one that is missing may be NaN."""
+    """The cells of samples as text, by their names; one that is missing may be NaN.
+
+    Raises:
+        UserError: Each sample has label columns of its own, so that a table of them would not fit into memory.
+    """
     # By parts, and equal texts as one object, which takes a tenth of the memory.
     texts: dict[str, str] = {}
     samples, frames = iter(samples), []
+    columns, rows, filled = set(), 0, 0
     while part := list(islice(samples, 10_000)):
+        rows, filled = rows + len(part), filled + sum(len(each.cells) for each in part)
+        columns.update(*(each.cells for each in part))
+        if rows * len(columns) > max(_MAX_CELLS, _MAX_HOLES * filled):
+            raise UserError(f'{part[-1].name}: the samples up to this one have {len(columns):,} label columns, nearly '
+                            'all of them empty in each sample; write such labels as a list of tags in one column')
         cells = [{column: texts.setdefault(text, text) for column, text in each.cells.items()} for each in part]
         frames.append(pd.DataFrame(cells, [each.name for each in part], dtype=object))
     return pd.concat(frames) if frames else pd.DataFrame()
@@ -101,7 +114,15 @@ def table_of_labels(shards: Shards, labels: Sequence[pd.DataFrame]) -> StreamedT
 
 
 def table_without_labels(shards: Shards, label_space: LabelSpace, count: int) -> StreamedTable:
-    """A table that stands for shards whose label space and number of samples are known."""
+    """A table that stands for shards whose label space and number of samples are known.
+
+    Raises:
+        UserError: The shards cannot hold so many samples.
+    """
+    most = shards.most_samples()
+    if count > most:
+        raise UserError(f'{shards.source}: {Stored.ROWS} says that the split has {count} samples, and these shards '
+                        f'hold {"at most " if shards.tars else ""}{most}; remove {Stored.ROWS} for a new count')
     columns = [column for head in label_space.heads for column in head.columns]
     frame = pd.DataFrame(columns=list(dict.fromkeys(columns)), dtype=object)
     return StreamedTable(shards.source, frame, shards.image_column, shards, count, spared=True)
@@ -154,10 +175,10 @@ class Stored:
         label_space = LabelSpace.load(path) if path.is_file() else None
         path = folder / cls.ROWS
         try:
-            rows = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+            rows = json.loads(read_text(path, _MAX_BYTES)) if path.is_file() else {}
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f'{path}: cannot be read as JSON ({error}); mend or remove it') from error
-        if not isinstance(rows, dict) or not all(isinstance(count, int) and count > 0 for count in rows.values()):
+            raise UserError(f'{path}: cannot be read as JSON ({error}); fix or remove it') from error
+        if not isinstance(rows, dict) or not all(type(count) is int and count > 0 for count in rows.values()):
             raise UserError(f'{path}: expected the number of samples by split, such as {{"train": 4000}}')
         return cls(folder, label_space, rows)
 

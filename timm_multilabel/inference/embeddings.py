@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from timm_multilabel.errors import UserError
-from timm_multilabel.files import whole_file, write_whole
+from timm_multilabel.files import open_regular, whole_file, write_whole
 from timm_multilabel.inference.loaded import WHAT, LoadedModel, reason_of
 from timm_multilabel.loading.batches import Part
 from timm_multilabel.training.checkpoint import WEIGHTS
@@ -93,7 +93,8 @@ class Embeddings:
     def _load_parquet(cls, path: Path) -> 'Embeddings':
         pyarrow, parquet = import_pyarrow(path)
         try:
-            table = parquet.read_table(path, columns=['image', 'embedding'])
+            with open_regular(path) as file:  # since a path such as s3://... would be taken for an address
+                table = parquet.read_table(file, columns=['image', 'embedding'])
             column = table['embedding'].combine_chunks()
             vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1).copy()
             made_by = json.loads((table.schema.metadata or {})[_METADATA])
