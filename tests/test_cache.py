@@ -168,7 +168,8 @@ def test_bad_images_while_a_cache_is_made(photos_dir):
     with pytest.raises(UserError, match=r'images/[12]\.png \(.*train\.csv row [34]\): cannot be decoded'):
         opened(photos_dir, 'disk')
     assert not list((photos_dir / 'cache').iterdir())
-    left = photos_dir / 'cache' / f'.{cache._indices(files(photos_dir), VIEWS, photos_dir / "cache")[0].stem}-{"0" * 16}.tmp'
+    index = cache._indices(files(photos_dir), VIEWS, photos_dir / 'cache')[0]
+    left = photos_dir / 'cache' / f'.{index.stem}-{"0" * 16}.tmp'
     left.write_bytes(b'of a run that was killed')
     os.utime(left, (0, 0))
     for kind in ('ram', 'disk', 'disk'):

@@ -315,7 +315,8 @@ def test_a_count_that_shards_cannot_hold_is_refused(data_dir, tmp_path, kind, ca
 @pytest.mark.parametrize('head, message', [
     ({'name': 'a', 'kind': 'number', 'mean': 0, 'std': 0}, "head 'a' has no mean and standard deviation"),
     ({'name': 'a', 'kind': 'number', 'mean': float('nan'), 'std': 1}, "head 'a' has no mean and standard deviation"),
-    ({'name': 'a', 'kind': 'tags', 'classes': ['b'], 'group': ['c', 'd']}, "head 'a' has no classes, has one twice, or those of other columns"),
+    ({'name': 'a', 'kind': 'tags', 'classes': ['b'], 'group': ['c', 'd']},
+     "head 'a' has no classes, has one twice, or those of other columns"),
     ({'name': 'a', 'classes': ['\ud800']}, 'a name or a label that is no text'),
 ])
 def test_label_spaces_that_no_run_would_write_are_refused(tmp_path, head, message):

@@ -57,7 +57,13 @@ class Split:
 
     def labels(self, head: str) -> np.ndarray | None:
         """The texts of a head's column (N,), or None where there is no such column."""
-        return self.table.frame[head].to_numpy(dtype=object) if self.table.has_label(head) else None
+        if not self.table.has_label(head):
+            return None
+        return self._cells[:, self.table.frame.columns.get_loc(head)]
+
+    @cached_property
+    def _cells(self) -> np.ndarray:
+        return self.table.frame.to_numpy(dtype=object)
 
 
 @dataclass(frozen=True)

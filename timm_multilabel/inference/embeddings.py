@@ -9,7 +9,7 @@ import torch
 
 from timm_multilabel.arrays import check_array, check_expansion, read_arrays, write_arrays
 from timm_multilabel.errors import UserError
-from timm_multilabel.files import reading, whole_file
+from timm_multilabel.files import open_regular, reading, whole_file
 from timm_multilabel.inference.loaded import WHAT, LoadedModel, check_finite, reason_of
 from timm_multilabel.loading.batches import Part
 from timm_multilabel.training.checkpoint import WEIGHTS
