@@ -39,9 +39,7 @@ def test_all_kinds_are_here(kinds):
     assert [*kinds] == NAMES
 
 
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=pytest.mark.xfail(reason='schemas of Parquet shards', strict=False))
-    if name == 'Parquet shard' else name for name in NAMES])
+@pytest.mark.parametrize('name', NAMES)
 def test_damage_ends_in_one_line(kinds, name):
     outcomes = try_kind(*kinds[name], tries=30 if name in SLOW else 150, seed=0)
     assert outcomes.keys() <= {'read', 'refused'}

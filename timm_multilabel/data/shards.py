@@ -32,7 +32,7 @@ MAX_JSON = 16 * 2 ** 20
 
 _MAX_HEADER = 2 ** 20  # bytes that a tar may spend on one name or one set of extended headers
 _EXPANDED = 256 * 2 ** 20  # bytes of a Parquet row group that may come of a file of any size
-_EXPANSION = 100  # times its compressed size that a larger row group may take
+_EXPANSION = 100  # times the size of its file that a larger row group may take
 _IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'bmp', 'gif', 'tif', 'tiff')
 
 
@@ -343,16 +343,12 @@ def _batches(table: Any, wanted: list[str], size: int, images: bool) -> Iterator
     Raises:
         ValueError: They expand out of all proportion to their size on disk.
     """
-    names = set(wanted)
+    most = max(_EXPANDED, _EXPANSION * size)
     for group in range(table.num_row_groups):
-        metadata = table.metadata.row_group(group)
-        chunks = [metadata.column(number) for number in range(metadata.num_columns)]
-        chunks = [chunk for chunk in chunks if not names.isdisjoint(_prefixes(chunk.path_in_schema))]
-        most = max(_EXPANDED, _EXPANSION * min(size, sum(chunk.total_compressed_size for chunk in chunks)))
-        expanded = [chunk.total_uncompressed_size for chunk in chunks]
+        # Not by what the footer says of each column: pyarrow ends the process where that is damaged.
+        total = table.metadata.row_group(group).total_byte_size
         # A dictionary may make one large value the value of every row. Footers may lie, so images come one by one.
-        rows = 1 if images else max(1, min(64, _EXPANDED // max(1, *expanded, 1)))
-        total = sum(expanded)
+        rows = 1 if images else max(1, min(64, 8 * _EXPANDED // max(1, total)))
         if total <= most:
             total = 0
             # No threads, which a forked loader process has not.
@@ -363,12 +359,7 @@ def _batches(table: Any, wanted: list[str], size: int, images: bool) -> Iterator
                 yield batch
         if total > most:
             raise ValueError(f'row group {group + 1} expands to more than {most:,} bytes, which is out of all '
-                             'proportion to its size on disk')
-
-
-def _prefixes(path: str) -> list[str]:
-    """The columns that a leaf such as `image.bytes` may be part of; their names may hold dots."""
-    return [path[:place] for place in (*(match.start() for match in re.finditer(r'\.', path)), len(path))]
+                             'proportion to the size of the file')
 
 
 def _image_bytes(value: Any, name: str, column: str) -> bytes:
