@@ -2,7 +2,12 @@
 import os
 
 import pytest
+import timm
+import torch
 from common import assert_same_summary, assert_same_weights, train_run, weights, write_data
+
+from timm_multilabel.errors import UserError
+from timm_multilabel.model import create_backbone
 
 
 @pytest.fixture(scope='module')
@@ -55,3 +60,64 @@ def test_a_run_on_the_device_goes_on_to_the_same_summary(data_dir, tmp_path):
     part = train_run(data_dir, tmp_path / 'part', *flags, '--resume', 'auto', epochs=3)
     assert_same_summary(whole, part)
     assert_same_weights(whole / 'last.pth.tar', part / 'last.pth.tar')
+
+
+def file_of(folder, state):
+    torch.save(state, folder / 'w.pth')
+    return str(folder / 'w.pth')
+
+
+WRAPPED = timm.create_model('test_resnet', num_classes=0).state_dict()
+NORMS = [name for name in WRAPPED if f"{name.rpartition('.')[0]}.running_var" in WRAPPED]
+
+
+@pytest.mark.parametrize('lacking, words', [
+    ([name for name in NORMS if 'tracked' not in name], '--pretrained-path .* lacks 60 of the 90 weights and buffers'),
+    ([name for name in NORMS if 'running_var' in name], r'lacks 15 of .*\(conv1.1.running_var, conv1.4.running_var,'),
+    (['bn1.bias'], r'lacks 1 of the 90 weights and buffers of test_resnet \(bn1.bias\)'),
+])
+def test_each_weight_that_a_file_lacks_is_named(tmp_path, lacking, words):
+    state = {name: value for name, value in WRAPPED.items() if name not in lacking}
+    with pytest.raises(UserError, match=words):
+        create_backbone('test_resnet', pretrained_path=file_of(tmp_path, state))
+
+
+@pytest.mark.parametrize('wrap, said', [
+    (lambda state: {**state, 'fc.weight': torch.zeros(2, 4)}, 'left out 1 that test_resnet has not (fc.weight)'),
+    (lambda state: {'state_dict': {f'module.{name}': value for name, value in state.items()}}, None),  # by timm
+    *((lambda state, prefix=prefix: {f'{prefix}{name}': value for name, value in state.items()},
+       f"took the weights under '{prefix}'")
+      for prefix in ('backbone.', 'model.', 'model.backbone.', 'student.wrapped_model._model.')),
+    (lambda state: {'teacher': {f'backbone.{name}': value for name, value in state.items()}, 'epoch': 3},
+     "took the weights under 'teacher.backbone.'"),
+    (lambda state: {'state_dict': {**{f'model.{name}': value for name, value in state.items()}, 'loss.w': NORMS}},
+     "took the weights under 'model.'"),
+    (lambda state: {name: value for name, value in state.items() if 'tracked' not in name},
+     'num_batches_tracked of 15 layers is not in it'),
+])
+def test_a_wrapper_around_the_weights_is_taken_off(tmp_path, capsys, wrap, said):
+    state = {name: torch.rand_like(value) if value.is_floating_point() else value for name, value in WRAPPED.items()}
+    made = create_backbone('test_resnet', pretrained_path=file_of(tmp_path, wrap(state)))
+    for name, value in made.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert 'state_dict' not in made.pretrained_cfg
+    out = capsys.readouterr().out
+    assert said in out if said else not out
+
+
+def test_two_models_in_a_file_are_refused(tmp_path):
+    state = {f'{part}.{name}': value for part in ('student', 'teacher') for name, value in WRAPPED.items()}
+    with pytest.raises(UserError, match='weights of 2 such models, under student., teacher.;'):
+        create_backbone('test_resnet', pretrained_path=file_of(tmp_path, state))
+
+
+@pytest.mark.parametrize('flags, line', [
+    (['-wls', '0', '-b', '1'], '-b 1: test_resnet has batch norm that sees one number a channel of one image of 3x32x32'),
+])
+def test_what_is_at_its_edge_is_refused(data_dir, tmp_path, capsys, flags, line):
+    assert line in refused(capsys, data_dir, tmp_path, *flags)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_batch_norm_takes_one_image_that_is_large_enough(data_dir, tmp_path):
+    train_run(data_dir, tmp_path, '-wls', '0', '-b', '1', '--img-size', '64', '--epoch-steps', '2', epochs=1)
