@@ -24,7 +24,7 @@ FLAGS = [  # the run that goes on, its new flags, and what the refusal or the li
     *(('simclr', words, None) for words in (
         '--train-split val', '--val-split train', '--separator ,', '--missing-value x', '--head color:smoothing=0.2',
         '--unknown-labels ignore', '--skip-bad-images', '--cache ram', '--cache disk --cache-dir cache', '--workers 1',
-        '--img-size 48', '--input-size 3 48 48', '--mean 0.4', '--std 0.3', '--drop 0.1', '--drop-path 0.1',
+        '--img-size 48', '--mean 0.4', '--std 0.3', '--drop 0.1', '--drop-path 0.1',
         '--model-kwargs global_pool=max', '--grad-checkpointing', '--channels-last', '--torchcompile aot_eager',
         '--model-ema', '--simclr-loss-weight 0.3', '--classification-loss-weight 0.7', '--temperature 0.2',
         '--smoothing 0', '--head-weights color=1 shape=2', '--classify-views first', '--labelled-rows 8', POOL,
@@ -49,6 +49,7 @@ FLAGS = [  # the run that goes on, its new flags, and what the refusal or the li
     ('simclr', '--image-column picture', "no column 'picture'"),
     ('simclr', '--heads color', 'a checkpoint of other classes'),
     ('simclr', '--head-module heads.py', 'heads.py: no such file'),
+    ('simclr', '--input-size 3 48 48', 'Conflicting input image sizes'),
     ('simclr', '--model test_byobnet', MISFIT), ('simclr', '--projection-dim 8', MISFIT),
     ('simclr', '--layer-decay 0.7', MISFIT), ('plain', '--freeze-backbone', MISFIT),
     ('adamw', '--opt-kwargs amsgrad=True', 'its settings keep max_exp_avg_sq, which the file has not'),

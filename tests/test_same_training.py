@@ -112,7 +112,10 @@ def test_two_models_in_a_file_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize('flags, line', [
-    (['-wls', '0', '-b', '1'], '-b 1: test_resnet has batch norm that sees one number a channel of one image of 3x32x32'),
+    (['-wls', '0', '-b', '1'], '-b 1: test_resnet has batch norm that sees one number a channel of one image of 3x32'),
+    (['-t', '1e300'], '-t/--temperature: 1e300 is out of range, expected more than 1e-30, 1e+30 at most'),
+    (['-t', '1e-300'], '-t/--temperature: 1e-300 is out of range'),
+    (['--epoch-steps', '9999999999999999999'], '9999999999999999999 is out of range, expected 1 or more, 2.14748e+09'),
 ])
 def test_what_is_at_its_edge_is_refused(data_dir, tmp_path, capsys, flags, line):
     assert line in refused(capsys, data_dir, tmp_path, *flags)
