@@ -15,6 +15,7 @@ from common import SPACE, run_ranks, write_data
 from PIL import Image
 from test_loading import PLAIN, spoil
 from test_views import WAITS, Operations, picture
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from timm_multilabel.cli import train, validate
 from timm_multilabel.cli.main import run_command
@@ -276,7 +277,7 @@ def test_the_device_replaces_bad_images_as_a_loader_does(photos_dir):
 
 
 def test_evaluation_stays_on_the_device(photos_dir):
-    normal = {'mean': (0.4, 0.5, 0.6), 'std': (0.2, 0.3, 0.25)}
+    normal = {'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD}
     part = Part(files(photos_dir).rows, files(photos_dir), eval_views((16, 16), 'bilinear', 1.0, 'center'))
     loader = create_eval_loader(part, 5, workers=0, device=CPU, **normal)
     kept = device.DeviceEvalLoader(loader, **normal)

@@ -47,7 +47,7 @@ BAD_FLAGS = [
     (['-wls', '-0.1'], 'argument -wls/--simclr-loss-weight: -0.1 is out of range, expected 0 or more'),
     (['-wlc', 'nan'], "'nan' is not a number"),
     (['-wls', 'inf'], "'inf' is not a number"),
-    (['-t', '0'], 'argument -t/--temperature: 0 is out of range, expected more than 0'),
+    (['-t', '0'], 'argument -t/--temperature: 0 is out of range, expected more than 1e-30'),
     (['-t', 'warm'], "'warm' is not a number"),
     (['-b', '1'], '-b 1: SimCLR contrasts'),
     (['-b', '2.5'], "'2.5' is not a whole number"),

@@ -1,7 +1,7 @@
 """A timm backbone with a head for each label, and the projector."""
 import difflib
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -15,6 +15,7 @@ from torch import nn
 from timm_multilabel.errors import UserError
 from timm_multilabel.heads import KINDS, Head, create_head, resolve_options
 from timm_multilabel.labels import LabelSpace
+from timm_multilabel.weights_file import create_from_file
 
 
 class Projector(nn.Sequential):
@@ -109,6 +110,7 @@ def create_backbone(
         input_size: dict[str, Any] | None = None,
         drop_path: float | None = None,
         model_kwargs: dict[str, Any] | None = None,
+        say: Callable[[str], None] = print,
 ) -> nn.Module:
     """Make a timm model without a classifier.
 
@@ -119,6 +121,7 @@ def create_backbone(
         input_size: timm's `img_size` or `input_size` request, for models made for one size.
         drop_path: Rate of stochastic depth (`drop_path_rate`).
         model_kwargs: Further arguments of the model.
+        say: Prints a line on what of a local file was taken, where it is not all.
 
     Raises:
         UserError: The model is unknown, has no pooled features, does not take an argument, or weights cannot be had.
@@ -131,7 +134,7 @@ def create_backbone(
     try:
         kwargs = resolve_model_input_args(name, input_size, **kwargs)
         if pretrained_path:
-            backbone = _create_from_file(kwargs, pretrained_path)
+            backbone = create_from_file(kwargs, pretrained_path, say)
         else:
             backbone = timm.create_model(**kwargs, pretrained=pretrained)
     except UserError:
@@ -141,28 +144,6 @@ def create_backbone(
     if not getattr(backbone, 'head_hidden_size', None):
         raise UserError(f"--model {name}: the model has no pooled features to put heads on; choose another")
     return backbone
-
-
-def _create_from_file(kwargs: dict[str, Any], path: str) -> nn.Module:
-    """A timm model with the weights of a local file, every one of them.
-
-    timm passes over weights that a file lacks, since it expects another classifier. Two models that are made from the
-    same random numbers, one without the file, tell which weights it brought.
-
-    Raises:
-        UserError: The file lacks weights of the model.
-    """
-    with torch.random.fork_rng():
-        untouched = timm.create_model(**kwargs)
-    loaded = timm.create_model(**kwargs, pretrained=True, pretrained_cfg_overlay={'file': path}).state_dict()
-    drawn = {name: value for name, value in untouched.named_parameters() if value.min() < value.max()}
-    lacking = [name for name, value in drawn.items() if torch.equal(value, loaded[name])]
-    if lacking:
-        raise UserError(
-            f'--pretrained-path {path}: lacks {len(lacking)} of the {len(drawn)} weights of {kwargs["model_name"]} '
-            f'({", ".join(lacking[:3])}, ...); name a file of that model, or with --initial-checkpoint one of a run')
-    untouched.load_state_dict(loaded)
-    return untouched
 
 
 def _explain(error: Exception, name: str, pretrained: bool, pretrained_path: str | None) -> Exception:

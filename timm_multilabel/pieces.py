@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 Outputs = tuple[dict[str, torch.Tensor], torch.Tensor | None]
 
 
-def run_in_pieces(module: nn.Module, images: torch.Tensor, views: int, size: int) -> Outputs:
+def run_in_pieces(module: nn.Module, images: torch.Tensor, views: int, size: int | None) -> Outputs:
     """Run a module on a batch in pieces, keeping nothing but what comes out: gradient caching.
 
     A loss on the outputs of all images has a gradient at those outputs. On its way back each piece is run again, from
@@ -27,7 +27,7 @@ def run_in_pieces(module: nn.Module, images: torch.Tensor, views: int, size: int
             perhaps within DistributedDataParallel, which then reduces once.
         images: Images of a batch (V * N, 3, H, W), the same number on every rank.
         views: V.
-        size: The most images of a piece.
+        size: The most images of a piece; None for the whole batch at once.
 
     Returns:
         What the module returns for the whole batch.
@@ -36,9 +36,9 @@ def run_in_pieces(module: nn.Module, images: torch.Tensor, views: int, size: int
         RuntimeError: A backward pass that is to be differentiated itself.
     """
     number = len(images) // views
-    pieces = math.ceil(number / size)
+    pieces = math.ceil(number / size) if size is not None else 1
     if pieces <= 1:
-        return module(images)
+        return _with_buffers_kept(module, module(images))
     positions = torch.arange(len(images), device=images.device).view(views, number)
     parts = [positions[:, first::pieces].flatten() for first in range(pieces)]
     inner = module.module if isinstance(module, DistributedDataParallel) else module
@@ -70,6 +70,36 @@ def _detached(result: Outputs) -> Outputs:
     outputs, projections = result
     return ({name: output.detach() for name, output in outputs.items()},
             None if projections is None else projections.detach())
+
+
+def _with_buffers_kept(module: nn.Module, result: Outputs) -> Outputs:
+    """What a module returned; where it recomputes activations, its backward pass leaves the buffers as they are then.
+
+    Gradient checkpointing runs layers again in the backward pass, and batch norm would update its running statistics a
+    second time. It is done here, outside of what torch.compile compiles, and with any loop that calls `backward`.
+    """
+    outputs, projections = result
+    recomputes = any(getattr(each, 'grad_checkpointing', False) for each in module.modules())
+    if not recomputes or not torch.is_grad_enabled() or not any(each.requires_grad for each in _flat(result)):
+        return result
+    flat = _BuffersKept.apply(list(module.buffers()), *_flat(result))
+    return dict(zip(outputs, flat)), None if projections is None else flat[-1]
+
+
+class _BuffersKept(torch.autograd.Function):
+    """Outputs whose backward pass, from here to its end, leaves buffers as they were when it came here."""
+
+    @staticmethod
+    def forward(ctx: Any, buffers: list[torch.Tensor], *outputs: torch.Tensor):
+        ctx.buffers = buffers
+        ctx.set_materialize_grads(False)
+        return tuple(output.view_as(output) for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None):
+        before = [buffer.clone() for buffer in ctx.buffers]
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: _restore(ctx.buffers, before))
+        return None, *gradients
 
 
 class _Cached(torch.autograd.Function):
@@ -108,7 +138,7 @@ class _Replay:
                     stack.enter_context(no_sync())
                 stack.enter_context(torch.enable_grad())
                 with state.again(), torch.autocast(**self.autocast):
-                    outputs = _flat(self.module(self.images[part]))
+                    outputs = _flat(_with_buffers_kept(self.module, self.module(self.images[part])))
                 pairs = [(output, gradient.index_select(0, part))
                          for output, gradient in zip(outputs, gradients, strict=True) if output.requires_grad]
                 torch.autograd.backward(*zip(*pairs))
@@ -155,6 +185,10 @@ def _kept_buffers(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
+        _restore(buffers, before)
+
+
+@torch.no_grad()
+def _restore(buffers: list[torch.Tensor], before: list[torch.Tensor]) -> None:
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(value)

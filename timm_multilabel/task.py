@@ -260,10 +260,7 @@ class JointTask(TrainingTask):
             'loss', its weighted terms '<term>_loss' (see `terms`; zero where off), 'head_losses' (H,) unweighted,
             'output' and 'target' of the classified rows by head, and with pseudo-labels 'pseudo_label_shares' (H,).
         """
-        if self.micro_batch is None:
-            outputs, projections = self.trainable_module(input)
-        else:
-            outputs, projections = run_in_pieces(self.trainable_module, input, self.views, self.micro_batch)
+        outputs, projections = run_in_pieces(self.trainable_module, input, self.views, self.micro_batch)
         losses = {term: torch.zeros((), device=input.device) for term in self.terms}
         result: dict[str, Any] = {'head_losses': losses['simclr'].expand(len(self.label_space.heads))}
         if projections is not None:

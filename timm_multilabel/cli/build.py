@@ -29,6 +29,7 @@ def model(
         data: Data,
         options: head_options.Options,
         fresh: bool = True,
+        say: Callable[[str], None] = print,
 ) -> tuple[MultiLabelModel, dict[str, Any]]:
     """The model, on the CPU, and timm's data config: input size, normalisation, resizing in evaluation.
 
@@ -37,6 +38,7 @@ def model(
         data: The rows.
         options: Options of the heads.
         fresh: Load pretrained weights as asked for; not where a checkpoint or an earlier phase brings its own.
+        say: Prints a line.
     """
     size = {'img_size': args.img_size, 'input_size': args.input_size}
     backbone = create_backbone(
@@ -46,6 +48,7 @@ def model(
         input_size=size,
         drop_path=args.drop_path,
         model_kwargs=args.model_kwargs,
+        say=say,
     )
     if args.grad_checkpointing:
         try:
@@ -62,7 +65,12 @@ def model(
     if not is_data_config(data_config):
         raise UserError(
             f'--img-size, --crop-pct, --mean, --std: {data_config} is out of the range that a checkpoint may hold')
-    try_out(args.model, backbone, data_config['input_size'])
+    alone = try_out(args.model, backbone, data_config['input_size'])
+    if alone and data.batch_size + data.pool_batch_size == 1 and _one_view(args) and not (
+            args.freeze_backbone or args.sync_bn):
+        raise UserError(
+            f'-b 1: {args.model} has batch norm that sees one number a channel of one image of '
+            f'{"x".join(map(str, data_config["input_size"]))}, and no statistics come of that; raise -b or --img-size')
     try:
         made = MultiLabelModel(
             backbone, data.label_space, args.drop, args.smoothing, options, data.kinds, args.projection_dim)
@@ -71,9 +79,24 @@ def model(
     return made, data_config
 
 
-def try_out(name: str, backbone: torch.nn.Module, input_size: list[int]) -> None:
-    """Raise UserError unless a backbone gives pooled features for an image of the size."""
+def _one_view(args: argparse.Namespace) -> bool:
+    return not args.simclr_loss_weight and not args.pseudo_label_weight
+
+
+def try_out(name: str, backbone: torch.nn.Module, input_size: list[int]) -> bool:
+    """Run a backbone on one image.
+
+    Returns:
+        Whether a batch norm gets one number a channel of it, from which it could not train.
+
+    Raises:
+        UserError: It takes no images of the size, or gives no pooled features.
+    """
     size = 'x'.join(map(str, input_size))
+    norms = [module for module in backbone.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    alone: list[bool] = []
+    hooks = [norm.register_forward_pre_hook(lambda norm, inputs: alone.append(inputs[0].numel() == norm.num_features))
+             for norm in norms]
     try:
         with torch.no_grad():
             features = backbone.eval()(torch.zeros(1, *input_size))
@@ -81,8 +104,12 @@ def try_out(name: str, backbone: torch.nn.Module, input_size: list[int]) -> None
     except Exception as error:  # each model has its own ways to refuse a size
         reason = ' '.join(str(error).split())[:200]
         raise UserError(f'--model {name}: it does not take images of {size} ({reason}); see --img-size') from error
+    finally:
+        for hook in hooks:
+            hook.remove()
     if not isinstance(features, torch.Tensor) or features.shape != (1, backbone.head_hidden_size):
         raise UserError(f'--model {name}: no pooled features come out of it; choose another, or other --model-kwargs')
+    return any(alone)
 
 
 def task(
@@ -140,8 +167,7 @@ def task(
 def check_pieces(args: argparse.Namespace, model: MultiLabelModel, data: Data) -> None:
     """Raise UserError where batch norm would have to take its statistics from one input."""
     images = data.batch_size + data.pool_batch_size
-    one_view = not args.simclr_loss_weight and not args.pseudo_label_weight
-    if args.micro_batch is None or args.micro_batch >= images or args.freeze_backbone or not one_view:
+    if args.micro_batch is None or args.micro_batch >= images or args.freeze_backbone or not _one_view(args):
         return
     least = images // -(-images // args.micro_batch)
     if least == 1 and any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()):

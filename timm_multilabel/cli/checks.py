@@ -90,6 +90,9 @@ def check_flags(args: argparse.Namespace) -> None:
         if low > high or name == 'scale' and high > 1:
             raise UserError(f'--{name} {low:g} {high:g}: the least comes first'
                             + (', and the most is 1' if name == 'scale' else ''))
+    if args.grad_checkpointing and (args.torchcompile or '').startswith('eager'):
+        raise UserError(f'--torchcompile {args.torchcompile} compiles nothing and cannot recompute activations; pass '
+                        'another backend, or leave --grad-checkpointing out')
     if args.layer_decay and args.sched == 'none':
         raise UserError('--layer-decay works through the schedule; pass --sched constant in place of none')
     if args.sched == 'plateau' and args.sched_on_updates:

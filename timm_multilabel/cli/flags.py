@@ -81,10 +81,13 @@ def number(
     return parse
 
 
-at_least_0 = number(least=0)
-above_0 = number(above=0)
-count = number(int, least=0)
-positive = number(int, least=1)
+_LARGEST = 1e30  # float32, which is what most numbers become, holds it and its inverse
+_MOST = 2 ** 31 - 1
+
+at_least_0 = number(least=0, most=_LARGEST)
+above_0 = number(above=1 / _LARGEST, most=_LARGEST)
+count = number(int, least=0, most=_MOST)
+positive = number(int, least=1, most=_MOST)
 fraction = number(least=0, most=1)
 
 

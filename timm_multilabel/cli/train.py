@@ -17,6 +17,7 @@ from timm_multilabel.cli.checks import check_metric, check_phases, check_terms, 
 from timm_multilabel.cli.data import read_data
 from timm_multilabel.cli.device import choose_precision, start_device
 from timm_multilabel.cli.output import say as print_line
+from timm_multilabel.cli.resumed_flags import flags_of_resumed
 from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import UserError
 from timm_multilabel.reports.curves import CurvesTracker
@@ -87,7 +88,10 @@ def run(args: argparse.Namespace) -> None:
                     lock.take(folder)
                     if checkpoint is not None and (line := set_aside_later(folder, checkpoint)):
                         say(line)
-                    writer = RunFolder(folder, settings(args), phases[-1].data.label_space, names, launchers)
+                    flags = settings(args)
+                    if checkpoint is not None:
+                        flags = flags_of_resumed(args, flags, folder, say)
+                    writer = RunFolder(folder, flags, phases[-1].data.label_space, names, launchers)
                     trackers = stack.enter_context(closing(
                         Trackers(choose_trackers(args, folder, checkpoint is not None), say)))
             phase.fit(phase_folder(folder, names, index), writer, trackers, checkpoint, signals, say)
@@ -152,13 +156,14 @@ class Phase:
         options, weights = head_options.resolve(data.head, data.kinds, data.label_space, targets)
         weights = resolve_weights(args, data, weights)
         fresh = checkpoint is None and start is None
-        model, self.data_config = build.model(args, data, options, fresh)
+        model, self.data_config = build.model(args, data, options, fresh, say)
         for name, head in model.named_heads.items():
             if head.remark:
                 say(f"head '{name}': {head.remark}")
         check_terms(args, model.heads)
         self.metric = check_metric(args, data, model.heads, weights)
         self.task = build.task(args, model, data, self.data_config, weights, self.precision.device)
+        self.task.metadata['eval_metric'] = self.metric
         if start is not None:
             say(start_from(self.task, start, start.best_weights))
         build.surround(args, self.task)

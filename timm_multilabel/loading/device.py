@@ -120,6 +120,11 @@ class DevicePart:
         return rows
 
 
+def _of_bytes(numbers: Sequence[float]) -> torch.Tensor:
+    """Mean or std of each channel for pixels of 0 to 255 (1, 3, 1, 1), rounded to float32 where timm's loader does."""
+    return torch.tensor([255 * number for number in numbers]).view(1, -1, 1, 1)
+
+
 class DeviceTrainLoader:
     """`create_train_loader` for images on a device: the same batches of the same views, but for roundings of pixels.
 
@@ -155,8 +160,7 @@ class DeviceTrainLoader:
         self.parts, self.views = [part for part, _ in parts], views
         self.samplers = shuffled_batches(parts, seed, rank, ranks, steps)
         self.device = self.parts[0].targets.device
-        self.mean, self.std = (
-            255 * torch.tensor(numbers, device=self.device).view(1, -1, 1, 1) for numbers in (mean, std))
+        self.mean, self.std = (_of_bytes(numbers).to(self.device) for numbers in (mean, std))
         self.erase = None
         if re_prob:
             self.erase = RepeatableErasing(RandomErasing(
@@ -206,7 +210,7 @@ class DeviceEvalLoader:
 
     def __init__(self, loader: Any, mean: tuple[float, ...], std: tuple[float, ...]):
         self.loader, self.kept = loader, []
-        self.mean, self.std = (255 * torch.tensor(numbers).view(1, -1, 1, 1) for numbers in (mean, std))
+        self.mean, self.std = _of_bytes(mean), _of_bytes(std)
 
     def __len__(self) -> int:
         return len(self.loader)

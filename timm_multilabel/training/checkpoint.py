@@ -20,6 +20,7 @@ from timm_multilabel.model import MultiLabelModel, create_backbone
 from timm_multilabel.model_names import is_from_elsewhere
 from timm_multilabel.task import JointTask
 from timm_multilabel.training.checkpoint_checks import check_archive, wrong_setting, wrong_tensors
+from timm_multilabel.training.optimizer_state import load_optimizer, load_plateau
 from timm_multilabel.training.place import Place
 from timm_multilabel.training.updater import Updater
 
@@ -281,26 +282,27 @@ def resume(
         The place to go on from.
 
     Raises:
-        UserError: The checkpoint is of other classes, another model or another optimizer.
+        UserError: The checkpoint is of other classes, another model or another optimizer, or ranked by another metric.
     """
     state = checkpoint.state
     if checkpoint.label_space != task.label_space:
         raise UserError(
             f'{checkpoint.path}: a checkpoint of other classes: {checkpoint.label_space}; the data has '
             f'{task.label_space}; resume with the data it was trained on, or start anew with --initial-checkpoint')
-    theirs, ours = state.get('opt'), task.metadata.get('opt')
-    if theirs != ours:
-        raise UserError(
-            f'{checkpoint.path}: trained with --opt {theirs}, not {ours}; resume with that, or start anew with '
-            '--initial-checkpoint')
+    for name in ('opt', 'eval_metric'):  # the metric ranks the checkpoints; earlier versions did not write it down
+        theirs, ours = state.get(name), task.metadata.get(name)
+        if theirs != ours and (name == 'opt' or theirs is not None):
+            raise UserError(
+                f'{checkpoint.path}: trained with --{name.replace("_", "-")} {theirs}, not {ours}; resume with that, '
+                'or start anew with --initial-checkpoint')
     try:
         task.load_checkpoint_state(checkpoint.weights('plain'), state.get('task_state'))
         if task.has_ema():
             kind = 'ema' if state.get(WEIGHTS['ema']) is not None else 'plain'
             projector = state.get('task_state_ema' if kind == 'ema' else 'task_state')
             task.load_checkpoint_state(checkpoint.weights(kind), projector, ema=True)
-        updater.optimizer.load_state_dict(state['optimizer'])
-    except (RuntimeError, ValueError, KeyError) as error:
+        load_optimizer(updater.optimizer, state['optimizer'])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = ' '.join(str(error).split())[:200]
         raise UserError(
             f'{checkpoint.path}: does not fit this run ({reason}); give the flags it was trained with '
@@ -313,9 +315,7 @@ def resume(
         place = Place.of(state, steps)
         plateau = state.get('run', {}).get('plateau')
         if plateau is not None and hasattr(scheduler, 'lr_scheduler'):
-            known = scheduler.lr_scheduler.state_dict()  # it would take anything for an attribute of its own
-            scheduler.lr_scheduler.load_state_dict({
-                name: type(known[name])(value) for name, value in plateau.items() if name in known})
+            load_plateau(scheduler, plateau, state['optimizer']['param_groups'])
         fits = place.fits(task)
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f'{checkpoint.path}: its place in the run cannot be read; resume from another') from error

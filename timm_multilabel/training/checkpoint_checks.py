@@ -83,6 +83,7 @@ _SETTINGS: Mapping[str, Callable[[Any], bool]] = {
     'image_column': lambda value: isinstance(value, str),
     'separator': lambda value: value is None or isinstance(value, str) and len(value) == 1,
     'missing_value': _is_text,
+    'eval_metric': _is_text,
     'best_weights': lambda value: value in ('plain', 'ema'),
     'phases': lambda value: isinstance(value, list) and all(
         re.fullmatch(r'[\w.-]+', name) and name.strip('.') for name in value),

@@ -75,8 +75,10 @@ class Place:
             meter.load(self.mine['meter'])
         with torch.no_grad():
             for module, values in zip(_modules(task), self.mine.get('buffers', [])):
+                weights = {id(value) for value in module.state_dict(keep_vars=True).values()}
                 for buffer, value in zip(module.buffers(), values, strict=True):
-                    buffer.copy_(value)
+                    if id(buffer) in weights:  # others, such as class weights, are of the flags
+                        buffer.copy_(value)
 
 
 def _shapes(tensors: Mapping[Any, torch.Tensor]) -> dict[Any, torch.Size]:
