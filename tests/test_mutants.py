@@ -1,16 +1,26 @@
 """What tests once let pass: the length of a run, and lines whose loss no test noticed."""
+import math
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
-from common import train_run
+from common import SPACE, tiny_task, train_run
+from timm.utils import NativeScaler
+from torch import nn
 
 from timm_multilabel.cli import build, train, train_flags
 from timm_multilabel.cli.compare import _read_settings
 from timm_multilabel.cli.flags import Parser, parse_with_config
 from timm_multilabel.cli.main import run_command
-from timm_multilabel.training.progress import RunLength
+from timm_multilabel.model import MultiLabelModel
+from timm_multilabel.task import JointTask
+from timm_multilabel.training.agreement import Agreement, Verdict
+from timm_multilabel.training.loop import Fit, Precision
+from timm_multilabel.training.place import Place
+from timm_multilabel.training.progress import Progress, RunLength
+from timm_multilabel.training.updater import Updater
 
 BY_DEFAULT = ['--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0', '--device', 'cpu']
 
@@ -82,3 +92,123 @@ def test_a_schedule_without_cooldown_says_so(data_dir, tmp_path, capsys):
         folder = train_run(data_dir, tmp_path / str(flags), '--sched', 'step', '--epoch-steps', '1', *flags, epochs=1)
         line = '--cooldown-epochs 2: --sched step has no cooldown; trains 1 epoch\n'
         assert (line in capsys.readouterr().out) == said and len(pd.read_csv(folder / 'summary.csv')) == 1
+
+
+class Normed(nn.Module):
+    """A backbone that is batch norm over the means of three channels."""
+    head_hidden_size = 3
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, images):
+        return self.norm(images.mean(dim=(2, 3)))
+
+
+class Loader(list):
+    def set_epoch(self, epoch, first=0):
+        pass
+
+
+def batches(count):
+    """Batches of two views of three photos."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.tensor([[0, 1], [2, 0], [1, -1]]).repeat(2, 1)
+    return [(torch.randn(6, 3, 8, 8, generator=generator), target) for _ in range(count)]
+
+
+def fitted(task, loader, momentum=0, **updater):
+    """The updater, after an epoch of SGD."""
+    made = Updater(task, torch.optim.SGD(task.trainable_module.parameters(), lr=0.1, momentum=momentum), **updater)
+    fit = Fit(made, Precision(torch.device('cpu')), Loader(loader), None, images_per_step=6, seed=0)
+    fit.train(Place(0), 0.1, Progress('', len(loader), False))
+    return made
+
+
+def weights(task):
+    return [p.detach().clone() for p in task.trainable_module.parameters()]
+
+
+@pytest.mark.parametrize('accumulate, bad, counted', [(1, 1, (0, 2, 3)), (2, 0, (2, 3)), (2, 1, (2, 3)), (2, 3, (0, 1)),
+                                                      (3, 3, (0, 1, 2))])
+def test_a_skipped_update_leaves_no_trace_in_batch_norm(accumulate, bad, counted):
+    """Its running statistics are those of the batches of the other updates, by their formula."""
+    torch.manual_seed(0)
+    task, loader = JointTask(MultiLabelModel(Normed(), SPACE), projection_dim=3), batches(4)
+    loader[bad][0][0] = math.inf
+    fitted(task, loader, accumulate=accumulate)
+    mean, variance = torch.zeros(3), torch.ones(3)
+    for step in counted:
+        features = loader[step][0].mean(dim=(2, 3))
+        mean, variance = 0.9 * mean + 0.1 * features.mean(0), 0.9 * variance + 0.1 * features.var(0)
+    norm = task.trainable_module.model.backbone.norm
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, variance)
+    assert norm.num_batches_tracked == len(counted)
+    assert all(weight.isfinite().all() for weight in weights(task))
+
+
+@pytest.mark.parametrize('clip', [{}, {'clip_grad': 0.01}, {'clip_grad': 0.001, 'clip_mode': 'value'}])
+def test_a_loss_scaler_changes_no_update_and_skips_a_bad_one(clip):
+    """In float32: the weights after a good, a bad and a good batch are those without scaler and without the bad one."""
+    scaled, plain, loader = tiny_task(), tiny_task(), batches(3)
+    fitted(plain, [loader[0], loader[2]], **clip)
+    loader[1][0].fill_(math.inf)
+    updater = fitted(scaled, loader, scaler=NativeScaler(device='cpu'), **clip)
+    for mine, expected in zip(weights(scaled), weights(plain), strict=True):
+        torch.testing.assert_close(mine, expected)
+    assert updater.scaler._scaler.get_scale() == 2 ** 15  # half of the first one, for the update that was skipped
+
+
+@pytest.mark.parametrize('wrong', ['loss', 'gradient'])
+def test_a_loss_or_a_gradient_alone_is_enough_to_skip_an_update(wrong):
+    task, agreement, (batch, *_) = tiny_task(), Agreement(torch.device('cpu')), batches(1)
+    before = weights(task)
+    updater = Updater(task, torch.optim.SGD(task.trainable_module.parameters(), lr=0.1))
+    if wrong == 'gradient':
+        next(task.trainable_module.parameters()).register_hook(lambda gradient: gradient * math.inf)
+    updater.begin()
+    updater.backward(task(*batch)['loss'] + (math.inf if wrong == 'loss' else 0), True, agreement, 4, stop=False)
+    assert agreement.verdicts() == [Verdict(step=4, bad=True, bad_here=wrong == 'loss', stop=False)]
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(task), strict=True))
+
+
+def test_momentum_sees_a_gradient_of_zero_where_an_update_is_skipped():
+    task, by_hand, loader = tiny_task(), tiny_task(), batches(3)
+    parameters = list(by_hand.trainable_module.parameters())
+    velocity = [torch.zeros_like(p) for p in parameters]
+    for batch in (loader[0], None, loader[2]):
+        gradients = [torch.zeros_like(p) for p in parameters] if batch is None else torch.autograd.grad(
+            by_hand(*batch)['loss'], parameters)
+        velocity = [0.9 * v + g for v, g in zip(velocity, gradients, strict=True)]
+        if batch is not None:  # an update that is skipped leaves the weights, whatever the momentum
+            with torch.no_grad():
+                for p, v in zip(parameters, velocity, strict=True):
+                    p -= 0.1 * v
+    loader[1][0].fill_(math.inf)
+    fitted(task, loader, momentum=0.9)
+    for mine, expected in zip(weights(task), parameters, strict=True):
+        torch.testing.assert_close(mine, expected.detach())
+
+
+def test_adaptive_clipping_leaves_the_heads_alone():
+    clipped, free = tiny_task(), tiny_task()
+    fitted(clipped, batches(1), clip_grad=1e-6, clip_mode='agc')
+    fitted(free, batches(1))
+    for (name, mine), other in zip(clipped.trainable_module.named_parameters(), weights(free), strict=True):
+        if name.startswith(('model.backbone', 'projector')):
+            assert not torch.equal(mine, other), name
+        else:
+            assert torch.equal(mine, other), name
+
+
+@pytest.mark.parametrize('steps, accumulate, updates, sizes', [
+    (5, 1, 5, [1, 1, 1, 1, 1]), (5, 2, 3, [2, 2, 2, 2, 1]), (8, 3, 3, [3] * 6 + [2, 2]),
+    (2, 4, 1, [2, 2])])
+def test_groups_of_batches(steps, accumulate, updates, sizes):
+    updater = Updater(None, None, accumulate=accumulate)
+    assert updater.updates_per_epoch(steps) == updates
+    assert [updater.batches_in_update(step, steps) for step in range(steps)] == sizes
+    assert sum(updater.is_update(step, steps) for step in range(steps)) == updates and updater.is_update(
+        steps - 1, steps)
