@@ -1,7 +1,16 @@
-"""Fixtures."""
+"""Fixtures, and the seed of the fuzz tests' other draws."""
+import os
+import secrets
+
 import pytest
 import torch
 from common import write_data
+
+os.environ.setdefault('FUZZ_SEED', str(secrets.randbits(32)))  # before xdist starts its processes
+
+
+def pytest_report_header():
+    return f'other draws of tests/test_fuzz.py: FUZZ_SEED={os.environ["FUZZ_SEED"]}'
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
-from timm_multilabel.cli import train, train_flags, validate
+from timm_multilabel.cli import build, train, train_flags, validate
 from timm_multilabel.cli.flags import Parser, parse_with_config
 from timm_multilabel.cli.main import COMMANDS, run_command
 from timm_multilabel.errors import UserError
@@ -323,7 +323,7 @@ def test_the_command_of_the_fork_means_the_same():
         '--amp --lr .016 --pretrained -wls 0.1 -wlc 0.9').split())
     assert (args.simclr_loss_weight, args.classification_loss_weight, args.temperature) == (0.1, 0.9, 0.5)
     assert (args.drop, args.drop_path, args.smoothing, args.projection_dim) == (0.3, 0.2, 0.1, 64)
-    assert (args.cooldown_epochs, args.min_lr, args.warmup_epochs) == (10, 1e-5, 3)
+    assert (args.epochs, build.cooldown_epochs(args), args.min_lr, args.warmup_epochs) == (100, 10, 1e-5, 3)
     assert args.amp and args.pretrained and args.model_ema and args.gradient_centralization is None
 
 

@@ -15,6 +15,7 @@ import pytest
 from common import TINY, assert_same_summary, assert_same_weights, train_run, write_data
 
 from timm_multilabel.training.checkpoint import newest_checkpoint, read_checkpoint
+from timm_multilabel.training.place import Place
 
 ROOT = Path(__file__).parent.parent
 
@@ -145,14 +146,20 @@ def test_on_another_number_of_ranks_it_says_what_differs(data, tmp_path, undistu
         process.wait_for('run/recovery-*', tmp_path)
         process.process.send_signal(signal.SIGTERM)
         assert process.end()[0] == 75
-    state = read_checkpoint(newest_checkpoint(tmp_path / 'run')[0]).state
+    newest = newest_checkpoint(tmp_path / 'run')[0]
+    state = read_checkpoint(newest).state
+    epoch, within = state['epoch'], state['within']
+    assert newest.name == f'recovery-{epoch}-{within["step"]}.pth.tar'
+    assert 5 <= within['step'] <= within['steps'] == 40 and len(within['ranks']) == 2
+    place = Place.of(state, 80)  # as many images are done in an epoch of 80 steps
+    assert (place.epoch, place.step) == (epoch, 2 * within['step'])
     with Process(command(data, tmp_path, '--resume', 'auto')) as process:
         status, out, errors = process.end()
     assert status == 0, errors
     assert 'goes on with other batches, so not to the same result (processes: 2 before, 1 now; images a step: 4 ' in out
     summary = pd.read_csv(tmp_path / 'run' / 'summary.csv')
     assert summary['epoch'].tolist() == [0, 1] and summary['train_loss'].notna().all()
-    assert state['within']['step'] % 1 == 0 and len(state['within']['ranks']) == 2
+    assert (f'Epoch {epoch + 1}/2  step 50/80' in out) == (2 * within['step'] < 50)
 
 
 def test_a_process_that_dies_takes_the_others_down_and_is_named(data, tmp_path):

@@ -76,8 +76,8 @@ def test_phases_run_in_order_in_one_folder(recipe, tmp_path, capsys):
     assert summary['entropy_loss'][2] == 0 and summary['entropy_loss'][4] > summary['entropy_loss'][3] > 0
     assert "phase 'pretrain': took backbone, projector (plain weights); starts anew: head 'color', head 'shape'" in out
     assert "phase 'joint': took backbone, head 'color' (" in out
-    assert '15 images to train on, 1 x cpu, 2 epochs of 3 steps' in out
-    assert '7 images to train on and 8 without labels, 6 to evaluate on, 1 x cpu, 3 epochs of 2 steps' in out
+    assert '15 images to train on, 1 x cpu, 3 steps an epoch' in out
+    assert '7 images to train on and 8 without labels, 6 to evaluate on, 1 x cpu, 2 steps an epoch' in out
     joint, last = state(folder / '2-joint' / 'last.pth.tar'), state(folder / 'last.pth.tar')
     kind = 'state_dict_ema' if joint['best_weights'] == 'ema' else 'state_dict'
     for name, value in joint[kind].items():  # the backbone is frozen, its statistics too
@@ -258,7 +258,7 @@ def test_images_that_are_scored_stay_out_of_the_pool_and_simclr_alone_takes_both
     go('-c', recipe, '--unlabelled', 'images', '--epoch-steps', '1', '-b', '2', '--unlabelled-batch-size', '1')
     out = capsys.readouterr().out
     # 14 images: 8 of train.csv, one of them without label; 6 of test.csv; two of val.csv, which train.csv has too.
-    assert '8 images to train on, 1 x cpu, 2 epochs of 1 steps' in out
+    assert '8 images to train on, 1 x cpu, 1 step an epoch' in out
     assert '7 images to train on and 1 without labels' in out
     assert 'Phase pretrain: 8 of 14 unlabelled images are labelled, or of the val or test split: left out' in out
 

@@ -71,7 +71,7 @@ def test_the_two_commands(root):
 def test_two_processes_train_and_only_the_first_speaks(root):
     done = shell(shortened(TRAIN).replace('sh 1', 'sh 2').replace('-b 32', '-b 16') + ' --epochs 1', root)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count('Epoch 1/1  loss') == 1 and '2 x cpu, 1 epochs of 2 steps' in done.stdout
+    assert done.stdout.count('Epoch 1/1  loss') == 1 and '2 x cpu, 2 steps an epoch' in done.stdout
     folder, = (root / 'output' / 'train').iterdir()
     summary = pd.read_csv(folder / 'summary.csv')
     assert len(summary) == 1 and summary['eval_top1'].notna().all()

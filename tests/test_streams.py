@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow
 import pytest
 import torch
-from common import run_ranks
+from common import assert_same_weights, run_ranks
 from datasets import ClassLabel, Features, List, Value
 from PIL import Image
 from pyarrow import parquet
@@ -248,6 +248,11 @@ def run(data_dir, output, *flags):
     return output / 'run'
 
 
+def read_run(folder):
+    """The only row of a run's summary.csv, without what a clock says."""
+    return pd.read_csv(folder / 'summary.csv').drop(columns='images_per_second').iloc[0].to_dict()
+
+
 def stopped(capsys, *args):
     with pytest.raises(SystemExit) as stop:
         run(*args)
@@ -309,11 +314,18 @@ def test_flags_with_shards(packed, tmp_path, flags):
 
 
 def test_shards_and_csvs_may_be_mixed(data_dir, packed, tmp_path):
-    run(packed, tmp_path / 'a', '--val-split', str(data_dir / 'val.csv'))
+    expected = read_run(run(packed, tmp_path / 'whole'))
+    streamed = read_run(run(packed, tmp_path / 'a', '--val-split', str(data_dir / 'val.csv')))
+    # The same images are trained on in the same order, and the same 6 are evaluated on, wherever they lie.
+    assert streamed == pytest.approx(expected, rel=1e-5)
     for path in packed.glob('val*'):
         shutil.copy(path, data_dir)
+    on_csvs = validated(data_dir, run(data_dir, tmp_path / 'c'))  # scored on val.csv
     (data_dir / 'val.csv').unlink()
-    run(data_dir, tmp_path / 'b')
+    mixed = run(data_dir, tmp_path / 'b')
+    assert_same_weights(tmp_path / 'c' / 'run' / 'last.pth.tar', mixed / 'last.pth.tar')
+    assert read_run(mixed)['eval_loss'] == pytest.approx(on_csvs['mean']['loss'], rel=1e-5)
+    assert validated(data_dir, mixed)['heads']['color']['labels'] == on_csvs['heads']['color']['labels'] == 6
 
 
 def test_a_missing_library_is_named_with_its_extra(packed, kind, tmp_path, capsys, monkeypatch):

@@ -88,6 +88,24 @@ class MultiLabelModel(nn.Module):
         """The heads by name, in the order of the label space."""
         return dict(zip(self.label_space.names, self.heads, strict=True))
 
+    @property
+    def num_classes(self) -> int:
+        """The outputs of all heads together; timm's scripts ask for it."""
+        return sum(self.label_space.sizes)
+
+    @property
+    def pretrained_cfg(self) -> Mapping[str, Any]:
+        """The backbone's, from which `timm.data.resolve_data_config` takes image size and normalisation."""
+        return getattr(self.backbone, 'pretrained_cfg', {})
+
+    def no_weight_decay(self) -> set[str]:
+        """The names of the weights that the backbone exempts from weight decay, which timm's optimizers ask for."""
+        return {f'backbone.{name}' for name in getattr(self.backbone, 'no_weight_decay', set)()}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's activations in the backward pass, or not."""
+        self.backbone.set_grad_checkpointing(enable=enable)
+
     def forward_heads(self, features: torch.Tensor, projections: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Features (B, F) and, where they are known already, their projections (B, D) -> {head: output}."""
         if projections is None and self.projector is not None:

@@ -74,6 +74,10 @@ class JointModule(nn.Module):
             self.model.backbone.eval()
         return self
 
+    def no_weight_decay(self) -> set[str]:
+        """The names of the weights that the backbone exempts from weight decay, which timm's optimizers ask for."""
+        return {f'model.{name}' for name in self.model.no_weight_decay()}
+
     def forward(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         """View-major images (V * B, 3, H, W) -> ({head: output}, projections (V * B, D) or None)."""
         with torch.no_grad() if self.freeze_backbone else nullcontext():

@@ -20,6 +20,7 @@ from timm_multilabel.task import JointTask, Pool
 from timm_multilabel.training.checkpoint import Checkpoint
 from timm_multilabel.training.checkpoint_checks import is_data_config
 from timm_multilabel.training.loop import Precision, make_scaler
+from timm_multilabel.training.progress import RunLength
 from timm_multilabel.training.saver import WholeSaver
 from timm_multilabel.training.updater import Updater
 
@@ -197,6 +198,11 @@ def warmup_epochs(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     return epochs
 
 
+def cooldown_epochs(args: argparse.Namespace) -> int:
+    """The epochs of cooldown: those asked for, else a tenth of the epochs, 10 at most."""
+    return min(args.epochs // 10, 10) if args.cooldown_epochs is None else args.cooldown_epochs
+
+
 def updater(
         args: argparse.Namespace,
         task: JointTask,
@@ -204,8 +210,8 @@ def updater(
         steps: int,
         metric: str,
         say: Callable[[str], None],
-) -> tuple[Updater, int]:
-    """The optimizer with what surrounds it, and the number of epochs that its schedule has.
+) -> tuple[Updater, RunLength]:
+    """The optimizer with what surrounds it, and the epochs to train.
 
     Args:
         steps: Batches of an epoch.
@@ -244,7 +250,7 @@ def updater(
             num_epochs=args.epochs,
             decay_epochs=args.decay_epochs,
             decay_milestones=args.decay_milestones,
-            cooldown_epochs=args.cooldown_epochs,
+            cooldown_epochs=cooldown_epochs(args),
             patience_epochs=args.patience_epochs,
             decay_rate=args.decay_rate,
             min_lr=args.min_lr,
@@ -256,7 +262,10 @@ def updater(
         )
     except ValueError as error:
         raise UserError(f'--sched {args.sched}: {error}') from error
-    return made, epochs
+    length = RunLength(args.epochs, epochs - args.epochs)
+    if args.cooldown_epochs and not length.cooldown:
+        say(f'--cooldown-epochs {args.cooldown_epochs}: --sched {args.sched} has no cooldown; trains {length}')
+    return made, length
 
 
 def saver(

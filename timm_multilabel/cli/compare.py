@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from timm_multilabel.cli import train_flags
+from timm_multilabel.cli import build, train_flags
 from timm_multilabel.cli.device import loader_workers, start_device
 from timm_multilabel.cli.flags import Parser, add_trust_flags, count
 from timm_multilabel.cli.output import say
@@ -150,7 +150,10 @@ def _flag_names() -> dict[str, str]:
 
 def _read_settings(path: Path, head_module: str | None) -> dict[str, object]:
     """The settings of a run as args.yaml holds them; flags that it is older than have their defaults."""
-    settings = vars(read_run_flags(path, head_module))
+    args = read_run_flags(path, head_module)
+    if not args.phases:  # a run that has the default is the same as one that gave this number
+        args.cooldown_epochs = build.cooldown_epochs(args)
+    settings = vars(args)
     phases = [{'name': phase.phase, **phase.given} for phase in settings['phases']]
     return {**{name: value for name, value in settings.items() if name not in ('config', 'old_amp', 'allow_hub')},
             'phases': phases}

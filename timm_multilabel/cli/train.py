@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
             phase.fit(phase_folder(folder, names, index), writer, trackers, checkpoint, signals, say)
             start, checkpoint = of_task(phase.task, f"phase '{phase.name}'"), None
             phase.forget()
-    say(f'{folder}: {"all phases" if names else f"{phase.epochs} epochs"} done')
+    say(f'{folder}: {"all phases" if names else phase.length} done')
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -167,7 +167,7 @@ class Phase:
         if start is not None:
             say(start_from(self.task, start, start.best_weights))
         build.surround(args, self.task)
-        self.updater, self.epochs = build.updater(args, self.task, self.precision, data.steps, self.metric, say)
+        self.updater, self.length = build.updater(args, self.task, self.precision, data.steps, self.metric, say)
         self.start = Place(0)
         if checkpoint is not None:
             self.start = resume(checkpoint, self.task, self.updater, data.steps)
@@ -213,8 +213,8 @@ class Phase:
         args, data, task, device, ranks = self.args, self.data, self.task, self.precision.device, world()[1]
         if ranks > 1:
             task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
-        say((f'Phase {self.name}: ' if self.name else '') + f'{args.model}, heads: {data.label_space}')
-        say(f'{data}, {ranks} x {device}, {self.epochs} epochs of {data.steps} steps, run folder {folder}')
+        say((f'Phase {self.name}: ' if self.name else '') + f'{args.model}, {self.length}, heads: {data.label_space}')
+        say(f'{data}, {ranks} x {device}, {data.steps} step{"s" * (data.steps > 1)} an epoch, run folder {folder}')
         fit = Fit(
             self.updater,
             self.precision,
@@ -237,7 +237,7 @@ class Phase:
         if checkpoint is not None and self.loaders.bad is not None:
             self.loaders.bad.known.update(checkpoint.state.get('run', {}).get('bad_images', []))
         with signals.noted():
-            fit.run(self.start, self.epochs)
+            fit.run(self.start, self.length)
 
 
 def _silent(line: str) -> None:

@@ -189,11 +189,14 @@ def _add_schedule(group) -> None:
     group.add_argument('--sched', default='cosine', metavar='NAME', help='any timm schedule, e.g. cosine, step')
     group.add_argument('--sched-on-updates', action=_SWITCH, default=False, help='step it every update, not epoch')
     group.add_argument('--lr', type=above_0, default=0.05, metavar='X', help='learning rate')
-    group.add_argument('--epochs', type=positive, default=100, metavar='N', help='epochs, without the cooldown')
+    group.add_argument('--epochs', type=positive, default=100, metavar='N',
+                       help='epochs of the schedule; those of the cooldown come after them')
     group.add_argument('--warmup-epochs', type=count, default=3, metavar='N', help='epochs of warm-up')
     group.add_argument('--warmup-lr', type=at_least_0, default=1e-4, metavar='X', help='rate that warm-up starts at')
-    group.add_argument('--cooldown-epochs', type=count, default=10, metavar='N',
-                       help='epochs at the least rate, after the schedule')
+    group.add_argument('--cooldown-epochs', type=count, metavar='N',
+                       help='epochs at the least rate after those of --epochs, as in "100 epochs + 10 of cooldown" '
+                            '(default: a tenth of --epochs, 10 at most; --sched cosine, tanh, poly, wsd and rsqrt '
+                            'have a cooldown, the others have none)')
     group.add_argument('--min-lr', type=at_least_0, default=1e-5, metavar='X', help='least rate')
     group.add_argument('--decay-epochs', type=above_0, default=30, metavar='X', help='epochs between decays (step)')
     group.add_argument('--decay-milestones', type=positive, nargs='+', default=[30, 60], metavar='N',

@@ -17,7 +17,7 @@ from timm_multilabel.seeds import MODEL, seed_step
 from timm_multilabel.task import JointTask
 from timm_multilabel.training.agreement import Agreement, ToldToStop, Verdict, until_told
 from timm_multilabel.training.place import Place
-from timm_multilabel.training.progress import Progress
+from timm_multilabel.training.progress import Progress, RunLength
 from timm_multilabel.training.run_folder import RunFolder
 from timm_multilabel.training.saver import WholeSaver
 from timm_multilabel.training.signals import Stopped, StopSignals
@@ -130,15 +130,15 @@ class Fit:
     def __post_init__(self):
         self.task = self.updater.task
 
-    def run(self, start: Place, epochs: int) -> None:
-        """Train from a place up to and without the epoch `epochs`.
+    def run(self, start: Place, length: RunLength) -> None:
+        """Train from a place to the end of the run.
 
         Raises:
             Stopped: A rank was told to stop, and the state is saved.
         """
         self.strikes = start.strikes
-        for epoch in range(start.epoch, epochs):
-            title = (f'{self.phase}: ' if self.phase else '') + f'Epoch {epoch + 1}/{epochs}'
+        for epoch in range(start.epoch, length.schedule + length.cooldown):
+            title = (f'{self.phase}: ' if self.phase else '') + length.title(epoch)
             self.run_epoch(start if epoch == start.epoch else Place(epoch), title)
 
     def run_epoch(self, start: Place, title: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a person sees of an epoch: a bar on a terminal, a line now and then elsewhere."""
 import time
+from dataclasses import dataclass
 from types import TracebackType
 
 from tqdm import tqdm
@@ -7,11 +8,37 @@ from tqdm import tqdm
 from timm_multilabel.errors import one_line
 
 
+@dataclass(frozen=True)
+class RunLength:
+    """The epochs of a run or of one of its phases, written as '100 epochs + 10 of cooldown'.
+
+    Args:
+        schedule: Epochs of the learning rate's schedule.
+        cooldown: Epochs at the least rate after them.
+    """
+    schedule: int
+    cooldown: int = 0
+
+    def __str__(self) -> str:
+        return f'{self.schedule} epoch{"s" * (self.schedule > 1)}{self._cooldown}'
+
+    @property
+    def _cooldown(self) -> str:
+        return f' + {self.cooldown} of cooldown' if self.cooldown else ''
+
+    def title(self, epoch: int) -> str:
+        """What an epoch, counted from 0, is called: 'Epoch 3/100 + 10 of cooldown', 'Epoch 104/110, cooldown 4/10'."""
+        past = epoch + 1 - self.schedule
+        if past <= 0:
+            return f'Epoch {epoch + 1}/{self.schedule}{self._cooldown}'
+        return f'Epoch {epoch + 1}/{self.schedule + self.cooldown}, cooldown {past}/{self.cooldown}'
+
+
 class Progress:
     """Progress over the steps of an epoch, silent where `visible` is false (all ranks but the first).
 
     Args:
-        title: What is going on, e.g. 'Epoch 3/110'.
+        title: What is going on, e.g. 'Epoch 3/100 + 10 of cooldown'.
         steps: Number of steps.
         visible: Show anything.
         images_per_step: Images of a step, over all ranks.
