@@ -25,8 +25,8 @@ def how_read(table: Table, label_space: LabelSpace) -> list[str]:
         if not isinstance(head, TagSet) or not set(head.columns) <= set(table.frame.columns):
             continue
         if head.minus:
-            lines.append(f"'{shortened(head.name)}': -1 was read as 0 in {_some(head.minus)}, where there is no 0; if "
-                         'it is a missing label, pass --missing-value -1')
+            lines.append(f"{table.path}: '{shortened(head.name)}': -1 was read as 0 in {_some(head.minus)}, which have "
+                         'no 0; if it is a missing label, pass --missing-value -1')
         if head.group:
             continue
         texts = [text for text in table.frame[head.name] if text and text != head.none and not text.startswith(LIST)]
