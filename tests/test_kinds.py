@@ -115,7 +115,8 @@ def test_a_figure_that_the_labels_do_not_allow_stays_out_of_the_score(data, tmp_
     assert math.isnan(row['eval_price_r2']) and row['eval_score'] == row['eval_color_top1']
     with pytest.raises(SystemExit):
         run_command(train, 'train.py', [str(data), *flags, '--eval-metric', 'price_r2'])
-    assert 'eval_price_r2 cannot be computed from the labels of the evaluation' in capsys.readouterr().err
+    assert f"--eval-metric price_r2: 'price' has no weight, or no labels in {data / 'val.csv'} that allow it" in (
+        capsys.readouterr().err)
 
 
 def test_checkpoints_are_ranked_by_the_least_error(data, tmp_path):

@@ -58,7 +58,7 @@ def test_tags_of_one_column():
     assert tags.classes == ('a', 'b', 'c') and tags.width == 3 and str(tags) == 'style (3 tags)'
     assert tags.encode(cells).tolist() == [[1, 1, 0], [-1, -1, -1], [1, 0, 0], [0, 1, 1]]
     assert tags.unknown(frame(style=['a|d', 'd', 'e'])) == {'d': [2, 3], 'e': [4]}
-    assert tags.encode(frame(style=['a|d', 'd'])).tolist() == [[1, 0, 0], [-1, -1, -1]]
+    assert tags.encode(frame(style=['a|d', 'd'])).tolist() == [[1, 0, 0], [0, 0, 0]]
 
 
 def test_tags_of_a_group_of_columns():
@@ -66,8 +66,8 @@ def test_tags_of_a_group_of_columns():
     tags = TagSet.from_group('style', cells)
     assert (tags.classes, tags.columns) == (('casual', 'formal'), ('casual', 'formal'))
     assert tags.encode(cells).tolist() == [[1, 0], [0, -1], [-1, 1]]
-    with pytest.raises(BadCell, match="'yes' is neither 0 nor 1") as error:
-        tags.encode(frame(casual=['1', 'yes'], formal=['0', '0']))
+    with pytest.raises(BadCell, match="'maybe' is neither 0 nor 1") as error:
+        tags.encode(frame(casual=['1', 'maybe'], formal=['0', '0']))
     assert (error.value.column, error.value.row) == ('casual', 3)
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from pyarrow import parquet
 from test_training import TINY, validated
 
+from timm_multilabel.cells import list_cell
 from timm_multilabel.cli import sample, train
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.cli.splits import Splits
@@ -171,8 +172,8 @@ def test_labels_of_every_type_are_texts(tmp_path):
         '0.jpg': b'image', '0.json': json.dumps(cells[0]).encode(), '1.json': json.dumps(cells[1]).encode(),
         '1.webp': b'', '2.png': b''})
     first, *others = sorted(find_shards(tmp_path, 'a', 'image_path', 'x').samples())
-    assert first == ('a-0.tar sample 0', b'image', {'size': '1', 'tags': 'a|b', 'on': '1', 'name': ''})
-    assert [each.cells for each in others] == [{'size': '2.5', 'tags': '', 'name': ''}, {}]
+    assert first == ('a-0.tar sample 0', b'image', {'size': '1', 'tags': list_cell('ab'), 'on': '1', 'name': ''})
+    assert [each.cells for each in others] == [{'size': '2.5', 'tags': list_cell(''), 'name': ''}, {}]
 
 
 def test_columns_of_parquet(tmp_path):
@@ -189,7 +190,7 @@ def test_columns_of_parquet(tmp_path):
     with pytest.raises(UserError, match="train.parquet row 1: 'box' is no text, number or list of tags"):
         list(find_shards(tmp_path, 'train', 'photo').samples())
     table = Splits(Stored.load(tmp_path), None, print, 'photo', None, None, ['label', 'tags', 'price']).read('train')
-    assert table.frame.to_dict('list') == {'label': ['dog', ''], 'tags': ['a|b', ''], 'price': ['1.5', '']}
+    assert table.frame.to_dict('list') == {'label': ['dog', ''], 'tags': [list_cell('ab'), ''], 'price': ['1.5', '']}
     space = find_label_space([table], None, {'tags': TagSet, 'price': Quantity})
     found = encode(table, space)
     for targets in (found.targets, found.encode(list(found.shards.samples()))):

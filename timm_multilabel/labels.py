@@ -5,8 +5,8 @@ of targets holds the columns of all heads side by side, in float32, which holds 
 """
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from timm_multilabel.cells import TAG_SEPARATOR, BadCell, singles, tags_of, truth
 from timm_multilabel.errors import UserError, shortened
 from timm_multilabel.files import read_text, reading, write_whole
 
@@ -27,24 +28,7 @@ UNKNOWN = -2
 MAX_CLASSES = 2 ** 24
 """Classes of a column at most, since class indices travel as float32."""
 
-TAG_SEPARATOR = '|'
-"""Between the tags of a cell."""
-
 _MAX_BYTES = 2 ** 29  # of a label space as JSON
-
-
-class BadCell(ValueError):
-    """A cell that cannot be read.
-
-    Args:
-        message: What is wrong with it.
-        column: Its column.
-        row: Its label in the table's index.
-    """
-
-    def __init__(self, message: str, column: str, row: Any):
-        super().__init__(message)
-        self.column, self.row = column, row
 
 
 @dataclass(frozen=True)
@@ -58,8 +42,12 @@ class LabelSet:
 
     @classmethod
     def from_cells(cls, name: str, cells: pd.DataFrame) -> 'LabelSet':
-        """The classes that occur in a column, sorted by text; an empty text is a missing label, not a class."""
-        return cls(name, _sorted_texts(name, cells.iloc[:, 0]))
+        """The classes that occur in a column, sorted by text; an empty text is a missing label, not a class.
+
+        Raises:
+            BadCell: A cell is a list of none or of several.
+        """
+        return cls(name, _sorted_texts(name, singles(cells)))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -74,13 +62,17 @@ class LabelSet:
         return {'': MISSING, **{text: index for index, text in enumerate(self.classes)}}
 
     def encode(self, cells: pd.DataFrame) -> np.ndarray:
-        """Class indices (N, 1): MISSING for an empty text, UNKNOWN for one that is no class."""
-        index = (self._index.get(text, UNKNOWN) for text in cells.iloc[:, 0])
+        """Class indices (N, 1): MISSING for an empty text, UNKNOWN for one that is no class.
+
+        Raises:
+            BadCell: A cell is a list of none or of several.
+        """
+        index = (self._index.get(text, UNKNOWN) for text in singles(cells))
         return np.fromiter(index, dtype=np.float32)[:, None]
 
     def unknown(self, cells: pd.DataFrame) -> dict[str, list[Any]]:
         """The texts that are no classes, with their rows."""
-        return _group((row, text) for row, text in cells.iloc[:, 0].items() if text not in self._index)
+        return _group((row, text) for row, text in singles(cells).items() if text not in self._index)
 
     def check(self, target: np.ndarray) -> None:
         """Raise ValueError unless targets (N,) are indices of classes or missing."""
@@ -99,29 +91,59 @@ class LabelSet:
 class TagSet:
     """Several tags an image: `a|b` in one column, or a group of 0/1 columns, one a tag.
 
-    `group` holds the columns of a group, which are the tags; without it the head's name is the column.
+    Args:
+        name: The head; without a group the column as well.
+        classes: The tags.
+        group: The columns of a group, which are the tags.
+        minus: Those of them in which -1 stands for 0.
+        separator: What is between the tags of a cell.
+        none: The text of a cell that means none of the tags, beside an empty list.
     """
     name: str
     classes: tuple[str, ...]
     group: tuple[str, ...] = ()
+    # How labels are written makes no difference to what they are.
+    minus: tuple[str, ...] = field(default=(), compare=False)
+    separator: str = field(default=TAG_SEPARATOR, compare=False)
+    none: str | None = field(default=None, compare=False)
 
     kind = 'tags'
 
     @classmethod
-    def from_cells(cls, name: str, cells: pd.DataFrame) -> 'TagSet':
-        """The tags that occur in a column, sorted by text."""
-        texts = cells.iloc[:, 0]
-        return cls(name, _sorted_texts(name, (tag for text in texts for tag in _tags(text))))
+    def from_cells(
+            cls,
+            name: str,
+            cells: pd.DataFrame,
+            separator: str = TAG_SEPARATOR,
+            none: str | None = None,
+    ) -> 'TagSet':
+        """The tags that occur in a column, sorted by text.
+
+        Raises:
+            BadCell: A cell says that there is no tag, and names some.
+        """
+        found = cls(name, (), separator=separator, none=none)
+        tags = (tag for _, tags in found._tags(cells) for tag in tags or ())
+        return replace(found, classes=_sorted_texts(name, tags))
 
     @classmethod
     def from_group(cls, name: str, cells: pd.DataFrame) -> 'TagSet':
         """The columns of a group as tags.
 
+        -1 is 0 in all columns where none has a 0 and some have both 1 and -1, else in those that have -1 and no 0.
+
         Raises:
-            BadCell: A cell that is not 0, 1 or empty.
+            BadCell: A cell that is not 0, 1 or empty, see `truth`.
             ValueError: All cells are empty.
         """
-        found = cls(name, tuple(cells.columns), tuple(cells.columns))
+        columns = tuple(cells.columns)
+        truths = {column: {truth(text) for text in set(cells[column])} for column in columns}
+        minus = tuple(column for column, found in truths.items() if -1 in found and 0 not in found)
+        if not any(1 in truths[column] for column in minus):
+            minus = ()
+        elif not any(0 in found for found in truths.values()):
+            minus = columns
+        found = cls(name, columns, columns, minus)
         if not (found.encode(cells) != MISSING).any():
             raise ValueError(f"the columns of '{shortened(name)}' have no label in any row")
         return found
@@ -137,33 +159,46 @@ class TagSet:
     outputs = width
 
     def encode(self, cells: pd.DataFrame) -> np.ndarray:
-        """0, 1 or MISSING for each tag (N, C); unknown tags are passed over, and a cell without a tag is all missing.
+        """0, 1 or MISSING for each tag (N, C); unknown tags are passed over, and an empty cell is all missing.
 
         Raises:
-            BadCell: A cell of a group that is not 0, 1 or empty.
+            BadCell: A cell of a group that is not 0, 1 or empty, or one that says none and names tags.
         """
         if self.group:
-            values = {'0': 0, '1': 1, '': MISSING}
-            for name in cells.columns:
-                for row, text in cells[name].items():
-                    if text not in values:
-                        raise BadCell(f"'{shortened(text)}' is neither 0 nor 1", name, row)
-            return cells.replace(values).to_numpy(dtype=np.float32)
+            return np.stack([self._truths(name, cells[name]) for name in cells.columns], axis=1)
         index = {tag: position for position, tag in enumerate(self.classes)}
         encoded = np.zeros((len(cells), len(self.classes)), dtype=np.float32)
-        for row, text in zip(encoded, cells.iloc[:, 0]):
-            tags = [index[tag] for tag in _tags(text) if tag in index]
-            row[tags] = 1
-            if not tags:
+        for row, (_, tags) in zip(encoded, self._tags(cells)):
+            if tags is None:
                 row[:] = MISSING
+            else:
+                row[[index[tag] for tag in tags if tag in index]] = 1
         return encoded
+
+    def _truths(self, name: str, texts: pd.Series) -> np.ndarray:
+        """0, 1 or MISSING for each cell (N,) of a column of a group."""
+        zero = -1 if name in self.minus else 0
+        values = {text: {1: 1, zero: 0}.get(truth(text)) if text else MISSING for text in set(texts)}
+        if None in values.values():
+            row, text = next((row, text) for row, text in texts.items() if values[text] is None)
+            hint = '; where it is a missing label, --missing-value -1' if truth(text) == -1 else ''
+            raise BadCell(f"'{shortened(text)}' is neither {zero} nor 1{hint}", name, row)
+        return texts.map(values).to_numpy(dtype=np.float32)
+
+    def _tags(self, cells: pd.DataFrame) -> Iterator[tuple[Any, list[str] | None]]:
+        """Each row with its tags, None where it has no label."""
+        for row, text in cells.iloc[:, 0].items():
+            try:
+                yield row, tags_of(text, self.separator, self.none)
+            except ValueError as error:
+                raise BadCell(str(error), self.name, row) from error
 
     def unknown(self, cells: pd.DataFrame) -> dict[str, list[Any]]:
         """The tags that training does not know, with their rows."""
         if self.group:
             return {}
         known = set(self.classes)
-        return _group((row, tag) for row, text in cells.iloc[:, 0].items() for tag in _tags(text) if tag not in known)
+        return _group((row, tag) for row, tags in self._tags(cells) for tag in tags or () if tag not in known)
 
     def check(self, target: np.ndarray) -> None:
         """Raise ValueError unless targets (N, C) are 0, 1 or missing."""
@@ -197,7 +232,7 @@ class Quantity:
             BadCell: A cell is no number.
             ValueError: There is no number at all.
         """
-        values = _numbers(name, cells.iloc[:, 0])
+        values = _numbers(name, singles(cells))
         values = values[~np.isnan(values)]
         if not len(values):
             raise ValueError(f"column '{shortened(name)}' has no label in any row")
@@ -217,7 +252,7 @@ class Quantity:
         Raises:
             BadCell: A cell is no number.
         """
-        return ((_numbers(self.name, cells.iloc[:, 0]) - self.mean) / self.std).astype(np.float32)[:, None]
+        return ((_numbers(self.name, singles(cells)) - self.mean) / self.std).astype(np.float32)[:, None]
 
     def unknown(self, cells: pd.DataFrame) -> dict[str, list[Any]]:
         return {}
@@ -246,10 +281,6 @@ def _sorted_texts(name: str, texts: Iterable[str]) -> tuple[str, ...]:
         raise ValueError(f"column '{shortened(name)}' has {len(found):,} different labels, and {MAX_CLASSES:,} are the "
                          'most')
     return found
-
-
-def _tags(text: str) -> list[str]:
-    return [tag for tag in map(str.strip, text.split(TAG_SEPARATOR)) if tag]
 
 
 def _numbers(name: str, texts: pd.Series) -> np.ndarray:
@@ -374,6 +405,17 @@ def _as_taken(head: Labels, column: torch.Tensor) -> torch.Tensor:
     return column[:, 0].long() if isinstance(head, LabelSet) else column[:, 0]
 
 
+def _tag_set_from_dict(name: str, data: dict[str, Any]) -> TagSet:
+    made = TagSet(name, tuple(data['classes']), tuple(data['group']), tuple(data.get('minus', ())),
+                  data.get('separator', TAG_SEPARATOR), data.get('none'))
+    if not set(made.minus) <= set(made.group):
+        raise ValueError(f"head '{name}' has -1 in other columns than its own")
+    written = (made.separator,) if made.none is None else (made.separator, made.none)
+    if not all(isinstance(text, str) and text for text in written) or made.none in made.classes:
+        raise ValueError(f"head '{name}' has no text between tags, or none that means no tag")
+    return made
+
+
 def _labels_from_dict(data: dict[str, Any]) -> Labels:
     kind, name = data.get('kind', LabelSet.kind), data['name']
     if kind == Quantity.kind:
@@ -384,8 +426,7 @@ def _labels_from_dict(data: dict[str, Any]) -> Labels:
         texts = data['classes']
         if not isinstance(texts, list | tuple):
             raise ValueError(f"head '{name}' has no list of classes")
-        made = LabelSet(name, tuple(texts)) if kind == LabelSet.kind else TagSet(
-            name, tuple(texts), tuple(data['group']))
+        made = LabelSet(name, tuple(texts)) if kind == LabelSet.kind else _tag_set_from_dict(name, data)
         if len(texts) > MAX_CLASSES:
             raise ValueError(f"head '{shortened(name)}' has more than {MAX_CLASSES:,} classes")
         if not texts or len(set(texts)) != len(texts) or getattr(made, 'group', ()) not in ((), made.classes):

@@ -169,6 +169,11 @@ def class_metrics(true: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
     return {'balanced_accuracy': 100 * float(recall), 'macro_f1': 100 * float(f1)}
 
 
+def _has_accuracy(head: Head) -> bool:
+    """Whether a head has classes to choose from."""
+    return isinstance(head.labels, LabelSet) and len(head.labels.classes) > 1
+
+
 class TrainingMeter:
     """Losses and accuracies of the steps of an epoch, added up on the device.
 
@@ -198,7 +203,7 @@ class TrainingMeter:
         self.steps += finite
         for column, (name, target) in enumerate(result['target'].items()):
             head = self.heads[name]
-            if not isinstance(head.labels, LabelSet):
+            if not _has_accuracy(head):
                 continue
             if target.ndim == 2:  # mixed labels: score the larger share
                 target = torch.where(target.sum(dim=1) > 0, target.argmax(dim=1), MISSING)
@@ -232,7 +237,7 @@ class TrainingMeter:
         figures |= {f'{name}_loss': value / steps for name, value in zip(self.terms, terms, strict=True)}
         for column, (name, head) in enumerate(self.heads.items()):
             figures[f'train_{name}_loss'] = losses[column] / steps
-            if isinstance(head.labels, LabelSet):
+            if _has_accuracy(head):
                 figures[f'train_{name}_top1'] = (
                     100 * correct[column] / labels[column] if labels[column] else float('nan'))
             if 'pseudo_label' in self.terms and head.distribution:

@@ -1,9 +1,10 @@
 """What is refused before anything is trained."""
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from timm_multilabel.cli.batches import which_views
 from timm_multilabel.cli.data import Data, wants_pool
+from timm_multilabel.data.remarks import can_be_scored
 from timm_multilabel.errors import UserError
 from timm_multilabel.heads import Head
 from timm_multilabel.metrics import MEANS, default_metric
@@ -154,11 +155,17 @@ def check_terms(args: argparse.Namespace, heads: Iterable[Head]) -> None:
         raise UserError('--entropy-weight, --pseudo-label-weight: no head predicts classes or tags; leave them out')
 
 
-def check_metric(args: argparse.Namespace, data: Data, heads: Iterable[Head], weights: dict[str, float]) -> str:
-    """The figure that ranks checkpoints.
+def check_metric(
+        args: argparse.Namespace,
+        data: Data,
+        heads: Iterable[Head],
+        weights: dict[str, float],
+        say: Callable[[str], None],
+) -> str:
+    """The metric that ranks checkpoints: by default that of the heads, or the loss where no label allows one.
 
     Raises:
-        UserError: There is no such figure, or the evaluation has no label that it could be of.
+        UserError: There is no such metric, or the labels of the evaluation do not allow it.
     """
     heads = list(heads)
     metric = args.eval_metric or default_metric(heads)
@@ -170,19 +177,34 @@ def check_metric(args: argparse.Namespace, data: Data, heads: Iterable[Head], we
     known += [f'{name}_{figure}' for name, figures in of_head.items() for figure in figures]
     if metric not in known:
         raise UserError(f"--eval-metric '{metric}': no such figure (there are: {', '.join(known)})")
-    targets = data.eval_rows.targets
-    # Of shards whose labels were not read before training nothing is known.
-    labelled = (data.label_space.labelled(targets).any(dim=0) | (not len(targets))).tolist()
-    scored = [name for name, found in zip(data.label_space.names, labelled, strict=True) if found and weights[name]]
-    if not scored:
-        raise UserError(
-            f'{data.eval_rows.source}: no row has a label of a head with a weight; there is nothing to score')
-    if metric in MEANS and metric not in ('loss', 'score') and not any(metric in of_head[name] for name in scored):
-        raise UserError(
-            f'--eval-metric {metric}: {data.eval_rows.source} has no label of a head that it is of; choose another')
-    for name, figures in of_head.items():
-        if name not in scored and metric in (f'{name}_{figure}' for figure in figures):
-            raise UserError(
-                f"--eval-metric {metric}: '{name}' has no weight, or no label in {data.eval_rows.source}; choose "
-                'another')
+    labelled, scored = _scored_heads(data, weights)
+    source = data.eval_rows.source
+    if not labelled:
+        raise UserError(f'{source}: no row has a label of a head with a weight; there is nothing to score')
+    if not scored and args.eval_metric is None:
+        say(f'{source}: its labels allow no {metric} of any head, so checkpoints are ranked by loss')
+        return 'loss'
+    if metric in MEANS and metric != 'loss' and not any(metric in ('score', *of_head[name]) for name in scored):
+        raise UserError(f'--eval-metric {metric}: {source} has no labels of a head that allow it; choose another, such '
+                        'as loss')
+    for head in heads:
+        name = head.labels.name
+        for figure in of_head[name]:
+            allowed = labelled if figure in ('loss', *head.decreasing) else scored
+            if metric == f'{name}_{figure}' and name not in allowed:
+                raise UserError(
+                    f"--eval-metric {metric}: '{name}' has no weight, or no labels in {source} that allow it; choose "
+                    'another')
     return metric
+
+
+def _scored_heads(data: Data, weights: dict[str, float]) -> tuple[list[str], list[str]]:
+    """The heads with a weight that the evaluation has labels of, and those of them whose labels allow a metric."""
+    weighted = [name for name in data.label_space.names if weights[name]]
+    targets = data.eval_rows.targets
+    if not len(targets):  # of shards whose labels were not read before training nothing is known
+        return weighted, weighted
+    of_head = zip(data.label_space.heads, data.label_space.split(targets), strict=True)
+    known = [(labels, target) for labels, target in of_head if labels.name in weighted and labels.known(target).any()]
+    return [labels.name for labels, _ in known], [
+        labels.name for labels, target in known if can_be_scored(labels, target)]

@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from timm_multilabel.cells import missing_texts
 from timm_multilabel.cli import head_options
+from timm_multilabel.cli.flags import dialect
 from timm_multilabel.cli.splits import Splits, read_stored, split_path, stored_heads
 from timm_multilabel.data.pool import (
     join_rows,
@@ -15,20 +17,23 @@ from timm_multilabel.data.pool import (
     split_labelled,
     without_images,
 )
+from timm_multilabel.data.remarks import how_read, useless_labels
 from timm_multilabel.data.shards import find_shards
 from timm_multilabel.data.streams import Stored, StreamedRows, StreamedTable, encode
 from timm_multilabel.data.table import (
     Rows,
     Table,
     check_single_class,
+    describe_unknown,
     find_images,
     find_label_space,
     read_table,
+    unknown_labels,
 )
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
 from timm_multilabel.heads import Head, load_kinds
-from timm_multilabel.labels import LabelSet, LabelSpace
+from timm_multilabel.labels import LabelSet, LabelSpace, TagSet
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,8 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
     label_space = splits.label_space if streamed else None
     if label_space is None:
         label_space = find_label_space(
-            [*tables, train], args.heads, head_options.readers(head, kinds), head_options.groups(head))
+            [*tables, train], args.heads, head_options.readers(head, kinds), head_options.groups(head), dialect(args))
+    check_dialect(args, label_space, train.path)
     if not label_space.heads:
         raise UserError(
             f"{train.path}: no label column beside '{args.image_column}'; add one, or pass -wlc 0 for SimCLR alone")
@@ -99,7 +105,8 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
     for name, options in head.items():
         if options.get('loss') == 'arcface' and name in label_space.names:
             check_single_class(train, name)
-    val = splits.read(args.val_split)
+    # What is ignored is to be named, so the labels are read.
+    val = splits.read(args.val_split, spare=args.unknown_labels == 'error')
     for labels in label_space.heads:
         for column in labels.columns:
             if column not in val.label_columns:
@@ -110,6 +117,8 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
         way_out = f'remove {folder / Stored.LABEL_SPACE}, so that it is made anew'
     train_rows = encode(train, label_space, way_out=f'{way_out}, or mend them')
     eval_rows = encode(val, label_space, args.unknown_labels == 'ignore')
+    if unknown := unknown_labels(val, label_space):
+        say(f'{val.path}: labels that training does not know, not scored: {describe_unknown(unknown)}')
     splits.save(label_space if streamed and args.heads is None else None)
     if args.labelled_rows:
         train_rows = _hide_labels(args, train_rows, label_space, say)
@@ -125,8 +134,23 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
         if args.unlabelled or len(without) and not args.labelled_rows:
             say(f'{train.path}: with -wls 0 and without entropy or pseudo-labels nothing learns from images without '
                 'labels: left out')
+    for line in (*how_read(train, label_space),
+                 *useless_labels(label_space, train_rows.targets, str(train.path), scored=False),
+                 *useless_labels(label_space, eval_rows.targets, str(val.path), scored=True)):
+        say(line)
     steps = _count_steps(args, train_rows, args.batch_size, pool_rows, pool_batch_size)
     return Data(label_space, kinds, head, train_rows, pool_rows, eval_rows, args.batch_size, pool_batch_size, steps)
+
+
+def check_dialect(args: argparse.Namespace, label_space: LabelSpace, source: Path) -> None:
+    """Raise UserError where a flag says how tags in one column are written, and no head reads such tags."""
+    for name, value in dialect(args).items():
+        flag = {'separator': '--tag-separator', 'none': '--none-value'}[name]
+        if not any(isinstance(labels, TagSet) and not labels.group for labels in label_space.heads):
+            raise UserError(f"{flag} '{value}': no head of {source} reads tags in one column; leave it out, or pass "
+                            '--head COLUMN:loss=tags')
+        if name == 'none' and value in missing_texts(args.missing_value):
+            raise UserError(f"{flag} '{value}': --missing-value is the same text; leave one of them out")
 
 
 def _hide_labels(
@@ -182,7 +206,9 @@ def _splits(
     stored, columns = read_stored(folder), args.heads
     if columns is not None:
         columns = [*columns, *(column for group in head_options.groups(args.head).values() for column in group)]
-    known = stored_heads(stored, args.head, args.heads, kinds) if args.classification_loss_weight else LabelSpace(())
+    known = LabelSpace(())
+    if args.classification_loss_weight:
+        known = stored_heads(stored, args.head, args.heads, kinds, dialect(args))
     return Splits(stored, known, say, args.image_column, args.separator, args.missing_value, columns)
 
 

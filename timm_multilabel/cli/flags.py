@@ -99,6 +99,35 @@ def separator(text: str) -> str:
     return text
 
 
+def tag_separator(text: str) -> str:
+    """A type for flags: any characters, or 'tab', 'space' or 'whitespace'; a blank stands for any run of blanks."""
+    text = {'tab': '\t', '\\t': '\t', 'space': ' ', 'whitespace': ' '}.get(text, text)
+    if not text:
+        raise argparse.ArgumentTypeError("expected a character, 'tab' or 'whitespace'")
+    return text if text.isspace() else text.strip()
+
+
+def none_value(text: str) -> str:
+    """A type for flags: a text that is not blank."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError('an empty cell is a missing label; write a text that means none, such as none')
+    return text.strip()
+
+
+def dialect(args: argparse.Namespace) -> dict[str, str]:
+    """How the flags say that tags in one column are written: the options of `TagSet` that were given."""
+    given = {'separator': args.tag_separator, 'none': args.none_value}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def add_dialect_flags(group: Any, default: str) -> None:
+    """Add the flags of how tags in one column are written; `default` says what holds without them."""
+    group.add_argument('--tag-separator', type=tag_separator, metavar='TEXT',
+                       help=f"what is between the tags of a cell, such as ';', or 'whitespace' (default: {default})")
+    group.add_argument('--none-value', type=none_value, metavar='TEXT',
+                       help='a cell of tags that means none of them, where an empty one is a missing label')
+
+
 class Settings(ParseKwargs):
     """timm's NAME=VALUE words -> {name: value}."""
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from timm_multilabel.cli.splits import Splits, read_stored
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import UserError, shortened
 from timm_multilabel.inference.loaded import check_finite
 from timm_multilabel.inference.neighbours import knn_predictions
-from timm_multilabel.labels import LabelSet, LabelSpace
+from timm_multilabel.labels import BadCell, LabelSet, LabelSpace
 from timm_multilabel.model import MultiLabelModel
 from timm_multilabel.training.checkpoint import Checkpoint
 from timm_multilabel.training.loop import Precision
@@ -34,10 +34,17 @@ def with_heads_of_data(args: argparse.Namespace, checkpoint: Checkpoint, say: Ca
         args.separator or state.get('separator'),
         args.missing_value if args.missing_value is not None else state.get('missing_value'))
     table = splits.read('train')
-    columns = {name: table.frame[name] for name in table.label_columns if (table.frame[name] != '').any()}
-    if not columns:
+    heads = []
+    for name in table.label_columns:
+        try:
+            heads.append(LabelSet.from_cells(name, table.cells([name])))
+        except BadCell as error:
+            say(f"{table.path} row {error.row}, column '{shortened(name)}': {error}: left out")
+        except ValueError:  # no label
+            continue
+    if not heads:
         raise UserError(f'{table.path}: no column has a label, so neighbours have nothing to vote for')
-    return replace(checkpoint, label_space=LabelSpace.from_columns(columns))
+    return replace(checkpoint, label_space=LabelSpace(tuple(heads)))
 
 
 @torch.no_grad()

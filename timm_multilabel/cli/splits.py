@@ -42,8 +42,12 @@ class Splits:
         self.image_column, self.separator, self.missing_value = image_column, separator, missing_value
         self.columns, self.counted = columns, {}
 
-    def read(self, name: str) -> Table:
+    def read(self, name: str, spare: bool = True) -> Table:
         """Read NAME.csv, the CSV NAME, or else the labels of the shards of this name.
+
+        Args:
+            name: The split.
+            spare: Spare the pass over the labels of shards where their number and the heads are known.
 
         Raises:
             UserError: There is no such split, or it cannot be read.
@@ -52,11 +56,12 @@ class Splits:
         shards = self._find_shards(path, name)
         if shards is None:
             return self.read_csv(path)
-        if self.label_space is not None and name in self.stored.rows:
+        if spare and self.label_space is not None and name in self.stored.rows:
             return table_without_labels(shards, self.label_space, self.stored.rows[name])
         self.say(f'{shards.source}: reading the labels')
         table = _pass_over_labels(shards)
-        self.counted[name] = table.count
+        if self.stored.rows.get(name) != table.count:
+            self.counted[name] = table.count
         return table
 
     def read_csv(self, path: Path) -> Table:
@@ -111,6 +116,7 @@ def stored_heads(
         given: head_options.Options,
         heads: list[str] | None,
         kinds: Mapping[str, type[Head]],
+        dialect: Mapping[str, str],
 ) -> LabelSpace | None:
     """The stored label space, where it is of the heads that the flags ask for and they need no look at the labels.
 
@@ -119,6 +125,7 @@ def stored_heads(
         given: What `--head` says.
         heads: What `--heads` says.
         kinds: The kinds of heads there are.
+        dialect: How tags in one column are written, see `find_label_space`.
     """
     if stored.label_space is None:
         return None
@@ -126,4 +133,4 @@ def stored_heads(
     head = head_options.expand(given, columns, heads)
     if any(options.get('class_weights') == 'balanced' or options.get('loss') == 'arcface' for options in head.values()):
         return None  # these look at the labels of all samples
-    return stored.choose(heads, head_options.readers(head, kinds), head_options.groups(head))
+    return stored.choose(heads, head_options.readers(head, kinds), head_options.groups(head), dialect)

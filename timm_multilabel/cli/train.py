@@ -161,7 +161,7 @@ class Phase:
             if head.remark:
                 say(f"head '{name}': {head.remark}")
         check_terms(args, model.heads)
-        self.metric = check_metric(args, data, model.heads, weights)
+        self.metric = check_metric(args, data, model.heads, weights, say)
         self.task = build.task(args, model, data, self.data_config, weights, self.precision.device)
         self.task.metadata['eval_metric'] = self.metric
         if start is not None:

@@ -6,6 +6,7 @@ from timm_multilabel.cli.flags import (
     HeadOptions,
     Settings,
     above_0,
+    add_dialect_flags,
     add_trust_flags,
     at_least_0,
     count,
@@ -43,6 +44,7 @@ def _add_data(group) -> None:
     group.add_argument('--separator', type=separator, metavar='CHAR',
                        help="what is between cells: a character or 'tab' (default: what the header has)")
     group.add_argument('--missing-value', metavar='TEXT', help='a cell that means no label, beside the empty one')
+    add_dialect_flags(group, '|')
     group.add_argument('--heads', nargs='+', metavar='NAME', help='label columns to learn (default: all)')
     group.add_argument('--head', action=HeadOptions, nargs='+', default={}, metavar='HEAD:NAME=VALUE,...',
                        help='options of a head: loss=softmax|arcface|tags|numeric, weight, input=features|projection, '

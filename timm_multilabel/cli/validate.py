@@ -3,6 +3,7 @@ import argparse
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
+from timm_multilabel.cli.data import check_dialect
 from timm_multilabel.cli.device import choose_precision, loader_workers, start_device
-from timm_multilabel.cli.flags import add_trust_flags, count, positive, separator
+from timm_multilabel.cli.flags import add_dialect_flags, add_trust_flags, count, dialect, positive, separator
 from timm_multilabel.cli.knn import KNN_FIGURE, knn_figures, with_heads_of_data
 from timm_multilabel.cli.output import say as print_line
 from timm_multilabel.cli.splits import Splits, read_stored, split_path
 from timm_multilabel.data.images import FilePhotos
+from timm_multilabel.data.remarks import useless_labels
 from timm_multilabel.data.streams import StreamedRows, StreamedTable, encode
 from timm_multilabel.data.table import Rows, Table, describe_unknown, unknown_labels
 from timm_multilabel.distributed import world
@@ -24,7 +27,7 @@ from timm_multilabel.escaping import spreadsheet_csv
 from timm_multilabel.files import write_whole
 from timm_multilabel.heads import Head, load_kinds
 from timm_multilabel.inference.loaded import check_finite
-from timm_multilabel.labels import LabelSet, missing_row
+from timm_multilabel.labels import LabelSet, LabelSpace, TagSet, missing_row
 from timm_multilabel.loading.batches import BadImages, Part
 from timm_multilabel.loading.loaders import create_eval_loader
 from timm_multilabel.loading.streaming import StreamedBatches, create_stream_loader
@@ -50,6 +53,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--image-column', metavar='NAME', help='column of the image paths (default: as in training)')
     parser.add_argument('--separator', type=separator, metavar='CHAR', help='between cells (default: as in training)')
     parser.add_argument('--missing-value', metavar='TEXT', help='a cell that means no label (default: as in training)')
+    add_dialect_flags(parser, 'as in training')
     add_trust_flags(parser)
     parser.add_argument('-b', '--batch-size', type=positive, default=128, metavar='N', help='images a batch')
     parser.add_argument('-j', '--workers', type=count, default=4, metavar='N', help='loader processes')
@@ -79,8 +83,12 @@ def run(args: argparse.Namespace) -> None:
 
     if args.knn and ranks > 1:
         raise UserError('--knn runs in one process; leave it out, or start one')
-    scored = checkpoint if checkpoint.label_space.heads else with_heads_of_data(args, checkpoint, say)
+    scored = in_dialect(args, checkpoint)
+    if not scored.label_space.heads:
+        scored = with_heads_of_data(args, checkpoint, say)
     rows = read_split(args, scored, say)
+    for line in useless_labels(scored.label_space, rows.targets, str(rows.source), scored=True):
+        say(line)
     bank = read_bank(args, scored, say) if args.knn else None
     weights = checkpoint.best_weights if args.weights == 'best' else args.weights
     model = load_model(checkpoint, weights, load_kinds(args.head_module), args.allow_hub).to(device)
@@ -137,6 +145,24 @@ def check_checkpoint(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
             'or train heads from it with --initial-checkpoint')
     if not checkpoint.label_space.heads and args.confusion is not None:
         raise UserError(f'--confusion: {checkpoint.path} was trained with -wlc 0, so it has no heads; leave it out')
+
+
+def in_dialect(args: argparse.Namespace, checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint whose tags in one column are read as the flags say.
+
+    Raises:
+        UserError: It has no such tags, or one of them is the text that would mean none.
+    """
+    written = dialect(args)
+    check_dialect(args, checkpoint.label_space, checkpoint.path)
+    heads = tuple(
+        replace(labels, **written) if isinstance(labels, TagSet) and not labels.group else labels
+        for labels in checkpoint.label_space.heads)
+    for labels in heads:
+        if isinstance(labels, TagSet) and not labels.group and labels.none in labels.classes:
+            raise UserError(f"--none-value '{labels.none}': this is a tag of '{shortened(labels.name)}' in "
+                            f'{checkpoint.path}; leave it out')
+    return replace(checkpoint, label_space=LabelSpace(heads))
 
 
 def prepare_outputs(args: argparse.Namespace) -> None:
@@ -245,12 +271,13 @@ def gather_results(
     for name, head in heads.items():
         target, measured = predictions[name]
         results[name] = {figure: figures[f'{name}_{figure}'] for figure in head.figures}
-        if isinstance(head.labels, LabelSet):
+        if isinstance(head.labels, LabelSet) and len(head.labels.classes) > 1:
             results[name] |= class_metrics(target[:, 0].astype(int), measured[:, 0].astype(int))
         results[name] |= {'loss': figures[f'{name}_loss'], 'labels': len(target)}
     mean = {}
     for figure in (*MEANS, 'balanced_accuracy', 'macro_f1'):
-        having = {name: values[figure] for name, values in results.items() if figure in values and values['labels']}
+        having = {name: values[figure] for name, values in results.items()
+                  if values['labels'] and not math.isnan(values.get(figure, math.nan))}
         if having:
             mean[figure] = mean_over_heads(having, head_weights)
     if 'score' in figures:

@@ -19,10 +19,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple
 
+from timm_multilabel.cells import list_cell, missing_texts
 from timm_multilabel.data.images import MAX_BYTES
 from timm_multilabel.errors import UserError, listed, shortened
 from timm_multilabel.files import open_regular
-from timm_multilabel.labels import TAG_SEPARATOR
 
 BUFFER = 1000
 """Samples among which the next one is drawn, in each loader process."""
@@ -42,7 +42,7 @@ class Sample(NamedTuple):
     Args:
         name: Its shard and its key or row, as messages name it; no two of a split have the same.
         image: The bytes of the image file; None where only labels were asked for.
-        cells: Texts by label column; empty, or not there, where the label is missing.
+        cells: Texts by label column; empty, or not there, where the label is missing; of a list its `list_cell`.
     """
     name: str
     image: bytes | None
@@ -57,7 +57,7 @@ class Shards:
         source: What messages call them: their pattern.
         files: The shards.
         image_column: The column of the images in Parquet; `image` where there is none of this name.
-        missing_value: A text that means a missing label, beside the empty one.
+        missing_value: A text that means a missing label, beside the empty one; see `missing_texts`.
         columns: The label columns to read; all when None.
     """
     source: Path
@@ -104,13 +104,15 @@ class Shards:
             UserError: A shard or a sample cannot be read, or a library is missing.
         """
         wanted = None if self.columns is None else set(self.columns)
+        missing = missing_texts(self.missing_value)
+        missing |= {list_cell([text]) for text in missing if text}
         read = self._tar_samples if self.tars else self._parquet_samples
         for name, image, cells in read(rank, ranks, seed, images):
             _check_columns(cells, name)
             texts = {column: _text(value, name, column) for column, value in cells.items()
                      if wanted is None or column in wanted}
             yield Sample(name, image, {
-                column: '' if text == self.missing_value else text for column, text in texts.items()})
+                column: '' if text in missing else text for column, text in texts.items()})
 
     def _tar_samples(self, rank: int, ranks: int, seed: int | None, images: bool) -> Iterator[tuple]:
         webdataset = find_library(self.library)
@@ -392,13 +394,14 @@ def _check_columns(cells: dict[str, Any], name: str) -> None:
 
 
 def _text(value: Any, name: str, column: str) -> str:
-    """A label as the cell of a CSV would hold it."""
+    """A label as the cell of a CSV would hold it, or the cell of a list."""
     if value is None or isinstance(value, float) and math.isnan(value):
         return ''
     if isinstance(value, bool):
         return str(int(value))  # a tag's column of 0 and 1
     if isinstance(value, list) and not any(isinstance(part, list) for part in value):
-        return TAG_SEPARATOR.join(filter(None, (_text(part, name, column) for part in value)))
+        texts = [text for part in value if (text := _text(part, name, column))]
+        return list_cell(texts) if texts or not value else ''  # of nulls alone nothing is known
     if isinstance(value, dict | bytes | list):
         raise UserError(f"{name}: '{shortened(column)}' is no text, number or list of tags; choose --heads without it")
     try:

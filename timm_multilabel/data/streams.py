@@ -8,11 +8,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from timm_multilabel.cells import TAG_SEPARATOR
 from timm_multilabel.data.shards import Sample, Shards
 from timm_multilabel.data.table import Rows, Table, encode_rows, encode_targets
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import read_json, write_whole
-from timm_multilabel.labels import Labels, LabelSet, LabelSpace
+from timm_multilabel.labels import Labels, LabelSet, LabelSpace, TagSet
 
 _SEEN = 50_000  # combinations of labels that are kept
 _MOST = 10 ** 12  # samples of a split
@@ -149,6 +150,13 @@ def encode_streamed(
         replace(table.shards, columns=columns), label_space, targets, table.count, ignore_unknown)
 
 
+def _in_dialect(labels: Labels, dialect: Mapping[str, str]) -> bool:
+    """Whether labels are tags that are written as asked for, or none in one column."""
+    if not isinstance(labels, TagSet) or labels.group:
+        return True
+    return (labels.separator, labels.none) == (dialect.get('separator', TAG_SEPARATOR), dialect.get('none'))
+
+
 @dataclass(frozen=True)
 class Stored:
     """What a data directory's label_space.json and rows.json say, which spares a pass over the labels.
@@ -186,12 +194,13 @@ class Stored:
             heads: list[str] | None,
             readers: Mapping[str, type[Labels]],
             groups: Mapping[str, tuple[str, ...]],
+            dialect: Mapping[str, str],
     ) -> LabelSpace | None:
         """The stored label space of the heads that `find_label_space` is asked for; None where it has other ones."""
         stored = {labels.name: labels for labels in self.label_space.heads} if self.label_space is not None else {}
         names = list(stored) if heads is None else heads
         fits = stored and {*names, *readers} <= set(stored) and all(
-            type(stored[name]) is readers.get(name, LabelSet)
+            type(stored[name]) is readers.get(name, LabelSet) and _in_dialect(stored[name], dialect)
             and getattr(stored[name], 'group', ()) == tuple(groups.get(name, ())) for name in names)
         return LabelSpace(tuple(stored[name] for name in names)) if fits else None
 

@@ -7,14 +7,26 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
+from timm_multilabel.cells import missing_texts
 from timm_multilabel.errors import UserError, listed, printable, shortened
 from timm_multilabel.files import open_regular
-from timm_multilabel.labels import MISSING, UNKNOWN, BadCell, Labels, LabelSet, LabelSpace, Quantity, missing_row
+from timm_multilabel.labels import (
+    MISSING,
+    UNKNOWN,
+    BadCell,
+    Labels,
+    LabelSet,
+    LabelSpace,
+    Quantity,
+    TagSet,
+    missing_row,
+)
 
 _EXAMPLES = 3  # rows, files or labels named in a message
 _PART = 2 ** 26  # bytes read at once
@@ -93,7 +105,7 @@ def read_table(
         path: The file.
         image_column: The column of the image paths.
         separator: What is between cells; by default a comma if the header has one, else a tab, `;` or `|` that it has.
-        missing_value: A further text that means a missing label.
+        missing_value: A further text that means a missing label; see `missing_texts`.
 
     Raises:
         UserError: The file is missing, unreadable, empty, has no image column, an unnamed or a repeated column, or a
@@ -136,8 +148,8 @@ def read_table(
     without = frame.index[frame[image_column] == '']
     if len(without):
         raise UserError(f"{path} row {without[0]}: no image in column '{image_column}'; name one or remove the row")
-    if missing_value is not None:
-        frame = frame.mask((frame == missing_value) & (np.array(header) != image_column), '')
+    if missing := missing_texts(missing_value):
+        frame = frame.mask(frame.isin(missing) & (np.array(header) != image_column), '')
     return Table(path, frame, image_column)
 
 
@@ -228,6 +240,7 @@ def find_label_space(
         heads: list[str] | None,
         readers: Mapping[str, type[Labels]] | None = None,
         groups: Mapping[str, tuple[str, ...]] | None = None,
+        dialect: Mapping[str, Any] | None = None,
 ) -> LabelSpace:
     """The label space of a data directory: its heads from the last table, their classes and tags from the first.
 
@@ -236,6 +249,7 @@ def find_label_space(
         heads: The heads to learn; when None, every column but the image's and those of groups, and every group.
         readers: What a head's labels are, by its name; classes where not named.
         groups: The 0/1 columns of a head of tags, by its name.
+        dialect: How tags in one column are written: 'separator' and 'none' of `TagSet`.
 
     Raises:
         UserError: A head that is no column, a column without labels, or a cell that cannot be read.
@@ -262,8 +276,9 @@ def find_label_space(
         # A mean over validation and test rows too would tell the model of them.
         source = train if reader is Quantity else tables[0]
         read = reader.from_group if name in groups else reader.from_cells
+        options = (dialect or {}) if reader is TagSet and name not in groups else {}
         try:
-            found.append(read(name, source.cells(columns)))
+            found.append(read(name, source.cells(columns), **options))
         except BadCell as error:
             raise _bad_cell(source, error) from error
         except ValueError as error:
@@ -287,11 +302,19 @@ def check_single_class(table: Table, name: str) -> None:
 
 
 def unknown_labels(table: Table, label_space: LabelSpace) -> dict[str, dict[str, list[int]]]:
-    """The labels of a table that are no classes: {head: {label: rows}}, without the heads that have none."""
+    """The labels of a table that are no classes: {head: {label: rows}}, without the heads that have none.
+
+    Raises:
+        UserError: A cell cannot be read.
+    """
     found = {}
     for head in label_space.heads:
         cells = _cells(table, head)
-        if cells is not None and (strange := head.unknown(cells)):
+        try:
+            strange = {} if cells is None else head.unknown(cells)
+        except BadCell as error:
+            raise _bad_cell(table, error) from error
+        if strange:
             found[head.name] = strange
     return found
 
@@ -342,7 +365,7 @@ def encode_targets(table: Table, label_space: LabelSpace, ignore_unknown: bool, 
     Args:
         table: The table.
         label_space: Heads and classes.
-        ignore_unknown: Take a label that is no class as missing.
+        ignore_unknown: Take a label that is no class as missing; a tag that is none is passed over.
         way_out: What to advise where such a label is an error.
 
     Raises:

@@ -31,18 +31,22 @@ class TagsHead(LinearHead):
         return output.float().sigmoid()
 
     def metrics(self, target: np.ndarray, measured: np.ndarray) -> dict[str, float]:
-        """'map', the mean average precision of the tags that occur, and F1 at 0.5: their mean, and over all labels."""
+        """'map', the mean average precision of the tags, and F1 at 0.5: their mean, and over all labels.
+
+        A tag without a 0 or without a 1 is in no mean, since there is nothing to tell apart; NaN where none is left.
+        """
         precisions, f1s = [], []
         for tag in range(target.shape[1]):
             known = target[:, tag] != MISSING
             true, probability = target[known, tag], measured[known, tag]
-            if true.any():
+            if true.any() and not true.all():
                 precisions.append(average_precision_score(true, probability))
                 f1s.append(f1_score(true, probability >= 0.5, zero_division=0))
+        if not precisions:
+            return dict.fromkeys(self.figures, np.nan)
         known = target != MISSING
         micro = f1_score(target[known], measured[known] >= 0.5, zero_division=0)
-        mean = np.mean if precisions else (lambda values: np.nan)
-        return {'map': 100 * mean(precisions), 'f1': 100 * mean(f1s), 'micro_f1': 100 * micro}
+        return {'map': 100 * np.mean(precisions), 'f1': 100 * np.mean(f1s), 'micro_f1': 100 * micro}
 
     def entropy(self, output: torch.Tensor) -> torch.Tensor:
         return binary_entropy(output)

@@ -12,7 +12,7 @@ import numpy as np
 from timm_multilabel.errors import UserError, one_line, shortened
 from timm_multilabel.escaping import spreadsheet_text
 from timm_multilabel.inference.answers import Answer, Guess
-from timm_multilabel.labels import TAG_SEPARATOR, LabelSet, LabelSpace, Quantity
+from timm_multilabel.labels import LabelSet, LabelSpace, Quantity
 
 _COLUMNS = 16_384
 """Columns that spreadsheets take."""
@@ -52,7 +52,10 @@ def _places(labels: Any, top_k: int) -> int:
 
 
 def csv_lines(answers: Iterable[Answer], label_space: LabelSpace, top_k: int) -> Iterator[str]:
-    """A row an image. Tags of a head stand in one cell, with `|` between them, as do their probabilities."""
+    """A row an image. Tags of a head stand in one cell, as do their probabilities, written as in training.
+
+    Between them is `|`, or --tag-separator; a cell without any is empty, or --none-value.
+    """
     yield _csv_line(map(spreadsheet_text, csv_columns(label_space, top_k)))
     for answer in answers:
         cells = [spreadsheet_text(answer.image), spreadsheet_text(answer.error or '')]
@@ -65,8 +68,10 @@ def csv_lines(answers: Iterable[Answer], label_space: LabelSpace, top_k: int) ->
                 pairs = [(spreadsheet_text(guess.label), _number(guess.probability)) for guess in guesses]
                 cells += [cell for pair in pairs + [('', '')] * (places - len(pairs)) for cell in pair]
             else:
-                cells += [spreadsheet_text(TAG_SEPARATOR.join(guess.label for guess in guesses)),
-                          TAG_SEPARATOR.join(_number(guess.probability) for guess in guesses)]
+                tags = labels.separator.join(guess.label for guess in guesses)
+                none = '' if answer.error is not None else labels.none or ''
+                cells += [spreadsheet_text(tags or none),
+                          labels.separator.join(_number(guess.probability) for guess in guesses)]
         yield _csv_line(cells)
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from timm_multilabel.data.remarks import how_read, useless_labels
 from timm_multilabel.data.scan import UNLABELLED, Contents, Scans, Split
 from timm_multilabel.data.split import SPLITS
-from timm_multilabel.data.table import unknown_labels
+from timm_multilabel.data.table import encode_targets, unknown_labels
 from timm_multilabel.errors import shortened
-from timm_multilabel.labels import LabelSet
+from timm_multilabel.labels import LabelSet, LabelSpace
 
 ERROR = 'error'
 """Of a finding that spoils a result, or stops training."""
@@ -105,6 +106,7 @@ def report_on(contents: Contents, scans: Scans, examples: int = 5) -> Report:
         *_splits_not_checked(contents),
         *_rows_without_labels(contents, examples),
         *_classes_without_images(contents, examples),
+        *_labels_of_little_use(contents),
         *_same_image_twice(contents, scans, examples),
         *_links_that_lead_out(contents, examples),
         *_large_images(contents, scans, examples),
@@ -339,6 +341,23 @@ def _classes_without_images(contents: Contents, limit: int) -> Iterator[Finding]
                 f"'{head.name}': {len(lacking)} of {_counted(learnt, 'class', 'classes')} of {train.csv} without "
                 f'an image in {val.csv}: not scored', len(lacking), ('train', 'val'), head.name,
                 tuple(f'{_quoted(name)} ({counts[name]} in {train.csv})' for name in lacking[:limit]))
+
+
+def _labels_of_little_use(contents: Contents) -> Iterator[Finding]:
+    """Tags that seem to be written otherwise than they are read; tags and numbers that can teach or score nothing."""
+    for name in ('train', 'val'):
+        split = contents.splits.get(name)
+        if split is None:
+            continue
+        label_space = LabelSpace(tuple(
+            head for head in contents.label_space.heads
+            if not isinstance(head, LabelSet) and all(map(split.table.has_label, head.columns))))
+        if name == 'train':
+            for line in how_read(split.table, label_space):
+                yield Finding('how-read', NOTE, line, 1, (name,))
+        targets = encode_targets(split.table, label_space, ignore_unknown=True, way_out='')
+        for line in useless_labels(label_space, targets, split.csv, scored=name == 'val'):
+            yield Finding('useless-labels', NOTE, line, 1, (name,))
 
 
 def _same_image_twice(contents: Contents, scans: Scans, limit: int) -> Iterator[Finding]:

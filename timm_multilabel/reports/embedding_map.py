@@ -76,11 +76,10 @@ def color_points(labels: Labels, target: np.ndarray) -> Coloring:
     others = int((counts > 0).sum()) - len(order)
     what = 'tags' if isinstance(labels, TagSet) else 'classes'
     rest = f'{others} other {what}' if others else ''
-    if isinstance(labels, TagSet):
-        unlabelled = (of_point == -1).any() and not others
-    else:
-        unlabelled = bool((target == MISSING).any())
-    rest = ', '.join(filter(None, [rest, 'no label' if unlabelled else '']))
+    known = target != MISSING
+    bare = isinstance(labels, TagSet) and bool((known.any(axis=1) & ~(target == 1).any(axis=1)).any())
+    unlabelled = not (known.any(axis=1) if isinstance(labels, TagSet) else known).all()
+    rest = ', '.join(filter(None, [rest, 'no tag' if bare else '', 'no label' if unlabelled else '']))
     names = [f'{shortened(labels.classes[index])} ({counts[index]})' for index in order]
     return Coloring(names, COLORS[:len(order)], of_point, rest)
 

@@ -86,7 +86,7 @@ def describe_target(labels: Labels, target: Any) -> str:
     if isinstance(labels, LabelSet):
         return shortened(labels.classes[target]) if target != MISSING else '-'
     if isinstance(labels, TagSet):
-        return listed(labels.classes, target == 1) if (target == 1).any() else '-'
+        return listed(labels.classes, target == 1) if (target != MISSING).any() else '-'
     return '-' if math.isnan(target) else f'{target * labels.std + labels.mean:.4g}'
 
 

@@ -92,6 +92,8 @@ def head_figures(labels: Labels, target: np.ndarray, output: np.ndarray) -> list
         target: As `Predictions.target` gives it, of labelled rows only.
         output: What the head says of them (N, C).
     """
+    if isinstance(labels, LabelSet) and len(labels.classes) == 1:  # every answer is right
+        return [Figure('top1', math.nan, math.nan, math.nan, 'Wilson')]
     if isinstance(labels, LabelSet):
         ranks = (output > output[np.arange(len(target)), target][:, None]).sum(axis=1)
         predicted = output.argmax(axis=1)
@@ -183,7 +185,7 @@ def _mean(values: np.ndarray) -> np.ndarray:
 def tag_figures(target: np.ndarray, probability: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     """'map', 'f1' and 'micro_f1' in percent, as `TagsHead.metrics` has them, of weighted images.
 
-    A tag without weight counts with its figure of all images.
+    A tag of which the weighted images have no 1, or no 0, counts with its figure of all images.
 
     Args:
         target: 0, 1 or MISSING (N, C).
@@ -197,10 +199,15 @@ def tag_figures(target: np.ndarray, probability: np.ndarray, weights: np.ndarray
         its, found = weights[:, known], of_tag >= 0.5
         counts = np.stack([its[:, true & found].sum(axis=1), its[:, true].sum(axis=1), its[:, found].sum(axis=1)])
         sums += counts
+        if true.all() or not true.any():
+            continue
+        both = (counts[1] > 0) & (counts[1] < its.sum(axis=1))
         f1, precision = (np.append(values, whole) for values, whole in zip(
             _tag_figures(true, of_tag, its), _tag_figures(true, of_tag, np.ones((1, len(true)), np.int32))))
-        f1s.append(np.where(counts[1] > 0, f1[:-1], f1[-1]))
-        precisions.append(np.where(counts[1] > 0, precision[:-1], precision[-1]))
+        f1s.append(np.where(both, f1[:-1], f1[-1]))
+        precisions.append(np.where(both, precision[:-1], precision[-1]))
+    if not f1s:
+        return dict.fromkeys(('map', 'f1', 'micro_f1'), np.full(len(weights), np.nan))
     with np.errstate(invalid='ignore', divide='ignore'):
         micro = np.nan_to_num(2 * sums[0] / (sums[1] + sums[2]))
     return {

@@ -356,12 +356,17 @@ def epoch_line(title: str, row: dict[str, Any], task: JointTask) -> str:
     for prefix in ('eval_', 'eval_ema_'):
         if prefix + mean in row:
             scores = '  '.join(
-                f'{name} {row[f"{prefix}{name}_{head.figures[0]}"]:.1f}%'
+                f'{name} {_percent(row[f"{prefix}{name}_{head.figures[0]}"], 1)}'
                 + ('' if head.figures[0] == 'top1' else f' {head.figures[0]}')
                 for name, head in task.heads.items())
-            parts.append(f'{prefix.strip("_")} {row[prefix + mean]:.2f}%  ({scores})')
+            parts.append(f'{prefix.strip("_")} {_percent(row[prefix + mean], 2)}  ({scores})')
     parts.append(f'lr {row["lr"]:.2g}  {row["images_per_second"]:.0f} images/s')
     return '  '.join(parts)
+
+
+def _percent(value: float, digits: int) -> str:
+    """A percentage; a dash where the labels do not allow one."""
+    return '-' if math.isnan(value) else f'{value:.{digits}f}%'
 
 
 def make_scaler(precision: Precision) -> NativeScaler | None:

@@ -1,0 +1,151 @@
+"""Cells as text: lists as shards have them, tags written in one text, and the words for yes and no."""
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
+
+from timm_multilabel.errors import shortened
+
+TAG_SEPARATOR = '|'
+"""Between the tags of a cell, unless told otherwise."""
+
+LIST = '\udc80'
+"""Before each value of a cell that was a list, and alone an empty list.
+
+It is half of a surrogate pair, which no text that was read from a file can hold, so no label can be taken for it.
+"""
+
+_WORDS = {'true': 1, 't': 1, 'yes': 1, 'y': 1, 'false': 0, 'f': 0, 'no': 0, 'n': 0}
+
+
+class BadCell(ValueError):
+    """A cell that cannot be read.
+
+    Args:
+        message: What is wrong with it.
+        column: Its column.
+        row: Its label in the table's index.
+    """
+
+    def __init__(self, message: str, column: str, row: Any):
+        super().__init__(message)
+        self.column, self.row = column, row
+
+
+def list_cell(texts: Iterable[str]) -> str:
+    """The cell of a list of texts, none of them empty."""
+    return ''.join(LIST + text for text in texts) or LIST
+
+
+def values_of_list(cell: str) -> list[str] | None:
+    """The values of a cell that was a list; None of another one."""
+    return [text for text in cell.split(LIST) if text] if cell.startswith(LIST) else None
+
+
+def single(cell: str) -> str:
+    """The text of a cell of one value, which may have been a list of one.
+
+    Raises:
+        ValueError: It was a list of none or of several.
+    """
+    values = values_of_list(cell)
+    if values is None:
+        return cell
+    if len(values) != 1:
+        raise ValueError(
+            f'a list of {len(values)} values, where one is expected (lists are of tags: --head COLUMN:loss=tags)')
+    return values[0]
+
+
+def singles(cells: pd.DataFrame) -> pd.Series:
+    """The texts of a column (N,), where a list of one value is that value.
+
+    Raises:
+        BadCell: A cell is a list of none or of several.
+    """
+    texts = cells.iloc[:, 0]
+    found = []
+    for row, text in texts.items():
+        try:
+            found.append(single(text))
+        except ValueError as error:
+            raise BadCell(str(error), cells.columns[0], row) from error
+    return pd.Series(found, texts.index, dtype=object)
+
+
+def split_tags(text: str, separator: str) -> list[str]:
+    """The tags of a text; a blank as the separator stands for any run of blanks."""
+    parts = text.split() if separator.isspace() else map(str.strip, text.split(separator))
+    return [part for part in parts if part]
+
+
+def tags_of(cell: str, separator: str, none: str | None) -> list[str] | None:
+    """The tags of a cell, [] where it is known to have none, None where nothing is known.
+
+    Args:
+        cell: The cell.
+        separator: What is between tags; a list has none.
+        none: The text that means no tag.
+
+    Raises:
+        ValueError: It says that there is no tag, and names some.
+    """
+    if cell == none:
+        return []
+    values = values_of_list(cell)
+    tags = split_tags(cell, separator) if values is None else values
+    if none in tags:
+        if set(tags) != {none}:
+            raise ValueError(f"'{shortened(none)}', which means none of the tags, stands beside tags")
+        return []
+    return tags if tags or values is not None else None
+
+
+def truth(text: str) -> int | None:
+    """1 or 0 of a text that says yes or no, -1 of one that is minus one, None of all others."""
+    word = _WORDS.get(text.lower())
+    if word is not None:
+        return word
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return int(number) if number in (1, 0, -1) else None
+
+
+def missing_texts(value: str | None) -> set[str]:
+    """The texts that mean a missing label where `value` does: a whole number also as a column of floats writes it."""
+    if value is None:
+        return set()
+    bare = value.removesuffix('.0')
+    return {bare, f'{bare}.0'} if bare.removeprefix('-').isdecimal() else {value}
+
+
+def other_separator(texts: list[str], separator: str) -> str | None:
+    """What seems to be between tags in place of `separator`, if anything: a comma, `;`, `|`, or a blank.
+
+    It is one that stands in most of the tags, or of which half of the tags that have it share parts with others: all
+    their parts for a blank, which may be part of a name, and any for the other marks. Blanks do not count where
+    `separator` is used.
+
+    Args:
+        texts: The cells with a label that are no lists.
+        separator: What splits them.
+    """
+    tags = [tag for text in texts for tag in split_tags(text, separator)]
+    different = set(tags)
+    for mark in (',', ';', '|', ' '):
+        if mark == separator or mark == ' ' and (separator.isspace() or len(tags) > len(texts)):
+            continue
+        parts = {tag: found for tag in different if len(found := split_tags(tag, mark)) > 1}
+        if not parts:
+            continue
+        counts: dict[str, int] = {}
+        for tag in different:
+            for part in {*split_tags(tag, mark)}:
+                counts[part] = counts.get(part, 0) + 1
+        enough = all if mark == ' ' else any
+        shared = sum(enough(counts[part] > 1 for part in found) for found in parts.values())
+        if 2 * sum(tag in parts for tag in tags) > len(tags) or 2 * shared >= len(parts):
+            return mark
+    return None
