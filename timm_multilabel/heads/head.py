@@ -131,7 +131,7 @@ def class_weights_tensor(weights: list | None, labels: Labels) -> torch.Tensor |
     """Weights of an option (C,), checked."""
     if weights is None:
         return None
-    tensor = torch.tensor(weights, dtype=torch.float32)
+    tensor = torch.tensor(weights, dtype=torch.float32, device='cpu')  # also where a model is only measured, on meta
     if tensor.shape != (len(labels.classes),) or not (tensor.isfinite() & (tensor >= 0)).all():
         raise ValueError(f'class_weights are {weights}, expected a number of 0 or more for each class')
     return tensor
