@@ -22,7 +22,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('data_dir', metavar='DIR', help='folder with train.csv, val.csv, ... and the images')
     parser.add_argument('--image-column', default='image_path', metavar='NAME', help='column of the image paths')
     parser.add_argument('--separator', type=separator, metavar='CHAR',
-                        help="what is between cells: a character or 'tab' (default: what the header has)")
+                        help='between cells: a character, tab, or whitespace for runs of blanks (default: found)')
     parser.add_argument('--missing-value', metavar='TEXT', help='a cell that means no label, beside the empty one')
     parser.add_argument('--heads', nargs='+', metavar='NAME',
                         help='label columns to check, as classes; leave out those of tags or numbers (default: all)')

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from timm_multilabel.cli import head_options
-from timm_multilabel.cli.splits import Splits, read_stored, split_path, stored_heads
+from timm_multilabel.cli.splits import Splits, read_stored, stored_heads
 from timm_multilabel.data.pool import (
     join_rows,
     keep_labels,
@@ -15,7 +15,8 @@ from timm_multilabel.data.pool import (
     split_labelled,
     without_images,
 )
-from timm_multilabel.data.shards import find_shards
+from timm_multilabel.data.shards import Shards
+from timm_multilabel.data.split_names import find_split, split_path
 from timm_multilabel.data.streams import Stored, StreamedRows, StreamedTable, encode
 from timm_multilabel.data.table import (
     Rows,
@@ -214,32 +215,32 @@ def _find_pool(
 
 
 def _read_unlabelled(args: argparse.Namespace, folder: Path, label_space: LabelSpace) -> Rows:
-    path = split_path(folder, args.unlabelled)
-    if path.is_file():
-        return rows_of_table(_read(args, path), label_space)
-    if (shards := find_shards(folder, args.unlabelled, args.image_column)) is not None:
-        raise UserError(f'--unlabelled {args.unlabelled}: {shards.source} are shards; name a CSV or a folder of images')
+    split = find_split(folder, args.unlabelled, args.image_column)
+    if isinstance(split, Shards):
+        raise UserError(f'--unlabelled {args.unlabelled}: {split.source} are shards; name a CSV or a folder of images')
+    if split is not None:
+        return rows_of_table(_read(args, split), label_space)
     for place in (Path(args.unlabelled), folder / args.unlabelled):
         if place.is_dir():
             return rows_of_folder(place, label_space)
     raise UserError(
-        f'--unlabelled {args.unlabelled}: no such CSV, folder or split; looked for {path}, {path.with_suffix("")} and '
-        f'{args.unlabelled}')
+        f'--unlabelled {args.unlabelled}: no such CSV, folder or split; looked for '
+        f'{split_path(folder, args.unlabelled)}, {folder / args.unlabelled} and {args.unlabelled}')
 
 
 def _scored(args: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> set[str]:
     """The images that a model is scored on: those of the validation and the test split, unless asked for by name."""
-    asked_for = [split_path(folder, name) for name in (args.train_split, args.unlabelled) if name]
+    asked_for = [split_path(folder, name).resolve() for name in (args.train_split, args.unlabelled) if name]
     found: set[str] = set()
     for name in (args.val_split, 'test'):
-        path = split_path(folder, name)
-        if path.is_file() and path not in asked_for:
+        split = find_split(folder, name, args.image_column)
+        if isinstance(split, Shards):
+            say(f'{split.source}: cannot keep the images of shards out of the unlabelled ones')
+        elif split is not None and split.resolve() not in asked_for:
             try:
-                found.update(real_paths(find_images(_read(args, path), passing_over=True)))
+                found.update(real_paths(find_images(_read(args, split), passing_over=True)))
             except UserError as error:
                 say(f'{error.line}: cannot keep its images out of the unlabelled ones')
-        elif (shards := find_shards(folder, name, args.image_column)) is not None:
-            say(f'{shards.source}: cannot keep the images of shards out of the unlabelled ones')
     return found
 
 

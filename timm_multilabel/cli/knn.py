@@ -20,7 +20,12 @@ from timm_multilabel.training.progress import Progress
 KNN_FIGURE = 'knn_top1'
 
 
-def with_heads_of_data(args: argparse.Namespace, checkpoint: Checkpoint, say: Callable[[str], None]) -> Checkpoint:
+def with_heads_of_data(
+        args: argparse.Namespace,
+        checkpoint: Checkpoint,
+        train_split: str,
+        say: Callable[[str], None],
+) -> Checkpoint:
     """A checkpoint without heads as one whose heads are the label columns of the training table, read as classes.
 
     Raises:
@@ -33,7 +38,7 @@ def with_heads_of_data(args: argparse.Namespace, checkpoint: Checkpoint, say: Ca
         args.image_column or state.get('image_column', 'image_path'),
         args.separator or state.get('separator'),
         args.missing_value if args.missing_value is not None else state.get('missing_value'))
-    table = splits.read('train')
+    table = splits.read(train_split)
     columns = {name: table.frame[name] for name in table.label_columns if (table.frame[name] != '').any()}
     if not columns:
         raise UserError(f'{table.path}: no column has a label, so neighbours have nothing to vote for')

@@ -1,0 +1,136 @@
+"""What tables are called, how they are read, and what their columns look like, the same for all commands."""
+import shutil
+
+import pytest
+from PIL import Image
+
+from tests.common import train_run, write_data
+from timm_multilabel.cli import compare, export, predict, report, split, validate
+from timm_multilabel.cli.main import run_command
+from timm_multilabel.cli.stored import predictions_path
+from timm_multilabel.data.table import read_table
+from timm_multilabel.errors import UserError
+
+
+def run(capsys, command, *argv):
+    """Exit status, standard output and standard error of a command."""
+    status = 0
+    try:
+        run_command(command, 'x', [str(word) for word in argv])
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+@pytest.fixture(scope='module')
+def named(tmp_path_factory):
+    """Runs whose splits have names of their own, on a data directory without train.csv and val.csv."""
+    folder = tmp_path_factory.mktemp('named')
+    data = write_data(folder / 'data', 8, 4)
+    (data / 'validation').mkdir()
+    shutil.copy(data / 'val.csv', data / 'validation' / 'metadata.csv')
+    (data / 'val.csv').rename(data / 'extra.csv')
+    (data / 'train.csv').rename(data / 'most.csv')
+    train_run(data, folder, '--train-split', 'most', '--val-split', 'extra.csv', epochs=1).rename(folder / 'a')
+    train_run(data, folder, '--train-split', 'most.csv', '--val-split', 'validation/metadata.csv', epochs=1).rename(
+        folder / 'b')
+    return folder
+
+
+@pytest.mark.parametrize('split', [[], ['--split', 'extra.csv'], ['--split', 'extra'],
+                                   ['--split', 'validation/metadata.csv']])
+def test_validate_finds_splits_as_training_does(capsys, named, split):
+    status, out, err = run(capsys, validate, named / 'data', '--checkpoint', named / 'a' / 'model_best.pth.tar', '-j',
+                           '0', '--device', 'cpu', '--knn', '2', *split)
+    assert (status, err.count('error')) == (0, 0)
+    assert f'knn_top1: what the 2 nearest of 8 images of {named / "data" / "most.csv"} vote for' in out
+    assert '\n4 images, ' in out
+
+
+def test_no_row_finds_itself_whatever_its_table_is_called(capsys, named):
+    status, _, err = run(capsys, validate, named / 'data', '--checkpoint', named / 'a' / 'model_best.pth.tar', '-j',
+                         '0', '--device', 'cpu', '--knn', '2', '--split', 'most.csv')
+    assert (status, '--knn: each row of most would find itself; score another split' in err) == (2, True)
+
+
+def test_another_data_directory_has_the_usual_names(capsys, named, tmp_path):
+    data = write_data(tmp_path / 'other', 8, 6)
+    status, out, _ = run(capsys, validate, data, '--checkpoint', named / 'a' / 'model_best.pth.tar', '-j', '0',
+                         '--device', 'cpu')
+    assert (status, '\n6 images, ' in out) == (0, True)
+    assert f"{data}: there is no 'extra.csv' here, which was the val split of the run; 'val' is used instead" in out
+
+
+def test_report_compare_and_export_take_the_splits_of_the_run(capsys, named):
+    assert run(capsys, report, named / 'b', '-j', '0', '--device', 'cpu')[0] == 0
+    status, out, _ = run(capsys, compare, named / 'a', named / 'b', '-j', '0', '--device', 'cpu')
+    assert (status, 'on 4 images of val' in out) == (0, True)
+    assert [path.name for run in 'ab' for path in (named / run).glob('predictions-*')] == [
+        'predictions-extra.npz', 'predictions-validation-metadata.npz']
+    status, out, _ = run(capsys, export, named / 'b' / 'model_best.pth.tar', '--out', named / 'exported', '--formats',
+                         'safetensors')
+    assert (status, f'images such as {named / "data" / "validation"}' in out) == (0, True)
+
+
+def test_splits_of_one_file_name_have_predictions_of_their_own(tmp_path):
+    names = 'val', 'val.csv', 'a/metadata.csv', 'b/metadata.csv', '/x/b/metadata.csv', '../val.csv'
+    assert [predictions_path(tmp_path, name).name for name in names] == [
+        'predictions-val.npz', 'predictions-val.npz', 'predictions-a-metadata.npz', 'predictions-b-metadata.npz',
+        'predictions-b-metadata.npz', 'predictions-val.npz']
+
+
+TABLE = [['image_path', 'a b', 'c'], ['images/0.png', 'x y', 'u'], ['images/1.png', 'z', 'v'],
+         ['images/2.png', 'x y', 'u']]
+
+
+def write_table(folder, mark):
+    """A table with a mark between cells; cells with blanks are quoted."""
+    Image.new('RGB', (8, 8)).save(folder / 'images' / '0.png')
+    lines = [mark.join(f'"{cell}"' if ' ' in cell else cell for cell in row) for row in TABLE]
+    path = folder / 'labels.txt'
+    path.write_text('\n'.join(lines) + '\n')
+    return path
+
+
+@pytest.mark.parametrize('mark, flags', [
+    (';', []), ('\t', []), ('|', []), (',', []), ('  \t ', ['--separator', 'whitespace']),
+    (':', ['--separator', ':'])])
+def test_split_reads_what_training_reads(capsys, tmp_path, mark, flags):
+    (tmp_path / 'images').mkdir()
+    path = write_table(tmp_path, mark)
+    for number in (1, 2):
+        (tmp_path / 'images' / f'{number}.png').touch()
+    separator = flags[1] if flags else None
+    assert read_table(path, separator=separator).frame.to_numpy().tolist() == TABLE[1:]
+    status, out, err = run(capsys, split, path, '--image', '{image_path}', '--heads', 'a b', 'c', *flags)
+    assert (status, err) == (0, '')
+    assert (tmp_path / 'all.csv').read_text() == (
+        'image_path,a b,c\nimages/0.png,x y,u\nimages/1.png,z,v\nimages/2.png,x y,u\n')
+
+
+def test_blanks_between_columns_are_told(tmp_path):
+    path = tmp_path / 'train.csv'
+    path.write_text('image_path   color\n0.png   red\n')
+    with pytest.raises(UserError, match='or the blanks between columns with --separator whitespace'):
+        read_table(path)
+    assert read_table(path, separator='whitespace').frame.to_numpy().tolist() == [['0.png', 'red']]
+
+
+def test_a_comma_inside_quotes_is_no_separator(tmp_path):
+    path = tmp_path / 'train.csv'
+    path.write_text('image_path;"size, in cm"\n0.png;1,5\n')
+    table = read_table(path)
+    assert (table.label_columns, table.frame.to_numpy().tolist()) == (['size, in cm'], [['0.png', '1,5']])
+
+
+def test_whitespace_from_training_to_prediction(capsys, tmp_path):
+    data = write_data(tmp_path / 'data', 8, 4)
+    for name in ('train', 'val'):
+        path = data / f'{name}.csv'
+        path.write_text(path.read_text().replace(',', '   \t'))
+    trained = train_run(data, tmp_path, '--separator', 'whitespace', epochs=1) / 'model_best.pth.tar'
+    status, out, _ = run(capsys, validate, data, '--checkpoint', trained, '-j', '0', '--device', 'cpu')
+    assert (status, '\n4 images, ' in out) == (0, True)
+    status, _, _ = run(capsys, predict, trained, data / 'val.csv', '--out', tmp_path / 'out.csv', '-j', '0', '--device',
+                       'cpu')
+    assert (status, len((tmp_path / 'out.csv').read_text().splitlines())) == (0, 5)
