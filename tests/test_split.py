@@ -130,7 +130,7 @@ def test_bad_arguments(tmp_path, changes, message):
 
 
 @pytest.mark.parametrize('content, message', [
-    (b'', 'styles.csv: cannot be read as a CSV (No columns to parse from file)'),
+    (b'', 'styles.csv: cannot be read as a CSV (no columns in the first row)'),
     (b'id,name,id\n1,a,1\n', "styles.csv row 1: two columns are called 'id'"),
     (b'id,name\n', 'styles.csv: the table has no rows'),
     (b'id,name\n1,a\n\n2\n', 'styles.csv row 4: 1 cells for 2 columns; complete the row or remove it'),

@@ -1,4 +1,5 @@
 """CSV -> rows: image paths that exist and class indices, or one clear line about what is wrong."""
+import csv
 import os
 import re
 from collections import Counter
@@ -138,31 +139,45 @@ def read_cells(path: Path, separator: str | None = None, join_surplus: bool = Fa
         raise UserError(f'{path}: no such file')
     text = _read_text(path)
     separator = separator or _find_separator(text)
-    # The header is read as a row: pandas would rename repeated columns and take surplus cells for an index.
-    options = {'sep': r'\s+' if separator == WHITESPACE else separator, 'header': None, 'dtype': object,
-               'keep_default_na': False, 'skip_blank_lines': False}
     try:
         if join_surplus and separator != WHITESPACE:
-            width = pd.read_csv(StringIO(text), nrows=1, **options).shape[1]
-            # The slow engine, which alone asks what to do with surplus cells and tells those that are not there.
-            options |= {'engine': 'python', 'on_bad_lines': lambda cells: [
-                *cells[:width - 1], separator.join(cells[width - 1:])]}
-        read = pd.read_csv(StringIO(text), **options)
-    except ValueError as error:  # pandas' parser errors
+            cells = _complete_rows(path, text, separator)
+        else:
+            # The header is read as a row: pandas would rename repeated columns and take surplus cells for an index.
+            cells = pd.read_csv(
+                StringIO(text), sep=r'\s+' if separator == WHITESPACE else separator, header=None, dtype=object,
+                keep_default_na=False, skip_blank_lines=False).fillna('').to_numpy(dtype=object)
+    except (ValueError, csv.Error) as error:  # the former pandas' parser errors
         reason = ' '.join(str(error).split())
         raise UserError(f'{path}: cannot be read as a CSV ({reason}); fix it') from error
     # As one array of objects: pandas would spend a millisecond on each of many columns.
-    cells = np.frompyfunc(str.strip, 1, 1)(read.fillna('').to_numpy(dtype=object))
+    cells = np.frompyfunc(str.strip, 1, 1)(cells)
     frame = pd.DataFrame(cells[1:], np.arange(2, len(cells) + 1), _check_header(path, cells[0].tolist()), dtype=object)
     filled = (cells[1:] != '').any(axis=1)
-    if join_surplus:
-        there = ((cells != '') if separator == WHITESPACE else read.notna().to_numpy())[1:].sum(axis=1)
-        for row in np.flatnonzero(filled & (there < cells.shape[1]))[:1]:
-            raise UserError(f'{path} row {row + 2}: {there[row]} cells for {cells.shape[1]} columns; complete the row '
-                            'or remove it')
     if not filled.any():
         raise UserError(f'{path}: the table has no rows')
     return frame[filled]
+
+
+def _complete_rows(path: Path, text: str, separator: str) -> np.ndarray:
+    """The cells (N, C) of a CSV, where cells beyond the last column are parts of it.
+
+    Not pandas, whose way of joining cells silently drops a row that it cannot read.
+
+    Raises:
+        UserError: A row that is not blank has fewer cells than the header.
+        csv.Error: It cannot be read.
+    """
+    rows = list(csv.reader(StringIO(text, newline=''), delimiter=separator))
+    width = len(rows[0]) if rows else 0
+    if not width:
+        raise csv.Error('no columns in the first row')
+    for number, row in enumerate(rows, 1):
+        if any(map(str.strip, row)) and len(row) < width:
+            raise UserError(f'{path} row {number}: {len(row)} cells for {width} columns; complete the row or remove it')
+    last = width - 1
+    padded = ([*row, *[''] * (width - len(row))] for row in rows)
+    return np.array([[*row[:last], separator.join(row[last:])] for row in padded], dtype=object)
 
 
 def _check_header(path: Path, header: list[str]) -> pd.Index:
