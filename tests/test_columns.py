@@ -4,10 +4,11 @@ import shutil
 import pytest
 from PIL import Image
 
-from tests.common import train_run, write_data
-from timm_multilabel.cli import compare, export, predict, report, split, validate
+from tests.common import TINY, train_run, write_data
+from timm_multilabel.cli import compare, export, predict, report, split, train, validate
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.cli.stored import predictions_path
+from timm_multilabel.data.columns import look_at
 from timm_multilabel.data.table import read_table
 from timm_multilabel.errors import UserError
 
@@ -134,3 +135,80 @@ def test_whitespace_from_training_to_prediction(capsys, tmp_path):
     status, _, _ = run(capsys, predict, trained, data / 'val.csv', '--out', tmp_path / 'out.csv', '-j', '0', '--device',
                        'cpu')
     assert (status, len((tmp_path / 'out.csv').read_text().splitlines())) == (0, 5)
+
+
+@pytest.mark.parametrize('texts, kind, different', [
+    (['red', 'blue'] * 20, 'classes', 2),
+    ([''] * 50, 'classes', 0),
+    ([str(2000 + number % 20) for number in range(60)], 'classes', 20),  # years
+    ([f'{1 + number % 9 / 2}' for number in range(60)], 'classes', 9),  # grades
+    ([str(number % 100) for number in range(500)], 'classes', 100),  # indices of classes
+    ([str(7 * (number % 100)) for number in range(5000)], 'classes', 100),  # 50 of each
+    ([str(7 * (number % 100)) for number in range(4999)], 'number', 100),
+    ([f'{number * 1.37:.2f}' for number in range(40)], 'number', 40),
+    ([f'{number % 30 / 8}' for number in range(6000)], 'number', 30),
+    ([*(str(7 * number) for number in range(38)), '7', '7'], 'number', 38),
+    ([str(15970 + 3 * number) for number in range(40)], 'identifier', 40),
+    ([f'SK{number}' for number in range(36)] + ['SK1'] * 4, 'identifier', 36),
+    ([f'SK{number}' for number in range(35)] + ['SK1'] * 5, 'classes', 35),
+    ([f'SK{number}' for number in range(19)], 'classes', 19),  # too few to tell
+    ([f'a shirt number {number % 20}' for number in range(40)], 'free text', 20),
+    ([f'a shirt number {number % 19}' for number in range(40)], 'classes', 19),
+    (['a|b', *['a'] * 19], 'tags', 2),
+    (['a|b', *['a'] * 20], 'classes', 2),
+    ([f'{number}|a' for number in range(40)], 'tags', 40),
+    (['nan', *map(str, range(39))], 'identifier', 40),
+])
+def test_what_a_column_looks_like(texts, kind, different):
+    look = look_at(texts)
+    assert (look.kind, look.labels, look.different) == (kind, len([text for text in texts if text]), different)
+
+
+@pytest.fixture
+def shop(tmp_path):
+    """40 training and 20 validation rows with a price, an identifier, a text and tags beside the classes."""
+    folder = write_data(tmp_path / 'shop', 40, 20)
+    for name, first in (('train', 0), ('val', 100)):
+        header, *rows = (folder / f'{name}.csv').read_text().splitlines()
+        rows = [f'{row},{1.25 * number:.2f},SK{number},a shirt of number {number},{("a|b", "b")[number % 2]}'
+                for number, row in enumerate(rows, first)]
+        (folder / f'{name}.csv').write_text('\n'.join([f'{header},price,sku,title,tags', *rows]) + '\n')
+    return folder
+
+
+LOOKS = ('columns look like: color classes (3), shape classes (2), price number (40 different), sku identifier '
+         '(40 different), title free text (40 different), tags tags (2 different)')
+
+
+def test_training_asks_what_a_number_is(capsys, shop, tmp_path):
+    status, out, err = run(capsys, train, shop, *TINY, '--epochs', '1', '--output', tmp_path, '--experiment', 'run')
+    assert (status, f'{shop / "train.csv"}: {LOOKS}' in out) == (2, True)
+    assert ("train.csv: column 'price' looks like a number (40 different in 40 labels); learn it as one with --head "
+            'price:loss=numeric, as classes with --head price:loss=softmax, or choose others with --heads') in err
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('flags, heads, told', [
+    (['--head', 'price:loss=numeric', 'tags:loss=tags'],
+     'color (3), shape (2), price (number), tags (2 tags)', [
+         LOOKS, 'left out: sku (identifier), title (free text); name a column in --heads to keep it']),
+    (['--heads', 'color', 'sku', 'tags'], 'color (3), sku (40), tags (2)', [
+        'columns look like: color classes (3), sku identifier (40 different), tags tags (2 different)',
+        "'tags' looks like tags and is learnt as 2 classes; change that with --head tags:loss=tags"]),
+    (['--heads', 'color', 'price'], 'color (3), price (40)', [
+        'columns look like: color classes (3), price number (40 different)',
+        "'price' looks like a number and is learnt as 40 classes; change that with --head price:loss=numeric"]),
+])
+def test_identifiers_are_left_out_unless_they_are_named(capsys, shop, tmp_path, flags, heads, told):
+    status, out, _ = run(capsys, train, shop, *TINY, '--epochs', '1', '--output', tmp_path, '--eval-metric', 'loss',
+                         '--unknown-labels', 'ignore', '-wls', '0', *flags)
+    found = [line.removeprefix(f'{shop / "train.csv"}: ') for line in out.splitlines() if 'train.csv: ' in line]
+    assert (found, f'test_resnet, heads: {heads}' in out) == (told, True)
+
+
+def test_neighbours_do_not_vote_for_identifiers(capsys, shop, tmp_path):
+    trained = train_run(shop, tmp_path, '-wlc', '0', epochs=1) / 'model_best.pth.tar'
+    capsys.readouterr()
+    status, out, _ = run(capsys, validate, shop, '--checkpoint', trained, '-j', '0', '--device', 'cpu', '--knn', '2')
+    assert (status, f'{shop / "train.csv"}: no classes, so left out of --knn: price (number), sku (identifier), title '
+            '(free text)' in out) == (0, True)

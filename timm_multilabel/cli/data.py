@@ -6,6 +6,7 @@ from pathlib import Path
 
 from timm_multilabel.cli import head_options
 from timm_multilabel.cli.splits import Splits, read_stored, stored_heads
+from timm_multilabel.data.columns import choose_columns
 from timm_multilabel.data.pool import (
     join_rows,
     keep_labels,
@@ -87,11 +88,13 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
     all_path = folder / 'all.csv'
     tables = [_read(args, all_path)] if all_path.is_file() else []
     head_options.check_groups(args.head, train.label_columns)
-    head = head_options.expand(args.head, train.label_columns, args.heads)
-    label_space = splits.label_space if streamed else None
+    label_space, heads = splits.label_space if streamed else None, args.heads
+    if label_space is None:
+        heads = _choose_heads(args, train, say)
+    head = head_options.expand(args.head, train.label_columns, heads)
     if label_space is None:
         label_space = find_label_space(
-            [*tables, train], args.heads, head_options.readers(head, kinds), head_options.groups(head))
+            [*tables, train], heads, head_options.readers(head, kinds), head_options.groups(head))
     if not label_space.heads:
         raise UserError(
             f"{train.path}: no label column beside '{args.image_column}'; add one, or pass -wlc 0 for SimCLR alone")
@@ -149,6 +152,20 @@ def _hide_labels(
                         'as many at most')
     say(f'{rows.source}: the labels of {args.labelled_rows} of {labelled} rows, drawn by --seed {args.seed}')
     return keep_labels(rows, label_space, args.labelled_rows, args.seed)
+
+
+def _choose_heads(args: argparse.Namespace, train: Table, say: Callable[[str], None]) -> list[str]:
+    """The heads to learn, after a look at the columns, which is told.
+
+    Raises:
+        UserError: A column looks like a number, and no flag says what it is.
+    """
+    columns = choose_columns(train, args.heads, args.head, head_options.groups(args.head))
+    for line in columns.lines():
+        say(f'{train.path}: {line}')
+    for name in columns.asked:
+        raise UserError(f'{train.path}: {columns.question(name)}')
+    return columns.heads
 
 
 def _without_heads(

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from timm_multilabel.cli.splits import Splits, read_stored
-from timm_multilabel.errors import UserError
+from timm_multilabel.data.columns import LEFT_OUT, NUMBER, look_at
+from timm_multilabel.errors import UserError, listed, shortened
 from timm_multilabel.inference.loaded import check_finite
 from timm_multilabel.inference.neighbours import knn_predictions
 from timm_multilabel.labels import LabelSet, LabelSpace
@@ -26,7 +27,7 @@ def with_heads_of_data(
         train_split: str,
         say: Callable[[str], None],
 ) -> Checkpoint:
-    """A checkpoint without heads as one whose heads are the label columns of the training table, read as classes.
+    """A checkpoint without heads as one whose heads are the label columns of the training table that look like classes.
 
     Raises:
         UserError: The table cannot be read, or no column has a label.
@@ -39,9 +40,14 @@ def with_heads_of_data(
         args.separator or state.get('separator'),
         args.missing_value if args.missing_value is not None else state.get('missing_value'))
     table = splits.read(train_split)
-    columns = {name: table.frame[name] for name in table.label_columns if (table.frame[name] != '').any()}
+    looks = {name: look_at(table.frame[name].tolist()) for name in table.label_columns}
+    left_out = [f'{shortened(name)} ({look.kind})' for name, look in looks.items() if look.kind in (*LEFT_OUT, NUMBER)]
+    if left_out:
+        say(f'{table.path}: no classes, so left out of --knn: {listed(left_out)}')
+    columns = {name: table.frame[name] for name, look in looks.items()
+               if look.labels and look.kind not in (*LEFT_OUT, NUMBER)}
     if not columns:
-        raise UserError(f'{table.path}: no column has a label, so neighbours have nothing to vote for')
+        raise UserError(f'{table.path}: no column has a class, so neighbours have nothing to vote for')
     return replace(checkpoint, label_space=LabelSpace.from_columns(columns))
 
 
