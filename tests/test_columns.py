@@ -1,11 +1,12 @@
 """What tables are called, how they are read, and what their columns look like, the same for all commands."""
+import json
 import shutil
 
 import pytest
 from PIL import Image
 
 from tests.common import TINY, train_run, write_data
-from timm_multilabel.cli import compare, export, predict, report, split, train, validate
+from timm_multilabel.cli import check, compare, export, predict, report, split, train, validate
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.cli.stored import predictions_path
 from timm_multilabel.data.columns import look_at
@@ -212,3 +213,64 @@ def test_neighbours_do_not_vote_for_identifiers(capsys, shop, tmp_path):
     status, out, _ = run(capsys, validate, shop, '--checkpoint', trained, '-j', '0', '--device', 'cpu', '--knn', '2')
     assert (status, f'{shop / "train.csv"}: no classes, so left out of --knn: price (number), sku (identifier), title '
             '(free text)' in out) == (0, True)
+
+
+def check_shop(capsys, shop, *flags):
+    """Exit status, the report, and of its findings those that are on columns or labels of heads."""
+    status, out, err = run(capsys, check, shop, '--json', '-', '--examples', '1', *flags)
+    report = json.loads(out)
+    return status, report, [(each['kind'], each['severity'], each['head']) for each in report['findings']
+                            if each['kind'] not in ('same-image-across-splits', 'same-image-twice', 'two-labels')]
+
+
+def test_check_says_what_training_would_do(capsys, shop):
+    _, report, found = check_shop(capsys, shop)
+    assert {name: (look['looks_like'], look['labels'], look['different']) for name, look in report['columns'].items()} == {
+        'color': ('classes', 40, 3), 'shape': ('classes', 40, 2), 'price': ('number', 40, 40),
+        'sku': ('identifier', 40, 40), 'title': ('free text', 40, 40), 'tags': ('tags', 40, 2)}
+    assert list(report['heads']) == ['color', 'shape', 'tags']
+    assert found == [('looks-like-number', 'error', 'price'), ('left-out', 'note', 'sku'), ('left-out', 'note', 'title'),
+                     ('as-classes', 'note', 'tags')]
+
+
+def test_check_takes_the_kinds_of_heads(capsys, shop):
+    _, report, found = check_shop(capsys, shop, '--head', 'price:loss=numeric', 'tags:loss=tags')
+    assert found == [('left-out', 'note', 'sku'), ('left-out', 'note', 'title')]
+    assert report['heads']['price'] == {'kind': 'number', 'classes': 0, 'counts': {'train': {}, 'val': {}}}
+    assert report['heads']['tags'] == {
+        'kind': 'tags', 'classes': 2, 'counts': {'train': {'a': 20, 'b': 40}, 'val': {'a': 10, 'b': 20}}}
+    assert report['splits']['val']['labels'] == {'color': 20, 'shape': 20, 'price': 20, 'tags': 20}
+
+
+def test_check_finds_what_stops_training_on_tags_and_numbers(capsys, shop):
+    path = shop / 'val.csv'
+    path.write_text(path.read_text().replace(',125.00,', ',dear,').replace(',b\n', ',new|b\n', 1))
+    _, report, found = check_shop(capsys, shop, '--head', 'price:loss=numeric', 'tags:loss=tags')
+    assert found[:2] == [('bad-cell', 'error', 'price'), ('unknown-labels', 'error', 'tags')]
+    texts = [each['text'] for each in report['findings'] if each['kind'] == 'bad-cell']
+    assert texts == ["val.csv row 2, column 'price': 'dear' is no number: training stops; fix it, or leave it empty"]
+    assert report['heads']['tags']['counts']['val'] == {'a': 10, 'b': 20, 'new': 1}
+
+
+def test_check_of_a_run_takes_its_flags(capsys, shop, tmp_path):
+    (shop / 'val.csv').rename(shop / 'scored.csv')
+    trained = train_run(shop, tmp_path, '--val-split', 'scored.csv', '--heads', 'color', 'tags', 'price', '--head',
+                        'tags:loss=tags', 'price:loss=numeric', epochs=1)
+    capsys.readouterr()
+    _, report, found = check_shop(capsys, shop, '--run', trained)
+    assert ({name: head['kind'] for name, head in report['heads'].items()}, found) == (
+        {'color': 'classes', 'tags': 'tags', 'price': 'number'}, [])
+    assert report['splits']['val']['csv'] == str(shop / 'scored.csv')
+
+
+def test_check_of_groups_and_wrong_heads(capsys, tmp_path):
+    folder = write_data(tmp_path / 'data', 6, 3)
+    for name in ('train', 'val'):
+        header, *rows = (folder / f'{name}.csv').read_text().splitlines()
+        rows = [f'{row},{number % 2},1' for number, row in enumerate(rows)]
+        (folder / f'{name}.csv').write_text('\n'.join([f'{header},wet,cold', *rows]) + '\n')
+    _, report, found = check_shop(capsys, folder, '--head', 'weather:columns=wet+cold')
+    assert (report['heads']['weather']['counts']['train'], [each for each in found if each[0] != 'rare-classes']) == (
+        {'wet': 3, 'cold': 6}, [])
+    status, _, err = run(capsys, check, folder, '--head', 'wether:loss=tags')
+    assert (status, '--head wether: there is no such head (there are: color, shape, wet, cold)' in err) == (2, True)

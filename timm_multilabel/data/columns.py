@@ -61,13 +61,14 @@ class Columns:
         if self.left_out:
             described = listed([f'{shortened(name)} ({self.looks[name].kind})' for name in self.left_out])
             lines.append(f'left out: {described}; name a column in --heads to keep it')
-        for name in self.as_classes:
-            look = self.looks[name]
-            loss = 'tags' if look.kind == TAGS else 'numeric'
-            kind = TAGS if look.kind == TAGS else f'a {look.kind}'
-            lines.append(f"'{shortened(name)}' looks like {kind} and is learnt as {look.different:,} classes; change that "
-                         f'with --head {shortened(name)}:loss={loss}')
-        return lines
+        return [*lines, *map(self.remark, self.as_classes)]
+
+    def remark(self, name: str) -> str:
+        """What to say of a column of `as_classes`."""
+        look, name = self.looks[name], shortened(name)
+        kind, loss = (TAGS, 'tags') if look.kind == TAGS else ('a number', 'numeric')
+        return (f"'{name}' looks like {kind} and is learnt as {look.different:,} classes; change that with --head "
+                f'{name}:loss={loss}')
 
     def question(self, name: str) -> str:
         """What to say of a column of `asked`."""
