@@ -81,6 +81,7 @@ def test_a_clean_directory(capsys, clean):
     assert out.splitlines() == [
         'train.csv  12 rows, 12 images, 24 labels',
         'val.csv    2 rows, 2 images, 4 labels',
+        'columns look like: color classes (2), shape classes (1)',
         '',
         'head   classes  labels in train  labels in val  rarest in train  most frequent in train',
         'color        2               12              2  blue 5           red 7 (58.3 %)',
