@@ -505,9 +505,13 @@ def test_json(capsys, clean, tmp_path):
             'val': {'csv': str(clean / 'val.csv'), 'rows': 3, 'images': 2, 'missing': 0, 'unreadable': 0,
                     'labels': {'color': 3, 'shape': 3}},
         },
+        'columns': {'color': {'looks_like': 'classes', 'labels': 12, 'different': 2},
+                    'shape': {'looks_like': 'classes', 'labels': 12, 'different': 1}},
         'heads': {
-            'color': {'classes': 2, 'counts': {'train': {'blue': 5, 'red': 7}, 'val': {'blue': 1, 'red': 2}}},
-            'shape': {'classes': 1, 'counts': {'train': {'disc': 12}, 'val': {'disc': 3}}},
+            'color': {'kind': 'classes', 'classes': 2, 'counts': {
+                'train': {'blue': 5, 'red': 7}, 'val': {'blue': 1, 'red': 2}}},
+            'shape': {'kind': 'classes', 'classes': 1, 'counts': {
+                'train': {'disc': 12}, 'val': {'disc': 3}}},
         },
         'images': {
             'files': 13,

@@ -86,7 +86,7 @@ class Split:
         cells = self.table.cells(head.columns)
         if isinstance(head, LabelSet):
             return cells.iloc[:, 0].to_numpy(dtype=object)
-        encoded = head.encode(cells)
+        encoded = head.encode(cells).copy()  # what pandas gives may be read-only
         if isinstance(head, Quantity):
             known, values = head.known(torch.from_numpy(encoded[:, 0])), encoded[:, 0] * head.std + head.mean
             texts = [f'{value:.6g}' for value in values]

@@ -299,10 +299,11 @@ def _columns_by_look(contents: Contents) -> Iterator[Finding]:
     for name in columns.asked:
         yield Finding('looks-like-number', ERROR, f'training stops: {columns.question(name)}', 1, head=name)
     for name in columns.left_out:
+        look = columns.looks[name]
+        kind = f'an {IDENTIFIER}' if look.kind == IDENTIFIER else look.kind
         yield Finding(
-            'left-out', NOTE, f"'{shortened(name)}' looks like {'an ' * (columns.looks[name].kind == IDENTIFIER)}"
-            f'{columns.looks[name].kind} ({columns.looks[name].different} different): training leaves it out, unless --heads names it', 1,
-            head=name)
+            'left-out', NOTE, f"'{shortened(name)}' looks like {kind} ({look.different} different): training leaves it "
+            'out, unless --heads names it', 1, head=name)
     for name in columns.as_classes:
         yield Finding('as-classes', NOTE, columns.remark(name), 1, head=name)
 
