@@ -81,6 +81,7 @@ def test_a_clean_directory(capsys, clean):
     assert out.splitlines() == [
         'train.csv  12 rows, 12 images, 24 labels',
         'val.csv    2 rows, 2 images, 4 labels',
+        'columns look like: color classes (2), shape classes (1)',
         '',
         'head   classes  labels in train  labels in val  rarest in train  most frequent in train',
         'color        2               12              2  blue 5           red 7 (58.3 %)',
@@ -504,9 +505,13 @@ def test_json(capsys, clean, tmp_path):
             'val': {'csv': str(clean / 'val.csv'), 'rows': 3, 'images': 2, 'missing': 0, 'unreadable': 0,
                     'labels': {'color': 3, 'shape': 3}},
         },
+        'columns': {'color': {'looks_like': 'classes', 'labels': 12, 'different': 2},
+                    'shape': {'looks_like': 'classes', 'labels': 12, 'different': 1}},
         'heads': {
-            'color': {'classes': 2, 'counts': {'train': {'blue': 5, 'red': 7}, 'val': {'blue': 1, 'red': 2}}},
-            'shape': {'classes': 1, 'counts': {'train': {'disc': 12}, 'val': {'disc': 3}}},
+            'color': {'kind': 'classes', 'classes': 2, 'counts': {
+                'train': {'blue': 5, 'red': 7}, 'val': {'blue': 1, 'red': 2}}},
+            'shape': {'kind': 'classes', 'classes': 1, 'counts': {
+                'train': {'disc': 12}, 'val': {'disc': 3}}},
         },
         'images': {
             'files': 13,

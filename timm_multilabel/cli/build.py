@@ -157,6 +157,8 @@ def task(
             'head_weights': head_weights,
             'head_options': model.head_options,
             'projection_dim': args.projection_dim,
+            'train_split': args.train_split,
+            'val_split': args.val_split,
             'image_column': args.image_column,
             'separator': args.separator,
             'missing_value': args.missing_value,

@@ -4,13 +4,21 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from timm_multilabel.cli.flags import count, positive, separator
-from timm_multilabel.data.scan import read_contents, scan_images
-from timm_multilabel.errors import UserError, printable, shortened
+from timm_multilabel.cli import head_options
+from timm_multilabel.cli.data import check_dialect
+from timm_multilabel.cli.flags import HeadOptions, add_dialect_flags, count, dialect, positive, separator
+from timm_multilabel.cli.run_flags import last_phase, read_run_flags
+from timm_multilabel.data.columns import Look
+from timm_multilabel.data.scan import Contents, read_contents, scan_images
+from timm_multilabel.data.table import Table, check_single_class, find_label_space
+from timm_multilabel.errors import UserError, listed, printable, shortened
 from timm_multilabel.files import write_whole
+from timm_multilabel.heads import load_kinds
+from timm_multilabel.labels import LabelSpace
 from timm_multilabel.reports.data_check import Report, report_on
 
 NAME = 'check'
@@ -20,12 +28,19 @@ HELP = 'check a data directory for what would spoil a result'
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     parser.add_argument('data_dir', metavar='DIR', help='folder with train.csv, val.csv, ... and the images')
-    parser.add_argument('--image-column', default='image_path', metavar='NAME', help='column of the image paths')
+    parser.add_argument('--run', metavar='RUN', help='run folder, whose flags on data count where none is given here')
+    parser.add_argument('--train-split', metavar='NAME', help='train, ... or the path of a CSV')
+    parser.add_argument('--val-split', metavar='NAME', help='val, ... or the path of a CSV')
+    parser.add_argument('--image-column', metavar='NAME', help='column of the image paths (default: image_path)')
     parser.add_argument('--separator', type=separator, metavar='CHAR',
-                        help="what is between cells: a character or 'tab' (default: what the header has)")
+                        help='between cells: a character, tab, or whitespace for runs of blanks (default: found)')
     parser.add_argument('--missing-value', metavar='TEXT', help='a cell that means no label, beside the empty one')
+    add_dialect_flags(parser, '|')
     parser.add_argument('--heads', nargs='+', metavar='NAME',
-                        help='label columns to check, as classes; leave out those of tags or numbers (default: all)')
+                        help='label columns to check (default: those that training takes)')
+    parser.add_argument('--head', action=HeadOptions, nargs='+', default={}, metavar='HEAD:NAME=VALUE,...',
+                        help='options of a head as in training, such as loss=tags, loss=numeric, columns=a+b')
+    parser.add_argument('--head-module', metavar='FILE', help='Python file with kinds of heads of your own')
     parser.add_argument('-j', '--workers', type=positive, default=os.cpu_count() or 1, metavar='N',
                         help='threads that decode (default: the cores)')
     parser.add_argument('--examples', type=count, default=5, metavar='N',
@@ -36,8 +51,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Check, and end with exit status 1 where something would spoil a result."""
     path = _prepare_output(args.json)
-    contents = read_contents(
-        Path(args.data_dir), args.image_column, args.separator, args.missing_value, args.heads)
+    contents = _read_contents(args)
     with tqdm(total=len(contents.files), desc=printable(f'{contents.folder}: images'), unit=' images', leave=False,
               disable=None) as bar:
         scans = scan_images(contents.files, args.workers, bar.update)
@@ -56,6 +70,43 @@ def run(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
+def _read_contents(args: argparse.Namespace) -> Contents:
+    """The tables as training reads them, its flags from the command line, else from the run.
+
+    Raises:
+        UserError: What training refuses, as far as it is no matter of one column.
+    """
+    of_run = vars(last_phase(read_run_flags(Path(args.run), args.head_module))) if args.run else {}
+
+    def flag(name: str, default: Any = None) -> Any:
+        value = getattr(args, name)
+        return of_run.get(name, default) if value in (None, {}) else value
+
+    kinds, given = load_kinds(args.head_module), flag('head', {})
+    groups = head_options.groups(given)
+    tags = argparse.Namespace(**{name: flag(name) for name in ('tag_separator', 'none_value', 'missing_value')})
+
+    def read_head(tables: list[Table], heads: list[str], name: str) -> LabelSpace:
+        options = head_options.expand(given, tables[-1].label_columns, heads)
+        if options.get(name, {}).get('loss') == 'arcface':
+            check_single_class(tables[-1], name)
+        return find_label_space(tables, [name], head_options.readers(options, kinds), groups, dialect(tags))
+
+    head_options.readers(given, kinds)
+    contents = read_contents(
+        Path(args.data_dir), flag('image_column', 'image_path'), flag('separator'), tags.missing_value,
+        flag('heads'), given, groups, read_head,
+        {usual: flag(f'{usual}_split', usual) for usual in ('train', 'val')}, tags.tag_separator)
+    if 'train' in contents.splits:
+        head_options.check_groups(given, contents.splits['train'].table.label_columns)
+    for name in given:
+        if name != '*' and name not in contents.columns.heads:
+            raise UserError(f'--head {name}: there is no such head (there are: {", ".join(contents.columns.heads)})')
+    if not contents.bad_heads:  # one of which may be of tags
+        check_dialect(tags, contents.label_space, contents.folder)
+    return contents
+
+
 def _prepare_output(name: str | None) -> Path | None:
     """Find out that the file could not be written before the work, not after it."""
     if name in (None, '-'):
@@ -69,7 +120,9 @@ def _prepare_output(name: str | None) -> Path | None:
 
 def report_lines(report: Report) -> list[str]:
     """A report as lines of text, the last one with the numbers of errors and notes."""
-    lines = _split_lines(report) + _head_lines(report) + _image_lines(report) + ['']
+    looks = listed([f'{shortened(name)} {Look(*look.values())}' for name, look in report.columns.items()])
+    lines = _split_lines(report) + ([f'columns look like: {looks}'] if looks else [])
+    lines += _head_lines(report) + _image_lines(report) + ['']
     for finding in report.findings:
         lines.append(f'{finding.severity}: {finding.text}')
         if finding.examples:
@@ -101,7 +154,7 @@ def _head_lines(report: Report) -> list[str]:
     if 'train' in labelled:
         rows[0] += ['rarest in train', 'most frequent in train']
     for name, head in report.heads.items():
-        rows.append([shortened(name), str(head['classes']), *(
+        rows.append([shortened(name), str(head['classes']) if head['classes'] else head['kind'], *(
             str(report.splits[split]['labels'][name]) for split in labelled)])
         if 'train' in labelled:
             rows[-1] += _extremes(head['counts']['train'])
@@ -114,6 +167,8 @@ def _head_lines(report: Report) -> list[str]:
 
 def _extremes(counts: dict[str, int]) -> list[str]:
     """The rarest and the most frequent label, the latter with its share."""
+    if not counts:
+        return ['', '']
     rarest, frequent = min(counts, key=counts.get), max(counts, key=counts.get)
     share = 100 * counts[frequent] / max(1, sum(counts.values()))
     return [f'{shortened(rarest)} {counts[rarest]}', f'{shortened(frequent)} {counts[frequent]} ({share:.1f} %)']

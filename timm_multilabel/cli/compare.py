@@ -11,9 +11,8 @@ from timm_multilabel.cli.device import loader_workers, start_device
 from timm_multilabel.cli.flags import Parser, add_trust_flags, count
 from timm_multilabel.cli.output import say
 from timm_multilabel.cli.run_flags import read_run_flags
-from timm_multilabel.cli.splits import split_path
 from timm_multilabel.cli.stored import predictions_path, stored_predictions
-from timm_multilabel.data.shards import find_shards
+from timm_multilabel.data.split_names import find_split
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import write_whole
 from timm_multilabel.reports.bootstrap import RESAMPLES
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     runs = [_read_run(path, name, of_run, flags) for (path, name), of_run in zip(_names(paths).items(), settings)]
     groups = group_runs(runs)
     baseline = _find_baseline(args.baseline, paths, groups)
-    folders = [Path(args.data or str(of_run['data_dir'])) for of_run in settings]
+    folders = [Path(args.data or _of_last_phase(of_run, 'data_dir')) for of_run in settings]
     device = start_device(args.device)
 
     results, remarks = [], _repeated(runs, groups)
@@ -77,11 +76,12 @@ def run(args: argparse.Namespace) -> None:
         remarks.append(line)
 
     for split in ('val', 'test'):
-        names = [str(of_run['val_split']) if split == 'val' else split for of_run in settings]
-        missing = [run.name for run, path, folder, name in zip(runs, paths, folders, names)
-                   if not _has_split(path, folder, name, str(settings[0]['image_column']))]
+        names = [_of_last_phase(of_run, 'val_split') if split == 'val' else split for of_run in settings]
+        missing = {run.name: name for run, path, folder, name in zip(runs, paths, folders, names)
+                   if not predictions_path(path, name).is_file() and find_split(folder, name) is None}
         if split == 'val' and missing:
-            raise UserError(f'{missing[0]}: its data directory has no {names[0]} (any more); name one with --data DIR')
+            run, name = next(iter(missing.items()))
+            raise UserError(f'{run}: its data directory has no {name} (any more); name one with --data DIR')
         if missing:
             if len(missing) < len(runs):
                 remark(f'test is left out: there is none for {", ".join(missing)}')
@@ -196,10 +196,10 @@ def _repeated(runs: list[Run], groups: list[list[int]]) -> list[str]:
     return lines
 
 
-def _has_split(path: Path, folder: Path, name: str, image_column: str) -> bool:
-    """Whether there are predictions of a split of a run, or a table or shards to make them from."""
-    return predictions_path(path, name).is_file() or split_path(folder, name).is_file() or find_shards(
-        folder, name, image_column) is not None
+def _of_last_phase(settings: Mapping[str, object], name: str) -> str:
+    """A setting of the phase that a run's best checkpoint is of; of a run without phases, of the run."""
+    phases = settings['phases']
+    return str((phases[-1] if phases else {}).get(name, settings[name]))
 
 
 def _compare_split(

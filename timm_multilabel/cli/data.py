@@ -7,7 +7,8 @@ from pathlib import Path
 from timm_multilabel.cells import missing_texts
 from timm_multilabel.cli import head_options
 from timm_multilabel.cli.flags import dialect
-from timm_multilabel.cli.splits import Splits, read_stored, split_path, stored_heads
+from timm_multilabel.cli.splits import Splits, read_stored, stored_heads
+from timm_multilabel.data.columns import choose_columns
 from timm_multilabel.data.pool import (
     join_rows,
     keep_labels,
@@ -18,7 +19,8 @@ from timm_multilabel.data.pool import (
     without_images,
 )
 from timm_multilabel.data.remarks import how_read, useless_labels
-from timm_multilabel.data.shards import find_shards
+from timm_multilabel.data.shards import Shards
+from timm_multilabel.data.split_names import find_split, split_path
 from timm_multilabel.data.streams import Stored, StreamedRows, StreamedTable, encode
 from timm_multilabel.data.table import (
     Rows,
@@ -91,11 +93,13 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
     all_path = folder / 'all.csv'
     tables = [_read(args, all_path)] if all_path.is_file() else []
     head_options.check_groups(args.head, train.label_columns)
-    head = head_options.expand(args.head, train.label_columns, args.heads)
-    label_space = splits.label_space if streamed else None
+    label_space, heads = splits.label_space if streamed else None, args.heads
+    if label_space is None:
+        heads = _choose_heads(args, train, say)
+    head = head_options.expand(args.head, train.label_columns, heads)
     if label_space is None:
         label_space = find_label_space(
-            [*tables, train], args.heads, head_options.readers(head, kinds), head_options.groups(head), dialect(args))
+            [*tables, train], heads, head_options.readers(head, kinds), head_options.groups(head), dialect(args))
     check_dialect(args, label_space, train.path)
     if not label_space.heads:
         raise UserError(
@@ -174,6 +178,20 @@ def _hide_labels(
     return keep_labels(rows, label_space, args.labelled_rows, args.seed)
 
 
+def _choose_heads(args: argparse.Namespace, train: Table, say: Callable[[str], None]) -> list[str]:
+    """The heads to learn, after a look at the columns, which is told.
+
+    Raises:
+        UserError: A column looks like a number, and no flag says what it is.
+    """
+    columns = choose_columns(train, args.heads, args.head, head_options.groups(args.head), args.tag_separator)
+    for line in columns.lines():
+        say(f'{train.path}: {line}')
+    for name in columns.asked:
+        raise UserError(f'{train.path}: {columns.question(name)}')
+    return columns.heads
+
+
 def _without_heads(
         args: argparse.Namespace,
         folder: Path,
@@ -240,32 +258,32 @@ def _find_pool(
 
 
 def _read_unlabelled(args: argparse.Namespace, folder: Path, label_space: LabelSpace) -> Rows:
-    path = split_path(folder, args.unlabelled)
-    if path.is_file():
-        return rows_of_table(_read(args, path), label_space)
-    if (shards := find_shards(folder, args.unlabelled, args.image_column)) is not None:
-        raise UserError(f'--unlabelled {args.unlabelled}: {shards.source} are shards; name a CSV or a folder of images')
+    split = find_split(folder, args.unlabelled, args.image_column)
+    if isinstance(split, Shards):
+        raise UserError(f'--unlabelled {args.unlabelled}: {split.source} are shards; name a CSV or a folder of images')
+    if split is not None:
+        return rows_of_table(_read(args, split), label_space)
     for place in (Path(args.unlabelled), folder / args.unlabelled):
         if place.is_dir():
             return rows_of_folder(place, label_space)
     raise UserError(
-        f'--unlabelled {args.unlabelled}: no such CSV, folder or split; looked for {path}, {path.with_suffix("")} and '
-        f'{args.unlabelled}')
+        f'--unlabelled {args.unlabelled}: no such CSV, folder or split; looked for '
+        f'{split_path(folder, args.unlabelled)}, {folder / args.unlabelled} and {args.unlabelled}')
 
 
 def _scored(args: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> set[str]:
     """The images that a model is scored on: those of the validation and the test split, unless asked for by name."""
-    asked_for = [split_path(folder, name) for name in (args.train_split, args.unlabelled) if name]
+    asked_for = [split_path(folder, name).resolve() for name in (args.train_split, args.unlabelled) if name]
     found: set[str] = set()
     for name in (args.val_split, 'test'):
-        path = split_path(folder, name)
-        if path.is_file() and path not in asked_for:
+        split = find_split(folder, name, args.image_column)
+        if isinstance(split, Shards):
+            say(f'{split.source}: cannot keep the images of shards out of the unlabelled ones')
+        elif split is not None and split.resolve() not in asked_for:
             try:
-                found.update(real_paths(find_images(_read(args, path), passing_over=True)))
+                found.update(real_paths(find_images(_read(args, split), passing_over=True)))
             except UserError as error:
                 say(f'{error.line}: cannot keep its images out of the unlabelled ones')
-        elif (shards := find_shards(folder, name, args.image_column)) is not None:
-            say(f'{shards.source}: cannot keep the images of shards out of the unlabelled ones')
     return found
 
 

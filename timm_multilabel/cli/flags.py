@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 from timm.utils import ParseKwargs
 
+from timm_multilabel.data.table import WHITESPACE
 from timm_multilabel.errors import UserError
 from timm_multilabel.model_names import is_from_elsewhere
 
@@ -92,10 +93,10 @@ fraction = number(least=0, most=1)
 
 
 def separator(text: str) -> str:
-    """A type for flags: one character."""
+    """A type for flags: one character, or 'whitespace'."""
     text = {'tab': '\t', '\\t': '\t', 'space': ' '}.get(text, text)
-    if len(text) != 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one character, 'tab' or 'space'")
+    if len(text) != 1 and text != WHITESPACE:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one character, 'tab', 'space' or '{WHITESPACE}'")
     return text
 
 

@@ -26,8 +26,9 @@ from timm_multilabel.cli.flags import Parser, parse_with_config, positive
 from timm_multilabel.cli.grid_file import OWN_FLAGS, Grid, GridRun, read_grid
 from timm_multilabel.cli.jobs import Job, Jobs
 from timm_multilabel.cli.output import say
-from timm_multilabel.cli.splits import split_path
+from timm_multilabel.cli.run_flags import last_phase
 from timm_multilabel.cli.stored import stored_predictions
+from timm_multilabel.data.split_names import find_split, no_split
 from timm_multilabel.errors import UserError, one_line, shortened
 from timm_multilabel.escaping import spreadsheet_csv, spreadsheet_text_back
 from timm_multilabel.files import read_json, reading, write_whole
@@ -170,8 +171,8 @@ def check_runs(grid: Grid, args: argparse.Namespace, output: Path) -> dict[str, 
         action = parser._option_string_actions.get(word.partition('=')[0] if word.startswith('--') else word[:2])
         if word.startswith('-') and action is not None and action.dest in (*OWN_FLAGS, grid.axis):
             raise UserError(f"--flags {word}: set by the grid itself; leave it out, or change grid.yaml")
-    if args.split != 'val' and not split_path(Path(args.data_dir), args.split).is_file():
-        raise UserError(f'--split {args.split}: there is no {split_path(Path(args.data_dir), args.split)}')
+    if args.split != 'val' and find_split(Path(args.data_dir), args.split) is None:
+        raise no_split(Path(args.data_dir), args.split)
     for run in grid.runs:
         record = read_record(run, output)
         if record and record['run'] != record_of(run, args):
@@ -254,7 +255,7 @@ def collect(
     device = start_device(None)
     answers = []
     for run in runs:
-        of_run = flags[run.name]
+        of_run = last_phase(flags[run.name])
         split = of_run.val_split if args.split == 'val' else args.split
         answers.append(Answers.of(stored_predictions(
             output / run.name, split, Path(args.data_dir), device, 0, lambda line: None,

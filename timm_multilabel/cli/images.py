@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from timm_multilabel.cli.device import choose_precision, loader_workers, start_device
-from timm_multilabel.cli.flags import add_trust_flags, count, positive
+from timm_multilabel.cli.flags import add_trust_flags, count, positive, separator
 from timm_multilabel.cli.output import say
 from timm_multilabel.data.arguments import rows_of_arguments
 from timm_multilabel.data.table import Rows
@@ -20,6 +20,8 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags on how images are read and the model is run."""
     parser.add_argument('--image-column', metavar='NAME', help='column of the image paths in CSVs (default: as in '
                         'training)')
+    parser.add_argument('--separator', type=separator, metavar='CHAR',
+                        help='between cells of CSVs: a character, tab or whitespace (default: as in training)')
     add_trust_flags(parser)
     parser.add_argument('-b', '--batch-size', type=positive, default=128, metavar='N', help='images a batch')
     parser.add_argument('-j', '--workers', type=count, default=4, metavar='N', help='loader processes')
@@ -43,7 +45,8 @@ def load_checkpoint_model(args: argparse.Namespace, checkpoint: Checkpoint, weig
 def read_rows(args: argparse.Namespace, images: list[str], checkpoint: Checkpoint, space: LabelSpace) -> Rows:
     """The images that the command line names."""
     return rows_of_arguments(
-        images, space, args.image_column or checkpoint.state.get('image_column', 'image_path'))
+        images, space, args.image_column or checkpoint.state.get('image_column', 'image_path'),
+        separator=args.separator or checkpoint.state.get('separator'))
 
 
 def workers_of(args: argparse.Namespace) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from timm_multilabel.cli.splits import Splits, read_stored
-from timm_multilabel.errors import UserError, shortened
+from timm_multilabel.data.columns import LEFT_OUT, NUMBER, look_at
+from timm_multilabel.errors import UserError, listed, shortened
 from timm_multilabel.inference.loaded import check_finite
 from timm_multilabel.inference.neighbours import knn_predictions
 from timm_multilabel.labels import BadCell, LabelSet, LabelSpace
@@ -20,8 +21,13 @@ from timm_multilabel.training.progress import Progress
 KNN_FIGURE = 'knn_top1'
 
 
-def with_heads_of_data(args: argparse.Namespace, checkpoint: Checkpoint, say: Callable[[str], None]) -> Checkpoint:
-    """A checkpoint without heads as one whose heads are the label columns of the training table, read as classes.
+def with_heads_of_data(
+        args: argparse.Namespace,
+        checkpoint: Checkpoint,
+        train_split: str,
+        say: Callable[[str], None],
+) -> Checkpoint:
+    """A checkpoint without heads as one whose heads are the label columns of the training table that look like classes.
 
     Raises:
         UserError: The table cannot be read, or no column has a label.
@@ -33,17 +39,21 @@ def with_heads_of_data(args: argparse.Namespace, checkpoint: Checkpoint, say: Ca
         args.image_column or state.get('image_column', 'image_path'),
         args.separator or state.get('separator'),
         args.missing_value if args.missing_value is not None else state.get('missing_value'))
-    table = splits.read('train')
-    heads = []
+    table = splits.read(train_split)
+    heads, left_out = [], []
     for name in table.label_columns:
-        try:
-            heads.append(LabelSet.from_cells(name, table.cells([name])))
-        except BadCell as error:
-            say(f"{table.path} row {error.row}, column '{shortened(name)}': {error}: left out")
-        except ValueError:  # no label
-            continue
+        look = look_at(table.frame[name].tolist())
+        if look.kind in (*LEFT_OUT, NUMBER):
+            left_out.append(f'{shortened(name)} ({look.kind})')
+        elif look.labels:
+            try:
+                heads.append(LabelSet.from_cells(name, table.cells([name])))
+            except BadCell as error:
+                say(f"{table.path} row {error.row}, column '{shortened(name)}': {error}: left out")
+    if left_out:
+        say(f'{table.path}: no classes, so left out of --knn: {listed(left_out)}')
     if not heads:
-        raise UserError(f'{table.path}: no column has a label, so neighbours have nothing to vote for')
+        raise UserError(f'{table.path}: no column has a class, so neighbours have nothing to vote for')
     return replace(checkpoint, label_space=LabelSpace(tuple(heads)))
 
 

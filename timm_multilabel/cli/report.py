@@ -12,9 +12,9 @@ from timm_multilabel.cli.device import loader_workers, start_device
 from timm_multilabel.cli.first_views import first_views
 from timm_multilabel.cli.flags import add_trust_flags, count
 from timm_multilabel.cli.output import say
-from timm_multilabel.cli.run_flags import command_line, read_run_flags
-from timm_multilabel.cli.splits import split_path
+from timm_multilabel.cli.run_flags import command_line, last_phase, read_run_flags
 from timm_multilabel.cli.stored import best_checkpoint, stored_predictions
+from timm_multilabel.data.split_names import find_split
 from timm_multilabel.errors import UserError, one_line, shortened
 from timm_multilabel.files import write_whole
 from timm_multilabel.inference.predictions import Predictions
@@ -99,7 +99,8 @@ def prepare_output(path: Path, force: bool) -> Path:
 
 def default_split(flags: argparse.Namespace, checkpoint: Checkpoint, data_dir: Path | None) -> str:
     """The run's validation split; where a run without heads has none, its training split."""
-    there = split_path(Path(data_dir or flags.data_dir), flags.val_split).is_file()
+    flags = last_phase(flags)
+    there = isinstance(find_split(Path(data_dir or flags.data_dir), flags.val_split), Path)
     return flags.val_split if there or checkpoint.label_space.heads else flags.train_split
 
 

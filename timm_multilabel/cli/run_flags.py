@@ -31,6 +31,11 @@ def read_run_flags(run: Path, head_module: str | None = None) -> argparse.Namesp
     return flags
 
 
+def last_phase(flags: argparse.Namespace) -> argparse.Namespace:
+    """The flags of the phase that a run's best checkpoint is of; of a run without phases, its flags."""
+    return flags.phases[-1] if flags.phases else flags
+
+
 def changed_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of a run that are not at their defaults, by name, without the data directory."""
     parser = _parser()

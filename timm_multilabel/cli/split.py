@@ -2,7 +2,7 @@
 import argparse
 from pathlib import Path
 
-from timm_multilabel.cli.flags import at_least_0, count
+from timm_multilabel.cli.flags import at_least_0, count, separator
 from timm_multilabel.cli.output import say
 from timm_multilabel.data.split import split_csv
 
@@ -24,6 +24,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--image-column', default='image_path', metavar='NAME', help='column of paths to write')
     parser.add_argument(
+        '--separator', type=separator, metavar='CHAR',
+        help='what is between cells: a character, tab, or whitespace for runs of blanks (default: found)',
+    )
+    parser.add_argument(
         '--ratios', nargs=3, type=at_least_0, default=(80, 10, 10), metavar=('TRAIN', 'VAL', 'TEST'),
         help='shares of the rows (default: 80 10 10)',
     )
@@ -36,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     directory = Path(args.source).parent if args.out is None else Path(args.out)
     counts = split_csv(
         args.source, directory, image=args.image, heads=args.heads, image_column=args.image_column,
-        ratios=args.ratios, seed=args.seed, force=args.force,
+        separator=args.separator, ratios=args.ratios, seed=args.seed, force=args.force,
     )
     described = ', '.join(f'{counts[name]} {name}' for name in ('train', 'val', 'test'))
     say(f'Wrote {counts["all"]} rows ({described}) to {directory}')

@@ -2,12 +2,14 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
 
 from timm_multilabel.cli import head_options
-from timm_multilabel.data.shards import Shards, find_library, find_shards
+from timm_multilabel.data.shards import Shards, find_library
+from timm_multilabel.data.split_names import find_split, no_split
 from timm_multilabel.data.streams import Stored, StreamedTable, read_labels, table_of_labels, table_without_labels
 from timm_multilabel.data.table import Table, read_table
 from timm_multilabel.distributed import all_objects, world
@@ -43,7 +45,7 @@ class Splits:
         self.columns, self.counted = columns, {}
 
     def read(self, name: str, spare: bool = True) -> Table:
-        """Read NAME.csv, the CSV NAME, or else the labels of the shards of this name.
+        """Read the CSV of a split, or else the labels of its shards; see `find_split`.
 
         Args:
             name: The split.
@@ -52,10 +54,13 @@ class Splits:
         Raises:
             UserError: There is no such split, or it cannot be read.
         """
-        path = split_path(self.stored.folder, name)
-        shards = self._find_shards(path, name)
+        shards = find_split(self.stored.folder, name, self.image_column, self.missing_value)
         if shards is None:
-            return self.read_csv(path)
+            raise no_split(self.stored.folder, name)
+        if not isinstance(shards, Shards):
+            return read_table(shards, self.image_column, self.separator, self.missing_value)
+        find_library(shards.library)  # else it would be missed by the first loader process
+        shards = replace(shards, columns=None if self.columns is None else tuple(self.columns))
         if spare and self.label_space is not None and name in self.stored.rows:
             return table_without_labels(shards, self.label_space, self.stored.rows[name])
         self.say(f'{shards.source}: reading the labels')
@@ -63,19 +68,6 @@ class Splits:
         if self.stored.rows.get(name) != table.count:
             self.counted[name] = table.count
         return table
-
-    def read_csv(self, path: Path) -> Table:
-        """Read a CSV by its path."""
-        return read_table(path, self.image_column, self.separator, self.missing_value)
-
-    def _find_shards(self, path: Path, name: str) -> Shards | None:
-        if path.is_file() and path.suffix not in ('.tar', '.parquet'):
-            return None
-        found = find_shards(self.stored.folder, name, self.image_column, self.missing_value)
-        if found is None:
-            return None
-        find_library(found.library)  # else it would be missed by the first loader process
-        return replace(found, columns=None if self.columns is None else tuple(self.columns))
 
     def save(self, label_space: LabelSpace | None) -> None:
         """Store what passes found, for the next run; the label space of all columns, if it is that.
@@ -96,10 +88,25 @@ def read_stored(folder: Path) -> Stored:
     return replace(all_objects(Stored.load(folder))[0], folder=folder)
 
 
-def split_path(folder: Path, name: str) -> Path:
-    """The file of a split: NAME.csv or NAME in the data directory, or a path."""
-    candidates = [folder / f'{name}.csv', folder / name, Path(name)]
-    return next((path for path in candidates if path.is_file()), candidates[0])
+def split_of_run(
+        folder: Path,
+        settings: Mapping[str, Any],
+        usual: str,
+        say: Callable[[str], None],
+) -> str:
+    """The training or validation split of a run by name; where it is not here, the one that is usually called so.
+
+    Args:
+        folder: The data directory, which need not be that of the run.
+        settings: Of the run's checkpoint.
+        usual: train or val.
+        say: Prints a line.
+    """
+    name = settings.get(f'{usual}_split') or usual
+    if name != usual and find_split(folder, name) is None and find_split(folder, usual) is not None:
+        say(f"{folder}: there is no '{name}' here, which was the {usual} split of the run; '{usual}' is used instead")
+        return usual
+    return name
 
 
 def _pass_over_labels(shards: Shards) -> StreamedTable:

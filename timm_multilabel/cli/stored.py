@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from timm_multilabel.cli.device import choose_precision
-from timm_multilabel.cli.run_flags import read_run_flags
-from timm_multilabel.cli.splits import Splits, read_stored, split_path
+from timm_multilabel.cli.run_flags import last_phase, read_run_flags
+from timm_multilabel.cli.splits import Splits, read_stored
 from timm_multilabel.cli.validate import build_loader, read_split
+from timm_multilabel.data.split_names import split_path
 from timm_multilabel.data.streams import StreamedRows, encode
 from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import UserError
@@ -40,7 +41,10 @@ def best_checkpoint(run: Path) -> Path:
 
 def predictions_path(run: Path, split: str) -> Path:
     """Where the predictions of a run's best checkpoint on a split are kept."""
-    return run / f'predictions-{Path(split).stem}.npz'
+    # With the folder, since the tables of several splits may have one name: validation/metadata.csv.
+    path = Path(split)
+    parts = [part for part in (path.parent.name, path.stem if path.suffix == '.csv' else path.name) if part != '..']
+    return run / f'predictions-{"-".join(filter(None, parts))}.npz'
 
 
 def stored_predictions(
@@ -72,7 +76,7 @@ def stored_predictions(
     Raises:
         UserError: The folder is no run, it has no checkpoint yet, or the split cannot be read.
     """
-    flags = read_run_flags(run, head_module)
+    flags = last_phase(read_run_flags(run, head_module))
     folder = Path(data_dir or flags.data_dir)
     model_file = checkpoint or best_checkpoint(run)
     kept, table = predictions_path(run, split), split_path(folder, split)

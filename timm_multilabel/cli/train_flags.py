@@ -42,7 +42,7 @@ def _add_data(group) -> None:
     group.add_argument('--train-split', default='train', metavar='NAME', help='train, ... or the path of a CSV')
     group.add_argument('--val-split', default='val', metavar='NAME', help='val, ... or the path of a CSV')
     group.add_argument('--separator', type=separator, metavar='CHAR',
-                       help="what is between cells: a character or 'tab' (default: what the header has)")
+                       help='between cells: a character, tab, or whitespace for runs of blanks (default: found)')
     group.add_argument('--missing-value', metavar='TEXT', help='a cell that means no label, beside the empty one')
     add_dialect_flags(group, '|')
     group.add_argument('--heads', nargs='+', metavar='NAME', help='label columns to learn (default: all)')

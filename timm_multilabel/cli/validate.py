@@ -16,9 +16,10 @@ from timm_multilabel.cli.device import choose_precision, loader_workers, start_d
 from timm_multilabel.cli.flags import add_dialect_flags, add_trust_flags, count, dialect, positive, separator
 from timm_multilabel.cli.knn import KNN_FIGURE, knn_figures, with_heads_of_data
 from timm_multilabel.cli.output import say as print_line
-from timm_multilabel.cli.splits import Splits, read_stored, split_path
+from timm_multilabel.cli.splits import Splits, read_stored, split_of_run
 from timm_multilabel.data.images import FilePhotos
 from timm_multilabel.data.remarks import useless_labels
+from timm_multilabel.data.split_names import files_of_split, find_split
 from timm_multilabel.data.streams import StreamedRows, StreamedTable, encode
 from timm_multilabel.data.table import Rows, Table, describe_unknown, unknown_labels
 from timm_multilabel.distributed import world
@@ -42,16 +43,19 @@ from timm_multilabel.views.pillow import eval_views
 NAME = 'validate'
 HELP = 'score a checkpoint on a labelled split'
 
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of validation to a parser."""
     parser.add_argument('data_dir', metavar='DIR', help='folder with val.csv and the images')
     parser.add_argument('--checkpoint', required=True, metavar='FILE', help='checkpoint of a run')
     parser.add_argument('--model', metavar='NAME', help='stop if the checkpoint is of another model')
-    parser.add_argument('--split', default='val', metavar='NAME', help='val, test, ... or the path of a CSV')
+    parser.add_argument('--split', metavar='NAME',
+                        help="val, test, ... or the path of a CSV (default: the run's validation split)")
     parser.add_argument('--weights', choices=('best', 'plain', 'ema'), default='best',
                         help='weights to score (default: those that made the checkpoint what it is)')
     parser.add_argument('--image-column', metavar='NAME', help='column of the image paths (default: as in training)')
-    parser.add_argument('--separator', type=separator, metavar='CHAR', help='between cells (default: as in training)')
+    parser.add_argument('--separator', type=separator, metavar='CHAR',
+                        help='between cells: a character, tab or whitespace (default: as in training)')
     parser.add_argument('--missing-value', metavar='TEXT', help='a cell that means no label (default: as in training)')
     add_dialect_flags(parser, 'as in training')
     add_trust_flags(parser)
@@ -83,13 +87,17 @@ def run(args: argparse.Namespace) -> None:
 
     if args.knn and ranks > 1:
         raise UserError('--knn runs in one process; leave it out, or start one')
+    folder = Path(args.data_dir)
+    if args.split is None:
+        args.split = split_of_run(folder, checkpoint.state, 'val', say)
+    train_split = split_of_run(folder, checkpoint.state, 'train', say) if args.knn else None
     scored = in_dialect(args, checkpoint)
     if not scored.label_space.heads:
-        scored = with_heads_of_data(args, checkpoint, say)
+        scored = with_heads_of_data(args, checkpoint, train_split, say)
     rows = read_split(args, scored, say)
     for line in useless_labels(scored.label_space, rows.targets, str(rows.source), scored=True):
         say(line)
-    bank = read_bank(args, scored, say) if args.knn else None
+    bank = read_bank(args, scored, train_split, say) if args.knn else None
     weights = checkpoint.best_weights if args.weights == 'best' else args.weights
     model = load_model(checkpoint, weights, load_kinds(args.head_module), args.allow_hub).to(device)
     if args.channels_last:
@@ -179,8 +187,7 @@ def prepare_outputs(args: argparse.Namespace) -> None:
 def read_split(args: argparse.Namespace, checkpoint: Checkpoint, say) -> Rows | StreamedRows:
     """The rows to score; what cannot be scored is named."""
     folder = Path(args.data_dir)
-    is_path = args.split.endswith('.csv')
-    if not is_path and not folder.is_dir():
+    if not folder.is_dir() and find_split(folder, args.split) is None:
         raise UserError(f'{folder}: no such data directory')
     state, stored = checkpoint.state, read_stored(folder)
     known = checkpoint.label_space
@@ -194,7 +201,7 @@ def read_split(args: argparse.Namespace, checkpoint: Checkpoint, say) -> Rows | 
         args.separator or state.get('separator'),
         args.missing_value if args.missing_value is not None else state.get('missing_value'),
     )
-    table = splits.read_csv(Path(args.split)) if is_path else splits.read(args.split)
+    table = splits.read(args.split)
     path = table.path
     absent = [head.name for head in checkpoint.label_space.heads if not set(head.columns) <= set(table.label_columns)]
     if len(absent) == len(checkpoint.label_space.names):
@@ -212,18 +219,18 @@ def read_split(args: argparse.Namespace, checkpoint: Checkpoint, say) -> Rows | 
     return rows
 
 
-def read_bank(args: argparse.Namespace, checkpoint: Checkpoint, say) -> Rows | StreamedRows:
-    """The training rows, whose labels vote.
+def read_bank(args: argparse.Namespace, checkpoint: Checkpoint, train_split: str, say) -> Rows | StreamedRows:
+    """The rows of the training split, whose labels vote.
 
     Raises:
         UserError: They cannot be read, are those to score, or no head has classes to vote for.
     """
-    folder = Path(args.data_dir)
-    if split_path(folder, args.split).resolve() == split_path(folder, 'train').resolve():
-        raise UserError('--knn: each row of train would find itself; score another split')
+    found = [find_split(Path(args.data_dir), name) for name in (args.split, train_split)]
+    if None not in found and files_of_split(found[0]) & files_of_split(found[1]):
+        raise UserError(f'--knn: each row of {train_split} would find itself; score another split')
     if not any(isinstance(labels, LabelSet) for labels in checkpoint.label_space.heads):
         raise UserError(f'--knn: no head of {checkpoint.path} has classes to vote for; leave it out')
-    return read_split(argparse.Namespace(**{**vars(args), 'split': 'train'}), checkpoint, say)
+    return read_split(argparse.Namespace(**{**vars(args), 'split': train_split}), checkpoint, say)
 
 
 def _say_unknown(table: Table, checkpoint: Checkpoint, say) -> None:

@@ -24,6 +24,7 @@ def rows_of_arguments(
         label_space: LabelSpace,
         image_column: str = 'image_path',
         stdin: BinaryIO | None = None,
+        separator: str | None = None,
 ) -> Rows:
     """The images that words of a command line name, in their order, as rows without labels.
 
@@ -35,6 +36,7 @@ def rows_of_arguments(
         image_column: Of CSVs.
         stdin: What '-' stands for: paths, one a line, or with a zero byte between them as `find -print0` writes them;
             standard input when None.
+        separator: Of CSVs, see `read_table`.
 
     Raises:
         UserError: A word names no image: an empty folder or standard input, a glob that nothing matches, a CSV that
@@ -43,7 +45,7 @@ def rows_of_arguments(
     images, numbers, which = [], [], []
     sources: dict[Path, int] = {}
     for argument in arguments:
-        source, found = _expand(argument, image_column, stdin)
+        source, found = _expand(argument, image_column, stdin, separator)
         place = sources.setdefault(source, len(sources))
         for image, number in found:
             images.append(image)
@@ -58,14 +60,19 @@ def rows_of_arguments(
     )
 
 
-def _expand(argument: str, image_column: str, stdin: BinaryIO | None) -> tuple[Path, Found]:
+def _expand(
+        argument: str,
+        image_column: str,
+        stdin: BinaryIO | None,
+        separator: str | None,
+) -> tuple[Path, Found]:
     """What one word names, and what messages call it."""
     if argument == '-':
         return Path('standard input'), _of_lines(sys.stdin.buffer if stdin is None else stdin)
     if os.path.isdir(argument):
         return Path(argument), [(image, 0) for image in images_of_folder(argument)]
     if argument.lower().endswith('.csv'):
-        return Path(argument), _of_table(argument, image_column)
+        return Path(argument), _of_table(argument, image_column, separator)
     if not os.path.lexists(argument) and glob.has_magic(argument):
         return Path(argument), [(image, 0) for image in _of_glob(argument)]
     return Path('the command line'), [(argument, 0)]
@@ -80,8 +87,8 @@ def _of_lines(stream: BinaryIO) -> Found:
     return found
 
 
-def _of_table(path: str, image_column: str) -> Found:
-    table = read_table(path, image_column)
+def _of_table(path: str, image_column: str, separator: str | None) -> Found:
+    table = read_table(path, image_column, separator)
     images, exist = look_for_images(table)
     if not any(exist):
         find_images(table)  # which says where it looked

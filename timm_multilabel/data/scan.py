@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
+from timm_multilabel.data.columns import Columns, choose_columns
 from timm_multilabel.data.images import open_image, read_photo
 from timm_multilabel.data.pool import real_paths
-from timm_multilabel.data.shards import find_shards
 from timm_multilabel.data.split import SPLITS
+from timm_multilabel.data.split_names import find_split
 from timm_multilabel.data.table import Table, find_label_space, look_for_images, read_table
-from timm_multilabel.errors import UserError
-from timm_multilabel.labels import LabelSpace
+from timm_multilabel.errors import UserError, shortened
+from timm_multilabel.labels import BadCell, Labels, LabelSet, LabelSpace, Quantity
 
 UNLABELLED = 'unlabelled'
 """The split whose rows have images only."""
+
+HeadReader = Callable[[list[Table], list[str], str], LabelSpace]
 
 _CHUNK = 64  # images that a thread takes at once
 
@@ -55,15 +59,41 @@ class Split:
         """Name a row and its image: `val.csv row 17 (1163.jpg)`."""
         return f'{self.row(position)} ({os.path.basename(self.paths[position])})'
 
-    def labels(self, head: str) -> np.ndarray | None:
-        """The texts of a head's column (N,), or None where there is no such column."""
-        if not self.table.has_label(head):
-            return None
-        return self._cells[:, self.table.frame.columns.get_loc(head)]
+    def has(self, head: Labels) -> bool:
+        """Whether it has the columns of a head."""
+        return all(map(self.table.has_label, head.columns))
 
-    @cached_property
-    def _cells(self) -> np.ndarray:
-        return self.table.frame.to_numpy(dtype=object)
+    def bad_cell(self, head: Labels) -> str | None:
+        """Why training cannot read a cell of a head, or None where it can read all."""
+        try:
+            if self.has(head):
+                head.encode(self.table.cells(head.columns))
+        except BadCell as error:
+            return f"{self.csv} row {error.row}, column '{shortened(error.column)}': {error}"
+        return None
+
+    def readable(self, label_space: LabelSpace) -> LabelSpace:
+        """The heads whose columns it has, and of which training can read all cells."""
+        return LabelSpace(tuple(head for head in label_space.heads if self.has(head) and not self.bad_cell(head)))
+
+    def labels(self, head: Labels) -> np.ndarray | None:
+        """The labels of a head as texts (N,), equal where training takes them for equal, empty where there is none.
+
+        None where it has not the columns, or a cell cannot be read.
+        """
+        if not self.has(head) or self.bad_cell(head):
+            return None
+        cells = self.table.cells(head.columns)
+        if isinstance(head, LabelSet):
+            return cells.iloc[:, 0].to_numpy(dtype=object)
+        encoded = head.encode(cells).copy()  # what pandas gives may be read-only
+        if isinstance(head, Quantity):
+            known, values = head.known(torch.from_numpy(encoded[:, 0])), encoded[:, 0] * head.std + head.mean
+            texts = [f'{value:.6g}' for value in values]
+        else:
+            known, tags = head.known(torch.from_numpy(encoded)), np.array(head.classes, dtype=object)
+            texts = [head.separator.join(tags[row == 1]) or '(no tag)' for row in encoded]
+        return np.where(known.numpy(), np.array(texts, dtype=object), '')
 
 
 @dataclass(frozen=True)
@@ -74,6 +104,7 @@ class Contents:
         folder: The directory.
         splits: By name; those that have a CSV.
         classes: The table that names the classes: all.csv, else train.csv; None where there is neither.
+        columns: What the label columns look like, and which of them training takes.
         label_space: The heads, each with its classes.
         bad_heads: Why columns cannot be heads, by their name.
         shards: The files of the splits that are in shards, by name.
@@ -81,6 +112,7 @@ class Contents:
     folder: Path
     splits: dict[str, Split]
     classes: Table | None
+    columns: Columns
     label_space: LabelSpace
     bad_heads: dict[str, str]
     shards: dict[str, str]
@@ -130,6 +162,11 @@ def read_contents(
         separator: str | None = None,
         missing_value: str | None = None,
         heads: Sequence[str] | None = None,
+        given: Mapping[str, Mapping[str, Any]] | None = None,
+        groups: Mapping[str, Sequence[str]] | None = None,
+        read_head: HeadReader = lambda tables, heads, name: find_label_space(tables, [name]),
+        names: Mapping[str, str] | None = None,
+        tag_separator: str | None = None,
 ) -> Contents:
     """Read the CSVs of a data directory, and look where their images are.
 
@@ -138,7 +175,12 @@ def read_contents(
         image_column: See `read_table`, as the next two.
         separator: It is between cells.
         missing_value: A label that is missing.
-        heads: The label columns to look at; all when None.
+        heads: The label columns to look at; all that training takes when None.
+        given: The options of heads that the user names.
+        groups: The 0/1 columns of a head of tags, by its name.
+        read_head: The label space of one head, from tables, the names of all heads and its own; UserError as training.
+        names: What the splits train and val are called, where they have other names.
+        tag_separator: See `choose_columns`.
 
     Raises:
         UserError: There is no such directory, or no CSV in it, or one that cannot be read, or no CSV has a head.
@@ -147,10 +189,10 @@ def read_contents(
         raise UserError(f'{folder}: no such data directory; it holds train.csv, val.csv and the images')
     splits, shards = {}, {}
     for name in (*SPLITS, UNLABELLED):
-        path = folder / f'{name}.csv'
-        if path.is_file():
-            splits[name] = _read_split(name, read_table(path, image_column, separator, missing_value))
-        elif (found := find_shards(folder, name, image_column)) is not None:
+        found = find_split(folder, names.get(name, name) if names else name, image_column)
+        if isinstance(found, Path):
+            splits[name] = _read_split(name, read_table(found, image_column, separator, missing_value))
+        elif found is not None:
             shards[name] = str(found.source)
     if not splits:
         also = f'; {", ".join(shards.values())} are shards, which are not checked' if shards else ''
@@ -163,8 +205,12 @@ def read_contents(
     classes = tables[0] if tables else None
     if not tables:  # the heads can be told, but not which of their labels are known
         tables = [split.table for split in splits.values() if split.name != UNLABELLED][:1]
-    label_space, bad_heads = _find_heads(tables, heads, [split.table for split in splits.values()])
-    return Contents(folder, splits, classes, label_space, bad_heads, shards)
+    columns = Columns({}, list(heads or ()))
+    if tables:
+        columns = choose_columns(
+            tables[-1], None if heads is None else list(heads), given or {}, groups or {}, tag_separator)
+    label_space, bad_heads = _find_heads(tables, columns, [split.table for split in splits.values()], read_head)
+    return Contents(folder, splits, classes, columns, label_space, bad_heads, shards)
 
 
 def _read_split(name: str, table: Table) -> Split:
@@ -175,20 +221,21 @@ def _read_split(name: str, table: Table) -> Split:
 
 def _find_heads(
         tables: list[Table],
-        heads: Sequence[str] | None,
+        columns: Columns,
         others: list[Table],
+        read_head: HeadReader,
 ) -> tuple[LabelSpace, dict[str, str]]:
     """The label space of tables as training finds it, and why columns cannot be heads.
 
     Raises:
         UserError: A head that was asked for is a column of no table at all.
     """
-    if heads is None:
-        heads = tables[-1].label_columns if tables else ()
     found, bad = [], {}
-    for name in dict.fromkeys(heads):
+    for name in dict.fromkeys(columns.heads):
+        if name in columns.asked:
+            continue
         try:
-            found.extend(find_label_space(tables or others, [name]).heads)
+            found.extend(read_head(tables or others, columns.heads, name).heads)
         except UserError as error:
             if not any(table.has_label(name) for table in (*tables, *others)):
                 raise

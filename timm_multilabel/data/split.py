@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from timm_multilabel.data.table import read_cells
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import write_whole
 
@@ -20,6 +21,7 @@ def split_csv(
         image: str,
         heads: Sequence[tuple[str, str]],
         image_column: str = 'image_path',
+        separator: str | None = None,
         ratios: Sequence[float] = (80, 10, 10),
         seed: int = 42,
         force: bool = False,
@@ -34,6 +36,7 @@ def split_csv(
             holds any image counts for all rows.
         heads: Name and source column of each head.
         image_column: Name of the column of paths in the files written.
+        separator: Of the source, see `read_table`; the files written have commas.
         ratios: Shares of train, val and test, in any unit.
         seed: The same seed gives the same splits.
         force: Overwrite files of these names.
@@ -53,7 +56,8 @@ def split_csv(
     if not heads or len(set(names)) < len(names):
         raise UserError(f'{", ".join(names)}: expected the image column and one or more heads, all named differently')
 
-    columns, numbered = read_rows(source)
+    frame = read_cells(source, separator, join_surplus=True)
+    columns, numbered = list(frame.columns), list(zip(frame.index.tolist(), frame.to_dict('records')))
     unknown = [column for _, column in heads if column not in columns]
     if unknown:
         raise UserError(
@@ -102,39 +106,6 @@ def _draw(length: int, ratios: Sequence[float], seed: int) -> dict[str, Sequence
         'test': sorted(order[val_end:]),
         'all': range(length),
     }
-
-
-def read_rows(source: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """The columns of a CSV and its rows, each with its number (the header is row 1). Every cell stays text."""
-    numbered, number = [], 1
-    try:
-        with open(source, encoding='utf-8-sig', newline='') as file:
-            # Not pandas: it refuses or cuts rows with more fields than the header, as in Kaggle's styles.csv, where
-            # the last column has commas without quotes.
-            reader = csv.reader(file)
-            columns = next(reader, [])
-            if not columns or len(set(columns)) < len(columns):
-                raise UserError(f'{source} row 1: no header, or one with a name twice; name each column once')
-            for number, fields in enumerate(reader, 2):
-                if not fields:
-                    continue
-                if len(fields) < len(columns):
-                    raise UserError(
-                        f'{source} row {number}: {len(fields)} cells for {len(columns)} columns; '
-                        'complete the row or remove it'
-                    )
-                last = len(columns) - 1
-                cells = [*fields[:last], ','.join(fields[last:])]
-                numbered.append((number, dict(zip(columns, cells))))
-    except OSError as error:
-        raise UserError(f'{source}: cannot be read ({error.strerror}); check the path') from error
-    except UnicodeDecodeError as error:
-        raise UserError(f'{source}: cannot be read as UTF-8 ({error.reason}); save it as that') from error
-    except csv.Error as error:
-        raise UserError(f'{source} row {number + 1}: {error}; mend the row or remove it') from error
-    if not numbered:
-        raise UserError(f'{source}: the table has no rows')
-    return columns, numbered
 
 
 def _check_ratios(ratios: Sequence[float]) -> None:

@@ -1,4 +1,5 @@
 """CSV -> rows: image paths that exist and class indices, or one clear line about what is wrong."""
+import csv
 import os
 import re
 from collections import Counter
@@ -27,6 +28,9 @@ from timm_multilabel.labels import (
     TagSet,
     missing_row,
 )
+
+WHITESPACE = 'whitespace'
+"""The separator that stands for runs of blanks and tabs."""
 
 _EXAMPLES = 3  # rows, files or labels named in a message
 _PART = 2 ** 26  # bytes read at once
@@ -104,7 +108,8 @@ def read_table(
     Args:
         path: The file.
         image_column: The column of the image paths.
-        separator: What is between cells; by default a comma if the header has one, else a tab, `;` or `|` that it has.
+        separator: The character between cells, or `WHITESPACE`; by default a comma if the header has one outside of
+            quotes, else a tab, `;` or `|` that it has.
         missing_value: A further text that means a missing label; see `missing_texts`.
 
     Raises:
@@ -112,22 +117,87 @@ def read_table(
             row without an image.
     """
     path = Path(path)
+    frame = read_cells(path, separator)
+    if image_column not in frame.columns:
+        blanks = len(frame.columns) == 1 and ' ' in frame.columns[0]
+        raise UserError(
+            f"{path}: no column '{image_column}' (there are: {listed(frame.columns)}); "
+            'name the one that holds the image paths with --image-column' + (
+                f', or the blanks between columns with --separator {WHITESPACE}' if blanks else ''))
+    without = frame.index[frame[image_column] == '']
+    if len(without):
+        raise UserError(f"{path} row {without[0]}: no image in column '{image_column}'; name one or remove the row")
+    if missing := missing_texts(missing_value):
+        frame = frame.mask(frame.isin(missing) & (frame.columns != image_column), '')
+    return Table(path, frame, image_column)
+
+
+def read_cells(path: Path, separator: str | None = None, join_surplus: bool = False) -> pd.DataFrame:
+    """The cells of a CSV as text without blanks around them: the one reader of all commands.
+
+    Args:
+        path: The file.
+        separator: See `read_table`.
+        join_surplus: Take cells beyond the last column as parts of it, as in Kaggle's styles.csv, where it has commas
+            without quotes; and refuse a row with fewer cells than columns.
+
+    Returns:
+        The rows that are not blank, by their numbers in the file (the header is row 1).
+
+    Raises:
+        UserError: The file is missing, unreadable or empty, or has an unnamed or a repeated column.
+    """
     if not path.is_file():
         raise UserError(f'{path}: no such file')
     text = _read_text(path)
+    separator = separator or _find_separator(text)
     try:
-        # The header is read as a row: pandas would rename repeated columns and take surplus cells for an index.
-        cells = pd.read_csv(
-            StringIO(text), sep=separator or _find_separator(text), header=None, dtype=object, keep_default_na=False,
-            skip_blank_lines=False)
-    except ValueError as error:  # pandas' parser errors
+        if join_surplus and separator != WHITESPACE:
+            cells = _complete_rows(path, text, separator)
+        else:
+            # The header is read as a row: pandas would rename repeated columns and take surplus cells for an index.
+            cells = pd.read_csv(
+                StringIO(text), sep=r'\s+' if separator == WHITESPACE else separator, header=None, dtype=object,
+                keep_default_na=False, skip_blank_lines=False).fillna('').to_numpy(dtype=object)
+    except (ValueError, csv.Error) as error:  # the former pandas' parser errors
         reason = ' '.join(str(error).split())
-        raise UserError(f'{path}: cannot be read as a CSV ({reason}); mend it') from error
+        raise UserError(f'{path}: cannot be read as a CSV ({reason}); fix it') from error
     # As one array of objects: pandas would spend a millisecond on each of many columns.
-    cells = np.frompyfunc(str.strip, 1, 1)(cells.fillna('').to_numpy(dtype=object))
-    header, frame = cells[0].tolist(), pd.DataFrame(cells[1:], np.arange(2, len(cells) + 1), dtype=object)
-    frame = frame[(cells[1:] != '').any(axis=1)]
+    cells = np.frompyfunc(str.strip, 1, 1)(cells)
+    frame = pd.DataFrame(cells[1:], np.arange(2, len(cells) + 1), _check_header(path, cells[0].tolist()), dtype=object)
+    filled = (cells[1:] != '').any(axis=1)
+    if not filled.any():
+        raise UserError(f'{path}: the table has no rows')
+    return frame[filled]
 
+
+def _complete_rows(path: Path, text: str, separator: str) -> np.ndarray:
+    """The cells (N, C) of a CSV, where cells beyond the last column are parts of it.
+
+    Not pandas, whose way of joining cells silently drops a row that it cannot read.
+
+    Raises:
+        UserError: A row that is not blank has fewer cells than the header.
+        csv.Error: It cannot be read.
+    """
+    rows = list(csv.reader(StringIO(text, newline=''), delimiter=separator))
+    width = len(rows[0]) if rows else 0
+    if not width:
+        raise csv.Error('no columns in the first row')
+    for number, row in enumerate(rows, 1):
+        if any(map(str.strip, row)) and len(row) < width:
+            raise UserError(f'{path} row {number}: {len(row)} cells for {width} columns; complete the row or remove it')
+    last = width - 1
+    padded = ([*row, *[''] * (width - len(row))] for row in rows)
+    return np.array([[*row[:last], separator.join(row[last:])] for row in padded], dtype=object)
+
+
+def _check_header(path: Path, header: list[str]) -> pd.Index:
+    """The names of the columns.
+
+    Raises:
+        UserError: One is empty, cannot be shown or is there twice.
+    """
     seen: set[str] = set()
     for position, name in enumerate(header, 1):
         if not name:
@@ -138,19 +208,7 @@ def read_table(
         if name in seen:
             raise UserError(f"{path} row 1: two columns are called '{shortened(name)}'; rename or remove one")
         seen.add(name)
-    frame.columns = pd.Index(header, dtype=object)
-    if image_column not in seen:
-        raise UserError(
-            f"{path}: no column '{image_column}' (there are: {listed(header)}); "
-            'name the one that holds the image paths with --image-column')
-    if frame.empty:
-        raise UserError(f'{path}: the table has no rows')
-    without = frame.index[frame[image_column] == '']
-    if len(without):
-        raise UserError(f"{path} row {without[0]}: no image in column '{image_column}'; name one or remove the row")
-    if missing := missing_texts(missing_value):
-        frame = frame.mask(frame.isin(missing) & (np.array(header) != image_column), '')
-    return Table(path, frame, image_column)
+    return pd.Index(header, dtype=object)
 
 
 def _read_text(path: Path) -> str:
@@ -183,7 +241,7 @@ def _read_text(path: Path) -> str:
 
 
 def _find_separator(text: str) -> str:
-    header = _LINE_END.split(text, maxsplit=1)[0]
+    header = re.sub('"[^"]*"', '', _LINE_END.split(text, maxsplit=1)[0])
     return next((mark for mark in ',\t;|' if mark in header), ',')
 
 

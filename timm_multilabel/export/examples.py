@@ -9,6 +9,7 @@ import yaml
 
 from timm_multilabel.data.images import FilePhotos
 from timm_multilabel.data.pool import rows_of_folder
+from timm_multilabel.data.split_names import find_split
 from timm_multilabel.data.table import Rows, find_images, missing_targets, read_table
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import reading
@@ -35,9 +36,10 @@ def images_of_run(checkpoint: Checkpoint) -> list[str]:
         raise UserError(f'{checkpoint.path}: no args.yaml beside it tells of its data; {way_out}')
     with reading(settings, 'the settings of a run', way_out):
         args = yaml.safe_load(settings.read_text(encoding='utf-8'))
-        folder, names = Path(args['data_dir']), [args.get('val_split') or 'val', args.get('train_split') or 'train']
-        tables = [folder / f'{name}.csv' for name in names] + [folder / name for name in names]
-        path = next((table for table in tables if table.is_file() and table.suffix == '.csv'), None)
+        # Settings of the checkpoint come first: a phase may have splits of its own.
+        folder, settings_of = Path(args['data_dir']), {**args, **checkpoint.state}
+        splits = [find_split(folder, settings_of.get(f'{usual}_split') or usual) for usual in ('val', 'train')]
+        path = next((split for split in splits if isinstance(split, Path)), None)
     if path is None:
         raise UserError(f'{settings}: of its data directory {folder} no CSV is here; {way_out}')
     state = checkpoint.state

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from timm_multilabel.data.columns import IDENTIFIER
 from timm_multilabel.data.remarks import how_read, useless_labels
 from timm_multilabel.data.scan import UNLABELLED, Contents, Scans, Split
 from timm_multilabel.data.split import SPLITS
 from timm_multilabel.data.table import encode_targets, unknown_labels
 from timm_multilabel.errors import shortened
-from timm_multilabel.labels import LabelSet, LabelSpace
+from timm_multilabel.labels import Labels, LabelSet, LabelSpace, Quantity
 
 ERROR = 'error'
 """Of a finding that spoils a result, or stops training."""
@@ -63,7 +64,8 @@ class Report:
         classes_from: The CSV that names the classes, or None.
         splits: For each split `csv`, `rows`, the numbers of its `images` (files), of rows whose image is `missing` or
             `unreadable`, and `labels` by head.
-        heads: For each head the number of `classes` and `counts` of each label by split.
+        columns: What each label column looks like (`looks_like`), its number of `labels`, how many are `different`.
+        heads: For each head its `kind`, the number of `classes` or tags and `counts` of each by split.
         images: Number of `files`, their `sizes` (how many `different` ones, `smallest` and `largest` by pixels, and the
             `most_common`, each as width, height and count), `modes` and `formats` with counts.
         findings: What one should know.
@@ -71,6 +73,7 @@ class Report:
     directory: str
     classes_from: str | None
     splits: dict[str, dict[str, Any]]
+    columns: dict[str, dict[str, Any]]
     heads: dict[str, dict[str, Any]]
     images: dict[str, Any]
     findings: list[Finding]
@@ -102,6 +105,7 @@ def report_on(contents: Contents, scans: Scans, examples: int = 5) -> Report:
         *_same_image_across_splits(contents, groups, examples),
         *_two_labels(contents, groups, examples),
         *_heads_without_labels(contents),
+        *_columns_by_look(contents),
         *_unknown_labels(contents, examples),
         *_splits_not_checked(contents),
         *_rows_without_labels(contents, examples),
@@ -115,6 +119,8 @@ def report_on(contents: Contents, scans: Scans, examples: int = 5) -> Report:
         directory=str(contents.folder),
         classes_from=str(contents.classes.path) if contents.classes is not None else None,
         splits={name: _describe_split(split, contents, scans) for name, split in contents.splits.items()},
+        columns={name: {'looks_like': look.kind, 'labels': look.labels, 'different': look.different}
+                 for name, look in contents.columns.looks.items()},
         heads={head.name: _describe_head(head, contents) for head in contents.label_space.heads},
         images=_describe_images(scans),
         findings=sorted(findings, key=lambda finding: finding.severity != ERROR),
@@ -129,18 +135,26 @@ def _counted(count: int, one: str, many: str | None = None) -> str:
     return f'{count} {one if count == 1 else many or one + "s"}'
 
 
-def _class_counts(split: Split, head: LabelSet) -> Counter[str]:
-    """How many rows have each class, those that no row has included; then each label that is no class."""
-    labels = split.labels(head.name)
-    counts = Counter({name: 0 for name in head.classes})
-    counts.update(() if labels is None else sorted(label for label in labels if label))
+def _class_counts(split: Split, head: Labels) -> Counter[str]:
+    """How many rows have each class or tag, those that no row has included; then each label that is none of them."""
+    labels, counts = split.labels(head), Counter({name: 0 for name in getattr(head, 'classes', ())})
+    if labels is None or isinstance(head, Quantity):
+        return counts
+    if isinstance(head, LabelSet):
+        counts.update(sorted(label for label in labels if label))
+        return counts
+    cells = split.table.cells(head.columns)
+    counts.update(dict(zip(head.classes, (head.encode(cells) == 1).sum(axis=0).tolist())))
+    counts.update({tag: len(rows) for tag, rows in head.unknown(cells).items()})
     return counts
 
 
 def _describe_split(split: Split, contents: Contents, scans: Scans) -> dict[str, Any]:
     labels = {}
     if split.name != UNLABELLED:
-        labels = {head.name: _class_counts(split, head).total() for head in contents.label_space.heads}
+        for head in contents.label_space.heads:
+            found = split.labels(head)
+            labels[head.name] = 0 if found is None else int((found != '').sum())
     return {
         'csv': str(split.table.path),
         'rows': len(split),
@@ -151,9 +165,9 @@ def _describe_split(split: Split, contents: Contents, scans: Scans) -> dict[str,
     }
 
 
-def _describe_head(head: LabelSet, contents: Contents) -> dict[str, Any]:
+def _describe_head(head: Labels, contents: Contents) -> dict[str, Any]:
     counts = {split.name: dict(_class_counts(split, head)) for split in contents.labelled}
-    return {'classes': len(head.classes), 'counts': counts}
+    return {'kind': head.kind, 'classes': len(getattr(head, 'classes', ())), 'counts': counts}
 
 
 def _describe_images(scans: Scans) -> dict[str, Any]:
@@ -234,7 +248,7 @@ def _same_image_across_splits(contents: Contents, groups: list[dict[str, list[in
 
 
 def _two_labels(contents: Contents, groups: list[dict[str, list[int]]], limit: int) -> Iterator[Finding]:
-    for head in contents.label_space.names:
+    for head in contents.label_space.heads:
         columns = {split.name: split.labels(head) for split in contents.labelled}
         conflicts, splits, labelled = [], set(), 0
         for rows in groups:
@@ -251,9 +265,9 @@ def _two_labels(contents: Contents, groups: list[dict[str, list[int]]], limit: i
         if conflicts:
             yield Finding(
                 'two-labels', ERROR,
-                f"'{head}': {_counted(len(conflicts), 'image has', 'images have')} more than one label, on {labelled} "
-                'rows of the same pixels: at most one of them is right', len(conflicts),
-                tuple(name for name in SPLITS if name in splits), head,
+                f"'{head.name}': {_counted(len(conflicts), 'image has', 'images have')} more than one label, on "
+                f'{labelled} rows of the same pixels: at most one of them is right', len(conflicts),
+                tuple(name for name in SPLITS if name in splits), head.name,
                 tuple(' and '.join(f'{_quoted(label)} in {row}' for label, row in first.items())
                       for first in conflicts[:limit]))
 
@@ -265,12 +279,33 @@ def _heads_without_labels(contents: Contents) -> Iterator[Finding]:
     if contents.labelled and not contents.label_space.heads and not contents.bad_heads:
         yield Finding('no-heads', NOTE, 'no label column, so only SimCLR (-wlc 0) can learn from this', 1)
     for split in contents.labelled:
-        for name in contents.label_space.names:
-            if split.labels(name) is None:
+        for head in contents.label_space.heads:
+            if line := split.bad_cell(head):
+                yield Finding('bad-cell', ERROR, f'{line}: training stops; fix it, or leave it empty', 1, (split.name,),
+                              head.name)
+            for name in head.columns:
+                if split.table.has_label(name):
+                    continue
                 severity = NOTE if split.name == 'test' else ERROR
                 why = 'not scored' if severity == NOTE else 'add it, or choose others with --heads'
-                yield Finding('no-column', severity, f"{split.csv}: no column '{name}', which is a head: {why}",
-                              1, (split.name,), name)
+                of_head = 'a head' if name == head.name else f"of head '{head.name}'"
+                yield Finding('no-column', severity, f"{split.csv}: no column '{name}', which is {of_head}: {why}",
+                              1, (split.name,), head.name)
+
+
+def _columns_by_look(contents: Contents) -> Iterator[Finding]:
+    """Columns that training asks about, leaves out, or takes for other labels than they look like."""
+    columns = contents.columns
+    for name in columns.asked:
+        yield Finding('looks-like-number', ERROR, f'training stops: {columns.question(name)}', 1, head=name)
+    for name in columns.left_out:
+        look = columns.looks[name]
+        kind = f'an {IDENTIFIER}' if look.kind == IDENTIFIER else look.kind
+        yield Finding(
+            'left-out', NOTE, f"'{shortened(name)}' looks like {kind} ({look.different} different): training leaves it "
+            'out, unless --heads names it', 1, head=name)
+    for name in columns.as_classes:
+        yield Finding('as-classes', NOTE, columns.remark(name), 1, head=name)
 
 
 def _unknown_labels(contents: Contents, limit: int) -> Iterator[Finding]:
@@ -283,7 +318,7 @@ def _unknown_labels(contents: Contents, limit: int) -> Iterator[Finding]:
         'test': 'they are not scored',
     }
     for split in contents.labelled:
-        for head, labels in unknown_labels(split.table, contents.label_space).items():
+        for head, labels in unknown_labels(split.table, split.readable(contents.label_space)).items():
             rows = sum(map(len, labels.values()))
             yield Finding(
                 'unknown-labels', ERROR,
@@ -304,8 +339,8 @@ def _splits_not_checked(contents: Contents) -> Iterator[Finding]:
 def _rows_without_labels(contents: Contents, limit: int) -> Iterator[Finding]:
     for split in contents.labelled if contents.label_space.heads else ():
         labelled = np.zeros(len(split), dtype=bool)
-        for name in contents.label_space.names:
-            if (column := split.labels(name)) is not None:
+        for head in contents.label_space.heads:
+            if (column := split.labels(head)) is not None:
                 labelled |= column != ''
         rows = np.flatnonzero(~labelled).tolist()
         if rows:
@@ -319,7 +354,11 @@ def _rows_without_labels(contents: Contents, limit: int) -> Iterator[Finding]:
 def _classes_without_images(contents: Contents, limit: int) -> Iterator[Finding]:
     """Classes that train.csv has few images of, and those of it that val.csv has none of."""
     train, val = contents.splits.get('train'), contents.splits.get('val')
-    for head in contents.label_space.heads if train is not None else ():
+    heads = contents.label_space.heads if train is not None else ()
+    for head in heads:
+        if isinstance(head, Quantity):
+            continue
+        one, many = ('class', 'classes') if isinstance(head, LabelSet) else ('tag', 'tags')
         counts = _class_counts(train, head)
         classes = sorted(head.classes, key=lambda name: counts[name])
         rare = [name for name in classes if counts[name] < RARE]
@@ -327,10 +366,10 @@ def _classes_without_images(contents: Contents, limit: int) -> Iterator[Finding]
             none = sum(not counts[name] for name in rare)
             yield Finding(
                 'rare-classes', NOTE,
-                f"'{head.name}': {len(rare)} of {_counted(len(classes), 'class', 'classes')} with fewer than {RARE} "
+                f"'{head.name}': {len(rare)} of {_counted(len(classes), one, many)} with fewer than {RARE} "
                 f'images in {train.csv}' + (f', {none} of them with none' if none else ''), len(rare), ('train',),
                 head.name, tuple(f'{_quoted(name)} {counts[name]}' for name in rare[:limit]))
-        if val is None or val.labels(head.name) is None:
+        if val is None or val.labels(head) is None:
             continue
         scored = _class_counts(val, head)
         lacking = [name for name in reversed(classes) if counts[name] and not scored[name]]
@@ -338,7 +377,7 @@ def _classes_without_images(contents: Contents, limit: int) -> Iterator[Finding]
             learnt = sum(counts[name] > 0 for name in classes)
             yield Finding(
                 'classes-not-in-val', NOTE,
-                f"'{head.name}': {len(lacking)} of {_counted(learnt, 'class', 'classes')} of {train.csv} without "
+                f"'{head.name}': {len(lacking)} of {_counted(learnt, one, many)} of {train.csv} without "
                 f'an image in {val.csv}: not scored', len(lacking), ('train', 'val'), head.name,
                 tuple(f'{_quoted(name)} ({counts[name]} in {train.csv})' for name in lacking[:limit]))
 
@@ -347,17 +386,15 @@ def _labels_of_little_use(contents: Contents) -> Iterator[Finding]:
     """Tags that seem to be written otherwise than they are read; tags and numbers that can teach or score nothing."""
     for name in ('train', 'val'):
         split = contents.splits.get(name)
-        if split is None:
-            continue
-        label_space = LabelSpace(tuple(
-            head for head in contents.label_space.heads
-            if not isinstance(head, LabelSet) and all(map(split.table.has_label, head.columns))))
-        if name == 'train':
-            for line in how_read(split.table, label_space):
-                yield Finding('how-read', NOTE, line, 1, (name,))
-        targets = encode_targets(split.table, label_space, ignore_unknown=True, way_out='')
-        for line in useless_labels(label_space, targets, split.csv, scored=name == 'val'):
-            yield Finding('useless-labels', NOTE, line, 1, (name,))
+        for head in split.readable(contents.label_space).heads if split is not None else ():
+            if isinstance(head, LabelSet):
+                continue
+            label_space = LabelSpace((head,))
+            for line in how_read(split.table, label_space) if name == 'train' else ():
+                yield Finding('how-read', NOTE, line, 1, (name,), head.name)
+            targets = encode_targets(split.table, label_space, ignore_unknown=True, way_out='')
+            for line in useless_labels(label_space, targets, split.csv, scored=name == 'val'):
+                yield Finding('useless-labels', NOTE, line, 1, (name,), head.name)
 
 
 def _same_image_twice(contents: Contents, scans: Scans, limit: int) -> Iterator[Finding]:

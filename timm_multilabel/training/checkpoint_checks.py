@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from timm_multilabel.data.table import WHITESPACE
 from timm_multilabel.model_names import LARGEST_PROJECTION, LARGEST_SIDE, check_arguments
 
 _LARGEST_RESIZED = 2 ** 13  # pixels that the shorter edge of an image is resized to before the center is cropped
@@ -80,8 +81,11 @@ _SETTINGS: Mapping[str, Callable[[Any], bool]] = {
         isinstance(name, str) and _is_number(weight) and weight >= 0 for name, weight in value.items()),
     'projection_dim': lambda value: _is_count(value, LARGEST_PROJECTION) and value > 0,
     'data_config': is_data_config,
+    'train_split': _is_text,
+    'val_split': _is_text,
     'image_column': lambda value: isinstance(value, str),
-    'separator': lambda value: value is None or isinstance(value, str) and len(value) == 1,
+    'separator': lambda value: value is None or value == WHITESPACE or isinstance(
+        value, str) and len(value) == 1,
     'missing_value': _is_text,
     'eval_metric': _is_text,
     'best_weights': lambda value: value in ('plain', 'ema'),
