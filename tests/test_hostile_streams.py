@@ -118,7 +118,7 @@ def test_embeddings_are_read_from_a_file_of_any_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path('s3:').mkdir()
     parquet.write_table(pyarrow.table({'image': ['a']}), tmp_path / 's3:' / 'x.parquet')
-    with pytest.raises(UserError, match='s3:/x.parquet: cannot be read as embeddings ..Column embedding does not exist'):
+    with pytest.raises(UserError, match='s3:/x.parquet: cannot be read as embeddings ..Column embedding'):
         Embeddings.load('s3:/x.parquet')
 
 

@@ -144,8 +144,9 @@ def choose_columns(
     if names is None:
         names = list(dict.fromkeys(grouped.get(column, column) for column in table.label_columns))
     said = {name for name in names if 'loss' in given.get(name, given.get('*', {}))}
-    looks = {name: look_at(table.frame[name].tolist(), name in said and tag_separator or TAG_SEPARATOR)
-             for name in names if name not in groups and table.has_label(name)} if len(table.frame) else {}
+    looks = {
+        name: look_at(table.frame[name].tolist(), (tag_separator if name in said else None) or TAG_SEPARATOR)
+        for name in names if name not in groups and table.has_label(name)} if len(table.frame) else {}
     found = Columns(looks, [])
     for name in names:
         kind = looks[name].kind if name in looks else None
