@@ -190,7 +190,7 @@ def test_classes_of_all_csv(clean):
         "'color': 2 of 4 classes with fewer than 5 images in train.csv, 2 of them with none")
     assert report.classes_from == str(clean / 'all.csv')
     assert report.images['files'] == 15  # those of all.csv alone are not looked at
-    assert report.heads['color'] == {'classes': 4, 'counts': {
+    assert report.heads['color'] == {'kind': 'classes', 'classes': 4, 'counts': {
         'train': {'blue': 5, 'grey': 0, 'pink': 0, 'red': 7}, 'val': {'blue': 1, 'grey': 0, 'pink': 1, 'red': 1}}}
 
 
@@ -432,8 +432,9 @@ def test_flags_of_tables(capsys, clean):
     flags = ['--image-column', 'file', '--missing-value', '-1', '--separator', 'tab', '--heads', 'color']
     status, out, _ = run(capsys, clean, *flags)
     assert status == 0
-    assert out.splitlines()[:4] == [
-        'train.csv  12 rows, 12 images, 7 labels', 'val.csv    2 rows, 2 images, 1 labels', '',
+    assert out.splitlines()[:5] == [
+        'train.csv  12 rows, 12 images, 7 labels', 'val.csv    2 rows, 2 images, 1 labels',
+        'columns look like: color classes (1)', '',
         'head   classes  labels in train  labels in val  rarest in train  most frequent in train']
     assert 'train.csv: 5 of 12 rows without any label' in out and out.endswith('0 errors, 2 notes\n')
 
@@ -476,7 +477,7 @@ def spoil(folder):
 def test_a_directory_with_errors(capsys, clean):
     status, out, err = run(capsys, spoil(clean), '--examples', '1')
     assert (status, err) == (1, '')
-    assert out.splitlines()[12:] == [
+    assert out.splitlines()[13:] == [
         'error: train.csv: 1 of 12 images not on disk; add them or remove their rows',
         '    train.csv row 5 (images/3.png)',
         'error: val.csv: 2 of 3 rows show an image of train.csv (1 different image): training has seen them, so '

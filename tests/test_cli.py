@@ -141,7 +141,7 @@ def test_val_without_labels(capsys, data_dir, tmp_path):
     original = (data_dir / 'val.csv').read_text()
     (data_dir / 'val.csv').write_text(re.sub(',(disc|ring)', ',', original))
     line = train_line(capsys, data_dir, tmp_path, '--eval-metric', 'shape_top1')
-    assert "'shape' has no weight, or no label in" in line
+    assert "'shape' has no weight, or no labels in" in line
     (data_dir / 'val.csv').write_text(re.sub(r'(\.png),.*', r'\1,,', original))
     assert 'val.csv: no row has a label of a head' in train_line(capsys, data_dir, tmp_path)
 
@@ -381,7 +381,7 @@ def test_every_flag_is_used():
     parser = argparse.ArgumentParser()
     train_flags.add_flags(parser)
     code = ''.join((ROOT / 'timm_multilabel' / 'cli' / name).read_text()
-        for name in ('batches.py', 'build.py', 'checks.py', 'data.py', 'head_options.py', 'train.py'))
+        for name in ('batches.py', 'build.py', 'checks.py', 'data.py', 'flags.py', 'head_options.py', 'train.py'))
     names = {action.dest for action in parser._actions} - {'help'}
     unused = {name for name in names if f'args.{name}' not in code and f"'{name}'" not in code}
     assert not unused

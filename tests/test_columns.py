@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from tests.common import TINY, train_run, write_data
+from timm_multilabel.cells import list_cell
 from timm_multilabel.cli import check, compare, export, predict, report, split, train, validate
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.cli.stored import predictions_path
@@ -192,7 +193,8 @@ def test_training_asks_what_a_number_is(capsys, shop, tmp_path):
 @pytest.mark.parametrize('flags, heads, told', [
     (['--head', 'price:loss=numeric', 'tags:loss=tags'],
      'color (3), shape (2), price (number), tags (2 tags)', [
-         LOOKS, 'left out: sku (identifier), title (free text); name a column in --heads to keep it']),
+         LOOKS, 'left out: sku (identifier), title (free text); name a column in --heads to keep it',
+         "'tags' has 1 of 2 tags without a 0 (b): nothing to learn"]),
     (['--heads', 'color', 'sku', 'tags'], 'color (3), sku (40), tags (2)', [
         'columns look like: color classes (3), sku identifier (40 different), tags tags (2 different)',
         "'tags' looks like tags and is learnt as 2 classes; change that with --head tags:loss=tags"]),
@@ -204,7 +206,7 @@ def test_identifiers_are_left_out_unless_they_are_named(capsys, shop, tmp_path, 
     status, out, _ = run(capsys, train, shop, *TINY, '--epochs', '1', '--output', tmp_path, '--eval-metric', 'loss',
                          '--unknown-labels', 'ignore', '-wls', '0', *flags)
     found = [line.removeprefix(f'{shop / "train.csv"}: ') for line in out.splitlines() if 'train.csv: ' in line]
-    assert (found, f'test_resnet, heads: {heads}' in out) == (told, True)
+    assert (found, f'test_resnet, 1 epoch, heads: {heads}' in out) == (told, True)
 
 
 def test_neighbours_do_not_vote_for_identifiers(capsys, shop, tmp_path):
@@ -235,7 +237,11 @@ def test_check_says_what_training_would_do(capsys, shop):
 
 def test_check_takes_the_kinds_of_heads(capsys, shop):
     _, report, found = check_shop(capsys, shop, '--head', 'price:loss=numeric', 'tags:loss=tags')
-    assert found == [('left-out', 'note', 'sku'), ('left-out', 'note', 'title')]
+    assert found == [('left-out', 'note', 'sku'), ('left-out', 'note', 'title'),
+                     *[('useless-labels', 'note', 'tags')] * 2]
+    assert [each['text'] for each in report['findings'] if each['kind'] == 'useless-labels'] == [
+        "train.csv: 'tags' has 1 of 2 tags without a 0 (b): nothing to learn",
+        "val.csv: 'tags' has 1 of 2 tags without a 0 (b): not scored"]
     assert report['heads']['price'] == {'kind': 'number', 'classes': 0, 'counts': {'train': {}, 'val': {}}}
     assert report['heads']['tags'] == {
         'kind': 'tags', 'classes': 2, 'counts': {'train': {'a': 20, 'b': 40}, 'val': {'a': 10, 'b': 20}}}
@@ -259,18 +265,49 @@ def test_check_of_a_run_takes_its_flags(capsys, shop, tmp_path):
     capsys.readouterr()
     _, report, found = check_shop(capsys, shop, '--run', trained)
     assert ({name: head['kind'] for name, head in report['heads'].items()}, found) == (
-        {'color': 'classes', 'tags': 'tags', 'price': 'number'}, [])
+        {'color': 'classes', 'tags': 'tags', 'price': 'number'}, [('useless-labels', 'note', 'tags')] * 2)
     assert report['splits']['val']['csv'] == str(shop / 'scored.csv')
+
+
+def test_check_reads_tags_in_the_dialect_of_the_flags_or_the_run(capsys, shop, tmp_path):
+    for name in ('train', 'val'):
+        path = shop / f'{name}.csv'
+        path.write_text(path.read_text().replace('a|b', 'a;b').replace(',b\n', ',nil\n'))
+    heads = ['--heads', 'tags', '--head', 'tags:loss=tags']
+    dialect = ['--tag-separator', ';', '--none-value', 'nil']
+    report = check_shop(capsys, shop, *heads)[1]
+    assert list(report['heads']['tags']['counts']['train']) == ['a;b', 'nil']
+    expected = {'train': {'a': 20, 'b': 20}, 'val': {'a': 10, 'b': 10}}
+    trained = train_run(shop, tmp_path, *heads, *dialect, '-wls', '0', epochs=1)
+    capsys.readouterr()
+    for flags in ([*heads, *dialect], ['--run', trained]):
+        _, report, found = check_shop(capsys, shop, *flags)
+        assert (report['heads']['tags']['counts'], found) == (expected, [])
+        assert report['columns']['tags'] == {'looks_like': 'tags', 'labels': 40, 'different': 2}
+        assert report['splits']['val']['labels'] == {'tags': 20}
+    path = shop / 'val.csv'
+    path.write_text(path.read_text().replace(',nil\n', ',nil;a\n', 1))
+    _, report, found = check_shop(capsys, shop, *heads, *dialect)
+    assert found == [('bad-cell', 'error', 'tags')]
+    status, _, err = run(capsys, check, shop, '--heads', 'color', '--none-value', 'nil')
+    assert (status, "--none-value 'nil': no head of" in err) == (2, True)
+
+
+def test_lists_of_shards_look_like_tags():
+    cells = [list_cell([name]) for name in ('red', 'blue')] * 20
+    assert look_at(cells) == look_at(['red', 'blue'] * 20)
+    assert [look_at([*cells, *[list_cell(tags)] * 3]).kind for tags in ([], ['red', 'blue'], ['a|b'])] == [
+        'tags', 'tags', 'classes']
 
 
 def test_check_of_groups_and_wrong_heads(capsys, tmp_path):
     folder = write_data(tmp_path / 'data', 6, 3)
     for name in ('train', 'val'):
         header, *rows = (folder / f'{name}.csv').read_text().splitlines()
-        rows = [f'{row},{number % 2},1' for number, row in enumerate(rows)]
+        rows = [f'{row},{number % 2},{int(number < 2)}' for number, row in enumerate(rows)]
         (folder / f'{name}.csv').write_text('\n'.join([f'{header},wet,cold', *rows]) + '\n')
     _, report, found = check_shop(capsys, folder, '--head', 'weather:columns=wet+cold')
     assert (report['heads']['weather']['counts']['train'], [each for each in found if each[0] != 'rare-classes']) == (
-        {'wet': 3, 'cold': 6}, [])
+        {'wet': 3, 'cold': 2}, [])
     status, _, err = run(capsys, check, folder, '--head', 'wether:loss=tags')
     assert (status, '--head wether: there is no such head (there are: color, shape, wet, cold)' in err) == (2, True)

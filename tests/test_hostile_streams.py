@@ -430,7 +430,7 @@ def test_check_takes_time_in_proportion_to_columns(tmp_path, capsys):
 
 
 def test_a_message_names_some_of_many_columns(tmp_path):
-    (tmp_path / 'a.csv').write_text('x,' + ','.join(f'c{number}' for number in range(5000)) + '\n')
+    (tmp_path / 'a.csv').write_text('x,' + ','.join(f'c{number}' for number in range(5000)) + '\n1\n')
     with pytest.raises(UserError, match=r'c18 and 4,981 more\)') as error:
         read_table(tmp_path / 'a.csv')
     assert len(error.value.line) < 400
