@@ -338,6 +338,8 @@ def _splits_not_checked(contents: Contents) -> Iterator[Finding]:
 
 def _rows_without_labels(contents: Contents, limit: int) -> Iterator[Finding]:
     for split in contents.labelled if contents.label_space.heads else ():
+        if any(map(split.bad_cell, contents.label_space.heads)):
+            continue  # whose labels are not known
         labelled = np.zeros(len(split), dtype=bool)
         for head in contents.label_space.heads:
             if (column := split.labels(head)) is not None:
