@@ -1,14 +1,17 @@
 """Nothing that a file names runs code or is looked up elsewhere, and no setting takes more than its file holds."""
 import json
+import pickle
+import re
 import shutil
 import socket
+import time
 import zipfile
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from common import TINY, train_run, write_data
+from common import SPACE, TINY, train_run, write_data
 from PIL import Image
 from test_cli import fails
 
@@ -20,6 +23,7 @@ from timm_multilabel.export.weights import load_exported
 from timm_multilabel.inference.predictor import Predictor
 from timm_multilabel.model_names import check_arguments
 from timm_multilabel.training.checkpoint import load_model, read_checkpoint
+from timm_multilabel.training.run_folder import RunFolder
 from timm_multilabel.views.pillow import eval_views
 
 HEADS = '''
@@ -71,7 +75,7 @@ def test_a_file_of_heads_that_args_yaml_names_is_not_run(plain, tmp_path, capsys
     (run / 'args.yaml').write_text(yaml.safe_dump({**settings, 'head_module': str(module)}))
     data_dir = plain.parent / 'data'
     line = fails(capsys, *commands(run, data_dir, data_dir / 'images')[name])
-    assert f'args.yaml: names the Python file {module}, and code is not run because a file names it' in line
+    assert f'args.yaml: names the Python file {module}, and a file cannot have code run' in line
     assert f'pass --head-module {module}' in line and not mark.exists()
 
 
@@ -180,6 +184,7 @@ def test_a_model_of_a_folder_is_kept_under_the_name_that_timm_has_for_it(data_di
     {'phases': ['../x'], 'phase': 0}, {'head_weights': {'color': float('nan')}}, {'head_weights': {'color': -1}},
     {'head_options': {'color': {'scale': float('inf')}}}, {'head_options': {'color': {'class_weights': [[1]]}}},
     {'epoch': -1}, {'epoch': 2 ** 50}, {'run': {'bad_images': [{}]}}, {'run': {'strikes': 'x'}}, {'run': [1]},
+    {'head_weights': {'none': 1.0}}, {'head_options': {'color': {'loss': ['softmax']}}},
     {'saver': {'checkpoint_files': [['..', 1.0]]}}, {'saver': {'checkpoint_files': [['args.yaml', 1.0]]}},
 ])
 def test_settings_that_this_program_does_not_write(plain, tmp_path, settings):
@@ -212,7 +217,8 @@ def test_data_configs_that_this_program_does_not_write(plain, tmp_path, name, va
 @pytest.mark.parametrize('settings', [
     {'arch': 'vit_giant_patch14_224'},  # 4 GB
     {'projection_dim': 2 ** 14, 'head_options': {'color': {'input': 'projection'}}},
-    {'label_space': {'heads': [{'name': 'color', 'classes': [str(number) for number in range(10 ** 5)]}]}},
+    {'label_space': {'heads': [{'name': 'color', 'classes': [str(number) for number in range(10 ** 5)]}]},
+     'head_weights': {}},
     {'arch': 'test_vit', 'model_kwargs': {'embed_dim': 2 ** 16, 'depth': 500}},  # 100 TB
 ])
 def test_no_memory_is_taken_for_weights_that_are_not_in_the_file(plain, tmp_path, monkeypatch, settings):
@@ -250,6 +256,73 @@ def test_a_compressed_checkpoint_is_not_expanded(plain, tmp_path):
     assert path.stat().st_size < 10 ** 5
     with pytest.raises(UserError, match='cannot be loaded as a checkpoint'):
         read_checkpoint(path)
+
+
+class Takes:
+    """Takes memory when it is unpickled."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+def pickle_of_deep_key(levels):
+    """A dict whose key is a tuple of twice the same tuple, and so on, within a checkpoint."""
+    key = b'K\x00K\x00\x86q\x000' + b''.join(
+        b'h%ch%c\x86q%c0' % (level, level, level + 1) for level in range(levels))
+    return b'\x80\x02' + key + b'}h%cK\x01s.' % levels
+
+
+@pytest.mark.parametrize('data', [
+    pickle.dumps(Takes(bytearray, 2 ** 40), protocol=2), pickle.dumps(Takes(torch.FloatStorage, 2 ** 40), protocol=2),
+    pickle_of_deep_key(60)], ids=['bytearray', 'storage', 'nested key'])
+def test_a_pickle_that_asks_for_much_is_not_run(tmp_path, data):
+    with zipfile.ZipFile(tmp_path / 'x.pth.tar', 'w') as archive:
+        for name, content in (('x/data.pkl', data), ('x/version', b'3'), ('x/byteorder', b'little')):
+            archive.writestr(name, content)
+    started = time.process_time()
+    with pytest.raises(UserError, match='x.pth.tar: cannot be loaded as a checkpoint') as error:
+        read_checkpoint(tmp_path / 'x.pth.tar')
+    assert time.process_time() - started < 5
+    assert re.match('it calls|more than 8 tuples', str(error.value.__cause__))
+
+
+@pytest.mark.parametrize('name, tensor', [(3, torch.zeros(1)), ('x', 7), ('x', torch.zeros(1, dtype=torch.complex64))])
+def test_weights_that_are_none(plain, tmp_path, name, tensor):
+    state = torch.load(plain / 'last.pth.tar', weights_only=True)['state_dict']
+    with pytest.raises(UserError, match='weights that are no tensors of real numbers cannot be'):
+        read_checkpoint(changed(plain, tmp_path / 'x.pth.tar', state_dict={**state, name: tensor}))
+
+
+def test_arguments_of_a_model_in_a_recipe_ask_no_other_host(plain, tmp_path, capsys, no_network):
+    recipe = {'model': 'test_resnet', 'pretrained': True,
+              'model_kwargs': {'pretrained_cfg_overlay': {'url': 'http://x/y.pth', 'hf_hub_id': None}}}
+    (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
+    line = fails(capsys, train, [
+        plain.parent / 'data', '-c', tmp_path / 'recipe.yaml', '-b', '4', '--output', tmp_path / 'out'])
+    assert "--model-kwargs: model argument 'pretrained_cfg_overlay' is not among" in line
+
+
+def test_a_long_input_is_seen_whole():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 1024, 3)).astype(np.uint8)
+    out = np.empty((1, 1, 32, 1024, 3), np.uint8)
+    eval_views((32, 1024), 'bilinear', 1.0, 'center')([DecodedPhoto(pixels)], [0], out)
+    assert (out[0, 0] == pixels).all()
+
+
+def test_leftovers_behind_a_link_stay(tmp_path):
+    elsewhere, run = tmp_path / 'elsewhere', tmp_path / 'run'
+    for folder in (elsewhere, run):
+        folder.mkdir()
+    name = f'.x-{"0" * 16}.tmp'
+    (elsewhere / name).touch()
+    (run / 'link').symlink_to(elsewhere)
+    (run / name).touch()
+    (run / f'.y-{"0" * 16}.tmp').mkdir()
+    RunFolder(run, {}, SPACE)
+    assert (elsewhere / name).exists() and not (run / name).exists() and (run / f'.y-{"0" * 16}.tmp').is_dir()
 
 
 def test_very_large_images_go_through_a_model_a_few_at_a_time(plain, tmp_path):

@@ -120,7 +120,7 @@ def test_leftovers_go_and_files_that_are_being_written_stay(tmp_path):
     secret.write_text('kept')
     run = tmp_path / 'run'
     (run / '1-first').mkdir(parents=True)
-    for left in (run / '.x.123.tmp', run / '1-first' / '.last.pth.tar-0.tmp'):
+    for left in (run / f'.x-{"1" * 16}.tmp', run / '1-first' / f'.last.pth.tar-{"0" * 16}.tmp'):
         left.write_text('of a process that was killed')
     (run / '.link.tmp').symlink_to(secret)
     os.mkfifo(run / '.pipe.tmp')

@@ -43,7 +43,9 @@ def whole_file(path: str | Path, read_only: bool = False) -> Iterator[BinaryIO]:
             with suppress(OSError):
                 before = path.lstat().st_mode
                 mode = stat.S_IMODE(before) & 0o777 if stat.S_ISREG(before) else mode
-            os.fchmod(descriptor, mode & 0o444 if read_only else mode)
+            mode = mode & 0o444 if read_only else mode
+            if mode != stat.S_IMODE(os.fstat(descriptor).st_mode):
+                os.fchmod(descriptor, mode)
             os.fsync(descriptor)
             os.replace(temporary, path)  # while it is locked, so that nobody takes it for a leftover
         _flush_folder(path.parent)

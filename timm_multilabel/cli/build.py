@@ -14,7 +14,7 @@ from timm_multilabel.cli.data import Data
 from timm_multilabel.errors import UserError
 from timm_multilabel.metrics import less_is_better
 from timm_multilabel.model import MultiLabelModel, create_backbone
-from timm_multilabel.model_names import plain_model
+from timm_multilabel.model_names import check_arguments, plain_model
 from timm_multilabel.optim import create_optimizer
 from timm_multilabel.task import JointTask, Pool
 from timm_multilabel.training.checkpoint import Checkpoint
@@ -41,6 +41,10 @@ def model(
         fresh: Load pretrained weights as asked for; not where a checkpoint or an earlier phase brings its own.
         say: Prints a line.
     """
+    try:
+        check_arguments(args.model_kwargs)  # now: some would have timm read other files, or ask other hosts
+    except ValueError as error:
+        raise UserError(f'--model-kwargs: {error}') from error
     size = {'img_size': args.img_size, 'input_size': args.input_size}
     backbone = create_backbone(
         args.model,

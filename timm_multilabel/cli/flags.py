@@ -14,18 +14,20 @@ from timm.utils import ParseKwargs
 
 from timm_multilabel.data.table import WHITESPACE
 from timm_multilabel.errors import UserError
+from timm_multilabel.files import read_text
 from timm_multilabel.model_names import is_from_elsewhere
 
 _VALUES = 10_000  # in a YAML file of flags, at most
+_MOST_BYTES = 2 ** 24
 
 TRUST_FLAGS = ('head_module', 'allow_hub')
 """The flags that let a command run code or look elsewhere, see `add_trust_flags`."""
 
 _TYPED_ONLY = {
-    'head_module': 'names the Python file {0}, and code is not run because a file names it; if you trust it, pass '
+    'head_module': 'names the Python file {0}, and a file cannot have code run; if you trust it, pass '
                    '--head-module {0} on the command line, else remove the line',
     'allow_hub': "'allow_hub' counts on the command line only; remove the line, and pass --allow-hub",
-    'model': "the model {0} is not one of timm's own, and a file does not make this program look elsewhere; pass "
+    'model': "the model {0} is not one of timm's own, and no model is downloaded because a file asks for it; pass "
              '--allow-hub if you trust it, or name another with --model',
 }
 """What a file of flags may not decide, with the message: a recipe or an args.yaml may come from anyone."""
@@ -252,7 +254,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         UserError: It cannot be read, or is no mapping.
     """
     try:
-        settings = yaml.safe_load(path.read_text(encoding='utf-8'))
+        settings = yaml.safe_load(read_text(path, _MOST_BYTES))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f'{path}: cannot be read as YAML ({" ".join(str(error).split())})') from error
     if not isinstance(settings, dict):

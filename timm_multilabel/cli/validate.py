@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(checkpoint, weights, load_kinds(args.head_module), args.allow_hub).to(device)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    say(f'{checkpoint.path}: {checkpoint.arch} after {checkpoint.state["epoch"] + 1} epochs, {weights} weights'
+    say(f'{checkpoint.path}: {checkpoint.arch} after {checkpoint.state.get("epoch", 0) + 1} epochs, {weights} weights'
         + (', the better ones of this checkpoint' if args.weights == 'best' else ''))
 
     head_weights = resolve_head_weights(scored.label_space.names, checkpoint.state.get('head_weights') or None)

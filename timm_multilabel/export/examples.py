@@ -12,7 +12,7 @@ from timm_multilabel.data.pool import rows_of_folder
 from timm_multilabel.data.split_names import find_split
 from timm_multilabel.data.table import Rows, find_images, missing_targets, read_table
 from timm_multilabel.errors import UserError
-from timm_multilabel.files import reading
+from timm_multilabel.files import read_text, reading
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.loading.batches import Part
 from timm_multilabel.loading.loaders import create_eval_loader
@@ -35,7 +35,7 @@ def images_of_run(checkpoint: Checkpoint) -> list[str]:
     if settings is None:
         raise UserError(f'{checkpoint.path}: no args.yaml beside it tells of its data; {way_out}')
     with reading(settings, 'the settings of a run', way_out):
-        args = yaml.safe_load(settings.read_text(encoding='utf-8'))
+        args = yaml.safe_load(read_text(settings, 2 ** 24))
         # Settings of the checkpoint come first: a phase may have splits of its own.
         folder, settings_of = Path(args['data_dir']), {**args, **checkpoint.state}
         splits = [find_split(folder, settings_of.get(f'{usual}_split') or usual) for usual in ('val', 'train')]

@@ -1,5 +1,4 @@
 """An experiment's results: Markdown tables and a picture, made of the two CSVs alone."""
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -101,7 +100,7 @@ def _where(runs: pd.DataFrame) -> str:
 
 def _about(text: str) -> str:
     """What an experiment asks, which is Markdown, without HTML."""
-    return re.sub(r'<(?=[A-Za-z/!?])', r'\\<', shown(text)).strip()
+    return shown(text).replace('<', '&lt;').strip()
 
 
 def _spread(values: pd.Series) -> str:

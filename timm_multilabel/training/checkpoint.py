@@ -109,6 +109,8 @@ def checkpoint_of(path: Path, state: Any) -> Checkpoint:
     if 'data_config' not in state:
         state = {**state, 'data_config': _data_config_of_flags(state)}
     wrong = wrong_setting(state) or wrong_tensors(state, path.stat().st_size)
+    if not wrong and not set(state.get('head_weights') or ()) <= set(label_space.names):
+        wrong = "its 'head_weights'"
     if wrong:
         raise UserError(f'{path}: {wrong} cannot be what this program wrote; use another checkpoint')
     return Checkpoint(path, state, label_space)
@@ -142,8 +144,8 @@ def load_model(
             model would have to be looked up.
     """
     if is_from_elsewhere(checkpoint.arch) and not allow_hub:
-        raise UserError(f"{checkpoint.path}: its model {checkpoint.arch} is not one of timm's own, and a file does not "
-                        'make this program look elsewhere; pass --allow-hub if you trust it')
+        raise UserError(f"{checkpoint.path}: its model {checkpoint.arch} is not one of timm's own, and no model is "
+                        'downloaded because a file asks for it; pass --allow-hub if you trust it')
     check_kinds(checkpoint, kinds)
     state = checkpoint.weights(weights)
     model = None

@@ -10,6 +10,7 @@ import torch
 
 from timm_multilabel.data.table import WHITESPACE
 from timm_multilabel.model_names import LARGEST_PROJECTION, LARGEST_SIDE, check_arguments
+from timm_multilabel.training.pickle_checks import check_pickle
 
 _LARGEST_RESIZED = 2 ** 13  # pixels that the shorter edge of an image is resized to before the center is cropped
 _LARGEST = 1e6  # of a number among the options of a head
@@ -23,6 +24,9 @@ def check_archive(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
             raise ValueError('it is compressed')
+        for name in archive.namelist():
+            if name.endswith('.pkl'):
+                check_pickle(archive.read(name))
 
 
 def is_data_config(value: Any) -> bool:
@@ -58,7 +62,8 @@ def _is_option(value: Any) -> bool:
 
 def _are_options(value: Any) -> bool:
     return value is None or all(
-        isinstance(name, str) and all(isinstance(key, str) and _is_option(part) for key, part in options.items())
+        isinstance(name, str) and isinstance(options.get('loss', ''), str)
+        and all(isinstance(key, str) and _is_option(part) for key, part in options.items())
         for name, options in value.items())
 
 
@@ -93,6 +98,7 @@ _SETTINGS: Mapping[str, Callable[[Any], bool]] = {
         re.fullmatch(r'[\w.-]+', name) and name.strip('.') for name in value),
     'phase': _is_count,
     'epoch': _is_count,
+    'state_dict_ema': lambda value: value is None or isinstance(value, dict),
     'run': lambda value: _is_run(**value),
     # Its names are those of files that may be removed one day.
     'saver': lambda value: isinstance(value, dict) and all(
@@ -132,6 +138,9 @@ def wrong_tensors(state: Mapping[str, Any], size: int) -> str | None:
     """
     if not all(_is_plain(tensor) for tensor in _tensors(state)):
         return 'a tensor that is not plainly stored'
+    for name, tensor in [*state['state_dict'].items(), *(state.get('state_dict_ema') or {}).items()]:
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.is_complex():
+            return 'weights that are no tensors of real numbers'
     for part in _WEIGHTS:
         # Twice, since a model may use one tensor in two places.
         if sum(tensor.nbytes for tensor in _tensors(state.get(part))) > 2 * size:

@@ -55,4 +55,9 @@ def _watch(launcher: int) -> None:
 def _is_gone(launcher: int) -> bool:
     """Whether a process is not an ancestor of this one; also true where it ended before this one could look."""
     # The parents of a child of its own need not be read: that would be risky while loader processes are forked.
-    return os.getppid() != launcher and all(each.pid != launcher for each in psutil.Process().parents())
+    if os.getppid() == launcher:
+        return False
+    try:
+        return all(each.pid != launcher for each in psutil.Process().parents())
+    except psutil.Error:  # one of them ended in this moment, or may not be looked at
+        return not psutil.pid_exists(launcher)

@@ -18,12 +18,15 @@ import yaml
 from timm.models import safe_model_name
 
 from timm_multilabel.errors import UserError
-from timm_multilabel.files import reading, write_whole
+from timm_multilabel.files import read_text, reading, write_whole
 from timm_multilabel.labels import LabelSpace
-from timm_multilabel.temporary import remove_leftovers
+from timm_multilabel.temporary import RANDOM_NAME, remove_leftovers
 
 _LAUNCH = '.launch'
 """The file that names the launch of torchrun, so that its restarts find the folder."""
+
+_MOST_BYTES = 2 ** 29
+"""Bytes of a summary.csv."""
 
 _PATIENCE = 45
 """Seconds in which the other processes of a run that was killed end, and with them its lock."""
@@ -81,7 +84,7 @@ def read_summary(path: Path) -> pd.DataFrame:
         UserError: There is no such file, or it is not what `RunFolder.add_summary` writes.
     """
     with reading(path, 'the summary of a run', 'correct it, or remove it'):
-        return _as_numbers(_texts(path.read_text(encoding='utf-8-sig')))
+        return _as_numbers(_texts(read_text(path, _MOST_BYTES).removeprefix('\ufeff')))
 
 
 def _as_numbers(texts: pd.DataFrame) -> pd.DataFrame:
@@ -147,7 +150,8 @@ class RunFolder:
         self.path = path
         self.phases = list(phases)
         path.mkdir(parents=True, exist_ok=True)
-        remove_leftovers([*path.glob('.*.tmp'), *path.glob('*/.*.tmp')])
+        folders = [path, *(each for each in path.iterdir() if each.is_dir() and not each.is_symlink())]
+        remove_leftovers(left for folder in folders for left in folder.glob(f'.*-{RANDOM_NAME}') if not left.is_dir())
         self._earlier()  # what is wrong with it shows now, and not when an epoch is done
         if any(launchers):
             write_whole(path / _LAUNCH, '\n'.join(launchers))
@@ -226,6 +230,9 @@ class RunLock:
         if self.descriptor is not None:
             os.close(self.descriptor)
         self.path, self.descriptor = None, None
+
+
+csv.field_size_limit(2 ** 31 - 1)  # a column may have a name of megabytes
 
 
 def _texts(content: str) -> pd.DataFrame:

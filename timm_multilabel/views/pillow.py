@@ -2,6 +2,7 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from timm_multilabel.views.recipe import ViewRecipe
 
 Transform = Callable[[Image.Image], Image.Image]
 
-_LONGEST = 16  # times the shorter edge: what an image keeps of its longer one in evaluation
+_LONGEST = 16  # times its shorter edge: what an image keeps of its longer one in evaluation by square models
 
 
 class PillowViews:
@@ -110,19 +111,19 @@ def eval_views(size: tuple[int, int], interpolation: str, crop_pct: float, crop_
     steps = create_transform(
         size, is_training=False, use_prefetcher=True, interpolation=interpolation, crop_pct=crop_pct,
         crop_mode=crop_mode).transforms[:-1]
-    trim = [_trim] if crop_mode == 'center' else []
+    trim = [partial(_trim, _LONGEST * max(size) / min(size))] if crop_mode == 'center' else []
     return PillowViews([transforms.Compose([*trim, *(_quicker(step) for step in steps)])], size, random=False)
 
 
-def _trim(image: Image.Image) -> Image.Image:
+def _trim(longest: float, image: Image.Image) -> Image.Image:
     """The middle of a very long or very high image, whose shorter edge is resized, and whose middle alone is kept.
 
     A line of 1 x 65,535 pixels would otherwise grow to 224 x 14,679,840.
     """
     short, long = sorted(image.size)
-    if long <= _LONGEST * short:
+    if long <= longest * short:
         return image
-    width, height = (min(edge, _LONGEST * short) for edge in image.size)
+    width, height = (min(edge, round(longest * short)) for edge in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
