@@ -194,7 +194,7 @@ def test_knn_bad_input(trained, tmp_path, capsys):
         assert 'would find itself' in fails(capsys, validate, [*words, '--knn', 3, '--split', split])
     assert '0 is out of range' in fails(capsys, validate, [*words, '--knn', 0])
     (data / 'train.csv').write_text('image_path,color\nimages/0.png,\n')
-    assert 'no column has a label' in fails(capsys, validate, [*words, '--knn', 3])
+    assert 'no column has a class' in fails(capsys, validate, [*words, '--knn', 3])
     (data / 'train.csv').unlink()
     assert 'train.csv: no such file' in fails(capsys, validate, [*words, '--knn', 3])
 

@@ -131,7 +131,7 @@ def test_an_experiment_is_run_once_and_its_tables_come_from_its_csvs(tmp_path, m
         assert text in fails(capsys, grid, command)
     write_grid(folder)
     assert '--flags --seed: set by the grid itself' in fails(capsys, grid, [*command, '--seed', '5'])
-    assert '--split test: there is no' in fails(capsys, grid, [str(folder), str(data), '--split', 'test'])
+    assert 'test.csv: no such file' in fails(capsys, grid, [str(folder), str(data), '--split', 'test'])
     assert 'name the data directory too' in fails(capsys, grid, [str(folder)])
     # Another start makes other runs of those that start from it, even where the start itself is gone.
     write_grid(folder, starts={'simclr': {'classification_loss_weight': 0, 'temperature': 0.1}})

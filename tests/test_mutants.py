@@ -65,8 +65,9 @@ def test_the_cooldown_is_said_and_trained(data_dir, tmp_path, capsys, on_updates
         str(data_dir), *BY_DEFAULT, '-wls', '0', '--epoch-steps', '1', '--epochs', '10', '--warmup-epochs', '0',
         '--output', str(tmp_path), '--experiment', 'run', *on_updates])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith('test_resnet, 10 epochs + 1 of cooldown, heads: ')
-    assert ', 1 x cpu, 1 step an epoch, run folder ' in lines[1]
+    assert lines[0].endswith('columns look like: color classes (3), shape classes (2)')
+    assert lines[1].startswith('test_resnet, 10 epochs + 1 of cooldown, heads: ')
+    assert ', 1 x cpu, 1 step an epoch, run folder ' in lines[2]
     assert sum(line.startswith('Epoch 10/10 + 1 of cooldown  loss ') for line in lines) == 1
     assert sum(line.startswith('Epoch 11/11, cooldown 1/1  loss ') for line in lines) == 1
     assert lines[-1] == f'{tmp_path}/run: 10 epochs + 1 of cooldown done'

@@ -48,6 +48,7 @@ FLAGS = [  # the run that goes on, its new flags, and what the refusal or the li
     *(('simclr', flag, refusal) for flag, refusal in PACKAGES.items()),
     ('simclr', '--image-column picture', "no column 'picture'"),
     ('simclr', '--heads color', 'a checkpoint of other classes'),
+    ('simclr', '--tag-separator ;', 'reads tags in one column'), ('simclr', '--none-value nil', 'tags in one column'),
     ('simclr', '--head-module heads.py', 'heads.py: no such file'),
     ('simclr', '--input-size 3 48 48', 'Conflicting input image sizes'),
     ('simclr', '--model test_byobnet', MISFIT), ('simclr', '--projection-dim 8', MISFIT),
