@@ -155,7 +155,8 @@ def _add_views(group) -> None:
                        help="probability of blur (default: 0.5; with timm's views 0)")
     group.add_argument('--reprob', type=fraction, default=0.0, metavar='P', help='probability of random erasing')
     group.add_argument('--remode', choices=('const', 'rand', 'pixel'), default='pixel', help='what erased areas hold')
-    group.add_argument('--recount', type=positive, default=1, metavar='N', help='erased areas an image')
+    group.add_argument('--recount', type=number(int, least=1, most=100), default=1, metavar='N',
+                       help='erased areas an image')
     group.add_argument('--interpolation', choices=('nearest', 'bilinear', 'bicubic', 'lanczos'),
                        help="evaluation's resize (default: the model's own)")
     group.add_argument('--crop-pct', type=number(least=0.1, most=10), metavar='X',
