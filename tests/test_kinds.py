@@ -96,7 +96,8 @@ def test_kinds_train_resume_and_are_validated(data, module, tmp_path, capsys):
     part = tmp_path / 'part'
     (part / 'last.pth.tar').unlink()
     (part / 'checkpoint-0.pth.tar').rename(part / 'last.pth.tar')
-    run_command(train, 'train.py', ['-c', str(part / 'args.yaml'), '--resume', str(part / 'last.pth.tar')])
+    run_command(train, 'train.py', [
+        '-c', str(part / 'args.yaml'), '--resume', str(part / 'last.pth.tar'), '--head-module', str(module)])
     a, b = (torch.load(path / 'last.pth.tar', weights_only=True)['state_dict'] for path in (folder, part))
     assert all(torch.equal(value, b[name]) for name, value in a.items())
 

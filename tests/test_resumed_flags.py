@@ -104,6 +104,7 @@ def test_each_flag_is_in_the_table():
 @pytest.mark.parametrize('base, words, line', FLAGS)
 def test_each_flag_of_a_run_that_goes_on(made, tmp_path, monkeypatch, capsys, base, words, line):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('WANDB_MODE', 'offline')  # it remembers the mode for the tests that come later
     before = yaml.safe_load((made / base / 'run' / 'args.yaml').read_text())
     capsys.readouterr()
     try:
