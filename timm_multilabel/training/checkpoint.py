@@ -86,7 +86,8 @@ def read_checkpoint(path: str | Path, mapped: bool = False) -> Checkpoint:
         with torch.serialization.safe_globals([Namespace]):  # timm's script saves its flags; a Namespace runs nothing
             state = torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)
     except Exception as error:  # damaged files make it raise nearly anything
-        reason = 'it holds more than weights and plain values' if 'weights_only' in str(error).lower() else 'damaged?'
+        unsafe = 'weights_only' in str(error).lower() or str(error).startswith('it calls')  # as `check_pickle` says it
+        reason = 'it holds more than weights and plain values' if unsafe else 'damaged?'
         raise UserError(f'{path}: cannot be loaded as a checkpoint ({reason})') from error
     return checkpoint_of(path, state)
 
