@@ -270,7 +270,7 @@ def test_a_grid_of_hostile_names(tmp_path):
     results = GridResults(names[1], 'See <script>x</script> of [this](https://a) where a < b.', 'v*l', None, names,
                           pd.DataFrame(rows), pd.DataFrame(), [HEADS[0]])
     text = grid_markdown(results)
-    assert r'\<script>x\</script> of [this](https://a) where a < b.' in text and 'v\\*l' in text
+    assert 'See &lt;script>x&lt;/script> of [this](https://a) where a &lt; b.' in text and 'v\\*l' in text
     assert '``grid `<b>` ``' in text.replace('`` grid', '``grid') and r'commit \<b\>; machine \`m\`' in text
     assert png(draw_grid(results)).startswith(b'\x89PNG')
 
