@@ -100,7 +100,8 @@ def test_devices_and_pipes_are_not_replaced(tmp_path):
 
 def test_what_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path):
     write_whole(tmp_path / 'x', 'old')
-    for name in ('fsync', 'replace', 'link'):
+    (tmp_path / 'x').chmod(0o600)  # which is not what a new file gets
+    for name in ('fchmod', 'fsync', 'replace', 'link'):
         with patch(f'os.{name}', side_effect=OSError(errno.EDQUOT, 'Quota')):
             if name == 'link':
                 link_whole(tmp_path / 'x', tmp_path / 'z')  # a copy
