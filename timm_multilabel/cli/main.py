@@ -81,8 +81,9 @@ def _run(command: ModuleType, prog: str, argv: Sequence[str]) -> None:
                 time.sleep(5)
             raise
         if status == 2 and int(os.environ.get('RANK', 0)):
-            # All ranks meet most errors alike. The first one has the word; it ends, and the launcher ends the others.
-            time.sleep(3)
+            # All ranks meet most errors alike. The first one says so and ends, and the launcher ends the others, unless
+            # the error is this rank's own.
+            time.sleep(10)
         say(f'{prog}: error: {line}', sys.stderr)
         sys.exit(status)
 
