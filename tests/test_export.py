@@ -241,7 +241,8 @@ def test_names_of_inner_values_do_not_matter(data_dir, tmp_path):
 def exportable_of(path: Path) -> Exportable:
     checkpoint = read_checkpoint(path)
     images = read_images(checkpoint, images_of_run(checkpoint))
-    return Exportable(checkpoint, load_model(checkpoint, 'plain'), describe(checkpoint, 'plain'), images)
+    model = load_model(checkpoint, 'plain')
+    return Exportable(checkpoint, model, describe(checkpoint, 'plain', model), images)
 
 
 def test_images_are_those_of_evaluation(run_of):

@@ -289,7 +289,7 @@ def test_the_card_shows_names_as_they_are(hostile):
     checkpoint = read_checkpoint(run / 'last.pth.tar')
     checkpoint.data_config['crop_mode'] = '<script>x</script>\n# fake'
     model = load_model(checkpoint, 'plain')
-    card = model_card(Exportable(checkpoint, model, describe(checkpoint, 'plain'), None), None)
+    card = model_card(Exportable(checkpoint, model, describe(checkpoint, 'plain', model), None), None)
     assert '<' not in card.replace(r'\<', '') and '\n# fake' not in card and not set(CONTROLS) & set(card)
 
 

@@ -131,5 +131,5 @@ def test_a_card_names_some_classes(tmp_path):
     run = train_run(data, tmp_path, epochs=1)
     checkpoint = read_checkpoint(run / 'last.pth.tar')
     model = load_model(checkpoint, 'plain')
-    card = model_card(Exportable(checkpoint, model, describe(checkpoint, 'plain'), None), None)
+    card = model_card(Exportable(checkpoint, model, describe(checkpoint, 'plain', model), None), None)
     assert 'color 0498, and 103 more, see multilabel.json\n' in card and 'color 0499' not in card

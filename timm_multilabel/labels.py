@@ -336,6 +336,10 @@ class LabelSpace:
         columns = targets.split(widths, dim=1)
         return [_as_taken(head, column) for head, column in zip(self.heads, columns, strict=True)]
 
+    def of(self, targets: torch.Tensor, head: str) -> torch.Tensor:
+        """What `split` gives of one head."""
+        return self.split(targets)[self.names.index(head)]
+
     def labelled(self, targets: torch.Tensor) -> torch.Tensor:
         """Which labels are there: (B, H) for targets (B, W)."""
         known = [head.known(column) for head, column in zip(self.heads, self.split(targets), strict=True)]

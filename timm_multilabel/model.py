@@ -14,7 +14,7 @@ from torch import nn
 
 from timm_multilabel.errors import UserError
 from timm_multilabel.heads import KINDS, Head, create_head, resolve_options
-from timm_multilabel.labels import LabelSpace
+from timm_multilabel.labels import LabelSet, LabelSpace
 from timm_multilabel.weights_file import create_from_file
 
 
@@ -87,6 +87,12 @@ class MultiLabelModel(nn.Module):
     def named_heads(self) -> dict[str, Head]:
         """The heads by name, in the order of the label space."""
         return dict(zip(self.label_space.names, self.heads, strict=True))
+
+    @property
+    def without_probabilities(self) -> frozenset[str]:
+        """The heads of classes whose kind has no probabilities."""
+        return frozenset(name for name, head in self.named_heads.items()
+                         if isinstance(head.labels, LabelSet) and not head.has_probabilities)
 
     @property
     def num_classes(self) -> int:

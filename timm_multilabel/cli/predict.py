@@ -51,15 +51,16 @@ def run(args: argparse.Namespace) -> None:
     """Predict; exit status 1 where an image could not be read."""
     checkpoint = read_checkpoint(args.checkpoint)
     thresholds = dict(args.threshold)
-    check_thresholds(thresholds, checkpoint.label_space)
     form = choose_format(args.format, args.out)
+    predictor = Predictor(load_checkpoint_model(args, checkpoint, args.weights))
+    without = predictor.without_probabilities
+    check_thresholds(thresholds, checkpoint.label_space, without)
     if form == 'csv':
-        csv_columns(checkpoint.label_space, args.top_k)
+        csv_columns(checkpoint.label_space, args.top_k, without)
     rows = read_rows(args, args.images, checkpoint, checkpoint.label_space)
     path = None
     if args.out is not None:
         path = new_file(args.out, '--out', (Path(args.out).suffix,), args.force)
-    predictor = Predictor(load_checkpoint_model(args, checkpoint, args.weights))
     part = predictor.loaded.part(rows, keep_bad=True)
 
     def answers(progress: Progress) -> Iterator[Answer]:
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
             progress.advance()
 
     with Progress('Predict', batches_of(args, checkpoint, rows), visible=True) as progress:
-        lines = FORMATS[form](answers(progress), predictor.label_space, args.top_k)
+        lines = FORMATS[form](answers(progress), predictor.label_space, args.top_k, without)
         write_lines(lines, path, data=form != 'table')
     if path is not None:
         say(f'{path}: the labels of {len(part)} image{"s" * (len(part) != 1)}, as {form}')

@@ -122,7 +122,7 @@ def build_page(
             bar.set_postfix_str('a head')
             sections.append(head_section(
                 labels, predictions.target(labels.name), known, predictions.outputs[labels.name], predictions.rows,
-                thumbnails))
+                thumbnails, (predictions.own_metrics or {}).get(labels.name)))
             bar.update()
         bar.set_postfix_str('curves')
         curves = {name: figure_uri(figure) for name, figure in curve_figures(summary).items()}

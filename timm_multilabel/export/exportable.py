@@ -74,20 +74,25 @@ class Exportable:
         return json.dumps(self.description, indent=1, ensure_ascii=False) + '\n'
 
 
-def describe(checkpoint: Checkpoint, weights: str) -> dict[str, Any]:
+def describe(checkpoint: Checkpoint, weights: str, model: MultiLabelModel) -> dict[str, Any]:
     """What a program must know to use a model, and to make it again: plain values, as JSON gives them back.
 
     Args:
         checkpoint: The model's.
         weights: 'plain' or 'ema'.
+        model: Made of it.
 
     Raises:
         UserError: A setting of the checkpoint is nothing that JSON knows.
     """
     state, labels = checkpoint.state, checkpoint.label_space
+    values = {
+        name: 'numbers' if isinstance(head.labels, Quantity) else
+        'probabilities' if head.has_probabilities else '1 of the predicted class, 0 of others'
+        for name, head in model.named_heads.items()}
     outputs = [
         {'name': name, 'head': head.name, 'columns': head.outputs,
-         'values': 'numbers' if isinstance(head, Quantity) else 'probabilities'}
+         'values': values[head.name]}
         for name, head in zip(output_names(labels.names), labels.heads, strict=True)]
     config = checkpoint.data_config
     preprocessing = {

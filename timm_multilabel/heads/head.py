@@ -50,12 +50,19 @@ class Head(nn.Module):
     def probabilities(self, output: torch.Tensor) -> torch.Tensor:
         """Probabilities of classes or tags (B, C), or standardised numbers (B, 1), float32.
 
-        A kind of classes that knows none is certain of what it predicts.
+        A kind of classes that does not override this has no probabilities: 1 marks the class that it predicts.
         """
         predicted = self.predict(output)
         if isinstance(self.labels, LabelSet):
             return F.one_hot(predicted, len(self.labels.classes)).float()
         return predicted.float().reshape(output.shape[0], -1)  # not len(), which export would take for a constant
+
+    @property
+    def has_probabilities(self) -> bool:
+        """Whether `probabilities` are such; otherwise they only say what `predict` says."""
+        if isinstance(self.labels, LabelSet):
+            return type(self).probabilities is not Head.probabilities
+        return isinstance(self.labels, TagSet)
 
     def measure(self, output: torch.Tensor) -> torch.Tensor:
         """What evaluation keeps of each row (B, K), float32; the first columns are those of `predict`."""

@@ -1,5 +1,5 @@
 """What a head says of an image, in words: probabilities -> labels."""
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ TAG_THRESHOLD = 0.5
 
 
 class Guess(NamedTuple):
-    """A label that a head gives an image: a class or a tag with its probability, or a number, which has none (None)."""
+    """A label that a head gives an image, with its probability; None of a number and of a kind that has none."""
     label: str | float
     probability: float | None
 
@@ -31,19 +31,37 @@ Thresholds = Mapping[str, float]
 """The least probability by head; for '' of all heads that are not named."""
 
 
-def check_thresholds(thresholds: Thresholds, label_space: LabelSpace) -> None:
-    """Raise UserError where a threshold is of a head that there is none of, or that has no probabilities."""
+def check_thresholds(
+        thresholds: Thresholds,
+        label_space: LabelSpace,
+        without_probabilities: Collection[str] = (),
+) -> None:
+    """Raise UserError where a threshold is of a head that there is none of, or that has no probabilities.
+
+    Args:
+        thresholds: The thresholds.
+        label_space: The heads.
+        without_probabilities: Names of the heads of classes that have none.
+    """
     heads = dict(zip(label_space.names, label_space.heads))
     for name, value in thresholds.items():
         if name and name not in heads:
             raise UserError(f"threshold of '{name}': the checkpoint has no such head (it has: {', '.join(heads)})")
         if name and isinstance(heads[name], Quantity):
             raise UserError(f"threshold of '{name}': the head gives a number, which has no probability; leave it out")
+        if name in without_probabilities:
+            raise UserError(f"threshold of '{name}': this kind of head has no probabilities; leave it out")
         if not 0 <= value <= 1:
             raise UserError(f'threshold {value:g}: expected a probability, from 0 to 1')
 
 
-def guess(labels: Labels, values: np.ndarray, top_k: int, thresholds: Thresholds) -> list[Guess]:
+def guess(
+        labels: Labels,
+        values: np.ndarray,
+        top_k: int,
+        thresholds: Thresholds,
+        has_probabilities: bool = True,
+) -> list[Guess]:
     """The labels of one image by one head.
 
     Of classes the likeliest, `top_k` at most, that reach the threshold (0 by default); where none does, `UNKNOWN` with
@@ -55,6 +73,7 @@ def guess(labels: Labels, values: np.ndarray, top_k: int, thresholds: Thresholds
         values: What `Head.probabilities` gives for the image: (C,), or (1,) of a number.
         top_k: Classes at most.
         thresholds: See `Thresholds`.
+        has_probabilities: False for a kind of classes of which only the predicted class is known.
 
     Raises:
         UserError: A value is not finite.
@@ -64,6 +83,8 @@ def guess(labels: Labels, values: np.ndarray, top_k: int, thresholds: Thresholds
                         'checkpoint')
     if isinstance(labels, Quantity):
         return [Guess(float(values[0]) * labels.std + labels.mean, None)]
+    if not has_probabilities:
+        return [Guess(labels.classes[values.argmax()], None)]
     tags = isinstance(labels, TagSet)
     least = thresholds.get(labels.name, thresholds.get('', TAG_THRESHOLD if tags else 0.0))
     most = len(values) if tags else min(top_k, len(values))
@@ -80,7 +101,11 @@ def guess_all(
         outputs: Mapping[str, np.ndarray],
         top_k: int,
         thresholds: Thresholds,
+        without_probabilities: Collection[str] = (),
 ) -> Iterator[dict[str, list[Guess]]]:
     """`guess` for each image of a batch, one after the other, and each head, from {head: (B, C)}."""
     for row in range(len(next(iter(outputs.values())))):
-        yield {labels.name: guess(labels, outputs[labels.name][row], top_k, thresholds) for labels in label_space.heads}
+        yield {
+            labels.name: guess(labels, outputs[labels.name][row], top_k, thresholds,
+                               labels.name not in without_probabilities)
+            for labels in label_space.heads}

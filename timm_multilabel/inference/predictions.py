@@ -2,7 +2,7 @@
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from timm_multilabel.arrays import check_array, read_arrays, write_arrays
 from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import reading
+from timm_multilabel.heads import Head
 from timm_multilabel.inference.loaded import check_finite
 from timm_multilabel.labels import LabelSpace, Quantity
 from timm_multilabel.model import MultiLabelModel
@@ -34,6 +35,8 @@ class Predictions:
             (N, 1); float32.
         features: Pooled features of the backbone (N, F), float32.
         made_from: What tells the checkpoint and the table that they were made from; who keeps them compares it.
+        own_metrics: The metrics, by name, of each head whose kind has no probabilities, and whose outputs are 1 for
+            the class it predicts. None where a file from before these were kept does not say.
     """
     label_space: LabelSpace
     rows: np.ndarray
@@ -42,14 +45,14 @@ class Predictions:
     outputs: dict[str, np.ndarray]
     features: np.ndarray
     made_from: tuple[str, str] = ('', '')
+    own_metrics: dict[str, dict[str, float]] | None = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def target(self, head: str) -> np.ndarray:
         """The labels of a head: class indices (N,) or tags (N, C), -1 where missing, or numbers (N,), NaN where so."""
-        columns = self.label_space.split(torch.from_numpy(self.targets))
-        return columns[self.label_space.names.index(head)].numpy()
+        return self.label_space.of(torch.from_numpy(self.targets), head).numpy()
 
     def save(self, path: str | Path) -> None:
         """Write them as an npz file.
@@ -66,6 +69,7 @@ class Predictions:
         # By number, since a head may be called anything.
         arrays |= {f'output_{number}': self.outputs[name] for number, name in enumerate(self.label_space.names)}
         arrays['made_from'] = np.array(self.made_from)
+        arrays['own_metrics'] = np.array(json.dumps(self.own_metrics))
         arrays['label_space'] = np.array(json.dumps(self.label_space.to_dict()))
         write_arrays(path, arrays, compress=True)
 
@@ -81,8 +85,10 @@ class Predictions:
             label_space = LabelSpace.from_dict(json.loads(str(stored['label_space'])))
             outputs = {name: stored[f'output_{number}'] for number, name in enumerate(label_space.names)}
             check_array('made_from', stored['made_from'], str, 2)
+            own_metrics = json.loads(str(stored['own_metrics'])) if 'own_metrics' in stored else None
+            _check_metrics(own_metrics, label_space)
             found = cls(label_space, *(stored[name] for name in ('rows', 'images', 'targets')), outputs,
-                        stored['features'], tuple(stored['made_from'].tolist()))
+                        stored['features'], tuple(stored['made_from'].tolist()), own_metrics)
             found._check()
         return found
 
@@ -105,6 +111,14 @@ class Predictions:
                 raise ValueError(f"head '{labels.name}': a number that is not finite")
             if not isinstance(labels, Quantity) and ((output < -_ROUNDING) | (output > 1 + _ROUNDING)).any():
                 raise ValueError(f"head '{labels.name}': a probability that is not between 0 and 1")
+
+
+def _check_metrics(metrics: Any, label_space: LabelSpace) -> None:
+    """Raise ValueError unless these are numbers by head and name, or None."""
+    if metrics is not None and not (isinstance(metrics, dict) and set(metrics) <= set(label_space.names) and all(
+            isinstance(of_head, dict) and all(isinstance(value, float) for value in of_head.values())
+            for of_head in metrics.values())):
+        raise ValueError('metrics that are not numbers of its heads')
 
 
 def check_size(rows: int, label_space: LabelSpace, path: str | Path) -> None:
@@ -141,6 +155,7 @@ def predict_rows(
     """
     check_size(len(rows), model.label_space, path)
     features, outputs = [], {name: [] for name in model.named_heads}
+    measured = {name: [] for name in model.without_probabilities}
     for images, _ in loader:
         with precision.autocast():
             pooled = model.backbone(precision.layout(images))
@@ -148,6 +163,8 @@ def predict_rows(
         features.append(pooled.float().cpu())
         for name, head in model.named_heads.items():
             outputs[name].append(head.probabilities(made[name]).cpu())
+            if name in measured:
+                measured[name].append(head.measure(made[name].float()).cpu())
         check_finite([features[-1], *(parts[-1] for parts in outputs.values())], path)
         progress.advance()
     return Predictions(
@@ -157,4 +174,16 @@ def predict_rows(
         rows.targets.numpy().astype(np.float32),
         {name: torch.cat(parts).numpy() for name, parts in outputs.items()},
         torch.cat(features).numpy(),
+        own_metrics={
+            name: _own_metrics(model.named_heads[name], model.label_space.of(rows.targets, name), torch.cat(parts))
+            for name, parts in measured.items()},
     )
+
+
+def _own_metrics(head: Head, target: torch.Tensor, measured: torch.Tensor) -> dict[str, float]:
+    """The metrics of a head over its labelled rows; none where there is no such row."""
+    known = head.labels.known(target)
+    if not known.any():
+        return {}
+    made = head.metrics(target[known].reshape(-1, head.labels.width).numpy(), measured[known].numpy())
+    return {name: float(value) for name, value in made.items()}

@@ -72,6 +72,11 @@ class Predictor:
         """The heads with their classes."""
         return self.loaded.model.label_space
 
+    @property
+    def without_probabilities(self) -> frozenset[str]:
+        """The heads of classes whose kind has no probabilities, which say their label alone."""
+        return self.loaded.model.without_probabilities
+
     def __call__(
             self,
             images: ImageLike | Sequence[ImageLike],
@@ -91,7 +96,7 @@ class Predictor:
         alone = isinstance(images, ImageLike)
         photos = _Given([images] if alone else images)
         thresholds = threshold if isinstance(threshold, dict) else {} if threshold is None else {'': threshold}
-        check_thresholds(thresholds, self.label_space)
+        check_thresholds(thresholds, self.label_space, self.without_probabilities)
         if top_k < 1:
             raise UserError(f'top_k is {top_k}, expected 1 or more')
         part = self.loaded.part(photos.rows(self.label_space), photos)
@@ -117,7 +122,8 @@ class Predictor:
         """
         first = 0
         for images in self.loaded.batches(part, batch_size, workers):
-            guesses = guess_all(self.label_space, self.loaded.probabilities(images), top_k, thresholds)
+            guesses = guess_all(
+                self.label_space, self.loaded.probabilities(images), top_k, thresholds, self.without_probabilities)
             yield (_answer(part, index, of_image) for index, of_image in enumerate(guesses, first))
             first += len(images)
 

@@ -4,7 +4,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,21 +24,23 @@ _WORDS = 200
 """Letters of a head's labels in a cell of the table for people."""
 
 
-def csv_columns(label_space: LabelSpace, top_k: int) -> list[str]:
-    """The columns of the CSV: image, error, and of each head its labels, each with its probability.
+def csv_columns(label_space: LabelSpace, top_k: int, without_probabilities: Collection[str] = ()) -> list[str]:
+    """The columns of the CSV: image, error, and of each head its labels, each with its probability if it has one.
 
     Raises:
         UserError: Two would have the same name, or there would be too many.
     """
-    count = 2 + sum((2 - isinstance(labels, Quantity)) * _places(labels, top_k) for labels in label_space.heads)
+    places = {labels.name: _places(labels, top_k, without_probabilities) for labels in label_space.heads}
+    alone = {labels.name for labels in label_space.heads if isinstance(labels, Quantity)} | set(without_probabilities)
+    count = 2 + sum((2 - (name in alone)) * number for name, number in places.items())
     if count > _COLUMNS:
         raise UserError(f'--top-k {top_k}: the CSV would have {count:,} columns, and {_COLUMNS:,} is the most; lower '
                         'it, or pass --format jsonl')
     columns = ['image', 'error']
-    for labels in label_space.heads:
-        for place in range(1, 1 + _places(labels, top_k)):
-            name = labels.name if place == 1 else f'{labels.name}_{place}'
-            columns += [name] if isinstance(labels, Quantity) else [name, f'{name}_probability']
+    for head, number in places.items():
+        for place in range(1, 1 + number):
+            name = head if place == 1 else f'{head}_{place}'
+            columns += [name] if head in alone else [name, f'{name}_probability']
     for name, count in Counter(columns).items():
         if count > 1:
             raise UserError(f"two columns of the CSV would be called '{name}', after heads of the checkpoint; pass "
@@ -46,24 +48,33 @@ def csv_columns(label_space: LabelSpace, top_k: int) -> list[str]:
     return columns
 
 
-def _places(labels: Any, top_k: int) -> int:
+def _places(labels: Any, top_k: int, without_probabilities: Collection[str]) -> int:
     """How many labels a head has columns for; tags share one cell."""
-    return min(top_k, len(labels.classes)) if isinstance(labels, LabelSet) else 1
+    if not isinstance(labels, LabelSet) or labels.name in without_probabilities:
+        return 1
+    return min(top_k, len(labels.classes))
 
 
-def csv_lines(answers: Iterable[Answer], label_space: LabelSpace, top_k: int) -> Iterator[str]:
+def csv_lines(
+        answers: Iterable[Answer],
+        label_space: LabelSpace,
+        top_k: int,
+        without_probabilities: Collection[str] = (),
+) -> Iterator[str]:
     """A row an image. Tags of a head stand in one cell, as do their probabilities, written as in training.
 
     Between them is `|`, or --tag-separator; a cell without any is empty, or --none-value.
     """
-    yield _csv_line(map(spreadsheet_text, csv_columns(label_space, top_k)))
+    yield _csv_line(map(spreadsheet_text, csv_columns(label_space, top_k, without_probabilities)))
     for answer in answers:
         cells = [spreadsheet_text(answer.image), spreadsheet_text(answer.error or '')]
         for labels in label_space.heads:
             guesses = answer.guesses.get(labels.name, [])
-            places = _places(labels, top_k)
+            places = _places(labels, top_k, without_probabilities)
             if isinstance(labels, Quantity):
                 cells.append(_number(guesses[0].label) if guesses else '')
+            elif labels.name in without_probabilities:
+                cells.append(spreadsheet_text(guesses[0].label) if guesses else '')
             elif isinstance(labels, LabelSet):
                 pairs = [(spreadsheet_text(guess.label), _number(guess.probability)) for guess in guesses]
                 cells += [cell for pair in pairs + [('', '')] * (places - len(pairs)) for cell in pair]
@@ -85,10 +96,15 @@ def _number(value: float) -> str:
     return f'{value:.6g}'
 
 
-def json_lines(answers: Iterable[Answer], label_space: LabelSpace, top_k: int) -> Iterator[str]:
+def json_lines(
+        answers: Iterable[Answer],
+        label_space: LabelSpace,
+        top_k: int,
+        without_probabilities: Collection[str] = (),
+) -> Iterator[str]:
     """An object an image: {"image": ..., "heads": {head: [{"label": ..., "probability": ...}]}}, or with "error".
 
-    A number has a "value" in place of the two.
+    A number has a "value" in place of the two, and the label of a kind without probabilities stands alone.
     """
     numbers = {labels.name for labels in label_space.heads if isinstance(labels, Quantity)}
     for answer in answers:
@@ -105,6 +121,8 @@ def json_lines(answers: Iterable[Answer], label_space: LabelSpace, top_k: int) -
 def _json_guess(guess: Guess, number: bool) -> dict[str, Any]:
     if number:
         return {'value': _finite(guess.label)}
+    if guess.probability is None:
+        return {'label': guess.label}
     return {'label': guess.label, 'probability': _finite(guess.probability)}
 
 
@@ -113,7 +131,12 @@ def _finite(value: float) -> float | None:
     return float(_number(value)) if math.isfinite(value) else None
 
 
-def table_lines(answers: Iterable[Answer], label_space: LabelSpace, top_k: int) -> Iterator[str]:
+def table_lines(
+        answers: Iterable[Answer],
+        label_space: LabelSpace,
+        top_k: int,
+        without_probabilities: Collection[str] = (),
+) -> Iterator[str]:
     """A table for people, with columns as wide as their widest cell."""
     rows = [['image', *map(shortened, label_space.names)]]
     errors = {}
@@ -134,14 +157,20 @@ def table_lines(answers: Iterable[Answer], label_space: LabelSpace, top_k: int) 
 
 def _words(guesses: list[Guess]) -> str:
     """What a head says, in a cell: as many labels as fit."""
-    texts = [f'{guess.label:.4g}' if guess.probability is None else f'{shortened(guess.label)} {guess.probability:.3f}'
-             for guess in guesses[:_WORDS]]
+    texts = [_word(guess) for guess in guesses[:_WORDS]]
     ends = np.cumsum([len(text) + 2 for text in texts])
     fit = max(1, int((ends <= _WORDS).sum()))
     more = f', {len(guesses) - fit} more' if len(guesses) > fit else ''
     return ', '.join(texts[:fit]) + more or '-'
 
 
-FORMATS: dict[str, Callable[[Iterable[Answer], LabelSpace, int], Iterator[str]]] = {
+def _word(guess: Guess) -> str:
+    """A label in a cell."""
+    if not isinstance(guess.label, str):
+        return f'{guess.label:.4g}'
+    return shortened(guess.label) + ('' if guess.probability is None else f' {guess.probability:.3f}')
+
+
+FORMATS: dict[str, Callable[[Iterable[Answer], LabelSpace, int, Collection[str]], Iterator[str]]] = {
     'table': table_lines, 'csv': csv_lines, 'jsonl': json_lines}
 """The formats by name."""

@@ -1,5 +1,6 @@
 """What a report says of one head."""
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ class HeadSection:
         name: The head.
         kind: Such as '140 classes'.
         labelled: Images with a label.
+        unranked: No probability says which mistakes are the worst.
         figures: Rows (name, value, interval, how the interval was made).
         calibration: {picture, ece, of} or None.
         confusion: The picture, or ''.
@@ -37,6 +39,7 @@ class HeadSection:
     name: str
     kind: str
     labelled: int
+    unranked: bool
     figures: list[tuple[str, str, str, str]]
     calibration: dict[str, Any] | None
     confusion: str
@@ -51,6 +54,7 @@ def head_section(
         output: np.ndarray,
         rows: np.ndarray,
         thumbnail: Thumbnail,
+        own_metrics: Mapping[str, float] | None = None,
 ) -> HeadSection:
     """Work out what there is to say of a head.
 
@@ -61,14 +65,20 @@ def head_section(
         output: What the head says of them (N, C).
         rows: Each row's name (N,).
         thumbnail: The pictures.
+        own_metrics: Of a kind that has no probabilities.
     """
     used = np.flatnonzero(known)
     of_used, said = target[used], output[used]
-    section = {'name': shortened(labels.name), 'kind': _kind(labels), 'labelled': len(used)}
+    section = {'name': shortened(labels.name), 'kind': _kind(labels), 'labelled': len(used),
+               'unranked': own_metrics is not None}
     if not len(used):
         return HeadSection(**section, figures=[], calibration=None, confusion='', pairs=[], mistakes=[])
-    figures = [_figure_row(figure) for figure in head_figures(labels, of_used, said)]
-    found = head_reliability(labels, of_used, said)
+    if own_metrics is None:
+        figures = [_figure_row(figure) for figure in head_figures(labels, of_used, said)]
+        found = head_reliability(labels, of_used, said)
+    else:
+        figures = [(name, f'{value:.2f}', '', '') for name, value in own_metrics.items()]
+        found = None
     calibration = found and {
         'picture': figure_uri(reliability_figure(found)), 'ece': f'{100 * found.ece:.2f} %',
         'of': 'all tags' if isinstance(labels, TagSet) else 'the predicted class'}
@@ -76,7 +86,7 @@ def head_section(
     for pair in confused_pairs(labels, of_used, said) if isinstance(labels, LabelSet) else []:
         pairs.append({**vars(pair), 'thumbnails': [_thumbnail(used[row], rows, thumbnail) for row in pair.rows]})
     mistakes = [{**vars(mistake), **_thumbnail(used[mistake.row], rows, thumbnail)}
-                for mistake in worst_mistakes(labels, of_used, said)]
+                for mistake in worst_mistakes(labels, of_used, said, has_probabilities=own_metrics is None)]
     return HeadSection(**section, figures=figures, calibration=calibration,
                        confusion=_confusion(labels, of_used, said), pairs=pairs, mistakes=mistakes)
 

@@ -1,6 +1,6 @@
 """What a head gets wrong: pairs of classes that it takes for each other, and the rows with the worst mistakes."""
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -68,7 +68,13 @@ def confused_pairs(
     return pairs
 
 
-def worst_mistakes(labels: Labels, target: np.ndarray, output: np.ndarray, most: int = 12) -> list[Mistake]:
+def worst_mistakes(
+        labels: Labels,
+        target: np.ndarray,
+        output: np.ndarray,
+        most: int = 12,
+        has_probabilities: bool = True,
+) -> list[Mistake]:
     """The rows that a head is surest of and wrong, or of a number farthest from, the worst first.
 
     Of tags, those with the largest mean binary cross-entropy that are wrong at a probability of 0.5.
@@ -78,9 +84,11 @@ def worst_mistakes(labels: Labels, target: np.ndarray, output: np.ndarray, most:
         target: As `Predictions.target` gives it (N,) or (N, C).
         output: What the head says (N, C).
         most: Rows.
+        has_probabilities: False for a kind of classes that has none; its mistakes are in the order of the rows.
     """
     if isinstance(labels, LabelSet):
-        return _wrong_classes(labels, target, output, most)
+        found = _wrong_classes(labels, target, output, most)
+        return found if has_probabilities else [replace(mistake, note='') for mistake in found]
     return _wrong_tags(labels, target, output, most) if isinstance(labels, TagSet) else _wrong_numbers(
         labels, target, output[:, 0], most)
 
