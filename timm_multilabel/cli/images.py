@@ -46,7 +46,7 @@ def read_rows(args: argparse.Namespace, images: list[str], checkpoint: Checkpoin
     """The images that the command line names."""
     return rows_of_arguments(
         images, space, args.image_column or checkpoint.state.get('image_column', 'image_path'),
-        separator=args.separator or checkpoint.state.get('separator'))
+        separator=args.separator or checkpoint.state.get('separator'), say=lambda line: say(line, sys.stderr))
 
 
 def workers_of(args: argparse.Namespace) -> int:
