@@ -84,4 +84,5 @@ def walk(folder: str | Path, passed: Counter[str]) -> Iterator[tuple[str, list[s
 
 
 def _counted(passed: Counter[str]) -> str:
-    return listed([f'{kind} ({count:,})' for kind, count in sorted(passed.items(), key=lambda item: (-item[1], item[0]))])
+    ordered = sorted(passed.items(), key=lambda item: (-item[1], item[0]))
+    return listed([f'{kind} ({count:,})' for kind, count in ordered])
