@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from timm_multilabel.cells import list_cell, missing_texts
 from timm_multilabel.data.images import ENDINGS, MAX_BYTES
-from timm_multilabel.errors import UserError, listed, shortened
+from timm_multilabel.errors import UserError, escaped, listed, shortened
 from timm_multilabel.files import open_regular
 
 BUFFER = 1000
@@ -267,7 +267,7 @@ def _members(file: BinaryIO, images: bool) -> Iterator[tuple[str, bytes]]:
 
 def _from_tar(members: dict[str, Any], images: bool) -> tuple[str, bytes | None, dict[str, Any]]:
     """Name, image and cells of the files of one key."""
-    name = f'{Path(members["__url__"]).name} sample {shortened(members["__key__"], 200)}'
+    name = f'{escaped(Path(members["__url__"]).name)} sample {shortened(members["__key__"], 200)}'
     image = next((data for ending, data in members.items() if f".{ending.rpartition('.')[2]}" in ENDINGS), None)
     if image is None:
         raise UserError(
@@ -332,7 +332,7 @@ def _rows(
         # A batch of no columns still has rows.
         for row in batch.to_pylist() if wanted else [{}] * batch.num_rows:
             number += 1
-            name = f'{Path(file).name} row {number}'
+            name = f'{escaped(Path(file).name)} row {number}'
             image = _image_bytes(row.pop(column), name, column) if images else None
             cells = {key: _class_name(value, features[key], name, key) for key, value in row.items()}
             yield {'name': name, 'image': image, 'cells': cells}

@@ -1,6 +1,4 @@
 """One CSV of labels turned into all.csv, train.csv, val.csv and test.csv."""
-import csv
-import io
 import math
 import os
 import random
@@ -8,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from timm_multilabel.data.table import read_cells
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import UserError, escaped, is_utf8
+from timm_multilabel.escaping import csv_line
 from timm_multilabel.files import write_whole
 
 SPLITS = ('train', 'val', 'test')
@@ -81,6 +80,9 @@ def split_csv(
             )
         seen[path] = number
         written = os.path.relpath(base.resolve() / path, directory.resolve()) if moved else path
+        if not is_utf8(written):
+            raise UserError(f'{escaped(directory / written)}: this path to an image is not UTF-8, as a CSV needs it; '
+                            'rename the folder, or leave out --out')
         table.append([written, *(row[column] for _, column in heads)])
 
     chosen = _draw(len(table), ratios, seed)
@@ -89,9 +91,8 @@ def split_csv(
     except OSError as error:
         raise UserError(f'{directory}: cannot make this folder ({error.strerror}); choose another --out') from error
     for name, indices in chosen.items():
-        text = io.StringIO()
-        csv.writer(text, lineterminator='\n').writerows([names, *(table[index] for index in indices)])
-        write_whole(outputs[name], text.getvalue())
+        lines = map(csv_line, [names, *(table[index] for index in indices)])
+        write_whole(outputs[name], ''.join(f'{line}\n' for line in lines))
     return {'missing': len(numbered) - len(table), **{name: len(indices) for name, indices in chosen.items()}}
 
 
