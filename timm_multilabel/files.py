@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from timm_multilabel.errors import UserError, escaped, printable
+from timm_multilabel.errors import UserError, printable
 from timm_multilabel.temporary import lock, temporary_file, temporary_path
 
 # Writing
@@ -67,7 +67,7 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
     What UTF-8 cannot write, as in the name of a file in another encoding, becomes `\\udcff`, as JSON and YAML read it.
     """
     with whole_file(path) as file:
-        file.write(escaped(content).encode() if isinstance(content, str) else content)
+        file.write(content.encode('utf-8', 'backslashreplace') if isinstance(content, str) else content)
 
 
 def link_whole(source: str | Path, path: str | Path) -> None:
