@@ -33,6 +33,16 @@ def printable(text: str, keep: str = '') -> str:
     return ''.join(letter if letter.isprintable() or letter in keep else ' ' for letter in text)
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written as UTF-8, as the name of a file of other bytes cannot."""
+    return not any('\ud800' <= letter <= '\udfff' for letter in text)
+
+
+def escaped(path: object) -> str:
+    """A path, or any text, as UTF-8 can write it: a byte that it could not is `\\udcff`, as in JSON."""
+    return str(path).encode('utf-8', 'backslashreplace').decode()
+
+
 def shortened(text: str, most: int = _NAME) -> str:
     """A name for people to read: printable, and its end replaced by an ellipsis where it is longer than `most`."""
     return printable(text) if len(text) <= most else printable(text[:most - 1]) + '\u2026'

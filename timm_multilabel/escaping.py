@@ -1,7 +1,9 @@
 """Texts of the user's data, made harmless for the programs that show or open them."""
 import csv
 import html
+import io
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
@@ -27,6 +29,13 @@ def spreadsheet_text(text: str) -> str:
 def spreadsheet_text_back(text: str) -> str:
     """The text of which `spreadsheet_text` made a cell."""
     return text[1:] if text.startswith("'") and spreadsheet_text(text[1:]) == text else text
+
+
+def csv_line(cells: Iterable[str]) -> str:
+    """A row of a CSV, without its line end; cells that hold a line end of any kind are quoted."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator='\r\n').writerow(cells)  # it quotes what holds a letter of its line end
+    return line.getvalue().removesuffix('\r\n')
 
 
 def spreadsheet_csv(table: pd.DataFrame, **options: Any) -> str:

@@ -62,9 +62,12 @@ def whole_file(path: str | Path, read_only: bool = False) -> Iterator[BinaryIO]:
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Write a file as `whole_file` does; text as UTF-8, line ends as they are."""
+    """Write a file as `whole_file` does; text as UTF-8, line ends as they are.
+
+    What UTF-8 cannot write, as in the name of a file in another encoding, becomes `\\udcff`, as JSON and YAML read it.
+    """
     with whole_file(path) as file:
-        file.write(content.encode('utf-8') if isinstance(content, str) else content)
+        file.write(content.encode('utf-8', 'backslashreplace') if isinstance(content, str) else content)
 
 
 def link_whole(source: str | Path, path: str | Path) -> None:

@@ -13,7 +13,7 @@ from timm_multilabel.cli.output import say
 from timm_multilabel.cli.run_flags import read_run_flags
 from timm_multilabel.cli.stored import predictions_path, stored_predictions
 from timm_multilabel.data.split_names import find_split
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import UserError, escaped
 from timm_multilabel.files import write_whole
 from timm_multilabel.reports.bootstrap import RESAMPLES
 from timm_multilabel.reports.experiment_pages import (
@@ -162,7 +162,7 @@ def _read_settings(path: Path, head_module: str | None) -> dict[str, object]:
 def _names(paths: list[Path]) -> Mapping[Path, str]:
     """What runs are called: their folder, or the path where two folders are called alike."""
     names = [path.resolve().name for path in paths]
-    return {path: str(path) if names.count(name) > 1 else name for path, name in zip(paths, names)}
+    return {path: escaped(path if names.count(name) > 1 else name) for path, name in zip(paths, names)}
 
 
 def _read_run(path: Path, name: str, settings: Mapping[str, object], flags: Mapping[str, str]) -> Run:

@@ -202,7 +202,7 @@ def _without_heads(
     label_space = LabelSpace(())
     rows = encode(train, label_space)
     if args.unlabelled:
-        unlabelled = _leave_out(_read_unlabelled(args, folder, label_space), _scored(args, folder, say), say)
+        unlabelled = _leave_out(_read_unlabelled(args, folder, label_space, say), _scored(args, folder, say), say)
         rows = join_rows([rows, unlabelled], label_space)
     batch_size = args.batch_size + (args.unlabelled_batch_size or 0)
     return Data(label_space, kinds, {}, rows, None, None, batch_size, 0, _count_steps(args, rows, batch_size))
@@ -244,7 +244,7 @@ def _find_pool(
     """The unlabelled images: rows of the training table, and what `--unlabelled` names; no labelled or scored image."""
     parts = [unlabelled] if len(unlabelled) else []
     if args.unlabelled:
-        parts.append(_read_unlabelled(args, folder, label_space))
+        parts.append(_read_unlabelled(args, folder, label_space, say))
     if not parts:
         raise UserError(
             f'{unlabelled.source}: every row has a label, so there is no unlabelled image; name some with --unlabelled')
@@ -256,7 +256,12 @@ def _find_pool(
     return pool
 
 
-def _read_unlabelled(args: argparse.Namespace, folder: Path, label_space: LabelSpace) -> Rows:
+def _read_unlabelled(
+        args: argparse.Namespace,
+        folder: Path,
+        label_space: LabelSpace,
+        say: Callable[[str], None],
+) -> Rows:
     split = find_split(folder, args.unlabelled, args.image_column)
     if isinstance(split, Shards):
         raise UserError(f'--unlabelled {args.unlabelled}: {split.source} are shards; name a CSV or a folder of images')
@@ -264,7 +269,7 @@ def _read_unlabelled(args: argparse.Namespace, folder: Path, label_space: LabelS
         return rows_of_table(_read(args, split), label_space)
     for place in (Path(args.unlabelled), folder / args.unlabelled):
         if place.is_dir():
-            return rows_of_folder(place, label_space)
+            return rows_of_folder(place, label_space, say)
     raise UserError(
         f'--unlabelled {args.unlabelled}: no such CSV, folder or split; looked for '
         f'{split_path(folder, args.unlabelled)}, {folder / args.unlabelled} and {args.unlabelled}')

@@ -5,6 +5,7 @@ import sys
 from timm_multilabel.cli.images import (
     add_image_flags,
     batches_of,
+    check_names,
     end,
     load_checkpoint_model,
     new_file,
@@ -45,6 +46,8 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(args.checkpoint)
     loaded = load_checkpoint_model(args, checkpoint, args.weights)
     rows = read_rows(args, args.images, checkpoint, loaded.model.label_space)
+    if path.suffix == '.parquet':
+        check_names(rows, f'{path}, a Parquet file,', 'name a .npz file')
     part = loaded.part(rows, keep_bad=True)
     with Progress('Embed', batches_of(args, checkpoint, rows), visible=True) as progress:
         embeddings, bad = embed_part(loaded, part, args.what, args.batch_size, workers_of(args), progress)

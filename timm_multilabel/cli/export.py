@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     check_outputs(args, forms, out, has_heads)
     weights = checkpoint.best_weights if args.weights == 'best' else args.weights
     model = load_model(checkpoint, weights, load_kinds(args.head_module), args.allow_hub)
-    paths = images_of_paths(args.images) if args.images else images_of_run(checkpoint)
+    paths = images_of_paths(args.images, say) if args.images else images_of_run(checkpoint)
     exportable = Exportable(checkpoint, model, describe(checkpoint, weights, model), read_images(checkpoint, paths))
     check_finite(exportable)
 

@@ -29,7 +29,7 @@ from timm_multilabel.cli.output import say
 from timm_multilabel.cli.run_flags import last_phase
 from timm_multilabel.cli.stored import stored_predictions
 from timm_multilabel.data.split_names import find_split, no_split
-from timm_multilabel.errors import UserError, one_line, shortened
+from timm_multilabel.errors import UserError, escaped, one_line, shortened
 from timm_multilabel.escaping import spreadsheet_csv, spreadsheet_text_back
 from timm_multilabel.files import read_json, reading, write_whole
 from timm_multilabel.reports.experiments import MEAN as MEAN_HEAD
@@ -269,11 +269,12 @@ def collect(
         raise UserError(
             f"{output}: a head is called '{taken.pop()}', as a column of {RESULTS}; rename it in the CSVs" if taken else
             f'{output}: no head of classes, which alone are compared here; see timm-multilabel compare')
-    command = shlex.join(['timm-multilabel', 'grid', args.experiment, args.data_dir,
-                          *(['--output', args.output] if args.output else []),
-                          *(['--jobs', str(args.jobs)] if args.jobs > 1 else []),
-                          *(['--split', args.split] if args.split != 'val' else []),
-                          *(['--flags', *args.flags] if args.flags else [])])
+    words = ['timm-multilabel', 'grid', args.experiment, args.data_dir,
+             *(['--output', args.output] if args.output else []),
+             *(['--jobs', str(args.jobs)] if args.jobs > 1 else []),
+             *(['--split', args.split] if args.split != 'val' else []),
+             *(['--flags', *args.flags] if args.flags else [])]
+    command = escaped(shlex.join(words))
     rows = []
     for number, run in enumerate(runs):
         row = {'setting': run.setting, **({grid.axis: run.value} if grid.axis else {}), 'seed': run.seed}

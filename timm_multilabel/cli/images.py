@@ -9,7 +9,7 @@ from timm_multilabel.cli.output import say
 from timm_multilabel.data.arguments import rows_of_arguments
 from timm_multilabel.data.table import Rows
 from timm_multilabel.distributed import world
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import UserError, escaped, is_utf8
 from timm_multilabel.heads import load_kinds
 from timm_multilabel.inference.loaded import LoadedModel
 from timm_multilabel.labels import LabelSpace
@@ -46,7 +46,24 @@ def read_rows(args: argparse.Namespace, images: list[str], checkpoint: Checkpoin
     """The images that the command line names."""
     return rows_of_arguments(
         images, space, args.image_column or checkpoint.state.get('image_column', 'image_path'),
-        separator=args.separator or checkpoint.state.get('separator'))
+        separator=args.separator or checkpoint.state.get('separator'), say=lambda line: say(line, sys.stderr))
+
+
+def check_names(rows: Rows, form: str, way_out: str) -> None:
+    """Find out before the work that a file of texts in UTF-8 cannot hold the name of an image.
+
+    Args:
+        rows: The images.
+        form: What is to be written.
+        way_out: What the user can do other than rename the image.
+
+    Raises:
+        UserError: A name is not UTF-8.
+    """
+    bad = [image for image in rows.images if not is_utf8(image)]
+    if bad:
+        more = f' and {len(bad) - 1:,} more' if len(bad) > 1 else ''
+        raise UserError(f'{escaped(bad[0])}{more}: this name is not UTF-8, as {form} needs it; rename it, or {way_out}')
 
 
 def workers_of(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from timm_multilabel.cli.flags import fraction, positive
 from timm_multilabel.cli.images import (
     add_image_flags,
     batches_of,
+    check_names,
     end,
     load_checkpoint_model,
     new_file,
@@ -58,6 +59,8 @@ def run(args: argparse.Namespace) -> None:
     if form == 'csv':
         csv_columns(checkpoint.label_space, args.top_k, without)
     rows = read_rows(args, args.images, checkpoint, checkpoint.label_space)
+    if form == 'csv':
+        check_names(rows, 'a CSV', 'pass --format jsonl')
     path = None
     if args.out is not None:
         path = new_file(args.out, '--out', (Path(args.out).suffix,), args.force)

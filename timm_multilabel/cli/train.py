@@ -20,7 +20,7 @@ from timm_multilabel.cli.device import choose_precision, start_device
 from timm_multilabel.cli.output import say as print_line
 from timm_multilabel.cli.resumed_flags import flags_of_resumed
 from timm_multilabel.distributed import all_objects, world
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import UserError, escaped, is_utf8
 from timm_multilabel.reports.curves import CurvesTracker
 from timm_multilabel.training.checkpoint import (
     Checkpoint,
@@ -60,6 +60,10 @@ def run(args: argparse.Namespace) -> None:
     for package in ('tensorboard', 'wandb'):
         if getattr(args, f'log_{package}'):
             need(package, f'--log-{package}')
+            path = os.path.abspath(os.path.join(args.output, args.experiment or '', args.resume or ''))
+            if not is_utf8(path):  # else the tracker would fail once training has begun
+                raise UserError(f'--log-{package}: the path {escaped(path)} is not UTF-8, as {package} needs it; name '
+                                'another with --output and --experiment')
     with ExitStack() as stack:
         signals = stack.enter_context(StopSignals(visible=not int(os.environ.get('RANK', 0))))
         if os.environ.get(LAUNCHER_ENDS):

@@ -1,14 +1,16 @@
 """IMAGES of a command line -> rows: files, folders, globs, CSVs, and paths on standard input."""
 import glob
 import os
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from timm_multilabel.data.pool import images_of_folder
+from timm_multilabel.data.folders import images_of_folder, walk
 from timm_multilabel.data.table import Rows, find_images, look_for_images, missing_targets, read_table
 from timm_multilabel.errors import UserError
 from timm_multilabel.labels import LabelSpace
@@ -25,6 +27,7 @@ def rows_of_arguments(
         image_column: str = 'image_path',
         stdin: BinaryIO | None = None,
         separator: str | None = None,
+        say: Callable[[str], None] = lambda line: None,
 ) -> Rows:
     """The images that words of a command line name, in their order, as rows without labels.
 
@@ -37,6 +40,7 @@ def rows_of_arguments(
         stdin: What '-' stands for: paths, one a line, or with a zero byte between them as `find -print0` writes them;
             standard input when None.
         separator: Of CSVs, see `read_table`.
+        say: Told what was passed over in folders, see `images_of_folder`.
 
     Raises:
         UserError: A word names no image: an empty folder or standard input, a glob that nothing matches, a CSV that
@@ -45,7 +49,7 @@ def rows_of_arguments(
     images, numbers, which = [], [], []
     sources: dict[Path, int] = {}
     for argument in arguments:
-        source, found = _expand(argument, image_column, stdin, separator)
+        source, found = _expand(argument, image_column, stdin, separator, say)
         place = sources.setdefault(source, len(sources))
         for image, number in found:
             images.append(image)
@@ -65,16 +69,17 @@ def _expand(
         image_column: str,
         stdin: BinaryIO | None,
         separator: str | None,
+        say: Callable[[str], None],
 ) -> tuple[Path, Found]:
     """What one word names, and what messages call it."""
     if argument == '-':
         return Path('standard input'), _of_lines(sys.stdin.buffer if stdin is None else stdin)
     if os.path.isdir(argument):
-        return Path(argument), [(image, 0) for image in images_of_folder(argument)]
+        return Path(argument), [(image, 0) for image in images_of_folder(argument, say)]
     if argument.lower().endswith('.csv'):
         return Path(argument), _of_table(argument, image_column, separator)
     if not os.path.lexists(argument) and glob.has_magic(argument):
-        return Path(argument), [(image, 0) for image in _of_glob(argument)]
+        return Path(argument), [(image, 0) for image in _of_glob(argument, say)]
     return Path('the command line'), [(argument, 0)]
 
 
@@ -95,13 +100,28 @@ def _of_table(path: str, image_column: str, separator: str | None) -> Found:
     return list(zip(images, map(int, table.frame.index)))
 
 
-def _of_glob(pattern: str) -> list[str]:
+def _of_glob(pattern: str, say: Callable[[str], None]) -> list[str]:
     images = []
-    for match in sorted(glob.glob(pattern, recursive=True)):
+    for match in sorted(_matches(pattern)):
         if not os.path.isdir(match):
             images.append(match)
         elif '**' not in pattern:  # which matches what is in the folder as well
-            images.extend(images_of_folder(match))
+            images.extend(images_of_folder(match, say, needed=False))
     if not images:
-        raise UserError(f'{pattern}: no file matches; mend the pattern')
+        raise UserError(f'{pattern}: no file matches; correct the pattern')
     return images
+
+
+def _matches(pattern: str) -> set[str]:
+    """What a pattern matches; unlike in `glob.glob`, `**` takes no way round a circle of links, of which many exist."""
+    before, recursive, after = re.fullmatch(r'(?:(.*?/)??(\*\*)(?:/+(.*))?|.*)', pattern, re.DOTALL).groups()
+    if not recursive:
+        return set(glob.glob(pattern))
+    starts = glob.glob(before) if before else [os.curdir]
+    folders = [folder for start in starts for folder, _ in walk(start, Counter())]
+    found = set().union(*(_matches(os.path.join(glob.escape(folder), after or '*')) for folder in folders))
+    if '**' in (after or ''):  # so that one folder was walked from several
+        places = {(os.path.realpath(os.path.dirname(path)), os.path.basename(path)): path
+                  for path in sorted(found, key=lambda path: (len(path), path), reverse=True)}
+        found = set(places.values())
+    return found if before else {path.removeprefix(f'{os.curdir}/') for path in found}

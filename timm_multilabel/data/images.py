@@ -23,6 +23,10 @@ MAX_BYTES = 2 ** 31
 REDUCTIONS = (1, 2, 4, 8)  # what libjpeg decodes at almost no cost for the pixels that are left out
 # Pillow's formats of photos. Of its others some start a program (EPS) or read files that the image names.
 _FORMATS = ('JPEG', 'MPO', 'PNG', 'WEBP', 'GIF', 'BMP', 'DIB', 'TIFF', 'JPEG2000', 'AVIF', 'PPM', 'TGA', 'PCX', 'ICO')
+ENDINGS = frozenset(
+    ending for ending, kind in Image.registered_extensions().items() if kind in _FORMATS) - {'.pfm'}
+"""How the names of files of these formats end, in lower case; without that of floats, whose range is unknown."""
+
 _ORIENTATION = 0x0112  # the EXIF tag
 _MARKS = (b'Exif\0\0', b'eXIf', b'EXIF', b'tiff:Orientation')  # of JPEG, PNG, WebP, XMP
 _TURNS = {  # by its values: the pixels as stored -> upright

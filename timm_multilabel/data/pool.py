@@ -1,12 +1,12 @@
 """The unlabelled images: from a CSV, a folder, or rows of the training table that have no label."""
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from timm.data import get_img_extensions
 
+from timm_multilabel.data.folders import images_of_folder
 from timm_multilabel.data.table import Rows, Table, find_images, missing_targets
 from timm_multilabel.errors import UserError
 from timm_multilabel.labels import LabelSpace
@@ -28,31 +28,20 @@ def rows_of_table(table: Table, label_space: LabelSpace) -> Rows:
     )
 
 
-def images_of_folder(folder: str | Path) -> list[str]:
-    """The files in a folder and those below it whose names end like an image's, in the order of their names.
+def rows_of_folder(
+        folder: Path,
+        label_space: LabelSpace,
+        say: Callable[[str], None] = lambda line: None,
+) -> Rows:
+    """The images of a folder as rows without labels, see `images_of_folder`.
 
     Raises:
-        UserError: There is none.
+        UserError: There is none, or what has the name of an image is no file.
     """
-    endings = get_img_extensions(as_set=True)
-    images = sorted(
-        os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names
-        if os.path.splitext(name)[1].lower() in endings)
-    if not images:
-        raise UserError(f'{folder}: no images in this folder (files that end in {", ".join(sorted(endings))})')
-    return images
-
-
-def rows_of_folder(folder: Path, label_space: LabelSpace) -> Rows:
-    """All images in a folder and those below it, in the order of their names.
-
-    Raises:
-        UserError: There is none, or a name that ends like an image is no file.
-    """
-    images = images_of_folder(folder)
+    images = images_of_folder(folder, say)
     for image in images:
         if not os.path.isfile(image):
-            raise UserError(f'{image}: is no file (a link that leads nowhere, perhaps); mend or remove it')
+            raise UserError(f'{image}: is no file (a link that leads nowhere, perhaps); fix or remove it')
     return Rows(
         images=np.array(images),
         targets=missing_targets(label_space, len(images)),

@@ -20,8 +20,8 @@ from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple
 
 from timm_multilabel.cells import list_cell, missing_texts
-from timm_multilabel.data.images import MAX_BYTES
-from timm_multilabel.errors import UserError, listed, shortened
+from timm_multilabel.data.images import ENDINGS, MAX_BYTES
+from timm_multilabel.errors import UserError, escaped, listed, shortened
 from timm_multilabel.files import open_regular
 
 BUFFER = 1000
@@ -33,7 +33,6 @@ MAX_JSON = 16 * 2 ** 20
 _MAX_HEADER = 2 ** 20  # bytes that a tar may spend on one name or one set of extended headers
 _EXPANDED = 256 * 2 ** 20  # bytes of a Parquet row group that may come of a file of any size
 _EXPANSION = 100  # times the size of its file that a larger row group may take
-_IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'bmp', 'gif', 'tif', 'tiff')
 
 
 class Sample(NamedTuple):
@@ -249,12 +248,12 @@ def _members(file: BinaryIO, images: bool) -> Iterator[tuple[str, bytes]]:
         if not member.isreg() or re.search(r'^__[^/]*__($|/)|\.__[^/.]*__$', member.name):
             continue
         stem, ending = re.fullmatch(r'((?:.*/)?[^/.]*)(.*)', member.name, re.DOTALL).groups()
-        ending = ending.rpartition('.')[2].lower()
-        if ending != 'json' and not (images and ending in _IMAGES):
+        ending = f".{ending.rpartition('.')[2].lower()}"
+        if ending != '.json' and not (images and ending in ENDINGS):
             yield member.name, b''
             continue
         key, taken = stem, member.size + (taken if stem == key else 0)
-        limit = MAX_JSON if ending == 'json' else MAX_BYTES
+        limit = MAX_JSON if ending == '.json' else MAX_BYTES
         if member.issparse():
             raise tarfile.ReadError(f'{member.name!r} is a sparse file')
         if member.size > limit or taken > MAX_BYTES:
@@ -268,11 +267,11 @@ def _members(file: BinaryIO, images: bool) -> Iterator[tuple[str, bytes]]:
 
 def _from_tar(members: dict[str, Any], images: bool) -> tuple[str, bytes | None, dict[str, Any]]:
     """Name, image and cells of the files of one key."""
-    name = f'{Path(members["__url__"]).name} sample {shortened(members["__key__"], 200)}'
-    image = next((data for ending, data in members.items() if ending.rpartition('.')[2] in _IMAGES), None)
+    name = f'{escaped(Path(members["__url__"]).name)} sample {shortened(members["__key__"], 200)}'
+    image = next((data for ending, data in members.items() if f".{ending.rpartition('.')[2]}" in ENDINGS), None)
     if image is None:
         raise UserError(
-            f'{name}: no image ({", ".join(_IMAGES)}) among its files, which stand side by side in the tar: '
+            f'{name}: no image ({", ".join(sorted(ENDINGS))}) among its files, which stand side by side in the tar: '
             f'{listed([ending for ending in members if ending[0] != "_"])}')
     try:
         cells = json.loads(members.get('json', b'{}'))
@@ -333,7 +332,7 @@ def _rows(
         # A batch of no columns still has rows.
         for row in batch.to_pylist() if wanted else [{}] * batch.num_rows:
             number += 1
-            name = f'{Path(file).name} row {number}'
+            name = f'{escaped(Path(file).name)} row {number}'
             image = _image_bytes(row.pop(column), name, column) if images else None
             cells = {key: _class_name(value, features[key], name, key) for key, value in row.items()}
             yield {'name': name, 'image': image, 'cells': cells}

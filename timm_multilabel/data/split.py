@@ -1,6 +1,4 @@
 """One CSV of labels turned into all.csv, train.csv, val.csv and test.csv."""
-import csv
-import io
 import math
 import os
 import random
@@ -11,7 +9,8 @@ from pathlib import Path
 import pandas as pd
 
 from timm_multilabel.data.table import read_cells
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import UserError, escaped, is_utf8
+from timm_multilabel.escaping import csv_line
 from timm_multilabel.files import write_whole
 
 SPLITS = ('train', 'val', 'test')
@@ -81,9 +80,8 @@ def split_csv(
         if name in SPLITS and not ratios[SPLITS.index(name)]:
             outputs[name].unlink(missing_ok=True)
             continue
-        text = io.StringIO()
-        csv.writer(text, lineterminator='\n').writerows([names, *(table[index] for index in indices)])
-        write_whole(outputs[name], text.getvalue())
+        lines = map(csv_line, [names, *(table[index] for index in indices)])
+        write_whole(outputs[name], ''.join(f'{line}\n' for line in lines))
     return {
         'missing': len(frame) - len(table), **{name: len(indices) for name, indices in chosen.items()},
         'all': len(table)}
@@ -137,7 +135,11 @@ def _rows_with_image(
                 f'rows or correct --image {image}'
             )
         seen[path] = number
-        rows.append((os.path.relpath(base.resolve() / path, directory.resolve()) if moved else path, row))
+        written = os.path.relpath(base.resolve() / path, directory.resolve()) if moved else path
+        if not is_utf8(written):
+            raise UserError(f'{escaped(directory / written)}: this path to an image is not UTF-8, as a CSV needs it; '
+                            'rename the folder, or leave out --out')
+        rows.append((written, row))
     return rows
 
 

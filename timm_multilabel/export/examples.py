@@ -1,5 +1,5 @@
 """The real images on which an export is compared with its checkpoint."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,13 +7,12 @@ import numpy as np
 import torch
 import yaml
 
+from timm_multilabel.data.folders import images_of_folder
 from timm_multilabel.data.images import FilePhotos
-from timm_multilabel.data.pool import rows_of_folder
 from timm_multilabel.data.split_names import find_split
 from timm_multilabel.data.table import Rows, find_images, missing_targets, read_table
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import read_text, reading
-from timm_multilabel.labels import LabelSpace
 from timm_multilabel.loading.batches import Part
 from timm_multilabel.loading.loaders import create_eval_loader
 from timm_multilabel.training.checkpoint import Checkpoint
@@ -48,8 +47,12 @@ def images_of_run(checkpoint: Checkpoint) -> list[str]:
     return find_images(replace(table, frame=table.frame.iloc[_spread(len(table.frame))]))
 
 
-def images_of_paths(paths: Sequence[str]) -> list[str]:
+def images_of_paths(paths: Sequence[str], say: Callable[[str], None]) -> list[str]:
     """Images spread over files and folders.
+
+    Args:
+        paths: The files and folders.
+        say: See `images_of_folder`.
 
     Raises:
         UserError: A path is not there, or a folder holds no image.
@@ -57,7 +60,7 @@ def images_of_paths(paths: Sequence[str]) -> list[str]:
     found: list[str] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found.extend(rows_of_folder(path, LabelSpace(())).images)
+            found.extend(images_of_folder(path, say))
         elif path.is_file():
             found.append(str(path))
         else:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import UserError, escaped, is_utf8
 from timm_multilabel.export import backbone, onnx, pt2, weights
 from timm_multilabel.export.compare import TOLERANCE, largest_difference
 from timm_multilabel.export.exportable import Exportable
@@ -25,6 +25,9 @@ def missing_libraries(form: ModuleType) -> list[str]:
 
 def check_free(folder: Path, files: Sequence[str], force: bool) -> None:
     """Raise UserError where files could not be written into a folder, or exist and are not to be replaced."""
+    if not is_utf8(str(folder.absolute())):  # the libraries take the path, and not an open file
+        raise UserError(f'{escaped(folder)}: this path is not UTF-8, and the libraries that write exports take no '
+                        'other; name another folder')
     if folder.exists() and not folder.is_dir():
         raise UserError(f'{folder}: is a file; name a folder')
     there = [name for name in files if (folder / name).exists()]

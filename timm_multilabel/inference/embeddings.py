@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from timm_multilabel.arrays import check_array, check_expansion, read_arrays, write_arrays
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import UserError, escaped, is_utf8
 from timm_multilabel.files import open_regular, reading, whole_file
 from timm_multilabel.inference.loaded import WHAT, LoadedModel, check_finite, reason_of
 from timm_multilabel.loading.batches import Part
@@ -52,8 +52,9 @@ class Embeddings:
     def _save_parquet(self, path: str | Path) -> None:
         pyarrow, parquet = import_pyarrow(path)
         for image in self.images:
-            if any('\ud800' <= letter <= '\udfff' for letter in image):
-                raise UserError(f'{path}: the name of {image} is not UTF-8, as Parquet needs it; name a .npz file')
+            if not is_utf8(image):
+                raise UserError(f'{path}: the name of {escaped(image)} is not UTF-8, as Parquet needs it; name a .npz '
+                                'file')
         vectors = pyarrow.FixedSizeListArray.from_arrays(
             pyarrow.array(np.ascontiguousarray(self.vectors).reshape(-1)), self.vectors.shape[1])
         table = pyarrow.table({'image': pyarrow.array(self.images.astype(str)), 'embedding': vectors})

@@ -1,6 +1,4 @@
 """What a model says of images as text: a table, CSV or JSON lines; each takes answers as they come and gives lines."""
-import csv
-import io
 import json
 import math
 from collections import Counter
@@ -10,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from timm_multilabel.errors import UserError, one_line, shortened
-from timm_multilabel.escaping import spreadsheet_text
+from timm_multilabel.escaping import csv_line, spreadsheet_text
 from timm_multilabel.inference.answers import Answer, Guess
 from timm_multilabel.labels import LabelSet, LabelSpace, Quantity
 
@@ -65,7 +63,7 @@ def csv_lines(
 
     Between them is `|`, or --tag-separator; a cell without any is empty, or --none-value.
     """
-    yield _csv_line(map(spreadsheet_text, csv_columns(label_space, top_k, without_probabilities)))
+    yield csv_line(map(spreadsheet_text, csv_columns(label_space, top_k, without_probabilities)))
     for answer in answers:
         cells = [spreadsheet_text(answer.image), spreadsheet_text(answer.error or '')]
         for labels in label_space.heads:
@@ -83,13 +81,7 @@ def csv_lines(
                 none = '' if answer.error is not None else labels.none or ''
                 cells += [spreadsheet_text(tags or none),
                           labels.separator.join(_number(guess.probability) for guess in guesses)]
-        yield _csv_line(cells)
-
-
-def _csv_line(cells: Iterable[str]) -> str:
-    line = io.StringIO()
-    csv.writer(line, lineterminator='\r\n').writerow(cells)  # it quotes what holds a letter of its line end
-    return line.getvalue().removesuffix('\r\n')
+        yield csv_line(cells)
 
 
 def _number(value: float) -> str:
@@ -104,7 +96,9 @@ def json_lines(
 ) -> Iterator[str]:
     """An object an image: {"image": ..., "heads": {head: [{"label": ..., "probability": ...}]}}, or with "error".
 
-    A number has a "value" in place of the two, and the label of a kind without probabilities stands alone.
+    A number has a "value" in place of the two, and the label of a kind without probabilities stands alone. In the name
+    of an image a byte that is not UTF-8, such as ff, is written as `\\udcff`, which Python reads back, and
+    `os.fsencode` makes that byte of.
     """
     numbers = {labels.name for labels in label_space.heads if isinstance(labels, Quantity)}
     for answer in answers:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import UserError, escaped
 from timm_multilabel.heads import TagsHead
 from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.labels import Labels, LabelSet, Quantity, TagSet
@@ -146,7 +146,7 @@ def _shown(value: Any) -> str:
         return ' '.join(map(_shown, value))
     if isinstance(value, float):
         return f'{value:.12g}'
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else escaped(value)
 
 
 def group_runs(runs: Sequence[Run]) -> list[list[int]]:
@@ -202,7 +202,7 @@ def share(answers: Sequence[Answers], names: Sequence[str], split: str, say: Cal
 
 def _keys(images: np.ndarray) -> pd.MultiIndex:
     """What tells rows apart: the image, and which of the rows of the same image it is."""
-    images = pd.Series(images)
+    images = pd.Series([image.encode('utf-8', 'surrogatepass') for image in images])  # pandas takes no other text
     return pd.MultiIndex.from_arrays([images, images.groupby(images).cumcount()])
 
 

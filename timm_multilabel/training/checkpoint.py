@@ -13,7 +13,7 @@ import torch
 from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import UserError, is_utf8
 from timm_multilabel.heads import KINDS, Head, default_kind
 from timm_multilabel.labels import Labels, LabelSpace
 from timm_multilabel.model import MultiLabelModel, create_backbone
@@ -84,7 +84,8 @@ def read_checkpoint(path: str | Path, mapped: bool = False) -> Checkpoint:
     try:
         check_archive(path)
         with torch.serialization.safe_globals([Namespace]):  # timm's script saves its flags; a Namespace runs nothing
-            state = torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)
+            # PyTorch maps files of such names only.
+            state = torch.load(path, map_location='cpu', weights_only=True, mmap=mapped and is_utf8(str(path)))
     except Exception as error:  # damaged files make it raise nearly anything
         unsafe = 'weights_only' in str(error).lower() or str(error).startswith('it calls')  # as `check_pickle` says it
         reason = 'it holds more than weights and plain values' if unsafe else 'damaged?'
