@@ -282,7 +282,7 @@ def test_training_and_validation_read_one_dialect(tmp_path, capsys):
         return json.loads((tmp_path / 'r.json').read_text())['heads']['tags']
 
     found = scores()
-    assert found['labels'] == 9 and found['map'] == pytest.approx(summary['eval_tags_map'][0])
+    assert found['labels'] == 9 and found['map'] == pytest.approx(summary['eval/tags/map'][0])
     text = (data / 'val.csv').read_text().replace('nil', '[]').replace(';', '+')
     (data / 'val.csv').write_text(text)
     assert scores('--none-value', '[]', '--tag-separator', '+') == found
@@ -320,8 +320,8 @@ def test_heads_that_cannot_be_scored_are_named_and_do_not_rank(tmp_path, capsys)
     assert f"{val}: 'brand' has no label: not scored\n" in out
     assert f"{val}: 'tags' has 2 of 2 tags without a 0 (a, b): not scored\n" in out
     row = pd.read_csv(run / 'summary.csv').iloc[0]
-    assert row['eval_score'] == row['eval_color_top1'] and math.isnan(row['eval_tags_map'])
-    assert f'(color {row["eval_color_top1"]:.1f}%  brand -  tags - map)' in out and 'nan' not in out
+    assert row['eval_score'] == row['eval/color/top1'] and math.isnan(row['eval/tags/map'])
+    assert f'(color {row["eval/color/top1"]:.1f}%  brand -  tags - map)' in out and 'nan' not in out
 
     run_command(train, 'train.py', [str(data), *TINY, *flags, '--heads', 'tags', '--epochs', '1', '--output',
                                     str(tmp_path), '--experiment', 'alone'])
@@ -329,7 +329,7 @@ def test_heads_that_cannot_be_scored_are_named_and_do_not_rank(tmp_path, capsys)
     assert line in capsys.readouterr().out
     best = torch.load(tmp_path / 'alone' / 'model_best.pth.tar', weights_only=True)
     assert best['metric'] == pd.read_csv(tmp_path / 'alone' / 'summary.csv')['eval_loss'][0]
-    for metric in ('score', 'tags_map'):
+    for metric in ('score', 'tags/map'):
         with pytest.raises(SystemExit):
             run_command(train, 'train.py', [str(data), *TINY, *flags, '--heads', 'tags', '--eval-metric', metric])
         assert f'--eval-metric {metric}: ' in capsys.readouterr().err

@@ -19,7 +19,7 @@ from timm_multilabel.cli.device import choose_precision, start_device
 from timm_multilabel.cli.output import say as print_line
 from timm_multilabel.cli.resumed_flags import flags_of_resumed
 from timm_multilabel.distributed import all_objects, world
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import UserError, listed
 from timm_multilabel.reports.curves import CurvesTracker
 from timm_multilabel.training.checkpoint import (
     Checkpoint,
@@ -213,7 +213,8 @@ class Phase:
         args, data, task, device, ranks = self.args, self.data, self.task, self.precision.device, world()[1]
         if ranks > 1:
             task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
-        say((f'Phase {self.name}: ' if self.name else '') + f'{args.model}, {self.length}, heads: {data.label_space}')
+        say((f'Phase {self.name}: ' if self.name else '') + f'{args.model}, {self.length}, '
+            f'heads: {listed(list(map(str, data.label_space.heads))) or data.label_space}')
         say(f'{data}, {ranks} x {device}, {data.steps} step{"s" * (data.steps > 1)} an epoch, run folder {folder}')
         fit = Fit(
             self.updater,

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from timm_multilabel.errors import shortened
+from timm_multilabel.heads.tags import tag_metrics
 from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.labels import MISSING, Labels, LabelSet, TagSet
 from timm_multilabel.reports.calibration import head_reliability
@@ -17,7 +18,8 @@ from timm_multilabel.reports.pictures import Thumbnail, figure_uri, reliability_
 NAMES = {
     'top1': 'top-1 accuracy', 'top5': 'top-5 accuracy', 'balanced_accuracy': 'balanced accuracy',
     'macro_f1': 'macro F1', 'map': 'mean average precision', 'f1': 'F1 (mean over tags)',
-    'micro_f1': 'F1 (over all labels)', 'r2': 'explained variance (R²)', 'mae': 'mean absolute error'}
+    'micro_f1': 'F1 (over all labels)', 'accuracy': 'accuracy (mean over tags)',
+    'r2': 'explained variance (R²)', 'mae': 'mean absolute error'}
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class HeadSection:
         kind: Such as '140 classes'.
         labelled: Images with a label.
         figures: Rows (name, value, interval, how the interval was made).
+        tags: Of tags, rows (tag, AP, F1, accuracy, labels, ones); else none.
         calibration: {picture, ece, of} or None.
         confusion: The picture, or ''.
         pairs: The most confused pairs, each {label, prediction, count, of, thumbnails}.
@@ -38,6 +41,7 @@ class HeadSection:
     kind: str
     labelled: int
     figures: list[tuple[str, str, str, str]]
+    tags: list[tuple[str, ...]]
     calibration: dict[str, Any] | None
     confusion: str
     pairs: list[dict[str, Any]]
@@ -66,7 +70,7 @@ def head_section(
     of_used, said = target[used], output[used]
     section = {'name': shortened(labels.name), 'kind': _kind(labels), 'labelled': len(used)}
     if not len(used):
-        return HeadSection(**section, figures=[], calibration=None, confusion='', pairs=[], mistakes=[])
+        return HeadSection(**section, figures=[], tags=[], calibration=None, confusion='', pairs=[], mistakes=[])
     figures = [_figure_row(figure) for figure in head_figures(labels, of_used, said)]
     found = head_reliability(labels, of_used, said)
     calibration = found and {
@@ -77,7 +81,7 @@ def head_section(
         pairs.append({**vars(pair), 'thumbnails': [_thumbnail(used[row], rows, thumbnail) for row in pair.rows]})
     mistakes = [{**vars(mistake), **_thumbnail(used[mistake.row], rows, thumbnail)}
                 for mistake in worst_mistakes(labels, of_used, said)]
-    return HeadSection(**section, figures=figures, calibration=calibration,
+    return HeadSection(**section, figures=figures, tags=_tag_rows(labels, of_used, said), calibration=calibration,
                        confusion=_confusion(labels, of_used, said), pairs=pairs, mistakes=mistakes)
 
 
@@ -133,6 +137,16 @@ def _figure_row(figure: Figure) -> tuple[str, str, str, str]:
         return NAMES[figure.name], 'none', '', ''
     return (NAMES[figure.name], text(figure.value) + unit, f'{text(figure.low)} to {text(figure.high)}{unit}',
             figure.method if figure.method == 'Wilson' else f'bootstrap of {RESAMPLES:,}')
+
+
+def _tag_rows(labels: Labels, target: np.ndarray, output: np.ndarray) -> list[tuple[str, ...]]:
+    """The metrics of each tag as texts; a dash where its labels, without a 0 or without a 1, do not allow one."""
+    rows = []
+    for place, tag in enumerate(labels.classes if isinstance(labels, TagSet) else []):
+        metrics = tag_metrics(target[:, place], output[:, place])
+        texts = ['-' if math.isnan(metrics[name]) else f'{metrics[name]:.2f} %' for name in ('ap', 'f1', 'accuracy')]
+        rows.append((shortened(tag), *texts, str(metrics['labels']), str(metrics['ones'])))
+    return rows
 
 
 def _thumbnail(row: int, rows: np.ndarray, thumbnail: Thumbnail) -> dict[str, str]:

@@ -294,7 +294,7 @@ def resume(
             f'{task.label_space}; resume with the data it was trained on, or start anew with --initial-checkpoint')
     for name in ('opt', 'eval_metric'):  # the metric ranks the checkpoints; earlier versions did not write it down
         theirs, ours = state.get(name), task.metadata.get(name)
-        if theirs != ours and (name == 'opt' or theirs is not None):
+        if theirs not in (ours, str(ours).replace('/', '_')) and (name == 'opt' or theirs is not None):
             raise UserError(
                 f'{checkpoint.path}: trained with --{name.replace("_", "-")} {theirs}, not {ours}; resume with that, '
                 'or start anew with --initial-checkpoint')
