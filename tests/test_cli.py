@@ -217,7 +217,7 @@ BAD_POOLS_AND_HEADS = [
     (['--head', 'color:loss=numeric'], "train.csv row 2, column 'color': 'red' is no number; fix it"),
     (['--head', 'style:loss=tags,columns=color+shape'], "train.csv row 2, column 'color': 'red' is neither 0 nor 1"),
     (['--head-module', 'nowhere.py'], '--head-module nowhere.py: no such file'),
-    (['--eval-metric', 'color/mae'], 'no such figure (there are: loss, top1, top5, color/loss, color/top1'),
+    (['--eval-metric', 'color/mae'], 'no such metric (there are: loss, top1, top5, color/loss, color/top1'),
     (['--train-split', 'train2'], 'train2.csv: no such file'),
 ]
 

@@ -164,7 +164,7 @@ def test_ten_heads_differ_and_stay_within_the_figure():
             box = axes.get_legend().get_window_extent()
             assert box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1, name
     assert legend(curve_figures(summary_of(names, 4))['head_losses'])[7:] == [
-        'a head of a very lo…  2.70 (4)', ' _hidden  1.70 (4)', r'\$x\$  0.700 (4)']
+        'a head of…ong name 7  2.70 (4)', ' _hidden  1.70 (4)', r'\$x\$  0.700 (4)']
 
 
 @pytest.mark.parametrize('vision', VISIONS)

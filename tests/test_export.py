@@ -201,9 +201,9 @@ def test_the_card(exported):
     assert r'- **a_b**: 3 classes: \*p\*, \`r\`, q\_' in card
     with open(checkpoint.parent / 'summary.csv', encoding='utf-8') as file:
         row = list(csv.DictReader(file))[1]
-    assert '| head | top1 | top5 | r2 | mae | map | f1 | micro_f1 | loss |\n' in card
+    assert '| head | top1 | top5 | r2 | mae | map | f1 | micro_f1 | accuracy | loss |\n' in card
     figures = ' | '.join(f'{float(row[f"eval_ema/a.b/{name}"]):.3f}' for name in ('top1', 'top5'))
-    assert f'| a.b | {figures} |  |  |  |  |  | {float(row["eval_ema/a.b/loss"]):.3f} |\n' in card
+    assert f'| a.b | {figures} |  |  |  |  |  |  | {float(row["eval_ema/a.b/loss"]):.3f} |\n' in card
 
 
 def test_the_usage_in_the_card_runs(exported, monkeypatch):

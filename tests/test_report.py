@@ -372,7 +372,8 @@ def test_the_figures_are_those_of_validation(trained, tmp_path):
         str(tmp_path / 'x.json')])
     heads = json.loads((tmp_path / 'x.json').read_text())['heads']
     html = write_report(run, '--force')
-    for head, names in ((EVIL, ('top1', 'balanced_accuracy', 'macro_f1')), ('tags & "co"', ('map', 'f1', 'micro_f1'))):
+    for head, names in ((EVIL, ('top1', 'balanced_accuracy', 'macro_f1')),
+                        ('tags & "co"', ('map', 'f1', 'micro_f1', 'accuracy'))):
         for name in names:
             assert f'>{heads[head][name]:.2f} %<' in html, name
     assert f'>{heads["price"]["mae"]:.4g}<' in html

@@ -330,9 +330,9 @@ def write_outputs(
 def _results_csv(results: dict[str, Any]) -> pd.DataFrame:
     """The results as a table: a row for each head, each followed by its tags, and one for the means."""
     rows = []
-    for name, values in results['heads'].items():
+    for name, values in {**results['heads'], '': results['mean']}.items():
         tags = values.get('tags', {})
-        rows.append({'head': name, **({'tag': ''} if tags else {}), **values})
-        rows += [{'head': name, 'tag': tag, **its} for tag, its in tags.items()]
-    table = pd.DataFrame([*rows, {'head': '', **results['mean']}]).drop(columns='tags', errors='ignore')
+        rows += [{'head': name, 'tag': tag, **its} for tag, its in [('', values), *tags.items()]]
+    table = pd.DataFrame(rows).drop(columns=[] if any(row['tag'] for row in rows) else 'tag')
+    table = table.drop(columns='tags', errors='ignore')
     return table.astype({name: 'Int64' for name in ('labels', 'ones') if name in table})

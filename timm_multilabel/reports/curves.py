@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from timm_multilabel.errors import abbreviated
 from timm_multilabel.escaping import picture_text
 from timm_multilabel.files import write_whole
 from timm_multilabel.metric_names import heads_of_summary, in_summary, of_head
@@ -271,7 +272,7 @@ def _drawable(curves: Iterable[_Curve]) -> tuple[_Curve, ...]:
 
 def _name(name: str) -> str:
     """A name of a column, a head or a phase."""
-    return picture_text(name, _NAME)
+    return picture_text(abbreviated(name, _NAME), _NAME)
 
 
 def _draw(axes: Iterable[Axes], panels: Iterable[_Panel], summary: pd.DataFrame) -> None:

@@ -2,7 +2,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from timm_multilabel.errors import shortened
+from timm_multilabel.errors import abbreviated
 
 _WIDTH = 100  # columns of a line
 _NAME, _TITLE = 40, 24  # letters of a head's name and of a metric's
@@ -21,7 +21,7 @@ def results_lines(results: Mapping[str, Any], kinds: Mapping[str, str]) -> Itera
     """
     blocks: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     for name, values in results['heads'].items():
-        blocks.setdefault(kinds.get(name, ''), []).append((shortened(name, _NAME), values))
+        blocks.setdefault(kinds.get(name, ''), []).append((abbreviated(name, _NAME), values))
     mean = ('weighted mean', results['mean'])
     if len(blocks) == 1:
         next(iter(blocks.values())).append(mean)
@@ -40,10 +40,10 @@ def _block(kind: str, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator
     titles.sort(key=lambda title: _LAST.index(title) + 1 if title in _LAST else 0)
     columns = []
     for title in titles:
-        cells = [shortened(title, _TITLE), *(_cell(values.get(title)) for _, values in rows)]
+        cells = [abbreviated(title, _TITLE), *(_cell(values.get(title)) for _, values in rows)]
         width = max(map(len, cells))
         columns.append([f'  {cell:>{width}}' for cell in cells])
-    names = [shortened(kind, _NAME), *(name for name, _ in rows)]
+    names = [abbreviated(kind, _NAME), *(name for name, _ in rows)]
     width = max(map(len, names))
     names = [f'{name:<{width}}' for name in names]
     while columns:

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.utils import disp_len
 
 from timm_multilabel.distributed import all_objects, world
-from timm_multilabel.errors import UserError, shortened
+from timm_multilabel.errors import UserError, abbreviated
 from timm_multilabel.heads import Head
 from timm_multilabel.loading.batches import BadImages
 from timm_multilabel.metric_names import in_summary, of_head
@@ -64,12 +64,14 @@ def training_metrics(figures: dict[str, float], task: JointTask) -> list[str]:
     """The metrics of a progress line, a text each: the losses, then the heads."""
     terms = [f'{term} {figures[f"{term}_loss"]:.3f}' for term in task.terms if figures[f'{term}_loss']]
     parts = [f'loss {figures["train_loss"]:.3f}', *(terms if len(terms) > 1 else [])]
-    for name in task.heads:
-        accuracy = figures.get(in_summary('train', of_head(name, 'top1')), math.nan)
+    accuracies = {name: figures.get(in_summary('train', of_head(name, 'top1')), math.nan) for name in task.heads}
+    known = [accuracy for accuracy in accuracies.values() if not math.isnan(accuracy)]
+    parts += [f'mean {sum(known) / len(known):.1f}%'] if len(known) > 3 else []  # of which not all may fit
+    for name, accuracy in accuracies.items():
         passed = figures.get(in_summary('train', of_head(name, 'pseudo_labelled')))
         words = [] if math.isnan(accuracy) else [f'{accuracy:.1f}%']
         words += [] if passed is None else [f'({passed:.0f}% pass)']
-        parts += [' '.join([shortened(name, _NAME), *words])] if words else []
+        parts += [' '.join([abbreviated(name, _NAME), *words])] if words else []
     return parts
 
 
@@ -142,7 +144,7 @@ class Fit:
         """
         self.strikes = start.strikes
         for epoch in range(start.epoch, length.schedule + length.cooldown):
-            title = (f'{shortened(self.phase, _NAME)}: ' if self.phase else '') + length.title(epoch)
+            title = (f'{abbreviated(self.phase, _NAME)}: ' if self.phase else '') + length.title(epoch)
             self.run_epoch(start if epoch == start.epoch else Place(epoch), title)
 
     def run_epoch(self, start: Place, title: str) -> dict[str, Any]:
@@ -379,7 +381,7 @@ def epoch_lines(title: str, row: dict[str, Any], task: JointTask, width: int) ->
 def _head_score(head: Head, value: float) -> str:
     """A head's main metric."""
     figure = head.figures[0]
-    return f'{shortened(head.labels.name, _NAME)} {_percent(value, 1)}' + ('' if figure == 'top1' else f' {figure}')
+    return f'{abbreviated(head.labels.name, _NAME)} {_percent(value, 1)}' + ('' if figure == 'top1' else f' {figure}')
 
 
 def _percent(value: float, digits: int) -> str:
