@@ -186,7 +186,7 @@ def test_runs_save_and_stop_where_the_grid_is_stopped(tmp_path):
     thread.join()
     assert said[-1] == 'a, b: to save and stop' and not jobs.running
     for name in 'ab':
-        assert 'go on with --resume' in (tmp_path / f'{name}.log').read_text()
+        assert 'repeat the command with --resume' in (tmp_path / f'{name}.log').read_text()
 
 
 def results(axis):

@@ -82,7 +82,8 @@ def test_a_signal_saves_and_status_75_tells_so(data, tmp_path, undisturbed, numb
         status, _, errors = process.end()
     assert status == 75, errors
     assert f'{number.name}: ends the step and saves' in errors
-    assert 'train.py: stopped at step' in errors and 'go on with --resume' in errors
+    assert 'train.py: stopped at step' in errors
+    assert f'repeat the command with --resume {tmp_path}/run/recovery-' in errors
     assert 'Traceback' not in errors and errors.count('stopped at step') == 1
     newest, damaged = newest_checkpoint(tmp_path / 'run')
     assert newest.name.startswith('recovery-') and not damaged and newest.name in errors

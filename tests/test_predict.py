@@ -138,7 +138,7 @@ def test_predictor_weights(trained):
 @pytest.mark.parametrize('image, message', [
     (np.zeros((4, 4, 3)), 'float64 pixels of shape'), (np.zeros((4, 4, 4), np.uint8), r'expected uint8 \(H, W, 3\)'),
     (np.zeros((0, 4), np.uint8), 'pixels of shape'), (3, 'a int, expected a path'), ('nope.jpg', 'cannot be read'),
-    (Image.new('F', (4, 4)), 'image 0 of the list: cannot be decoded'),
+    (Image.new('F', (4, 4)), 'image 0: cannot be decoded'),
 ])
 def test_predictor_names_what_is_no_image(trained, image, message):
     with pytest.raises(UserError, match=message):

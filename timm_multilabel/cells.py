@@ -1,5 +1,7 @@
 """Cells as text: lists as shards have them, tags written in one text, and the words for yes and no."""
-from collections.abc import Iterable
+import csv
+from collections.abc import Iterable, Iterator
+from io import StringIO
 from typing import Any
 
 import pandas as pd
@@ -30,6 +32,17 @@ class BadCell(ValueError):
     def __init__(self, message: str, column: str, row: Any):
         super().__init__(message)
         self.column, self.row = column, row
+
+
+def csv_rows(content: str, **options: Any) -> Iterator[list[str]]:
+    """The rows of a CSV by `csv.reader`, with cells of any length.
+
+    Args:
+        content: The text of the file.
+        options: Of `csv.reader`.
+    """
+    csv.field_size_limit(2 ** 31 - 1)  # of the whole process, where any library may have set another
+    return csv.reader(StringIO(content, newline=''), **options)
 
 
 def list_cell(texts: Iterable[str]) -> str:

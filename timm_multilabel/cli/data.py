@@ -20,7 +20,7 @@ from timm_multilabel.data.pool import (
 )
 from timm_multilabel.data.remarks import how_read, useless_labels
 from timm_multilabel.data.shards import Shards
-from timm_multilabel.data.split_names import find_split, split_path
+from timm_multilabel.data.split_names import check_folder, find_split, split_path
 from timm_multilabel.data.streams import Stored, StreamedRows, StreamedTable, encode
 from timm_multilabel.data.table import (
     Rows,
@@ -76,8 +76,7 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
         UserError: Something is missing, cannot be read, or is too small for its batches.
     """
     folder = Path(args.data_dir)
-    if not folder.is_dir():
-        raise UserError(f'{folder}: no such data directory; it holds train.csv, val.csv and the images')
+    check_folder(folder)
     kinds = load_kinds(args.head_module)
     splits = _splits(args, folder, kinds, say)
     train = splits.read(args.train_split)

@@ -4,8 +4,10 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from types import ModuleType
 
+from timm_multilabel import __version__
 from timm_multilabel.cli import (
     check,
     compare,
@@ -31,12 +33,22 @@ COMMANDS = (train, validate, predict, embed, search, export, report, compare, gr
 def main() -> None:
     """Run the subcommand that the command line names."""
     parser = Parser(prog='timm-multilabel', description='Several labels a photo and SimCLR, on any timm backbone.')
-    subparsers = parser.add_subparsers(metavar='COMMAND', required=True)
+    parser.add_argument('--version', action='version', version=_versions())
+    subparsers = parser.add_subparsers(metavar='COMMAND')
     for command in COMMANDS:
         subparsers.add_parser(command.NAME, help=command.HELP, add_help=False).set_defaults(command=command)
     with printed_streams():
-        command = parser.parse_args(sys.argv[1:2]).command
+        command = getattr(parser.parse_args(sys.argv[1:2]), 'command', None)
+        if command is None:
+            parser.print_help(sys.stderr)
+            sys.exit(2)
     run_command(command, f'timm-multilabel {command.NAME}', sys.argv[2:])
+
+
+def _versions() -> str:
+    python = '.'.join(map(str, sys.version_info[:3]))
+    timm, torch = (version(package) for package in ('timm', 'torch'))
+    return f'%(prog)s {__version__} (timm {timm}, torch {torch}, Python {python})'
 
 
 def run_command(command: ModuleType, prog: str, argv: Sequence[str]) -> None:
@@ -56,7 +68,7 @@ def _run(command: ModuleType, prog: str, argv: Sequence[str]) -> None:
         command.run(parse_with_config(parser, list(argv)))
     except Stopped as stop:
         if not int(os.environ.get('RANK', 0)):
-            say(f'{prog}: {stop}; go on with --resume', sys.stderr)
+            say(f'{prog}: {stop}', sys.stderr)
         exit_when_stopped()
     except KeyboardInterrupt:
         say(f'{prog}: stopped', sys.stderr)

@@ -16,6 +16,7 @@ from timm_multilabel.cli.images import (
     read_rows,
     workers_of,
 )
+from timm_multilabel.cli.output import say
 from timm_multilabel.data.arguments import HELP as IMAGES_HELP
 from timm_multilabel.errors import UserError, printable
 from timm_multilabel.files import whole_file
@@ -69,6 +70,8 @@ def run(args: argparse.Namespace) -> None:
     with Progress('Predict', batches_of(args, checkpoint, rows), visible=True) as progress:
         lines = FORMATS[form](answers(progress), predictor.label_space, args.top_k)
         write_lines(lines, path, data=form != 'table')
+    if path is not None:
+        say(f'{path}: the labels of {len(part)} image{"s" * (len(part) != 1)}, as {form}')
     end(int(part.bad.sum()), len(part))  # whose rows say what is wrong
 
 

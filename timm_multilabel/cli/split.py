@@ -29,8 +29,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         '--ratios', nargs=3, type=at_least_0, default=(80, 10, 10), metavar=('TRAIN', 'VAL', 'TEST'),
-        help='shares of the rows (default: 80 10 10)',
+        help='shares of the rows; a split with 0 gets no file (default: 80 10 10)',
     )
+    parser.add_argument(
+        '--stratify', metavar='HEAD', help='give each split the same share of the rows of each label of this head')
+    parser.add_argument(
+        '--group', metavar='COLUMN',
+        help='keep rows of one value of this column in one split, such as the photos of one product')
     parser.add_argument('--seed', type=count, default=42, metavar='N', help='same seed, same splits')
     parser.add_argument('--force', action='store_true', help='overwrite what is there')
 
@@ -40,7 +45,8 @@ def run(args: argparse.Namespace) -> None:
     directory = Path(args.source).parent if args.out is None else Path(args.out)
     counts = split_csv(
         args.source, directory, image=args.image, heads=args.heads, image_column=args.image_column,
-        separator=args.separator, ratios=args.ratios, seed=args.seed, force=args.force,
+        separator=args.separator, ratios=args.ratios, seed=args.seed, stratify=args.stratify, group=args.group,
+        force=args.force,
     )
     described = ', '.join(f'{counts[name]} {name}' for name in ('train', 'val', 'test'))
     say(f'Wrote {counts["all"]} rows ({described}) to {directory}')

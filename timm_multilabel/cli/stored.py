@@ -11,7 +11,7 @@ from timm_multilabel.cli.device import choose_precision
 from timm_multilabel.cli.run_flags import last_phase, read_run_flags
 from timm_multilabel.cli.splits import Splits, read_stored
 from timm_multilabel.cli.validate import build_loader, read_split
-from timm_multilabel.data.split_names import split_path
+from timm_multilabel.data.split_names import check_folder, split_path
 from timm_multilabel.data.streams import StreamedRows, encode
 from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import UserError
@@ -144,8 +144,7 @@ def _read_rows(settings: argparse.Namespace, checkpoint: Checkpoint, say: Callab
         rows = read_split(settings, checkpoint, say)
     else:
         folder, state = Path(settings.data_dir), checkpoint.state
-        if not folder.is_dir():
-            raise UserError(f'{folder}: no such data directory')
+        check_folder(folder)
         splits = Splits(
             read_stored(folder), checkpoint.label_space, say, state.get('image_column', 'image_path'),
             state.get('separator'), state.get('missing_value'))

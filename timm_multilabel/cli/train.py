@@ -2,6 +2,7 @@
 import argparse
 import gc
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -41,6 +42,7 @@ from timm_multilabel.training.run_folder import (
     phase_folder,
     run_folder_path,
 )
+from timm_multilabel.training.saver import WholeSaver
 from timm_multilabel.training.signals import LAUNCHER_ENDS, Stopped, StopSignals
 from timm_multilabel.training.trackers import TensorBoardTracker, Tracker, Trackers, WandbTracker, need
 
@@ -76,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         if len(phases) > 1:
             rehearse(phases[first_phase:], start, checkpoint)
 
-        folder, writer, trackers = None, None, None
+        folder, writer, trackers, last_lines = None, None, None, []
         for index in range(first_phase, len(phases)):
             phase = phases[index]
             phase.make(start, checkpoint, say)
@@ -96,10 +98,28 @@ def run(args: argparse.Namespace) -> None:
                         Trackers(choose_trackers(args, folder, checkpoint is not None), say)))
             phase.fit(phase_folder(folder, names, index), writer, trackers, checkpoint, signals, say)
             start, checkpoint = of_task(phase.task, f"phase '{phase.name}'"), None
+            last_lines = list(closing_lines(phase, folder))
             phase.forget()
     say(f'{folder}: {"all phases" if names else phase.length} done')
+    for line in last_lines:
+        say(line)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def closing_lines(phase: 'Phase', folder: Path) -> Iterator[str]:
+    """The best epoch of a run's last phase with its checkpoint, and the command that comes next; on the first rank."""
+    args, saver = phase.args, phase.saver
+    if saver is None:
+        return
+    if saver.best_metric is not None:
+        yield f'Best {phase.metric}: {saver.best_metric:.2f} in epoch {saver.best_epoch + 1}, {saver.best}'
+    if phase.task.heads:
+        own = ['--head-module', args.head_module] if args.head_module else []
+        command = ['report', str(folder), *own]
+    else:
+        command = ['train', args.data_dir, '--model', args.model, '--initial-checkpoint', str(saver.last)]
+    yield f'Next: timm-multilabel {shlex.join(command)}'
 
 
 def rehearse(phases: 'list[Phase]', start: Checkpoint | None, checkpoint: Checkpoint | None) -> None:
@@ -122,6 +142,7 @@ class Phase:
     def __init__(self, args: argparse.Namespace, device: Any, say: Say):
         self.args = args
         self.name = getattr(args, 'phase', None)
+        self.saver: WholeSaver | None = None  # on the first rank, once it is trained
         args.amp = args.amp or args.old_amp
         with self.named():
             self.precision = choose_precision(device, args.amp, args.amp_dtype, args.channels_last)
@@ -234,7 +255,7 @@ class Phase:
         )
         if writer is not None:
             folder.mkdir(exist_ok=True)
-            fit.saver = build.saver(args, task, self.updater, self.metric, folder, checkpoint)
+            self.saver = fit.saver = build.saver(args, task, self.updater, self.metric, folder, checkpoint)
         if checkpoint is not None and self.loaders.bad is not None:
             self.loaders.bad.known.update(checkpoint.state.get('run', {}).get('bad_images', []))
         with signals.noted():

@@ -19,7 +19,7 @@ from timm_multilabel.cli.output import say as print_line
 from timm_multilabel.cli.splits import Splits, read_stored, split_of_run
 from timm_multilabel.data.images import FilePhotos
 from timm_multilabel.data.remarks import useless_labels
-from timm_multilabel.data.split_names import files_of_split, find_split
+from timm_multilabel.data.split_names import check_folder, files_of_split, find_split
 from timm_multilabel.data.streams import StreamedRows, StreamedTable, encode
 from timm_multilabel.data.table import Rows, Table, describe_unknown, unknown_labels
 from timm_multilabel.distributed import world
@@ -190,7 +190,7 @@ def read_split(args: argparse.Namespace, checkpoint: Checkpoint, say) -> Rows | 
     """The rows to score; what cannot be scored is named."""
     folder = Path(args.data_dir)
     if not folder.is_dir() and find_split(folder, args.split) is None:
-        raise UserError(f'{folder}: no such data directory')
+        check_folder(folder)
     state, stored = checkpoint.state, read_stored(folder)
     known = checkpoint.label_space
     if stored.label_space is None or not set(known.heads) <= set(stored.label_space.heads):

@@ -164,7 +164,7 @@ class EncodedPhoto:
 
     def _unreadable(self, error: Exception | str) -> UserError:
         reason = ' '.join(re.sub(r'<_io.BytesIO .*?>', '', str(error)).split()) or type(error).__name__
-        return UserError(f'{self.name}: cannot be decoded as an image ({reason}); replace it or remove the row')
+        return UserError(f'{self.name}: cannot be decoded as an image ({reason}); replace it or leave it out')
 
 
 def open_image(file: BinaryIO | str) -> Image.Image:
@@ -200,11 +200,11 @@ def read_photo(path: str, where: str) -> EncodedPhoto:
         with open_regular(path) as file:
             if os.fstat(file.fileno()).st_size > MAX_BYTES:
                 raise UserError(f'{path} ({where}): cannot be read as an image, of more than {MAX_BYTES:,} bytes; '
-                                'replace it or remove the row')
+                                'replace it or leave it out')
             data = file.read()
     except OSError as error:
         raise UserError(
-            f'{path} ({where}): cannot be read ({error.strerror}); fix that or remove the row') from error
+            f'{path} ({where}): cannot be read ({error.strerror}); fix that or leave it out') from error
     return EncodedPhoto(data, f'{path} ({where})')
 
 

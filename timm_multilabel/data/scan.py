@@ -16,7 +16,7 @@ from timm_multilabel.data.columns import Columns, choose_columns
 from timm_multilabel.data.images import open_image, read_photo
 from timm_multilabel.data.pool import real_paths
 from timm_multilabel.data.split import SPLITS
-from timm_multilabel.data.split_names import find_split
+from timm_multilabel.data.split_names import check_folder, find_split
 from timm_multilabel.data.table import Table, find_label_space, look_for_images, read_table
 from timm_multilabel.errors import UserError, shortened
 from timm_multilabel.labels import BadCell, Labels, LabelSet, LabelSpace, Quantity
@@ -185,8 +185,7 @@ def read_contents(
     Raises:
         UserError: There is no such directory, or no CSV in it, or one that cannot be read, or no CSV has a head.
     """
-    if not folder.is_dir():
-        raise UserError(f'{folder}: no such data directory; it holds train.csv, val.csv and the images')
+    check_folder(folder)
     splits, shards = {}, {}
     for name in (*SPLITS, UNLABELLED):
         found = find_split(folder, names.get(name, name) if names else name, image_column)

@@ -4,8 +4,11 @@ import io
 import math
 import os
 import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+
+import pandas as pd
 
 from timm_multilabel.data.table import read_cells
 from timm_multilabel.errors import UserError
@@ -24,6 +27,8 @@ def split_csv(
         separator: str | None = None,
         ratios: Sequence[float] = (80, 10, 10),
         seed: int = 42,
+        stratify: str | None = None,
+        group: str | None = None,
         force: bool = False,
 ) -> dict[str, int]:
     """Shuffle the rows of a CSV whose image exists into three disjoint splits.
@@ -37,9 +42,12 @@ def split_csv(
         heads: Name and source column of each head.
         image_column: Name of the column of paths in the files written.
         separator: Of the source, see `read_table`; the files written have commas.
-        ratios: Shares of train, val and test, in any unit.
+        ratios: Shares of train, val and test, in any unit. A split with a ratio of 0 gets no file.
         seed: The same seed gives the same splits.
-        force: Overwrite files of these names.
+        stratify: The head each of whose labels (an empty one too) is to have these shares in each split.
+        group: The column of the source whose rows of one value go into one split, such as a product's photos; rows
+            without a value stand alone.
+        force: Overwrite files of these names, and remove that of a split with a ratio of 0.
 
     Returns:
         The number of rows of 'all', 'train', 'val' and 'test', and of those left out for want of their image as
@@ -57,46 +65,84 @@ def split_csv(
         raise UserError(f'{", ".join(names)}: expected the image column and one or more heads, all named differently')
 
     frame = read_cells(source, separator, join_surplus=True)
-    columns, numbered = list(frame.columns), list(zip(frame.index.tolist(), frame.to_dict('records')))
-    unknown = [column for _, column in heads if column not in columns]
+    _check_columns(source, frame, dict(heads), stratify, group)
+    rows = _rows_with_image(source, frame, image, directory)
+    labels, groups = (
+        [row[column] for _, row in rows] if column is not None else [''] * len(rows)
+        for column in (dict(heads).get(stratify), group))
+    chosen = (_draw(len(rows), ratios, seed) if stratify is group is None
+              else _draw_groups(labels, groups, ratios, seed))
+    table = [[path, *(row[column] for _, column in heads)] for path, row in rows]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{directory}: cannot make this folder ({error.strerror}); choose another --out') from error
+    for name, indices in {**chosen, 'all': range(len(table))}.items():
+        if name in SPLITS and not ratios[SPLITS.index(name)]:
+            outputs[name].unlink(missing_ok=True)
+            continue
+        text = io.StringIO()
+        csv.writer(text, lineterminator='\n').writerows([names, *(table[index] for index in indices)])
+        write_whole(outputs[name], text.getvalue())
+    return {
+        'missing': len(frame) - len(table), **{name: len(indices) for name, indices in chosen.items()},
+        'all': len(table)}
+
+
+def _check_columns(
+        source: Path,
+        frame: pd.DataFrame,
+        heads: dict[str, str],
+        stratify: str | None,
+        group: str | None,
+) -> None:
+    """Raise UserError unless the columns that are asked for are there."""
+    unknown = [column for column in heads.values() if column not in frame]
     if unknown:
         raise UserError(
-            f'{source}: no column {", ".join(unknown)} (there are: {", ".join(columns)}); name them as '
+            f'{source}: no column {", ".join(unknown)} (there are: {", ".join(frame)}); name them as '
             '--heads NAME=COLUMN'
         )
-    paths = _fill(image, source, columns, numbered)
+    if stratify is not None and stratify not in heads:
+        raise UserError(f'--stratify {stratify}: no such head (there are: {", ".join(heads)})')
+    if group is not None and group not in frame:
+        raise UserError(f'--group {group}: {source} has no such column (there are: {", ".join(frame)})')
+
+
+def _rows_with_image(
+        source: Path,
+        frame: pd.DataFrame,
+        image: str,
+        directory: Path,
+) -> list[tuple[str, dict[str, str]]]:
+    """The rows whose image exists, each with its path as the files in `directory` are to have it.
+
+    Raises:
+        UserError: The pattern cannot be filled, no image is there, or two rows have the same.
+    """
+    numbered = list(zip(frame.index.tolist(), frame.to_dict('records')))
+    paths = _fill(image, source, list(frame), numbered)
     base = _find_base(source, paths)
     # A reader finds images from the folder of its CSV, from its parent or from the working directory. Paths stay as
     # they are where that leads to the same images.
     homes = (directory.resolve(), directory.resolve().parent, Path.cwd())
     moved = base.resolve() not in homes
-    table, seen = [], {}
+    rows, seen = [], {}
     for path, (number, row) in zip(paths, numbered):
         if not os.path.isfile(base / path):
             continue
         if path in seen:  # it could land in two splits
             raise UserError(
                 f'{source} row {number}: its image {path} is that of row {seen[path]} already; remove one of the two '
-                f'rows or mend --image {image}'
+                f'rows or correct --image {image}'
             )
         seen[path] = number
-        written = os.path.relpath(base.resolve() / path, directory.resolve()) if moved else path
-        table.append([written, *(row[column] for _, column in heads)])
-
-    chosen = _draw(len(table), ratios, seed)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'{directory}: cannot make this folder ({error.strerror}); choose another --out') from error
-    for name, indices in chosen.items():
-        text = io.StringIO()
-        csv.writer(text, lineterminator='\n').writerows([names, *(table[index] for index in indices)])
-        write_whole(outputs[name], text.getvalue())
-    return {'missing': len(numbered) - len(table), **{name: len(indices) for name, indices in chosen.items()}}
+        rows.append((os.path.relpath(base.resolve() / path, directory.resolve()) if moved else path, row))
+    return rows
 
 
 def _draw(length: int, ratios: Sequence[float], seed: int) -> dict[str, Sequence[int]]:
-    """The rows of each split, and of 'all', in the order of the source."""
+    """The rows of each split, in the order of the source."""
     order = list(range(length))
     random.Random(seed).shuffle(order)
     train_end, val_end = (round(length * sum(ratios[:count]) / sum(ratios)) for count in (1, 2))
@@ -104,8 +150,38 @@ def _draw(length: int, ratios: Sequence[float], seed: int) -> dict[str, Sequence
         'train': sorted(order[:train_end]),
         'val': sorted(order[train_end:val_end]),
         'test': sorted(order[val_end:]),
-        'all': range(length),
     }
+
+
+def _draw_groups(
+        labels: Sequence[str],
+        groups: Sequence[str],
+        ratios: Sequence[float],
+        seed: int,
+) -> dict[str, Sequence[int]]:
+    """The rows of each split, in the order of the source, so that labels are spread evenly and groups stay whole.
+
+    Groups go in a random order, those of one label (the most frequent in them) after each other, each into the split
+    that is then the furthest below its share. scikit-learn's splitters refuse a label of one row, as most CSVs have.
+
+    Args:
+        labels: The label of each row.
+        groups: The group of each row; '' where it is alone.
+        ratios: See `split_csv`, as the next.
+        seed: The same seed gives the same splits.
+    """
+    members: dict[str | int, list[int]] = {}
+    for row, name in enumerate(groups):
+        members.setdefault(name or row, []).append(row)
+    order = list(members.values())
+    random.Random(seed).shuffle(order)
+    order.sort(key=lambda rows: Counter(labels[row] for row in rows).most_common(1)[0][0])
+    chosen, done = {name: [] for name in SPLITS}, 0
+    for rows in order:
+        done += len(rows)
+        below = {name: done * ratio / sum(ratios) - len(chosen[name]) for name, ratio in zip(SPLITS, ratios) if ratio}
+        chosen[max(below, key=below.get)] += rows
+    return {name: sorted(rows) for name, rows in chosen.items()}
 
 
 def _check_ratios(ratios: Sequence[float]) -> None:
@@ -142,5 +218,5 @@ def _find_base(source: Path, paths: list[str]) -> Path:
     looked = ', '.join(dict.fromkeys(str(base) for base in bases))
     raise UserError(
         f'{source}: none of its {len(paths)} images is on disk: {paths[0]}, ...; looked in {looked}; put them there '
-        '(those of styles.csv: kaggle.com/datasets/paramaggarwal/fashion-product-images-small) or mend --image'
+        '(those of styles.csv: kaggle.com/datasets/paramaggarwal/fashion-product-images-small) or correct --image'
     )

@@ -1,4 +1,5 @@
 """From the name of a split to its file or its shards, the same for all commands."""
+import shlex
 from pathlib import Path
 
 from timm_multilabel.data.shards import Shards, find_shards
@@ -34,10 +35,30 @@ def find_split(
     return find_shards(folder, name, image_column, missing_value)
 
 
+def check_folder(folder: Path) -> None:
+    """Raise UserError, which says how to make one, unless a data directory is there."""
+    if folder.is_file():
+        raise UserError(f'{folder}: a file, where a data directory is expected; {_make_of(folder)}')
+    if not folder.is_dir():
+        raise UserError(f'{folder}: no such data directory; it holds train.csv, val.csv and the images')
+
+
 def no_split(folder: Path, name: str) -> UserError:
     """The error of a split that `find_split` does not find."""
     places = ', '.join(map(str, _candidates(folder, name)))
-    return UserError(f'{split_path(folder, name)}: no such file; looked for {places} and shards of this name')
+    tables = sorted(path for path in folder.glob('*.csv') if path.is_file())
+    hint = ''
+    if name == 'train':
+        hint = (f'; {_make_of(tables[0])}' if tables else
+                '; write a CSV with the path of an image and its labels in each row, and split it with: '
+                'timm-multilabel split')
+    return UserError(f'{split_path(folder, name)}: no such file; looked for {places} and shards of this name{hint}')
+
+
+def _make_of(table: Path) -> str:
+    """How to make the splits of a data directory from a CSV."""
+    return (f"make its train.csv, val.csv and test.csv with: timm-multilabel split {shlex.quote(str(table))} "
+            "--image '{IMAGE_COLUMN}' --heads COLUMN ...")
 
 
 def files_of_split(split: Path | Shards) -> set[Path]:

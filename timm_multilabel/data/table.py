@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from timm_multilabel.cells import missing_texts
+from timm_multilabel.cells import csv_rows, missing_texts
 from timm_multilabel.errors import UserError, listed, printable, shortened
 from timm_multilabel.files import open_regular
 from timm_multilabel.labels import (
@@ -180,7 +180,7 @@ def _complete_rows(path: Path, text: str, separator: str) -> np.ndarray:
         UserError: A row that is not blank has fewer cells than the header.
         csv.Error: It cannot be read.
     """
-    rows = list(csv.reader(StringIO(text, newline=''), delimiter=separator))
+    rows = list(csv_rows(text, delimiter=separator))
     width = len(rows[0]) if rows else 0
     if not width:
         raise csv.Error('no columns in the first row')

@@ -142,12 +142,12 @@ class _Given:
         self.images = list(images)
         for number, image in enumerate(self.images):
             if not isinstance(image, ImageLike):
-                raise UserError(f'image {number} of the list: a {type(image).__name__}, expected a path, a PIL image '
+                raise UserError(f'image {number}: a {type(image).__name__}, expected a path, a PIL image '
                                 'or a numpy array')
             if isinstance(image, np.ndarray) and (
                     image.dtype != np.uint8 or image.ndim not in (2, 3) or image.ndim == 3 and image.shape[2] != 3
                     or not image.size):
-                raise UserError(f'image {number} of the list: {image.dtype} pixels of shape {image.shape}, expected '
+                raise UserError(f'image {number}: {image.dtype} pixels of shape {image.shape}, expected '
                                 'uint8 (H, W, 3) in RGB, or (H, W)')
 
     def rows(self, label_space: LabelSpace) -> Rows:
@@ -162,9 +162,9 @@ class _Given:
     def __getitem__(self, index: int) -> Photo:
         image = self.images[index]
         if isinstance(image, str | Path):
-            return read_photo(str(image), 'in the list')
+            return read_photo(str(image), f'image {index}')
         try:
             image = Image.fromarray(image) if isinstance(image, np.ndarray) else ImageOps.exif_transpose(image)
             return DecodedPhoto(np.asarray(to_rgb(image)))
         except Exception as error:  # Pillow reads the pixels only now, and each decoder raises its own kinds
-            raise UserError(f'image {index} of the list: cannot be decoded ({error})') from error
+            raise UserError(f'image {index}: cannot be decoded ({error})') from error

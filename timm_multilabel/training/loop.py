@@ -194,7 +194,7 @@ class Fit:
             # No figure, where every update of an epoch of SimCLR alone was skipped, ranks it nowhere.
             self.saver.save_checkpoint(epoch, None if math.isnan(row[best]) else row[best])
         if any(all_objects(self._told())):
-            raise Stopped(f'stopped after {title}, saved')
+            raise Stopped(f'stopped after {title}, saved', self.saver.last if self.saver is not None else None)
         return row
 
     def train(self, start: Place, lr: float, progress: Progress) -> dict[str, float]:
@@ -317,7 +317,7 @@ class Fit:
         Raises:
             Stopped: It was the last step.
         """
-        within = place.to_dict(len(self.train_loader))
+        within, path = place.to_dict(len(self.train_loader)), None
         if self.bad_images is not None:
             self._tell_bad_images(progress)
         if self.saver is not None:
@@ -325,8 +325,7 @@ class Fit:
             path = self.saver.save_within(place.epoch, place.step)
         if stop:
             all_objects(None)  # a process that ends has the launcher end the others, so none does before all is saved
-            raise Stopped(f'stopped at step {place.step} of {progress.title}, saved' + (
-                f' as {path}' if self.saver is not None else ''))
+            raise Stopped(f'stopped at step {place.step} of {progress.title}, saved', path)
 
     def evaluate(self, title: str) -> tuple[dict[str, float], dict[str, Any]]:
         """The evaluation's metrics of the plain weights ('eval...') and of the EMA ('eval_ema...'), and those of tags.

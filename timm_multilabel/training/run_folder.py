@@ -1,7 +1,5 @@
 """The folder of a run: settings, label space, one row of metrics an epoch."""
-import csv
 import fcntl
-import io
 import itertools
 import json
 import os
@@ -18,6 +16,7 @@ import psutil
 import yaml
 from timm.models import safe_model_name
 
+from timm_multilabel.cells import csv_rows
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import read_json, read_text, reading, without_nan, write_whole
 from timm_multilabel.labels import LabelSpace
@@ -264,15 +263,12 @@ class RunLock:
         self.path, self.descriptor = None, None
 
 
-csv.field_size_limit(2 ** 31 - 1)  # a column may have a name of megabytes
-
-
 def _texts(content: str) -> pd.DataFrame:
     """A CSV as text, so that what is written again is what was there; raises ValueError or csv.Error.
 
     Columns have their names of this version.
     """
-    header, *rows = [row for row in csv.reader(io.StringIO(content), strict=True) if row] or [[]]
+    header, *rows = [row for row in csv_rows(content, strict=True) if row] or [[]]
     header = current_names(header)
     if not header or len(set(header)) != len(header):
         raise ValueError('two columns have one name' if header else 'it is empty')

@@ -27,6 +27,16 @@ class WholeSaver(CheckpointSaver):
     def folder(self) -> Path:
         return Path(self.checkpoint_dir)
 
+    @property
+    def last(self) -> Path:
+        """The checkpoint of the last epoch."""
+        return self.folder / f'last{self.extension}'
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint of the best epoch."""
+        return self.folder / f'model_best{self.extension}'
+
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
         if self.is_saved:
             return
@@ -78,7 +88,7 @@ class WholeSaver(CheckpointSaver):
         self.load_state_dict(history)
         self.progress = {name: state[name] for name in ('run',) if name in state}
         if 'within' not in state and epoch is not None:
-            self.is_saved = path.name == f'last{self.extension}'
+            self.is_saved = path.name == self.last.name
             self.save_checkpoint(epoch, metric)
             self.is_saved = False
 

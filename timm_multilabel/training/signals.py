@@ -26,7 +26,20 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(BaseException):  # as KeyboardInterrupt, which nobody takes for an error of his own
-    """A run was told to stop, and has saved what it takes to go on, if it had begun."""
+    """A run was told to stop, and has saved what it takes to go on, if it had begun.
+
+    Args:
+        what: What happened.
+        resume: The checkpoint to go on from, if there is one and this is the process that says so.
+    """
+
+    def __init__(self, what: str, resume: Path | None = None):
+        super().__init__(what)
+        self.resume = resume
+
+    def __str__(self) -> str:
+        hint = f'; to continue, repeat the command with --resume {self.resume}' if self.resume is not None else ''
+        return f'{self.args[0]}{hint}'
 
 
 def exit_when_stopped() -> NoReturn:
