@@ -66,7 +66,7 @@ BAD_FLAGS = [
     (['--model', 'resnet51'], 'has no such model; did you mean'),
     (['--opt', 'adamm'], '--opt adamm'),
     (['--sched', 'cosin'], '--sched cosin'),
-    (['--eval-metric', 'top2'], 'no such figure'),
+    (['--eval-metric', 'top2'], 'no such metric'),
     (['--pretrained-path', 'nowhere.safetensors'], '--pretrained-path nowhere.safetensors'),
     (['--initial-checkpoint', 'nowhere.pth.tar'], 'nowhere.pth.tar: no such checkpoint'),
     (['--resume', 'nowhere.pth.tar'], 'nowhere.pth.tar: no such checkpoint'),

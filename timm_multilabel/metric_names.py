@@ -16,6 +16,11 @@ def of_head(head: str, metric: str) -> str:
     return f'{head}/{metric}'
 
 
+def earlier_name(name: str) -> str:
+    """What earlier versions called a metric, in `--eval-metric` and in checkpoints: `<head>_<metric>`."""
+    return '_'.join(name.rsplit('/', 1))
+
+
 def in_summary(part: str, name: str) -> str:
     """The column of summary.csv of a metric.
 

@@ -7,7 +7,7 @@ from timm_multilabel.cli.data import Data, wants_pool
 from timm_multilabel.data.remarks import can_be_scored
 from timm_multilabel.errors import UserError, listed
 from timm_multilabel.heads import Head
-from timm_multilabel.metric_names import of_head
+from timm_multilabel.metric_names import earlier_name, of_head
 from timm_multilabel.metrics import MEANS, default_metric
 from timm_multilabel.task import resolve_head_weights
 
@@ -175,10 +175,10 @@ def check_metric(
     figures = {head.labels.name: ('loss', *head.figures) for head in heads}
     known = [mean for mean in MEANS if mean in ('loss', default_metric(heads))
              or any(mean in its for its in figures.values())]
-    of_heads = {of_head(name, figure): f'{name}_{figure}' for name, its in figures.items() for figure in its}
+    of_heads = [of_head(name, figure) for name, its in figures.items() for figure in its]
     known += of_heads
     if metric not in known:
-        meant = [name for name, earlier in of_heads.items() if earlier == metric]  # as args.yaml of earlier versions
+        meant = [name for name in of_heads if earlier_name(name) == metric]  # args.yaml of earlier versions has it
         if len(meant) != 1:
             raise UserError(f"--eval-metric '{metric}': no such metric (there are: {listed(known)})")
         metric, = meant
