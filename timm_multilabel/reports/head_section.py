@@ -68,9 +68,10 @@ def head_section(
     """
     used = np.flatnonzero(known)
     of_used, said = target[used], output[used]
-    section = {'name': shortened(labels.name), 'kind': _kind(labels), 'labelled': len(used)}
+    section = {'name': shortened(labels.name), 'kind': _kind(labels), 'labelled': len(used),
+               'tags': _tag_rows(labels, of_used, said) if len(used) else []}
     if not len(used):
-        return HeadSection(**section, figures=[], tags=[], calibration=None, confusion='', pairs=[], mistakes=[])
+        return HeadSection(**section, figures=[], calibration=None, confusion='', pairs=[], mistakes=[])
     figures = [_figure_row(figure) for figure in head_figures(labels, of_used, said)]
     found = head_reliability(labels, of_used, said)
     calibration = found and {
@@ -81,7 +82,7 @@ def head_section(
         pairs.append({**vars(pair), 'thumbnails': [_thumbnail(used[row], rows, thumbnail) for row in pair.rows]})
     mistakes = [{**vars(mistake), **_thumbnail(used[mistake.row], rows, thumbnail)}
                 for mistake in worst_mistakes(labels, of_used, said)]
-    return HeadSection(**section, figures=figures, tags=_tag_rows(labels, of_used, said), calibration=calibration,
+    return HeadSection(**section, figures=figures, calibration=calibration,
                        confusion=_confusion(labels, of_used, said), pairs=pairs, mistakes=mistakes)
 
 
