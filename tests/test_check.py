@@ -402,7 +402,7 @@ def test_unlabelled_images_alone(clean, capsys):
 
 
 def test_heads_that_training_would_refuse(clean):
-    write(clean, 'train', *rows(0, 7, 'red,disc,,1'), *rows(7, 5, 'blue,disc,,1'), header=f'{HEADER},note,ema')
+    write(clean, 'train', *rows(0, 7, 'red,disc,'), *rows(7, 5, 'blue,disc,'), header=f'{HEADER},note')
     errors = [finding for finding in check_folder(clean).findings if finding.severity == 'error']
     path = clean / 'train.csv'
     assert [(finding.kind, finding.head, finding.text) for finding in errors] == [

@@ -20,7 +20,7 @@ from timm_multilabel.cli.device import choose_precision, start_device
 from timm_multilabel.cli.output import say as print_line
 from timm_multilabel.cli.resumed_flags import flags_of_resumed
 from timm_multilabel.distributed import all_objects, world
-from timm_multilabel.errors import UserError, listed
+from timm_multilabel.errors import UserError
 from timm_multilabel.reports.curves import CurvesTracker
 from timm_multilabel.training.checkpoint import (
     Checkpoint,
@@ -34,6 +34,7 @@ from timm_multilabel.training.checkpoint import (
 )
 from timm_multilabel.training.loop import Fit
 from timm_multilabel.training.place import Place
+from timm_multilabel.training.progress import fitted, line_width
 from timm_multilabel.training.run_folder import (
     RunFolder,
     RunLock,
@@ -234,8 +235,9 @@ class Phase:
         args, data, task, device, ranks = self.args, self.data, self.task, self.precision.device, world()[1]
         if ranks > 1:
             task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
-        say((f'Phase {self.name}: ' if self.name else '') + f'{args.model}, {self.length}, '
-            f'heads: {listed(list(map(str, data.label_space.heads))) or data.label_space}')
+        title = (f'Phase {self.name}: ' if self.name else '') + f'{args.model}, {self.length}, heads: '
+        heads = list(map(str, data.label_space.heads)) or ['no heads']
+        say(title + fitted(heads, line_width() - len(title), ', '))
         say(f'{data}, {ranks} x {device}, {data.steps} step{"s" * (data.steps > 1)} an epoch, run folder {folder}')
         fit = Fit(
             self.updater,

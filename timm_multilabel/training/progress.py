@@ -20,19 +20,19 @@ def line_width() -> int:
     return shutil.get_terminal_size((_COLUMNS, 24)).columns
 
 
-def fitted(items: Sequence[str], width: int) -> str:
+def fitted(items: Sequence[str], width: int, between: str = '  ') -> str:
     """Items on one line of `width` columns at most; the last ones as '+9 more' where not all fit, never the first."""
-    line = '  '.join(items)
+    line = between.join(items)
     if disp_len(line) <= width:
         return line
     kept, used = 0, len(f'+{len(items)} more')
     for item in items:
-        used += disp_len(item) + 2
+        used += disp_len(item) + len(between)
         if used > width:
             break
         kept += 1
     kept = max(1, kept)
-    return '  '.join([*items[:kept], f'+{len(items) - kept} more'] if kept < len(items) else items)
+    return between.join([*items[:kept], f'+{len(items) - kept} more'] if kept < len(items) else items)
 
 
 def wrapped(items: Sequence[str], width: int) -> list[str]:
