@@ -66,7 +66,7 @@ BAD_FLAGS = [
     (['--model', 'resnet51'], 'has no such model; did you mean'),
     (['--opt', 'adamm'], '--opt adamm'),
     (['--sched', 'cosin'], '--sched cosin'),
-    (['--eval-metric', 'top2'], 'no such figure'),
+    (['--eval-metric', 'top2'], 'no such metric'),
     (['--pretrained-path', 'nowhere.safetensors'], '--pretrained-path nowhere.safetensors'),
     (['--initial-checkpoint', 'nowhere.pth.tar'], 'nowhere.pth.tar: no such checkpoint'),
     (['--resume', 'nowhere.pth.tar'], 'nowhere.pth.tar: no such checkpoint'),
@@ -140,7 +140,7 @@ def test_unknown_labels_in_val(capsys, data_dir, tmp_path):
 def test_val_without_labels(capsys, data_dir, tmp_path):
     original = (data_dir / 'val.csv').read_text()
     (data_dir / 'val.csv').write_text(re.sub(',(disc|ring)', ',', original))
-    line = train_line(capsys, data_dir, tmp_path, '--eval-metric', 'shape_top1')
+    line = train_line(capsys, data_dir, tmp_path, '--eval-metric', 'shape/top1')
     assert "'shape' has no weight, or no labels in" in line
     (data_dir / 'val.csv').write_text(re.sub(r'(\.png),.*', r'\1,,', original))
     assert 'val.csv: no row has a label of a head' in train_line(capsys, data_dir, tmp_path)
@@ -217,7 +217,7 @@ BAD_POOLS_AND_HEADS = [
     (['--head', 'color:loss=numeric'], "train.csv row 2, column 'color': 'red' is no number; fix it"),
     (['--head', 'style:loss=tags,columns=color+shape'], "train.csv row 2, column 'color': 'red' is neither 0 nor 1"),
     (['--head-module', 'nowhere.py'], '--head-module nowhere.py: no such file'),
-    (['--eval-metric', 'color_mae'], 'no such figure (there are: loss, top1, top5, color_loss, color_top1'),
+    (['--eval-metric', 'color/mae'], 'no such metric (there are: loss, top1, top5, color/loss, color/top1'),
     (['--train-split', 'train2'], 'train2.csv: no such file'),
 ]
 

@@ -172,7 +172,7 @@ def test_figures_are_those_of_training(tmp_path, data_dir, capsys):
         assert (run / 'predictions-val.npz').is_file() and (run / 'predictions-test.npz').is_file()
         summary = pd.read_csv(run / 'summary.csv')
         best = summary.loc[summary['eval_top1'].idxmax()]
-        for title, figure in (('color top1', 'eval_color_top1'), ('shape top1', 'eval_shape_top1'),
+        for title, figure in (('color top1', 'eval/color/top1'), ('shape top1', 'eval/shape/top1'),
                               ('top1 (mean)', 'eval_top1')):
             for split in ('val', 'test'):
                 assert float(first[f'{split} {title}'][row]) == pytest.approx(best[figure], abs=0.0051)

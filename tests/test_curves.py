@@ -29,12 +29,12 @@ def summary_of(heads, epochs, ema=False, **columns):
     table = {'epoch': epoch, 'train_loss': 3.0 - epoch / 10, 'simclr_loss': 1.0 - epoch / 10,
              'classification_loss': np.full(epochs, 2.0)}
     for number, head in enumerate(heads):
-        table |= {f'train_{head}_loss': 9.0 - number - epoch / 10, f'train_{head}_top1': 50.0}
+        table |= {f'train/{head}/loss': 9.0 - number - epoch / 10, f'train/{head}/top1': 50.0}
     for prefix, more in (('eval_', 0), ('eval_ema_', 1))[:1 + ema]:
         table |= {prefix + 'loss': 10 - epoch / 10, prefix + 'top1': 5.0 + epoch + more}
         for number, head in enumerate(heads):
-            table |= {f'{prefix}{head}_loss': 10.0 - number - epoch / 10,
-                      f'{prefix}{head}_top1': 10.0 * number + epoch + more, f'{prefix}{head}_top5': 99.0}
+            table |= {f'{prefix[:-1]}/{head}/loss': 10.0 - number - epoch / 10,
+                      f'{prefix[:-1]}/{head}/top1': 10.0 * number + epoch + more, f'{prefix[:-1]}/{head}/top5': 99.0}
     return pd.DataFrame({**table, 'lr': 0.1 - epoch / 100, 'images_per_second': 100.0, **columns})
 
 
@@ -55,7 +55,7 @@ def legend(figure):
 
 def test_accuracy_of_each_head_and_the_mean_with_their_best_epochs():
     table = summary_of(['color', 'shape'], 3)
-    table.loc[1, 'eval_color_top1'] = 77
+    table.loc[1, 'eval/color/top1'] = 77
     figure = curve_figures(table)['accuracy']
     assert lines(figure) == {
         'color': [[(1, 0), (2, 77), (3, 2)]],
@@ -132,13 +132,13 @@ def test_no_row_no_figure(tmp_path):
 
 def test_tags_and_numbers_and_columns_without_a_number():
     table = summary_of(['color', 'tags', 'price'], 3).rename(columns={
-        'eval_tags_top1': 'eval_tags_map', 'eval_price_top1': 'eval_price_r2', 'eval_top1': 'eval_score'})
-    table['eval_color_top1'] = NAN
-    table['eval_price_r2'] = [-5000, np.inf, 40]
+        'eval/tags/top1': 'eval/tags/map', 'eval/price/top1': 'eval/price/r2', 'eval_top1': 'eval_score'})
+    table['eval/color/top1'] = NAN
+    table['eval/price/r2'] = [-5000, np.inf, 40]
     figure = curve_figures(table)['accuracy']
     assert legend(figure) == ['tags, map  12.0 (3)', 'price, r2  40.0 (3)', 'mean  7.00 (3)']
     axes, = figure.axes
-    assert axes.get_ylabel() == 'val figure (%)' and axes.get_ylim()[0] == 0
+    assert axes.get_ylabel() == 'val metric (%)' and axes.get_ylim()[0] == 0
     assert np.isnan(lines(figure)['price, r2'][0][1][1])
 
 
@@ -164,7 +164,7 @@ def test_ten_heads_differ_and_stay_within_the_figure():
             box = axes.get_legend().get_window_extent()
             assert box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1, name
     assert legend(curve_figures(summary_of(names, 4))['head_losses'])[7:] == [
-        'a head of a very lo…  2.70 (4)', ' _hidden  1.70 (4)', r'\$x\$  0.700 (4)']
+        'a head of…ong name 7  2.70 (4)', ' _hidden  1.70 (4)', r'\$x\$  0.700 (4)']
 
 
 @pytest.mark.parametrize('vision', VISIONS)

@@ -201,9 +201,9 @@ def test_the_card(exported):
     assert r'- **a_b**: 3 classes: \*p\*, \`r\`, q\_' in card
     with open(checkpoint.parent / 'summary.csv', encoding='utf-8') as file:
         row = list(csv.DictReader(file))[1]
-    assert '| head | top1 | top5 | r2 | mae | map | f1 | micro_f1 | loss |\n' in card
-    figures = ' | '.join(f'{float(row[f"eval_ema_a.b_{name}"]):.3f}' for name in ('top1', 'top5'))
-    assert f'| a.b | {figures} |  |  |  |  |  | {float(row["eval_ema_a.b_loss"]):.3f} |\n' in card
+    assert '| head | top1 | top5 | r2 | mae | map | f1 | micro_f1 | accuracy | loss |\n' in card
+    figures = ' | '.join(f'{float(row[f"eval_ema/a.b/{name}"]):.3f}' for name in ('top1', 'top5'))
+    assert f'| a.b | {figures} |  |  |  |  |  |  | {float(row["eval_ema/a.b/loss"]):.3f} |\n' in card
 
 
 def test_the_usage_in_the_card_runs(exported, monkeypatch):
@@ -470,11 +470,11 @@ def test_a_phase(data_dir, tmp_path):
     assert names_in(run / '1-first' / 'export') == ['backbone.json', 'backbone.safetensors']
     run_export(run / 'last.pth.tar', '--hub', tmp_path / 'hub')
     row = list(csv.DictReader((run / 'summary.csv').read_text().splitlines()))[-1]
-    assert f'| color | {float(row["eval_color_top1"]):.3f} | ' in (tmp_path / 'hub' / 'README.md').read_text()
+    assert f'| color | {float(row["eval/color/top1"]):.3f} | ' in (tmp_path / 'hub' / 'README.md').read_text()
 
 
 def test_a_summary_that_is_none(capsys, run_of, tmp_path):
-    (run_of.parent / 'summary.csv').write_text('epoch,eval_color_top1\n0,good\n')
+    (run_of.parent / 'summary.csv').write_text('epoch,eval/color/top1\n0,good\n')
     assert 'summary.csv: cannot be read as the summary of a run' in fails(
         capsys, export, [run_of, '--hub', tmp_path / 'hub'])
     assert names_in(tmp_path / 'hub') == []

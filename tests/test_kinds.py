@@ -55,12 +55,12 @@ def test_kinds_train_resume_and_are_validated(data, module, tmp_path, capsys):
     out = capsys.readouterr().out
     assert 'heads: color (2), style (3 tags), price (number), season (2 tags), size (3)' in out
     summary = pd.read_csv(folder / 'summary.csv')
-    for column in ('eval_score', 'eval_top1', 'eval_style_map', 'eval_price_mae', 'eval_season_micro_f1',
-                   'eval_size_within_one', 'train_price_loss', 'train_size_top1'):
+    for column in ('eval_score', 'eval_top1', 'eval/style/map', 'eval/price/mae', 'eval/season/micro_f1',
+                   'eval/size/within_one', 'train/price/loss', 'train/size/top1'):
         assert summary[column].notna().all(), column
     row = summary.iloc[-1]
-    weights = {'color_top1': 0.2, 'style_map': 0.2, 'price_r2': 0.5, 'season_map': 0.2, 'size_exact': 0.2}
-    mean = sum(w * max(0, row[f'eval_{name}']) for name, w in weights.items()) / sum(weights.values())
+    weights = {'color/top1': 0.2, 'style/map': 0.2, 'price/r2': 0.5, 'season/map': 0.2, 'size/exact': 0.2}
+    mean = sum(w * max(0, row[f'eval/{name}']) for name, w in weights.items()) / sum(weights.values())
     assert row['eval_score'] == pytest.approx(mean)
     names = LabelSpace.load(folder / 'label_space.json').names
     assert names == ('color', 'style', 'price', 'season', 'size')
@@ -76,7 +76,7 @@ def test_kinds_train_resume_and_are_validated(data, module, tmp_path, capsys):
         str(results), '--confusion', str(tmp_path / 'c'), '--head-module', str(module)])
     row, results = summary.iloc[summary['eval_score'].argmax()], json.loads(results.read_text())
     for head, figure in (('color', 'top1'), ('style', 'map'), ('price', 'mae'), ('season', 'f1'), ('size', 'exact')):
-        assert results['heads'][head][figure] == pytest.approx(row[f'eval_{head}_{figure}'], rel=1e-5)
+        assert results['heads'][head][figure] == pytest.approx(row[f'eval/{head}/{figure}'], rel=1e-5)
         assert results['heads'][head]['labels'] == (12 if head == 'season' else 10)
     assert results['mean']['score'] == pytest.approx(row['eval_score'], rel=1e-5)
     tables = {head: pd.read_csv(tmp_path / 'c' / f'confusion-{head}.csv', index_col=0) for head in names}
@@ -112,10 +112,10 @@ def test_a_figure_that_the_labels_do_not_allow_stays_out_of_the_score(data, tmp_
              str(tmp_path)]
     run_command(train, 'train.py', [str(data), *flags, '--experiment', 'run'])
     row = pd.read_csv(tmp_path / 'run' / 'summary.csv').iloc[0]
-    assert math.isnan(row['eval_price_r2']) and row['eval_score'] == row['eval_color_top1']
+    assert math.isnan(row['eval/price/r2']) and row['eval_score'] == row['eval/color/top1']
     with pytest.raises(SystemExit):
-        run_command(train, 'train.py', [str(data), *flags, '--eval-metric', 'price_r2'])
-    assert f"--eval-metric price_r2: 'price' has no weight, or no labels in {data / 'val.csv'} that allow it" in (
+        run_command(train, 'train.py', [str(data), *flags, '--eval-metric', 'price/r2'])
+    assert f"--eval-metric price/r2: 'price' has no weight, or no labels in {data / 'val.csv'} that allow it" in (
         capsys.readouterr().err)
 
 
@@ -123,8 +123,8 @@ def test_checkpoints_are_ranked_by_the_least_error(data, tmp_path):
     run_command(train, 'train.py', [
         str(data), '--model', 'test_resnet', '--img-size', '32', '-b', '6', '-j', '0', '--device', 'cpu',
         '--epochs', '4', '--cooldown-epochs', '0', '--warmup-epochs', '0', '--heads', 'price', '--head',
-        'price:loss=numeric', '--eval-metric', 'price_mae', '--output', str(tmp_path), '--experiment', 'run'])
-    errors = pd.read_csv(tmp_path / 'run' / 'summary.csv')['eval_price_mae']
+        'price:loss=numeric', '--eval-metric', 'price/mae', '--output', str(tmp_path), '--experiment', 'run'])
+    errors = pd.read_csv(tmp_path / 'run' / 'summary.csv')['eval/price/mae']
     best = torch.load(tmp_path / 'run' / 'model_best.pth.tar', weights_only=True)
     assert best['epoch'] == errors.argmin() and best['metric'] == pytest.approx(errors.min())
 

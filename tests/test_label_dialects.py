@@ -235,11 +235,13 @@ def test_tags_without_both_answers_are_in_no_mean():
     said = np.array([[0.9, 0.9, 0.1], [0.8, 0.9, 0.1], [0.7, 0.9, 0.1]], dtype=np.float32)
     labels = TagSet('t', ('a', 'b', 'd'))
     head = TagsHead(labels, 4)
-    expected = {'map': 100 * (1 + 2 / 3) / 2, 'f1': 80.0, 'micro_f1': 100 * 8 / 9}
-    assert head.metrics(target, said) == pytest.approx(expected)
+    expected = {'map': 100 * (1 + 2 / 3) / 2, 'f1': 80.0, 'micro_f1': 100 * 8 / 9, 'accuracy': 200 / 3}
+    metrics = head.metrics(target, said)
+    assert {name: metrics[name] for name in head.figures} == pytest.approx(expected)
     of_report = tag_figures(target, said, np.ones((1, 3), np.int32))
     assert {name: value[0] for name, value in of_report.items()} == pytest.approx(expected)
-    assert np.isnan(list(head.metrics(target[:, 1:], said[:, 1:]).values())).all()
+    metrics = TagsHead(TagSet('t', ('b', 'd')), 4).metrics(target[:, 1:], said[:, 1:])
+    assert np.isnan([metrics[name] for name in head.figures]).all()
     assert all(np.isnan(value).all() for value in tag_figures(target[:, 1:], said[:, 1:], np.ones((2, 3))).values())
 
 
@@ -282,7 +284,7 @@ def test_training_and_validation_read_one_dialect(tmp_path, capsys):
         return json.loads((tmp_path / 'r.json').read_text())['heads']['tags']
 
     found = scores()
-    assert found['labels'] == 9 and found['map'] == pytest.approx(summary['eval_tags_map'][0])
+    assert found['labels'] == 9 and found['map'] == pytest.approx(summary['eval/tags/map'][0])
     text = (data / 'val.csv').read_text().replace('nil', '[]').replace(';', '+')
     (data / 'val.csv').write_text(text)
     assert scores('--none-value', '[]', '--tag-separator', '+') == found
@@ -320,8 +322,8 @@ def test_heads_that_cannot_be_scored_are_named_and_do_not_rank(tmp_path, capsys)
     assert f"{val}: 'brand' has no label: not scored\n" in out
     assert f"{val}: 'tags' has 2 of 2 tags without a 0 (a, b): not scored\n" in out
     row = pd.read_csv(run / 'summary.csv').iloc[0]
-    assert row['eval_score'] == row['eval_color_top1'] and math.isnan(row['eval_tags_map'])
-    assert f'(color {row["eval_color_top1"]:.1f}%  brand -  tags - map)' in out and 'nan' not in out
+    assert row['eval_score'] == row['eval/color/top1'] and math.isnan(row['eval/tags/map'])
+    assert f'(color {row["eval/color/top1"]:.1f}%  brand -  tags - map)' in out and 'nan' not in out
 
     run_command(train, 'train.py', [str(data), *TINY, *flags, '--heads', 'tags', '--epochs', '1', '--output',
                                     str(tmp_path), '--experiment', 'alone'])
@@ -329,7 +331,7 @@ def test_heads_that_cannot_be_scored_are_named_and_do_not_rank(tmp_path, capsys)
     assert line in capsys.readouterr().out
     best = torch.load(tmp_path / 'alone' / 'model_best.pth.tar', weights_only=True)
     assert best['metric'] == pd.read_csv(tmp_path / 'alone' / 'summary.csv')['eval_loss'][0]
-    for metric in ('score', 'tags_map'):
+    for metric in ('score', 'tags/map'):
         with pytest.raises(SystemExit):
             run_command(train, 'train.py', [str(data), *TINY, *flags, '--heads', 'tags', '--eval-metric', metric])
         assert f'--eval-metric {metric}: ' in capsys.readouterr().err

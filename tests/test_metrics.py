@@ -22,11 +22,11 @@ def test_scores_of_labelled_rows():
     for part in (slice(0, 1), slice(1, 4)):
         evaluator.update({'color': COLOR[part], 'shape': SHAPE[part]}, TARGET[part])
     figures = evaluator.compute()
-    assert figures['color_top1'] == pytest.approx(200 / 3) and figures['shape_top1'] == pytest.approx(200 / 3)
-    assert figures['color_top5'] == figures['shape_top5'] == 100  # fewer than five classes
+    assert figures['color/top1'] == pytest.approx(200 / 3) and figures['shape/top1'] == pytest.approx(200 / 3)
+    assert figures['color/top5'] == figures['shape/top5'] == 100  # fewer than five classes
     expected = F.cross_entropy(COLOR[:3], TARGET[:3, 0]).item()
-    assert figures['color_loss'] == pytest.approx(expected, rel=1e-6)
-    assert figures['loss'] == pytest.approx(0.75 * figures['color_loss'] + 0.25 * figures['shape_loss'])
+    assert figures['color/loss'] == pytest.approx(expected, rel=1e-6)
+    assert figures['loss'] == pytest.approx(0.75 * figures['color/loss'] + 0.25 * figures['shape/loss'])
     assert figures == evaluator.summary()
 
 
@@ -43,7 +43,7 @@ def test_a_head_without_labels_stays_out_of_the_means():
     evaluator = MultiLabelEvaluator(HEADS, WEIGHTS)
     evaluator.update({'color': COLOR, 'shape': SHAPE}, torch.tensor([[0, -1]] * 4))
     figures = evaluator.compute()
-    assert math.isnan(figures['shape_top1']) and figures['top1'] == figures['color_top1'] == 25
+    assert math.isnan(figures['shape/top1']) and figures['top1'] == figures['color/top1'] == 25
     assert math.isnan(MultiLabelEvaluator(HEADS, WEIGHTS).compute()['top1'])
     assert math.isnan(mean_over_heads({}, {'a': 1.0}))
 
@@ -59,7 +59,7 @@ def test_padding_does_not_count():
     for _ in range(2):
         evaluator.update({'color': COLOR[:2], 'shape': SHAPE[:2]}, TARGET[:2])
     assert len(evaluator.predictions()['color'][0]) == 3
-    assert evaluator.compute()['color_top1'] == 100
+    assert evaluator.compute()['color/top1'] == 100
 
 
 def test_class_metrics():
@@ -82,7 +82,7 @@ def test_training_meter_adds_steps_up():
     figures = meter.compute()
     assert figures['train_loss'] == pytest.approx(sum(r['loss'].item() for r in results) / 3, rel=1e-6)
     assert figures['train_loss'] == pytest.approx(figures['simclr_loss'] + figures['classification_loss'], rel=1e-6)
-    assert math.isnan(figures['train_shape_top1']) and 0 <= figures['train_color_top1'] <= 100
+    assert math.isnan(figures['train/shape/top1']) and 0 <= figures['train/color/top1'] <= 100
 
 
 def test_training_meter_scores_the_larger_share_of_mixed_labels():
@@ -92,7 +92,7 @@ def test_training_meter_scores_the_larger_share_of_mixed_labels():
     meter.update({
         'loss': zero, 'simclr_loss': zero, 'classification_loss': zero, 'head_losses': torch.zeros(2),
         'output': {'color': COLOR[:3], 'shape': SHAPE[:3]}, 'target': dict(zip(HEADS, SPACE.split(target)))})
-    assert meter.compute()['train_color_top1'] == 50
+    assert meter.compute()['train/color/top1'] == 50
 
 
 def _evaluate_rank(rank):

@@ -227,7 +227,7 @@ def test_a_checkpoint_of_a_phase_that_was_moved_is_refused(recipe, tmp_path, cap
 
 def test_what_a_recipe_says_of_heads_for_all_phases_survives_args_yaml(recipe, tmp_path):
     settings = {**yaml.safe_load(recipe.read_text()), 'entropy_weight': 0.1, 'head_weights': {'color': 2, 'shape': 1},
-                'head': {'shape': {'loss': 'arcface'}}, 'eval_metric': 'color_top1', 'unlabelled': 'pool'}
+                'head': {'shape': {'loss': 'arcface'}}, 'eval_metric': 'color/top1', 'unlabelled': 'pool'}
     settings['phases'] = [{'name': 'a', 'wlc': 0, 'epochs': 1}, {'name': 'b', 'epochs': 1, 'aa': None}]
     recipe.write_text(yaml.safe_dump(settings))
     go('-c', recipe, '--epoch-steps', '1', '--lr', '0.07')
@@ -267,9 +267,9 @@ def test_flags_of_heads_over_all_phases_leave_the_one_without_heads_alone(tmp_pa
     path = tmp_path / 'r.yaml'
     phases = [{'name': 'a', 'epochs': 1, 'wlc': 0}, {'name': 'b', 'epochs': 1}]
     path.write_text(yaml.safe_dump({'data_dir': 'd', 'phases': phases}))
-    flags = check_phases(parse(path, '--heads', 'color', '--head', 'color:weight=2', '--eval-metric', 'color_top1'))
+    flags = check_phases(parse(path, '--heads', 'color', '--head', 'color:weight=2', '--eval-metric', 'color/top1'))
     assert [(each.heads, each.head, each.eval_metric) for each in flags] == [
-        (None, {}, None), (['color'], {'color': {'weight': '2'}}, 'color_top1')]
+        (None, {}, None), (['color'], {'color': {'weight': '2'}}, 'color/top1')]
     path.write_text(yaml.safe_dump({'data_dir': 'd', 'phases': [{**phases[0], 'heads': ['color']}]}))
     with pytest.raises(UserError, match="phase 'a': --heads would change nothing"):
         check_phases(parse(path))

@@ -77,14 +77,14 @@ def wandb_rows(folder):
 def test_tensorboard_has_what_summary_csv_has(data_dir, tmp_path, capsys):
     folder = resumed_after_first_epoch(data_dir, tmp_path, '--log-tensorboard', '--model-ema')
     found, rows = scalars(folder / 'tensorboard'), expected(folder)
-    assert found.keys() == rows.keys() and 'eval_ema_color_top1' in rows
+    assert found.keys() == rows.keys() and 'eval_ema/color/top1' in rows
     for name, points in found.items():
         assert [step for step, _ in points] == [1, 2, 3], name  # each epoch once, though two were trained twice
         assert [value for _, value in points] == rows[name], name
     progress = scalars(folder / 'tensorboard' / 'progress')
     steps = [step for step, _ in progress['train_loss']]
     assert steps == [2, 3, 5, 6, 8, 9]  # of 3 an epoch, every second and the last
-    assert [value for step, value in progress['train_color_loss'] if step % 3 == 0] == rows['train_color_loss']
+    assert [value for step, value in progress['train/color/loss'] if step % 3 == 0] == rows['train/color/loss']
     assert f'TensorBoard: tensorboard --logdir {folder}/tensorboard' in capsys.readouterr().out
 
 
@@ -168,7 +168,7 @@ def test_phases(recipe, offline, capsys):  # noqa: F811
     found = scalars(folder / 'tensorboard')
     assert found['train_loss'] == [(n + 1, pytest.approx(value)) for n, value in enumerate(table['train_loss'])]
     assert [step for step, _ in found['eval_top1']] == [3, 4, 5, 6] and 'phase' not in found
-    assert [step for step, _ in found['eval_shape_top1']] == [3, 4, 5]
+    assert [step for step, _ in found['eval/shape/top1']] == [3, 4, 5]
     assert {path.name for path in (folder / 'tensorboard').iterdir() if path.is_dir()} == {
         'progress-pretrain', 'progress-joint', 'progress-heads'}
     told = list(wandb_rows(folder))

@@ -29,11 +29,11 @@ def test_run_folder(data_dir, tmp_path, capsys):
     assert summary['epoch'].tolist() == [0, 1]
     total = summary['simclr_loss'] + summary['classification_loss']
     assert summary['train_loss'].to_numpy() == pytest.approx(total.to_numpy(), rel=1e-6)
-    heads = 0.8 * (summary['train_color_loss'] + summary['train_shape_loss']) / 2
+    heads = 0.8 * (summary['train/color/loss'] + summary['train/shape/loss']) / 2
     assert summary['classification_loss'].to_numpy() == pytest.approx(heads.to_numpy(), rel=1e-5)
     for prefix in ('eval_', 'eval_ema_'):
         for name in ('loss', 'top1', 'top5'):
-            mean = (summary[f'{prefix}color_{name}'] + summary[f'{prefix}shape_{name}']) / 2
+            mean = (summary[f'{prefix[:-1]}/color/{name}'] + summary[f'{prefix[:-1]}/shape/{name}']) / 2
             assert summary[prefix + name].to_numpy() == pytest.approx(mean.to_numpy())
     assert (summary['images_per_second'] > 0).all() and summary['lr'].tolist()[0] == 0.05
 
@@ -174,7 +174,7 @@ def test_validation_repeats_the_evaluation_of_training(data_dir, tmp_path, capsy
         results = validated(data_dir, folder, '--weights', kind)
         for metric in ('top1', 'top5', 'loss'):
             assert results['mean'][metric] == pytest.approx(row[prefix + metric], rel=1e-5)
-            assert results['heads']['color'][metric] == pytest.approx(row[f'{prefix}color_{metric}'], rel=1e-5)
+            assert results['heads']['color'][metric] == pytest.approx(row[f'{prefix[:-1]}/color/{metric}'], rel=1e-5)
         assert results['heads']['shape']['labels'] == 6
     assert f'{best.best_weights} weights, the better ones of this checkpoint' in capsys.readouterr().out
 

@@ -48,6 +48,11 @@ def shortened(text: str, most: int = _NAME) -> str:
     return printable(text) if len(text) <= most else printable(text[:most - 1]) + '\u2026'
 
 
+def abbreviated(text: str, most: int) -> str:
+    """A name for people to read, its middle replaced by an ellipsis where it is longer: ends tell names apart, too."""
+    return printable(text) if len(text) <= most else shortened(text, (most + 1) // 2) + printable(text[-(most // 2):])
+
+
 def listed(names: Collection[str]) -> str:
     """The first of some names, and how many more there are."""
     shown = [shortened(name) for name, _ in zip(names, range(_NAMES))]

@@ -1,6 +1,7 @@
 """Files: written whole or not at all, read only where they are files, and without trusting what they hold."""
 import errno
 import json
+import math
 import os
 import shutil
 import stat
@@ -205,3 +206,10 @@ def read_json(
         if not check(value):
             raise ValueError('it holds something else')
     return value
+
+
+def without_nan(value: Any) -> Any:
+    """NaN, which JSON has not, as null."""
+    if isinstance(value, dict):
+        return {key: without_nan(part) for key, part in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value

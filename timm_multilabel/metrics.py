@@ -15,6 +15,7 @@ from sklearn.metrics import f1_score, recall_score
 from timm_multilabel.distributed import sum_over_ranks
 from timm_multilabel.heads import Head
 from timm_multilabel.labels import MISSING, LabelSet, LabelSpace
+from timm_multilabel.metric_names import in_summary, of_head
 
 MEANS = ('loss', 'score', 'top1', 'top5')
 """The figures that have a mean over heads: over those that have the figure."""
@@ -37,8 +38,8 @@ def default_metric(heads: Iterable[Head]) -> str:
 
 
 def less_is_better(metric: str, heads: Mapping[str, Head]) -> bool:
-    """Whether a figure of the evaluation, such as 'top1' or '<head>_mae', is better when it is less."""
-    decreasing = {f'{name}_{figure}' for name, head in heads.items() for figure in ('loss', *head.decreasing)}
+    """Whether a metric of the evaluation, such as 'top1' or '<head>/mae', is better when it is less."""
+    decreasing = {of_head(name, figure) for name, head in heads.items() for figure in ('loss', *head.decreasing)}
     return metric in ('loss', 'simclr_loss') or metric in decreasing
 
 
@@ -76,6 +77,7 @@ class MultiLabelEvaluator:
         self.sums = _zeros(2, len(self.heads), device=self.device)
         self.targets: list[torch.Tensor] = []
         self.measured: list[torch.Tensor] = []
+        self.of_tags: dict[str, dict[str, dict[str, float]]] = {}
 
     @torch.no_grad()
     def update(self, output: dict[str, torch.Tensor], target: torch.Tensor) -> None:
@@ -87,10 +89,10 @@ class MultiLabelEvaluator:
         if not len(target):
             return
         measured = []
-        for column, ((name, head), of_head) in enumerate(
+        for column, ((name, head), its) in enumerate(
                 zip(self.heads.items(), self.label_space.split(target), strict=True)):
             values = output[name].float()
-            self.sums[:, column] += torch.stack(head.eval_loss(values, of_head))
+            self.sums[:, column] += torch.stack(head.eval_loss(values, its))
             measured.append(head.measure(values))
         self.targets.append(target)
         if measured:
@@ -98,19 +100,22 @@ class MultiLabelEvaluator:
             self.widths = [part.shape[1] for part in measured]
 
     def compute(self, distributed: bool = False) -> dict[str, float]:
-        """'loss' and others of `MEANS` as means over heads, then '<head>_loss' and '<head>_<figure>' of each head.
+        """'loss' and others of `MEANS` as means over heads, then '<head>/loss' and '<head>/<figure>' of each head.
 
         'score', the mean of the heads' main figures (0 where one is less), is there where not every head's is 'top1'. A
         head without any label has NaN and stays out of the means, as does a figure that the labels do not allow.
+        Afterwards `of_tags` has {head: {tag: {metric: value}}} of the heads of tags that have labels.
         """
         loss, count = (sum_over_ranks(self.sums) if distributed else self.sums).cpu().numpy()
-        figures, labelled = {}, {}
+        figures, labelled, self.of_tags = {}, {}, {}
         for column, (name, (target, measured)) in enumerate(self.predictions(distributed).items()):
             head = self.heads[name]
             figures[name] = dict.fromkeys(('loss', *head.figures), np.nan)
             if len(target):
                 if np.isfinite(measured).all():  # else the loss tells
-                    figures[name] |= head.metrics(target, measured)
+                    found = head.metrics(target, measured)
+                    self.of_tags |= {name: found['tags']} if 'tags' in found else {}
+                    figures[name] |= {figure: found[figure] for figure in head.figures}
                 figures[name]['loss'] = loss[column] / count[column]
                 # A score goes down to 0, so that one head that is far off does not hide what the others do.
                 labelled[name] = {**figures[name], 'score': np.maximum(figures[name][head.figures[0]], 0)}
@@ -124,7 +129,7 @@ class MultiLabelEvaluator:
             if having or metric in ('loss', self.default_metric):
                 means[metric] = mean_over_heads(having, self.head_weights)
         return means | {
-            f'{name}_{metric}': float(value) for name, of_head in figures.items() for metric, value in of_head.items()}
+            of_head(name, metric): float(value) for name, its in figures.items() for metric, value in its.items()}
 
     def summary(self) -> dict[str, float]:
         """The figures of this rank so far."""
@@ -225,8 +230,8 @@ class TrainingMeter:
         return {name: sum(state[name] for state in states) for name in states[0]}
 
     def compute(self, distributed: bool = False) -> dict[str, float]:
-        """'train_loss', its weighted terms '<term>_loss', 'train_<head>_loss', of classes 'train_<head>_top1', and with
-        pseudo-labels 'train_<head>_pseudo_labelled', the percentage that passes; reads from the device.
+        """'train_loss', its weighted terms '<term>_loss', 'train/<head>/loss', of classes 'train/<head>/top1', and with
+        pseudo-labels 'train/<head>/pseudo_labelled', the percentage that passes; reads from the device.
         """
         tensors = list(self.state().values())
         if distributed:
@@ -236,10 +241,10 @@ class TrainingMeter:
         figures = {'train_loss': total / steps}
         figures |= {f'{name}_loss': value / steps for name, value in zip(self.terms, terms, strict=True)}
         for column, (name, head) in enumerate(self.heads.items()):
-            figures[f'train_{name}_loss'] = losses[column] / steps
+            figures[in_summary('train', of_head(name, 'loss'))] = losses[column] / steps
             if _has_accuracy(head):
-                figures[f'train_{name}_top1'] = (
+                figures[in_summary('train', of_head(name, 'top1'))] = (
                     100 * correct[column] / labels[column] if labels[column] else float('nan'))
             if 'pseudo_label' in self.terms and head.distribution:
-                figures[f'train_{name}_pseudo_labelled'] = 100 * shares[column] / steps
+                figures[in_summary('train', of_head(name, 'pseudo_labelled'))] = 100 * shares[column] / steps
         return figures

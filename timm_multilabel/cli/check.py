@@ -83,22 +83,26 @@ def _read_contents(args: argparse.Namespace) -> Contents:
         return of_run.get(name, default) if value in (None, {}) else value
 
     kinds, given = load_kinds(args.head_module), flag('head', {})
-    groups = head_options.groups(given)
     tags = argparse.Namespace(**{name: flag(name) for name in ('tag_separator', 'none_value', 'missing_value')})
 
+    def groups_of(columns: list[str]) -> dict[str, tuple[str, ...]]:
+        return head_options.groups(head_options.match_columns(given, columns))
+
     def read_head(tables: list[Table], heads: list[str], name: str) -> LabelSpace:
-        options = head_options.expand(given, tables[-1].label_columns, heads)
+        columns = tables[-1].label_columns
+        options = head_options.expand(head_options.match_columns(given, columns), columns, heads)
         if options.get(name, {}).get('loss') == 'arcface':
             check_single_class(tables[-1], name)
-        return find_label_space(tables, [name], head_options.readers(options, kinds), groups, dialect(tags))
+        return find_label_space(tables, [name], head_options.readers(options, kinds), groups_of(columns), dialect(tags))
 
     head_options.readers(given, kinds)
     contents = read_contents(
         Path(args.data_dir), flag('image_column', 'image_path'), flag('separator'), tags.missing_value,
-        flag('heads'), given, groups, read_head,
+        flag('heads'), given, groups_of, read_head,
         {usual: flag(f'{usual}_split', usual) for usual in ('train', 'val')}, tags.tag_separator)
     if 'train' in contents.splits:
-        head_options.check_groups(given, contents.splits['train'].table.label_columns)
+        columns = contents.splits['train'].table.label_columns
+        head_options.check_groups(head_options.match_columns(given, columns), columns)
     for name in given:
         if name != '*' and name not in contents.columns.heads:
             raise UserError(f'--head {name}: there is no such head (there are: {", ".join(contents.columns.heads)})')

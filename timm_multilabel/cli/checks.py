@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable
 from timm_multilabel.cli.batches import which_views
 from timm_multilabel.cli.data import Data, wants_pool
 from timm_multilabel.data.remarks import can_be_scored
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import UserError, listed
 from timm_multilabel.heads import Head
+from timm_multilabel.metric_names import earlier_name, of_head
 from timm_multilabel.metrics import MEANS, default_metric
 from timm_multilabel.task import resolve_head_weights
 
@@ -171,12 +172,16 @@ def check_metric(
     metric = args.eval_metric or default_metric(heads)
     if data.eval_rows is None:
         return 'simclr_loss'
-    of_head = {head.labels.name: ('loss', *head.figures) for head in heads}
+    figures = {head.labels.name: ('loss', *head.figures) for head in heads}
     known = [mean for mean in MEANS if mean in ('loss', default_metric(heads))
-             or any(mean in figures for figures in of_head.values())]
-    known += [f'{name}_{figure}' for name, figures in of_head.items() for figure in figures]
+             or any(mean in its for its in figures.values())]
+    of_heads = [of_head(name, figure) for name, its in figures.items() for figure in its]
+    known += of_heads
     if metric not in known:
-        raise UserError(f"--eval-metric '{metric}': no such figure (there are: {', '.join(known)})")
+        meant = [name for name in of_heads if earlier_name(name) == metric]  # args.yaml of earlier versions has it
+        if len(meant) != 1:
+            raise UserError(f"--eval-metric '{metric}': no such metric (there are: {listed(known)})")
+        metric, = meant
     labelled, scored = _scored_heads(data, weights)
     source = data.eval_rows.source
     if not labelled:
@@ -184,14 +189,14 @@ def check_metric(
     if not scored and args.eval_metric is None:
         say(f'{source}: its labels allow no {metric} of any head, so checkpoints are ranked by loss')
         return 'loss'
-    if metric in MEANS and metric != 'loss' and not any(metric in ('score', *of_head[name]) for name in scored):
+    if metric in MEANS and metric != 'loss' and not any(metric in ('score', *figures[name]) for name in scored):
         raise UserError(f'--eval-metric {metric}: {source} has no labels of a head that allow it; choose another, such '
                         'as loss')
     for head in heads:
         name = head.labels.name
-        for figure in of_head[name]:
+        for figure in figures[name]:
             allowed = labelled if figure in ('loss', *head.decreasing) else scored
-            if metric == f'{name}_{figure}' and name not in allowed:
+            if metric == of_head(name, figure) and name not in allowed:
                 raise UserError(
                     f"--eval-metric {metric}: '{name}' has no weight, or no labels in {source} that allow it; choose "
                     'another')

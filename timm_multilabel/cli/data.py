@@ -91,11 +91,12 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
 
     all_path = folder / 'all.csv'
     tables = [_read(args, all_path)] if all_path.is_file() else []
-    head_options.check_groups(args.head, train.label_columns)
+    given = head_options.match_columns(args.head, train.label_columns)
+    head_options.check_groups(given, train.label_columns)
     label_space, heads = splits.label_space if streamed else None, args.heads
     if label_space is None:
-        heads = _choose_heads(args, train, say)
-    head = head_options.expand(args.head, train.label_columns, heads)
+        heads = _choose_heads(args, given, train, say)
+    head = head_options.expand(given, train.label_columns, heads)
     if label_space is None:
         label_space = find_label_space(
             [*tables, train], heads, head_options.readers(head, kinds), head_options.groups(head), dialect(args))
@@ -177,13 +178,18 @@ def _hide_labels(
     return keep_labels(rows, label_space, args.labelled_rows, args.seed)
 
 
-def _choose_heads(args: argparse.Namespace, train: Table, say: Callable[[str], None]) -> list[str]:
+def _choose_heads(
+        args: argparse.Namespace,
+        given: head_options.Options,
+        train: Table,
+        say: Callable[[str], None],
+) -> list[str]:
     """The heads to learn, after a look at the columns, which is told.
 
     Raises:
         UserError: A column looks like a number, and no flag says what it is.
     """
-    columns = choose_columns(train, args.heads, args.head, head_options.groups(args.head), args.tag_separator)
+    columns = choose_columns(train, args.heads, given, head_options.groups(given), args.tag_separator)
     for line in columns.lines():
         say(f'{train.path}: {line}')
     for name in columns.asked:
@@ -223,6 +229,7 @@ def _splits(
     stored, columns = read_stored(folder), args.heads
     if columns is not None:
         columns = [*columns, *(column for group in head_options.groups(args.head).values() for column in group)]
+        columns = None if any(map(head_options.is_pattern, columns)) else columns  # which need the names of all
     known = LabelSpace(())
     if args.classification_loss_weight:
         known = stored_heads(stored, args.head, args.heads, kinds, dialect(args))

@@ -1,15 +1,50 @@
 """`--head`: from texts to the options of heads."""
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from timm_multilabel.cli.flags import at_least_0
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import UserError, listed
 from timm_multilabel.heads import Head, default_kind, options_of
 from timm_multilabel.labels import Labels, LabelSpace, TagSet
 
 Options = dict[str, dict[str, Any]]
+
+
+def is_pattern(text: str) -> bool:
+    """Whether a name among `columns=` may stand for several columns."""
+    return '*' in text or '?' in text
+
+
+def match_columns(given: Options, columns: Sequence[str]) -> Options:
+    """What `--head` says, with the matching columns in place of each pattern such as `columns=attr_*`.
+
+    `*` matches any letters and `?` any one, unless there is a column of that very name. A column that the head has
+    already is not added again.
+
+    Args:
+        given: What `--head` says.
+        columns: The label columns.
+
+    Raises:
+        UserError: A pattern that no column matches.
+    """
+    found = {}
+    for name, options in given.items():
+        group = []
+        for each in _list(options.get('columns', [])):
+            if each in columns or not is_pattern(each):
+                group.append(each)
+                continue
+            matching = [column for column in columns if fnmatchcase(column, each.replace('[', '[[]'))]
+            if not matching:
+                raise UserError(
+                    f"--head {name}:columns: no label column matches '{each}' (there are: {listed(columns) or 'none'})")
+            group += [column for column in matching if column not in group]
+        found[name] = {**options, 'columns': group} if 'columns' in options else options
+    return found
 
 
 def expand(given: Options, columns: list[str], heads: list[str] | None) -> Options:
@@ -44,7 +79,7 @@ def check_groups(given: Options, columns: list[str]) -> None:
         for column in group:
             if column not in columns:
                 raise UserError(
-                    f"--head {name}:columns: no label column '{column}' (there are: {', '.join(columns) or 'none'})")
+                    f"--head {name}:columns: no label column '{column}' (there are: {listed(columns) or 'none'})")
             if column in taken:
                 raise UserError(f"--head {name}:columns: '{column}' is named twice; each column is one tag of one head")
             taken[column] = name
@@ -72,7 +107,7 @@ def readers(given: Options, kinds: Mapping[str, type[Head]]) -> dict[str, type[L
 
 
 def groups(given: Options) -> dict[str, tuple[str, ...]]:
-    """The 0/1 columns of heads of tags."""
+    """The 0/1 columns of heads of tags; patterns as they are, unless `match_columns` has replaced them."""
     return {name: tuple(_list(options['columns'])) for name, options in given.items() if 'columns' in options}
 
 

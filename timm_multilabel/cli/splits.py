@@ -13,6 +13,7 @@ from timm_multilabel.data.split_names import find_split, no_split
 from timm_multilabel.data.streams import Stored, StreamedTable, read_labels, table_of_labels, table_without_labels
 from timm_multilabel.data.table import Table, read_table
 from timm_multilabel.distributed import all_objects, world
+from timm_multilabel.errors import UserError
 from timm_multilabel.heads import Head
 from timm_multilabel.labels import LabelSpace
 
@@ -137,6 +138,10 @@ def stored_heads(
     if stored.label_space is None:
         return None
     columns = [column for labels in stored.label_space.heads for column in labels.columns]
+    try:
+        given = head_options.match_columns(given, columns)
+    except UserError:
+        return None  # what matches is among the columns that are not stored, if anywhere
     head = head_options.expand(given, columns, heads)
     if any(options.get('class_weights') == 'balanced' or options.get('loss') == 'arcface' for options in head.values()):
         return None  # these look at the labels of all samples

@@ -34,6 +34,7 @@ from timm_multilabel.training.checkpoint import (
 )
 from timm_multilabel.training.loop import Fit
 from timm_multilabel.training.place import Place
+from timm_multilabel.training.progress import fitted, line_width
 from timm_multilabel.training.run_folder import (
     RunFolder,
     RunLock,
@@ -238,7 +239,9 @@ class Phase:
         args, data, task, device, ranks = self.args, self.data, self.task, self.precision.device, world()[1]
         if ranks > 1:
             task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
-        say((f'Phase {self.name}: ' if self.name else '') + f'{args.model}, {self.length}, heads: {data.label_space}')
+        title = (f'Phase {self.name}: ' if self.name else '') + f'{args.model}, {self.length}, heads: '
+        heads = list(map(str, data.label_space.heads)) or ['no heads']
+        say(title + fitted(heads, line_width() - len(title), ', '))
         say(f'{data}, {ranks} x {device}, {data.steps} step{"s" * (data.steps > 1)} an epoch, run folder {folder}')
         fit = Fit(
             self.updater,

@@ -230,8 +230,8 @@ def _add_run(group) -> None:
     group.add_argument('--checkpoint-steps', type=positive, metavar='N',
                        help='save within an epoch too, every N steps (the last two are kept until its end)')
     group.add_argument('--eval-metric', metavar='NAME',
-                       help='what makes a checkpoint the best: loss, top1, HEAD_top1, HEAD_map, ... (default: top1, or '
-                            "score, the mean of the heads' main figures, where a head has tags or numbers)")
+                       help='what makes a checkpoint the best: loss, top1, HEAD/top1, HEAD/map, ... (default: top1, or '
+                            "score, the mean of the heads' main metrics, where a head has tags or numbers)")
     group.add_argument('--checkpoint-hist', type=positive, default=10, metavar='N', help='checkpoints kept')
     group.add_argument('--log-interval', type=positive, default=50, metavar='N', help='steps between figures')
     group.add_argument('--log-tensorboard', action=_SWITCH, default=False,

@@ -25,15 +25,17 @@ from timm_multilabel.data.table import Rows, Table, describe_unknown, unknown_la
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError, shortened
 from timm_multilabel.escaping import spreadsheet_csv
-from timm_multilabel.files import write_whole
+from timm_multilabel.files import without_nan, write_whole
 from timm_multilabel.heads import Head, load_kinds
 from timm_multilabel.inference.loaded import check_finite
 from timm_multilabel.labels import LabelSet, LabelSpace, TagSet, missing_row
 from timm_multilabel.loading.batches import BadImages, Part
 from timm_multilabel.loading.loaders import create_eval_loader
 from timm_multilabel.loading.streaming import StreamedBatches, create_stream_loader
+from timm_multilabel.metric_names import of_head
 from timm_multilabel.metrics import MEANS, MultiLabelEvaluator, class_metrics, mean_over_heads
 from timm_multilabel.reports.confusion import confusion_stems, write_confusion
+from timm_multilabel.reports.results import results_lines
 from timm_multilabel.task import resolve_head_weights
 from timm_multilabel.training.checkpoint import Checkpoint, load_model, read_checkpoint
 from timm_multilabel.training.loop import evaluate
@@ -114,9 +116,9 @@ def run(args: argparse.Namespace) -> None:
         with Progress(f'Validate {rows.source.name}', len(loader), visible=rank == 0) as progress:
             figures = evaluate(model, loader, evaluator, precision, progress)
         predictions = evaluator.predictions(distributed=ranks > 1)
-        check_finite([torch.tensor([
-            figures[f'{name}_loss'] for name, (target, _) in predictions.items() if len(target)])], checkpoint.path)
-        results = gather_results(model.named_heads, figures, predictions, head_weights)
+        losses = [figures[of_head(name, 'loss')] for name, (target, _) in predictions.items() if len(target)]
+        check_finite([torch.tensor(losses)], checkpoint.path)
+        results = gather_results(model.named_heads, figures, predictions, evaluator.of_tags, head_weights)
     seconds = time.perf_counter() - started
     if args.knn:
         bank_loader, bank_part = build_loader(scored, bank, args, device)
@@ -131,7 +133,7 @@ def run(args: argparse.Namespace) -> None:
         if model.named_heads:
             results['images_per_second'] = len(rows) / seconds
         results |= {'checkpoint': str(checkpoint.path), 'weights': weights, 'csv': str(rows.source)}
-        print(results_table(results))
+        print('\n'.join(results_lines(results, {name: head.kind for name, head in model.named_heads.items()})))
         if bank is not None:
             say(f'{KNN_FIGURE}: what the {args.knn} nearest of {len(bank)} images of {bank.source} vote for')
         if model.named_heads:
@@ -271,16 +273,18 @@ def gather_results(
         heads: dict[str, Head],
         figures: dict[str, float],
         predictions: dict[str, tuple[Any, Any]],
+        of_tags: dict[str, dict[str, dict[str, float]]],
         head_weights: dict[str, float],
 ) -> dict[str, Any]:
-    """The figures of each head, and their weighted means."""
+    """The metrics of each head, with those of each tag, and the weighted means of the heads."""
     results = {}
     for name, head in heads.items():
         target, measured = predictions[name]
-        results[name] = {figure: figures[f'{name}_{figure}'] for figure in head.figures}
+        results[name] = {figure: figures[of_head(name, figure)] for figure in head.figures}
         if isinstance(head.labels, LabelSet) and len(head.labels.classes) > 1:
             results[name] |= class_metrics(target[:, 0].astype(int), measured[:, 0].astype(int))
-        results[name] |= {'loss': figures[f'{name}_loss'], 'labels': len(target)}
+        results[name] |= {'loss': figures[of_head(name, 'loss')], 'labels': len(target)}
+        results[name] |= {'tags': of_tags[name]} if name in of_tags else {}
     mean = {}
     for figure in (*MEANS, 'balanced_accuracy', 'macro_f1'):
         having = {name: values[figure] for name, values in results.items()
@@ -300,23 +304,6 @@ def add_knn(results: dict[str, Any], knn: dict[str, tuple[float, int]], head_wei
     results['mean'][KNN_FIGURE] = mean_over_heads(having, head_weights)
 
 
-def results_table(results: dict[str, Any]) -> str:
-    """The figures as text, a line a head."""
-    rows = [(shortened(name), values) for name, values in results['heads'].items()]
-    rows.append(('weighted mean', results['mean']))
-    titles = list(dict.fromkeys(title for _, values in rows for title in values))
-    titles.sort(key=('loss', 'labels').count)  # these two last; others as they come
-    width = max(len(name) for name, _ in rows)
-    lines = [' ' * width + ''.join(f'{title:>19}' for title in titles)]
-    for name, values in rows:
-        cells = []
-        for title in titles:
-            value = values.get(title, '')
-            cells.append(f'{value:>19.3f}' if isinstance(value, float) else f'{value:>19}')
-        lines.append(f'{name:<{width}}' + ''.join(cells))
-    return '\n'.join(lines)
-
-
 def write_outputs(
         args: argparse.Namespace,
         checkpoint: Checkpoint,
@@ -327,11 +314,9 @@ def write_outputs(
     if args.results_file:
         path = Path(args.results_file)
         if path.suffix == '.json':
-            write_whole(path, json.dumps(_without_nan(results), indent=1) + '\n')
+            write_whole(path, json.dumps(without_nan(results), indent=1) + '\n')
         else:
-            rows = [{'head': name, **values} for name, values in results['heads'].items()]
-            table = pd.DataFrame([*rows, {'head': '', **results['mean']}]).astype({'labels': 'Int64'})
-            write_whole(path, spreadsheet_csv(table, index=False))
+            write_whole(path, spreadsheet_csv(_results_csv(results), index=False))
         print_line(f'figures: {path}')
     if args.confusion is not None:
         folder = Path(args.confusion or checkpoint.path.parent)
@@ -342,8 +327,12 @@ def write_outputs(
                 print('confusion:', *write_confusion(folder, stem, labels, target, measured))
 
 
-def _without_nan(value: Any) -> Any:
-    """NaN, which JSON has not, as null."""
-    if isinstance(value, dict):
-        return {key: _without_nan(part) for key, part in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
+def _results_csv(results: dict[str, Any]) -> pd.DataFrame:
+    """The results as a table: a row for each head, each followed by its tags, and one for the means."""
+    rows = []
+    for name, values in {**results['heads'], '': results['mean']}.items():
+        tags = values.get('tags', {})
+        rows += [{'head': name, 'tag': tag, **its} for tag, its in [('', values), *tags.items()]]
+    table = pd.DataFrame(rows).drop(columns=[] if any(row['tag'] for row in rows) else 'tag')
+    table = table.drop(columns='tags', errors='ignore')
+    return table.astype({name: 'Int64' for name in ('labels', 'ones') if name in table})

@@ -163,7 +163,7 @@ def read_contents(
         missing_value: str | None = None,
         heads: Sequence[str] | None = None,
         given: Mapping[str, Mapping[str, Any]] | None = None,
-        groups: Mapping[str, Sequence[str]] | None = None,
+        groups: Callable[[list[str]], Mapping[str, Sequence[str]]] = lambda columns: {},
         read_head: HeadReader = lambda tables, heads, name: find_label_space(tables, [name]),
         names: Mapping[str, str] | None = None,
         tag_separator: str | None = None,
@@ -177,7 +177,7 @@ def read_contents(
         missing_value: A label that is missing.
         heads: The label columns to look at; all that training takes when None.
         given: The options of heads that the user names.
-        groups: The 0/1 columns of a head of tags, by its name.
+        groups: The 0/1 columns of a head of tags, by its name, of the label columns.
         read_head: The label space of one head, from tables, the names of all heads and its own; UserError as training.
         names: What the splits train and val are called, where they have other names.
         tag_separator: See `choose_columns`.
@@ -207,7 +207,8 @@ def read_contents(
     columns = Columns({}, list(heads or ()))
     if tables:
         columns = choose_columns(
-            tables[-1], None if heads is None else list(heads), given or {}, groups or {}, tag_separator)
+            tables[-1], None if heads is None else list(heads), given or {}, groups(tables[-1].label_columns),
+            tag_separator)
     label_space, bad_heads = _find_heads(tables, columns, [split.table for split in splits.values()], read_head)
     return Contents(folder, splits, classes, columns, label_space, bad_heads, shards)
 

@@ -321,8 +321,6 @@ def find_label_space(
     for name in names:
         if counts[name] > 1:
             raise UserError(f"--heads: '{shortened(name)}' is named twice")
-        if name == 'ema' or name.startswith('ema_'):  # summary.csv names the figures of EMA weights so
-            raise UserError(f"{train.path}: a label column may not be called '{name}'; rename it")
         columns = list(groups.get(name, (name,)))
         for table in tables:
             for column in columns:

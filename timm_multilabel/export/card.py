@@ -5,6 +5,7 @@ from timm_multilabel.errors import shortened
 from timm_multilabel.escaping import markdown_text
 from timm_multilabel.export.exportable import Exportable
 from timm_multilabel.labels import Quantity
+from timm_multilabel.metric_names import in_summary, of_head
 from timm_multilabel.training.run_folder import read_summary
 from timm_multilabel.training.trackers import numbers
 
@@ -92,10 +93,10 @@ def _labels(exportable: Exportable) -> list[str]:
 def _figures(exportable: Exportable) -> list[str]:
     """The figures of the checkpoint's epoch, a line a head."""
     row = summary_row(exportable)
-    prefix = 'eval_ema_' if exportable.description['weights'] == 'ema' else 'eval_'
+    part = 'eval_ema' if exportable.description['weights'] == 'ema' else 'eval'
     rows = {
-        name: {figure: row[f'{prefix}{name}_{figure}'] for figure in (*head.figures, 'loss')
-               if f'{prefix}{name}_{figure}' in row}
+        name: {figure: row[column] for figure in (*head.figures, 'loss')
+               if (column := in_summary(part, of_head(name, figure))) in row}
         for name, head in exportable.model.named_heads.items()}
     rows = {name: values for name, values in rows.items() if values}
     if not rows:

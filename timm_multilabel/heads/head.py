@@ -69,7 +69,10 @@ class Head(nn.Module):
         return self.predict(output).float().reshape(len(output), -1)
 
     def metrics(self, target: np.ndarray, measured: np.ndarray) -> dict[str, float]:
-        """Figures of all labelled rows: what `labels` encodes (N, W), and what `measure` kept (N, K)."""
+        """Figures of all labelled rows: what `labels` encodes (N, W), and what `measure` kept (N, K).
+
+        Beside them there may be 'tags': {tag: {metric: value}}.
+        """
         raise NotImplementedError
 
     def entropy(self, output: torch.Tensor) -> torch.Tensor:

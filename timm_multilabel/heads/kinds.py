@@ -15,6 +15,7 @@ from timm_multilabel.heads.head import Head
 from timm_multilabel.heads.numeric import NumericHead
 from timm_multilabel.heads.tags import TagsHead
 from timm_multilabel.labels import Labels, LabelSet, LabelSpace, Quantity, TagSet, missing_row
+from timm_multilabel.metric_names import check_metric_names
 
 KINDS: Mapping[str, type[Head]] = {kind.kind: kind for kind in (SoftmaxHead, ArcFaceHead, TagsHead, NumericHead)}
 """The kinds of heads by name."""
@@ -121,8 +122,7 @@ def _try_out(head: Head, in_features: int) -> None:
     Raises:
         ValueError: It does not give what it must.
     """
-    if not head.figures:
-        raise ValueError(f"'{head.kind}' names no figures")
+    check_metric_names(head.kind, head.figures)
     target = torch.zeros(2, head.labels.width)
     space = LabelSpace((head.labels,))
     with torch.no_grad():

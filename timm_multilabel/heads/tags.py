@@ -1,4 +1,6 @@
 """The head of tags."""
+from typing import Any
+
 import numpy as np
 import torch
 from sklearn.metrics import average_precision_score, f1_score
@@ -18,7 +20,7 @@ class TagsHead(LinearHead):
     """Any number of tags: a linear layer, trained with binary cross-entropy; options as of `LinearHead`."""
     kind = 'tags'
     reads = TagSet
-    figures = ('map', 'f1', 'micro_f1')
+    figures = ('map', 'f1', 'micro_f1', 'accuracy')
     distribution = True
 
     def loss(self, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,23 +32,24 @@ class TagsHead(LinearHead):
     def predict(self, output: torch.Tensor) -> torch.Tensor:
         return output.float().sigmoid()
 
-    def metrics(self, target: np.ndarray, measured: np.ndarray) -> dict[str, float]:
-        """'map', the mean average precision of the tags, and F1 at 0.5: their mean, and over all labels.
+    def metrics(self, target: np.ndarray, measured: np.ndarray) -> dict[str, Any]:
+        """Percentages: 'map', the mean average precision of the tags, 'f1' and 'accuracy', the means of the tags' F1
+        and accuracy at 0.5, and 'micro_f1', the F1 over all labels; 'tags', what `tag_metrics` gives of each tag.
 
         A tag without a 0 or without a 1 is in no mean, since there is nothing to tell apart; NaN where none is left.
         """
-        precisions, f1s = [], []
-        for tag in range(target.shape[1]):
-            known = target[:, tag] != MISSING
-            true, probability = target[known, tag], measured[known, tag]
-            if true.any() and not true.all():
-                precisions.append(average_precision_score(true, probability))
-                f1s.append(f1_score(true, probability >= 0.5, zero_division=0))
-        if not precisions:
-            return dict.fromkeys(self.figures, np.nan)
+        tags = {tag: tag_metrics(target[:, place], measured[:, place]) for place, tag in enumerate(self.labels.classes)}
+        scored = [its for its in tags.values() if not np.isnan(its['ap'])]
+        if not scored:
+            return {**dict.fromkeys(self.figures, np.nan), 'tags': tags}
         known = target != MISSING
-        micro = f1_score(target[known], measured[known] >= 0.5, zero_division=0)
-        return {'map': 100 * np.mean(precisions), 'f1': 100 * np.mean(f1s), 'micro_f1': 100 * micro}
+        return {
+            'map': np.mean([its['ap'] for its in scored]),
+            'f1': np.mean([its['f1'] for its in scored]),
+            'micro_f1': 100 * f1_score(target[known], measured[known] >= 0.5, zero_division=0),
+            'accuracy': np.mean([its['accuracy'] for its in scored]),
+            'tags': tags,
+        }
 
     def entropy(self, output: torch.Tensor) -> torch.Tensor:
         return binary_entropy(output)
@@ -62,3 +65,25 @@ class TagsHead(LinearHead):
         """Zeros for each one of a tag; 1 for a tag without either."""
         zeros, ones = (target == 0).sum(dim=0), (target == 1).sum(dim=0)
         return torch.where((zeros > 0) & (ones > 0), zeros / ones.clamp(min=1), 1.0).tolist()
+
+
+def tag_metrics(target: np.ndarray, probability: np.ndarray) -> dict[str, float]:
+    """The percentages 'ap' (average precision), and 'f1' and 'accuracy' at 0.5, of one tag; 'labels', and its 'ones'.
+
+    The first three are NaN where the labels have no 0 or no 1.
+
+    Args:
+        target: 0, 1 or MISSING (N,).
+        probability: Of the tag (N,).
+    """
+    known = target != MISSING
+    true, probability = target[known] == 1, probability[known]
+    metrics = dict.fromkeys(('ap', 'f1', 'accuracy'), np.nan)
+    if true.any() and not true.all():
+        found = probability >= 0.5
+        metrics = {
+            'ap': 100 * float(average_precision_score(true, probability)),
+            'f1': 100 * float(f1_score(true, found, zero_division=0)),
+            'accuracy': 100 * float((found == true).mean()),
+        }
+    return metrics | {'labels': len(true), 'ones': int(true.sum())}

@@ -1,7 +1,7 @@
 """The curves of a run, of its summary.csv alone: accuracy, losses and learning rate over the epochs."""
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +11,26 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from timm_multilabel.errors import abbreviated
 from timm_multilabel.escaping import picture_text
 from timm_multilabel.files import write_whole
+from timm_multilabel.metric_names import heads_of_summary, in_summary, of_head
 from timm_multilabel.reports.pictures import png
 from timm_multilabel.training.run_folder import running_epochs
 from timm_multilabel.training.trackers import Tracker
 
 # Of the palettes of Okabe and Ito and of Paul Tol, in an order in which the first N differ most for every kind of color
 # blindness (a test computes it). Lines have markers of their own too.
-_COLORS = ('#0072b2', '#e69f00', '#66ccee', '#882255', '#ddcc77', '#ee6677', '#332288', '#cc79a7', '#999933', '#228833')
-_MARKERS = 'os^DvPX<>*'
+_COLORS = ('#0072b2', '#e69f00', '#66ccee', '#882255', '#ddcc77', '#ee6677', '#332288', '#cc79a7', '#999933', '#228833',
+           '#a020e0', '#004000')
+_MARKERS = 'os^DvPX<>*dp'
 _WIDTH, _DPI = 8.0, 150  # inches, and dots in one of them: twice what a README shows, nearly
 _MARKED = 12  # epochs with a marker, about, of a long run
 _SIZE = 3.5  # points of a marker
 _NAME = 20  # letters of a name
+_HEADS = 12  # that can be told apart: of more, the best and the worst have a look of their own, and the others are gray
+_PICKED = 5  # of the best, and as many of the worst
+_GRAY = '#c8c8c8'
 _LARGEST = 1e30  # value that can be drawn
 _LETTERS = 75  # that stand side by side on the x axis
 
@@ -39,6 +45,7 @@ class _Curve:
     style: str = '-'
     width: float = 1.4
     best: Callable[[np.ndarray], int] | None = None  # np.nanargmax, np.nanargmin
+    layer: int = 2  # the higher ones are drawn over the lower ones
 
 
 @dataclass(frozen=True)
@@ -117,25 +124,22 @@ def _panels(summary: pd.DataFrame) -> dict[str, _Panel]:
 
 
 def _accuracy(summary: pd.DataFrame) -> _Panel:
-    """The main figure of each head, and their mean; the heads of the weights that did better, the mean of both."""
-    heads, mean = _heads(summary), 'score' if 'eval_score' in summary else 'top1'
-    figures = {head: _main_figure(summary, head) for head in heads}
-    means = {prefix: _values(summary, prefix + mean) for prefix in ('eval_', 'eval_ema_')}
-    ema_is_better = _best(means['eval_ema_']) > -np.inf and _best(means['eval_ema_']) >= _best(means['eval_'])
-    curves = []
-    for number, (head, figure) in enumerate(figures.items()):
-        name, column = _name(head) + ('' if figure in ('top1', None) else f', {_name(figure)}'), f'{head}_{figure}'
-        values, of_ema = _values(summary, 'eval_' + column), _values(summary, 'eval_ema_' + column)
-        if ema_is_better:  # a phase may be without
-            values = np.where(np.isnan(of_ema), values, of_ema)
-        curves.append(_head_curve(values, name, number, best=np.nanargmax))
-    if len(heads) > 1:
-        curves.append(_Curve('mean', means['eval_'], 'black', width=2.2, best=np.nanargmax))
-        curves.append(_Curve('mean of EMA', means['eval_ema_'], '#555555', 'o', '--', 2.2, np.nanargmax))
-    label = 'val accuracy (%)' if set(figures.values()) <= {'top1', None} else 'val figure (%)'
+    """The main metric of each head, and their mean; the heads of the weights that did better, the mean of both."""
+    figures = {head: _main_figure(summary, head) for head in heads_of_summary(summary)}
+    means = [_mean(summary, part) for part in ('eval', 'eval_ema')]
+    values, curves = _main_values(summary), []
+    for head, look in _looks(values).items():
+        figure = figures.get(head)
+        name = _name(head) + ('' if figure in ('top1', None) else f', {_name(figure)}')
+        curves.append(_head_curve(values[head], name, look, best=np.nanargmax))
+    curves = _with_others(curves)
+    if len(figures) > 1:
+        curves.append(_Curve('mean', means[0], 'black', width=2.2, best=np.nanargmax))
+        curves.append(_Curve('mean of EMA', means[1], '#555555', 'o', '--', 2.2, np.nanargmax))
+    label = 'val accuracy (%)' if set(figures.values()) <= {'top1', None} else 'val metric (%)'
     curves = _drawable(curves)
-    return _Panel(label + (',\nheads of EMA' if ema_is_better else ''), 2.5 + 0.16 * max(0, len(curves) - 11), curves,
-                  floor=0)
+    return _Panel(label + (',\nheads of EMA' if _ema_is_better(summary) else ''),
+                  2.5 + 0.16 * max(0, _named(curves) - 11), curves, floor=0)
 
 
 def _loss(summary: pd.DataFrame) -> _Panel:
@@ -161,28 +165,76 @@ def _terms(summary: pd.DataFrame) -> _Panel:
 def _head_losses(summary: pd.DataFrame) -> _Panel:
     """The loss of each head, in training and validation."""
     curves = []
-    for number, head in enumerate(_heads(summary)):
-        curves.append(_head_curve(_values(summary, f'train_{head}_loss'), '', number, style=':'))
-        curves.append(_head_curve(_values(summary, f'eval_{head}_loss'), _name(head), number, best=np.nanargmin))
-    curves = _drawable(curves)
-    shown = sum(bool(curve.name) for curve in curves)
-    return _Panel('loss of each head\n(dotted: train, full: val)', 2.1 + 0.16 * max(0, shown - 9), curves)
+    losses = {part: {head: _values(summary, in_summary(part, of_head(head, 'loss')))
+                     for head in heads_of_summary(summary)} for part in ('train', 'eval')}
+    for head, look in _looks(_main_values(summary)).items():
+        curves.append(_head_curve(losses['train'][head], '', look, style=':'))
+        curves.append(_head_curve(losses['eval'][head], _name(head), look, best=np.nanargmin))
+    curves = _drawable(_with_others(curves))
+    return _Panel('loss of each head\n(dotted: train, full: val)', 2.1 + 0.16 * max(0, _named(curves) - 9), curves)
 
 
 def _learning_rate(summary: pd.DataFrame) -> _Panel:
     return _Panel('learning rate', 1.0, _drawable([_Curve('', _values(summary, 'lr'), '#555555')]))
 
 
-def _heads(summary: pd.DataFrame) -> list[str]:
-    """The heads of a run."""
-    return [match[1] for match in (re.fullmatch('train_(.+)_loss', column) for column in summary) if match]
+def _mean(summary: pd.DataFrame, part: str) -> np.ndarray:
+    """The mean of the heads' main metrics (N,)."""
+    return _values(summary, in_summary(part, 'score' if 'eval_score' in summary else 'top1'))
+
+
+def _ema_is_better(summary: pd.DataFrame) -> bool:
+    plain, ema = (_best(_mean(summary, part)) for part in ('eval', 'eval_ema'))
+    return ema > -np.inf and ema >= plain
+
+
+def _main_values(summary: pd.DataFrame) -> dict[str, np.ndarray]:
+    """The main metric (N,) of each head, of the weights that did better."""
+    found, ema_is_better = {}, _ema_is_better(summary)
+    for head in heads_of_summary(summary):
+        column = of_head(head, _main_figure(summary, head))
+        found[head], of_ema = (_values(summary, in_summary(part, column)) for part in ('eval', 'eval_ema'))
+        if ema_is_better:  # a phase may be without
+            found[head] = np.where(np.isnan(of_ema), found[head], of_ema)
+    return found
+
+
+def _looks(values: dict[str, np.ndarray]) -> dict[str, int | None]:
+    """The number of each head's look; of many heads that of the best and the worst, the best first, None between them.
+
+    Args:
+        values: The main metric (N,) of each head.
+    """
+    if len(values) <= _HEADS:
+        return {head: number for number, head in enumerate(values)}
+    ranked = sorted(values, key=lambda head: -_best(values[head]))
+    ranked = [head for head in ranked if _best(values[head]) > -np.inf] or ranked
+    if len(ranked) <= _HEADS:
+        return {head: number for number, head in enumerate(ranked)}
+    picked = [*ranked[:_PICKED], *ranked[-_PICKED:]]
+    return {head: picked.index(head) if head in picked else None for head in ranked}
+
+
+def _with_others(curves: Sequence[_Curve]) -> list[_Curve]:
+    """Curves in the order of the legend, of which those without a look of their own have one name for all of them."""
+    others = [number for number, curve in enumerate(curves) if curve.color == _GRAY and curve.name]
+    made = list(curves)
+    for number in others:
+        named = f'{len(others)} others' if number == others[0] else ''
+        made[number] = replace(curves[number], name=named, best=None)
+    return made
+
+
+def _named(curves: Sequence[_Curve]) -> int:
+    """Lines of a legend."""
+    return sum(bool(curve.name) for curve in curves)
 
 
 def _main_figure(summary: pd.DataFrame, head: str) -> str | None:
     """The figure that comes first after a head's loss: 'top1', 'map', 'r2' or one of the user's own."""
-    columns, before = [*summary], f'eval_{head}_loss'
-    after = columns[columns.index(before) + 1:][:1] if before in columns else []
-    return next((column.removeprefix(f'eval_{head}_') for column in after if column.startswith(f'eval_{head}_')), None)
+    before = in_summary('eval', of_head(head, 'loss'))
+    its = [column for column in summary if column.rpartition('/')[0] == before.rpartition('/')[0]]
+    return next((column.rpartition('/')[2] for column in its if column != before), None)
 
 
 def _values(summary: pd.DataFrame, column: str) -> np.ndarray:
@@ -201,13 +253,16 @@ def _best(values: np.ndarray) -> float:
 def _head_curve(
         values: np.ndarray,
         name: str,
-        number: int,
+        number: int | None,
         style: str = '-',
         best: Callable[[np.ndarray], int] | None = None,
 ) -> _Curve:
-    """A curve with the color and the marker of the head, or term, of this number."""
-    look = number % len(_COLORS)
-    return _Curve(name, values, _COLORS[look], _MARKERS[look], style, best=best)
+    """A curve with the color and the marker of the head, or term, of this number; thin and gray without a number."""
+    if number is None:
+        return _Curve(name, values, _GRAY, '', style, 0.8, best, layer=1)
+    turn, color = divmod(number, len(_COLORS))
+    marker = _MARKERS[(color + turn) % len(_MARKERS)]  # so that no two of many have both in common
+    return _Curve(name, values, _COLORS[color], marker, style, best=best)
 
 
 def _drawable(curves: Iterable[_Curve]) -> tuple[_Curve, ...]:
@@ -217,7 +272,7 @@ def _drawable(curves: Iterable[_Curve]) -> tuple[_Curve, ...]:
 
 def _name(name: str) -> str:
     """A name of a column, a head or a phase."""
-    return picture_text(name, _NAME)
+    return picture_text(abbreviated(name, _NAME), _NAME)
 
 
 def _draw(axes: Iterable[Axes], panels: Iterable[_Panel], summary: pd.DataFrame) -> None:
@@ -249,7 +304,8 @@ def _draw_curve(axes: Axes, curve: _Curve, epochs: np.ndarray, begins: dict[int,
     for first, end in zip(ends, ends[1:]):
         axes.plot(
             epochs[first:end], curve.values[first:end], color=curve.color, linestyle=curve.style,
-            linewidth=curve.width, marker=curve.marker, markersize=_SIZE, markevery=every, label=curve.name or '_')
+            linewidth=curve.width, marker=curve.marker, markersize=_SIZE, markevery=every, label=curve.name or '_',
+            zorder=curve.layer)
     if curve.best is not None:
         best = curve.best(curve.values)
         axes.plot(epochs[best], curve.values[best], color=curve.color, marker=curve.marker, markersize=2.4 * _SIZE,

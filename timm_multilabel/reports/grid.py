@@ -17,6 +17,7 @@ MEAN = 'mean'
 _COLORS = ('#000000', '#4477aa', '#66ccee', '#228833', '#ccbb44', '#ee6677', '#aa3377', '#bbbbbb',
            '#994f00')
 _NAME = 32  # letters of a name in the picture
+_BESIDE = 4  # panels in a row of the picture
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,12 @@ def draw_grid(results: GridResults) -> Figure:
     """A panel for the mean and one a head: by what varies a line a setting, else a bar; whiskers are one deviation."""
     figures = results.figures
     height = 3.4 if results.axis else 0.9 + 0.3 * len(results.settings)
-    figure = Figure(figsize=(3.1 * len(figures), height + (0.8 if results.axis else 0)), layout='constrained')
-    panels = figure.subplots(1, len(figures), squeeze=False, sharey=results.axis is None)[0]
+    lines = -(-len(figures) // _BESIDE)
+    figure = Figure(figsize=(3.1 * min(len(figures), _BESIDE), lines * height + (0.8 if results.axis else 0)),
+                    layout='constrained')
+    panels = figure.subplots(lines, min(len(figures), _BESIDE), squeeze=False, sharey=results.axis is None).ravel()
+    for panel in panels[len(figures):]:
+        panel.remove()
     for panel, name in zip(panels, figures):
         (_draw_bars if results.axis is None else _draw_lines)(panel, results, name)
         panel.set_title('mean over heads' if name == MEAN else picture_text(name, _NAME), fontsize=10)

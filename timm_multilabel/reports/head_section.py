@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from timm_multilabel.errors import shortened
+from timm_multilabel.heads.tags import tag_metrics
 from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.labels import MISSING, Labels, LabelSet, TagSet
 from timm_multilabel.reports.calibration import head_reliability
@@ -18,7 +19,8 @@ from timm_multilabel.reports.pictures import Thumbnail, figure_uri, reliability_
 NAMES = {
     'top1': 'top-1 accuracy', 'top5': 'top-5 accuracy', 'balanced_accuracy': 'balanced accuracy',
     'macro_f1': 'macro F1', 'map': 'mean average precision', 'f1': 'F1 (mean over tags)',
-    'micro_f1': 'F1 (over all labels)', 'r2': 'explained variance (R²)', 'mae': 'mean absolute error'}
+    'micro_f1': 'F1 (over all labels)', 'accuracy': 'accuracy (mean over tags)',
+    'r2': 'explained variance (R²)', 'mae': 'mean absolute error'}
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class HeadSection:
         labelled: Images with a label.
         unranked: No probability says which mistakes are the worst.
         figures: Rows (name, value, interval, how the interval was made).
+        tags: Of tags, rows (tag, AP, F1, accuracy, labels, ones); else none.
         calibration: {picture, ece, of} or None.
         confusion: The picture, or ''.
         pairs: The most confused pairs, each {label, prediction, count, of, thumbnails}.
@@ -41,6 +44,7 @@ class HeadSection:
     labelled: int
     unranked: bool
     figures: list[tuple[str, str, str, str]]
+    tags: list[tuple[str, ...]]
     calibration: dict[str, Any] | None
     confusion: str
     pairs: list[dict[str, Any]]
@@ -70,7 +74,8 @@ def head_section(
     used = np.flatnonzero(known)
     of_used, said = target[used], output[used]
     section = {'name': shortened(labels.name), 'kind': _kind(labels), 'labelled': len(used),
-               'unranked': own_metrics is not None}
+               'unranked': own_metrics is not None,
+               'tags': _tag_rows(labels, of_used, said) if len(used) else []}
     if not len(used):
         return HeadSection(**section, figures=[], calibration=None, confusion='', pairs=[], mistakes=[])
     if own_metrics is None:
@@ -143,6 +148,16 @@ def _figure_row(figure: Figure) -> tuple[str, str, str, str]:
         return NAMES[figure.name], 'none', '', ''
     return (NAMES[figure.name], text(figure.value) + unit, f'{text(figure.low)} to {text(figure.high)}{unit}',
             figure.method if figure.method == 'Wilson' else f'bootstrap of {RESAMPLES:,}')
+
+
+def _tag_rows(labels: Labels, target: np.ndarray, output: np.ndarray) -> list[tuple[str, ...]]:
+    """The metrics of each tag as texts; a dash where its labels, without a 0 or without a 1, do not allow one."""
+    rows = []
+    for place, tag in enumerate(labels.classes if isinstance(labels, TagSet) else []):
+        metrics = tag_metrics(target[:, place], output[:, place])
+        texts = ['-' if math.isnan(metrics[name]) else f'{metrics[name]:.2f} %' for name in ('ap', 'f1', 'accuracy')]
+        rows.append((shortened(tag), *texts, str(metrics['labels']), str(metrics['ones'])))
+    return rows
 
 
 def _thumbnail(row: int, rows: np.ndarray, thumbnail: Thumbnail) -> dict[str, str]:

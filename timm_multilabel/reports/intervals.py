@@ -183,7 +183,7 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 
 def tag_figures(target: np.ndarray, probability: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """'map', 'f1' and 'micro_f1' in percent, as `TagsHead.metrics` has them, of weighted images.
+    """'map', 'f1', 'micro_f1' and 'accuracy' in percent, as `TagsHead.metrics` has them, of weighted images.
 
     A tag of which the weighted images have no 1, or no 0, counts with its figure of all images.
 
@@ -192,7 +192,7 @@ def tag_figures(target: np.ndarray, probability: np.ndarray, weights: np.ndarray
         probability: Of each tag (N, C).
         weights: Of the images (R, N).
     """
-    precisions, f1s, sums = [], [], np.zeros((3, len(weights)))
+    each, sums = [], np.zeros((3, len(weights)))
     for tag in range(target.shape[1]):
         known = target[:, tag] != MISSING
         true, of_tag = target[known, tag] == 1, probability[known, tag]
@@ -202,25 +202,24 @@ def tag_figures(target: np.ndarray, probability: np.ndarray, weights: np.ndarray
         if true.all() or not true.any():
             continue
         both = (counts[1] > 0) & (counts[1] < its.sum(axis=1))
-        f1, precision = (np.append(values, whole) for values, whole in zip(
-            _tag_figures(true, of_tag, its), _tag_figures(true, of_tag, np.ones((1, len(true)), np.int32))))
-        f1s.append(np.where(both, f1[:-1], f1[-1]))
-        precisions.append(np.where(both, precision[:-1], precision[-1]))
-    if not f1s:
-        return dict.fromkeys(('map', 'f1', 'micro_f1'), np.full(len(weights), np.nan))
+        whole = _tag_figures(true, of_tag, np.ones((1, len(true)), np.int32))
+        each.append(np.where(both, _tag_figures(true, of_tag, its), whole))
+    if not each:
+        return dict.fromkeys(('map', 'f1', 'micro_f1', 'accuracy'), np.full(len(weights), np.nan))
     with np.errstate(invalid='ignore', divide='ignore'):
         micro = np.nan_to_num(2 * sums[0] / (sums[1] + sums[2]))
-    return {
-        'map': 100 * _mean(np.array(precisions)), 'f1': 100 * _mean(np.array(f1s)), 'micro_f1': 100 * micro}
+    f1, precision, accuracy = 100 * _mean(np.array(each))
+    return {'map': precision, 'f1': f1, 'micro_f1': 100 * micro, 'accuracy': accuracy}
 
 
-def _tag_figures(true: np.ndarray, score: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """F1 at 0.5 and average precision of a tag (R,), NaN without a weighted positive."""
+def _tag_figures(true: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """F1 at 0.5, average precision, and accuracy at 0.5 of a tag (3, R), NaN without a weighted positive."""
     found = score >= 0.5
     positive = weights[:, true].sum(axis=1)
     with np.errstate(invalid='ignore', divide='ignore'):
         f1 = 2 * weights[:, true & found].sum(axis=1) / (positive + weights[:, found].sum(axis=1))
-    return np.where(positive > 0, f1, np.nan), average_precision(true, score, weights)
+        accuracy = weights[:, true == found].sum(axis=1) / weights.sum(axis=1)
+    return np.where(positive > 0, [f1, average_precision(true, score, weights), accuracy], np.nan)
 
 
 def average_precision(true: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:

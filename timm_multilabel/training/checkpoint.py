@@ -16,6 +16,7 @@ from timm.models import clean_state_dict
 from timm_multilabel.errors import UserError, is_utf8
 from timm_multilabel.heads import KINDS, Head, default_kind
 from timm_multilabel.labels import Labels, LabelSpace
+from timm_multilabel.metric_names import earlier_name
 from timm_multilabel.model import MultiLabelModel, create_backbone
 from timm_multilabel.model_names import is_from_elsewhere
 from timm_multilabel.task import JointTask
@@ -295,7 +296,7 @@ def resume(
             f'{task.label_space}; resume with the data it was trained on, or start anew with --initial-checkpoint')
     for name in ('opt', 'eval_metric'):  # the metric ranks the checkpoints; earlier versions did not write it down
         theirs, ours = state.get(name), task.metadata.get(name)
-        if theirs != ours and (name == 'opt' or theirs is not None):
+        if theirs not in (ours, earlier_name(str(ours))) and (name == 'opt' or theirs is not None):
             raise UserError(
                 f'{checkpoint.path}: trained with --{name.replace("_", "-")} {theirs}, not {ours}; resume with that, '
                 'or start anew with --initial-checkpoint')

@@ -8,16 +8,19 @@ from typing import Any
 import torch
 from timm.utils import NativeScaler, distribute_bn
 from torch import nn
+from tqdm.utils import disp_len
 
 from timm_multilabel.distributed import all_objects, world
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import UserError, abbreviated
+from timm_multilabel.heads import Head
 from timm_multilabel.loading.batches import BadImages
+from timm_multilabel.metric_names import in_summary, of_head
 from timm_multilabel.metrics import MultiLabelEvaluator, TrainingMeter, default_metric, less_is_better
 from timm_multilabel.seeds import MODEL, seed_step
 from timm_multilabel.task import JointTask
 from timm_multilabel.training.agreement import Agreement, ToldToStop, Verdict, until_told
 from timm_multilabel.training.place import Place
-from timm_multilabel.training.progress import Progress, RunLength
+from timm_multilabel.training.progress import Progress, RunLength, fitted, line_width, wrapped
 from timm_multilabel.training.run_folder import RunFolder
 from timm_multilabel.training.saver import WholeSaver
 from timm_multilabel.training.signals import Stopped, StopSignals
@@ -26,6 +29,7 @@ from timm_multilabel.training.updater import Updater
 
 WAY_OUT = 'lower --lr, clip with --clip-grad 1, or leave --amp out'
 _STRIKES = 20  # updates skipped in a row that end a run; where some are good between them, later
+_NAME = 24  # letters of a head's or a phase's name on a line
 _FORGIVEN = 0.1  # of a strike, by an update that is good
 
 
@@ -56,17 +60,19 @@ def check_finite(value: float, what: str) -> None:
         raise UserError(f'{what}: stopped, and the checkpoints of earlier epochs are kept; {WAY_OUT}')
 
 
-def training_line(figures: dict[str, float], task: JointTask) -> str:
-    """The figures of a progress line."""
-    parts = [f'loss {figures["train_loss"]:.3f}']
-    parts += [f'{term} {figures[f"{term}_loss"]:.3f}' for term in task.terms]
-    for name in task.heads:
-        accuracy = figures.get(f'train_{name}_top1', math.nan)
-        passed = figures.get(f'train_{name}_pseudo_labelled')
+def training_metrics(figures: dict[str, float], task: JointTask) -> list[str]:
+    """The metrics of a progress line, a text each: the losses, then the heads."""
+    terms = [f'{term} {figures[f"{term}_loss"]:.3f}' for term in task.terms if figures[f'{term}_loss']]
+    parts = [f'loss {figures["train_loss"]:.3f}', *(terms if len(terms) > 1 else [])]
+    accuracies = {name: figures.get(in_summary('train', of_head(name, 'top1')), math.nan) for name in task.heads}
+    known = [accuracy for accuracy in accuracies.values() if not math.isnan(accuracy)]
+    parts += [f'mean {sum(known) / len(known):.1f}%'] if len(known) > 3 else []  # of which not all may fit
+    for name, accuracy in accuracies.items():
+        passed = figures.get(in_summary('train', of_head(name, 'pseudo_labelled')))
         words = [] if math.isnan(accuracy) else [f'{accuracy:.1f}%']
         words += [] if passed is None else [f'({passed:.0f}% pass)']
-        parts += [' '.join([name, *words])] if words else []
-    return '  '.join(parts)
+        parts += [' '.join([abbreviated(name, _NAME), *words])] if words else []
+    return parts
 
 
 @torch.no_grad()
@@ -138,7 +144,7 @@ class Fit:
         """
         self.strikes = start.strikes
         for epoch in range(start.epoch, length.schedule + length.cooldown):
-            title = (f'{self.phase}: ' if self.phase else '') + length.title(epoch)
+            title = (f'{abbreviated(self.phase, _NAME)}: ' if self.phase else '') + length.title(epoch)
             self.run_epoch(start if epoch == start.epoch else Place(epoch), title)
 
     def run_epoch(self, start: Place, title: str) -> dict[str, Any]:
@@ -159,10 +165,11 @@ class Fit:
                 module = self.task.get_trainable_module(ema=ema)
                 if module is not None:
                     distribute_bn(module, ranks, reduce=True)
-        row = {**({'phase': self.phase} if self.phase else {}), 'epoch': epoch, **row}
+        row, tags = {**({'phase': self.phase} if self.phase else {}), 'epoch': epoch, **row}, {}
         if self.eval_loader is not None:
             try:
-                row |= self.evaluate(title)
+                metrics, tags = self.evaluate(title)
+                row |= metrics
             except ToldToStop:
                 self._save_within(self.trained, progress, stop=True)
         row |= {'lr': lr, 'images_per_second': images_per_second}
@@ -176,10 +183,11 @@ class Fit:
                 'loss')
         if self.updater.scheduler is not None:
             self.updater.scheduler.step(epoch + 1, row[best])
-        progress.say(epoch_line(title, row, self.task))
-        self.task.metadata['best_weights'] = 'ema' if best == 'eval_ema_' + self.metric else 'plain'
+        for line in epoch_lines(title, row, self.task, line_width()):
+            progress.say(line)
+        self.task.metadata['best_weights'] = 'ema' if best == in_summary('eval_ema', self.metric) else 'plain'
         if self.run_folder is not None:
-            summary = self.run_folder.add_summary(row)
+            summary = self.run_folder.add_summary(row, tags)
             if self.trackers is not None:
                 self.trackers.add_epoch(summary)
             self.saver.progress = {'run': self._state()}
@@ -240,7 +248,7 @@ class Fit:
                 self._give_up(verdicts[-1], epoch)
             if done % self.log_interval == 0 or last:
                 figures = meter.compute()
-                progress.show(done, training_line(figures, task))
+                progress.show(done, training_metrics(figures, task))
                 if self.trackers is not None:
                     self.trackers.add_progress(self.phase, epoch * steps + done, figures)
             stop = any(verdict.stop for verdict in verdicts)
@@ -319,48 +327,60 @@ class Fit:
             all_objects(None)  # a process that ends has the launcher end the others, so none does before all is saved
             raise Stopped(f'stopped at step {place.step} of {progress.title}, saved', path)
 
-    def evaluate(self, title: str) -> dict[str, float]:
-        """The evaluation's figures of the plain weights ('eval_...') and of the EMA ('eval_ema_...').
+    def evaluate(self, title: str) -> tuple[dict[str, float], dict[str, Any]]:
+        """The evaluation's metrics of the plain weights ('eval...') and of the EMA ('eval_ema...'), and those of tags.
 
         Raises:
             ToldToStop: A rank was told to stop.
         """
-        row = {}
-        for prefix, ema in (('eval_', False), ('eval_ema_', True)):
+        row, tags = {}, {}
+        for part, ema in (('eval', False), ('eval_ema', True)):
             model = self.task.get_eval_model(ema=ema)
             if model is None:
                 continue
-            with Progress(f'{title} {prefix.strip("_")}', len(self.eval_loader), visible=world()[0] == 0) as progress:
+            with Progress(f'{title} {part}', len(self.eval_loader), visible=world()[0] == 0) as progress:
+                evaluator = self.task.create_evaluator()
                 figures = evaluate(
-                    model, until_told(self.eval_loader, self._told), self.task.create_evaluator(), self.precision,
-                    progress)
-            row |= {prefix + name: value for name, value in figures.items()}
+                    model, until_told(self.eval_loader, self._told), evaluator, self.precision, progress)
+            row |= {in_summary(part, name): value for name, value in figures.items()}
+            tags |= {part: evaluator.of_tags} if evaluator.of_tags else {}
         check_finite(row['eval_loss'], f'the evaluation loss is {row["eval_loss"]}')
-        return row
+        return row, tags
 
     def score(self, row: dict[str, Any]) -> str:
         """The column that this epoch is ranked by: of the plain or of the EMA weights, whichever is better."""
         if self.eval_loader is None:
             return 'simclr_loss'
-        columns = ['eval_' + self.metric] + (['eval_ema_' + self.metric] if self.task.has_ema() else [])
+        columns = [in_summary(part, self.metric) for part in ('eval', 'eval_ema')[:1 + self.task.has_ema()]]
         columns = [column for column in columns if column in row] or columns[:1]
         return (min if less_is_better(self.metric, self.task.heads) else max)(columns, key=row.get)
 
 
-def epoch_line(title: str, row: dict[str, Any], task: JointTask) -> str:
-    """The line that stays of an epoch."""
+def epoch_lines(title: str, row: dict[str, Any], task: JointTask, width: int) -> list[str]:
+    """What stays of an epoch: a line of `width` columns, or, where it does not fit, each evaluation's heads below it.
+
+    Heads that do not fit on the evaluation's line are counted at its end.
+    """
     terms = [f'{term} {row[f"{term}_loss"]:.3f}' for term in task.terms if row[f'{term}_loss']]
-    parts = [title, f'loss {row["train_loss"]:.3f}' + (f' ({", ".join(terms)})' if len(terms) > 1 else '')]
-    mean = default_metric(task.heads.values())
-    for prefix in ('eval_', 'eval_ema_'):
-        if prefix + mean in row:
-            scores = '  '.join(
-                f'{name} {_percent(row[f"{prefix}{name}_{head.figures[0]}"], 1)}'
-                + ('' if head.figures[0] == 'top1' else f' {head.figures[0]}')
-                for name, head in task.heads.items())
-            parts.append(f'{prefix.strip("_")} {_percent(row[prefix + mean], 2)}  ({scores})')
-    parts.append(f'lr {row["lr"]:.2g}  {row["images_per_second"]:.0f} images/s')
-    return '  '.join(parts)
+    losses = [title, f'loss {row["train_loss"]:.3f}' + (f' ({", ".join(terms)})' if len(terms) > 1 else '')]
+    mean, means, heads = default_metric(task.heads.values()), [], []
+    for part in ('eval', 'eval_ema'):
+        if in_summary(part, mean) in row:
+            means.append(f'{part} {_percent(row[in_summary(part, mean)], 2)}')
+            heads.append([_head_score(head, row[in_summary(part, of_head(name, head.figures[0]))])
+                          for name, head in task.heads.items()])
+    speed = f'lr {row["lr"]:.2g}  {row["images_per_second"]:.0f} images/s'
+    line = '  '.join([*losses, *(f'{score}  ({"  ".join(its)})' for score, its in zip(means, heads)), speed])
+    if disp_len(line) <= width:
+        return [line]
+    return [*wrapped([*losses, *means, speed], width),
+            *(fitted([f'  {score.split()[0]}:', *its], width) for score, its in zip(means, heads))]
+
+
+def _head_score(head: Head, value: float) -> str:
+    """A head's main metric."""
+    figure = head.figures[0]
+    return f'{abbreviated(head.labels.name, _NAME)} {_percent(value, 1)}' + ('' if figure == 'top1' else f' {figure}')
 
 
 def _percent(value: float, digits: int) -> str:

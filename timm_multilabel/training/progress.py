@@ -1,11 +1,45 @@
 """What a person sees of an epoch: a bar on a terminal, a line now and then elsewhere."""
+import shutil
+import textwrap
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
 from tqdm import tqdm
+from tqdm.utils import disp_len
 
 from timm_multilabel.errors import one_line
+
+_COLUMNS = 100  # of a line where the output is no terminal
+_BAR = 42  # columns of a progress bar and its times, beside the title, the numbers of steps and the metrics
+
+
+def line_width() -> int:
+    """Columns that a line may take: those of the terminal, or 100 where the output goes elsewhere."""
+    return shutil.get_terminal_size((_COLUMNS, 24)).columns
+
+
+def fitted(items: Sequence[str], width: int, between: str = '  ') -> str:
+    """Items on one line of `width` columns at most; the last ones as '+9 more' where not all fit, never the first."""
+    line = between.join(items)
+    if disp_len(line) <= width:
+        return line
+    kept, used = 0, len(f'+{len(items)} more')
+    for item in items:
+        used += disp_len(item) + len(between)
+        if used > width:
+            break
+        kept += 1
+    kept = max(1, kept)
+    return between.join([*items[:kept], f'+{len(items) - kept} more'] if kept < len(items) else items)
+
+
+def wrapped(items: Sequence[str], width: int) -> list[str]:
+    """Items on as many lines of `width` columns as they need; an item is broken only where it is wider than a line."""
+    text = '  '.join(item.replace(' ', '\xa0') for item in items)  # of which textwrap makes one word
+    lines = textwrap.wrap(text, width, subsequent_indent='  ', break_on_hyphens=False)
+    return [line.replace('\xa0', ' ') for line in lines]
 
 
 @dataclass(frozen=True)
@@ -70,15 +104,24 @@ class Progress:
         """One step is done."""
         self.bar.update()
 
-    def show(self, step: int, figures: str) -> None:
-        """Show figures and speed after a step: beside the bar, or as a line of their own."""
+    def show(self, step: int, metrics: Sequence[str]) -> None:
+        """Show metrics and speed after a step: beside the bar, or as a line of their own.
+
+        Args:
+            step: Steps that are done.
+            metrics: Texts such as 'color 33.3%', the most important ones first; those that do not fit are counted.
+        """
         elapsed = time.perf_counter() - self.started
-        figures = one_line(figures) + f'  {(step - self.first) * self.images_per_step / elapsed:.0f} images/s'
+        speed = f'{(step - self.first) * self.images_per_step / elapsed:.0f} images/s'
+        metrics = [one_line(metric) for metric in metrics]
         if not self.bar.disable:
-            self.bar.set_postfix_str(figures)
+            taken = disp_len(self.title) + 2 * len(str(self.steps)) + _BAR + len(speed)
+            self.bar.set_postfix_str(f'{fitted(metrics, line_width() - taken)}  {speed}')
         elif self.visible:
-            left = tqdm.format_interval(elapsed / (step - self.first) * (self.steps - step))
-            print(f'{self.title}  step {step}/{self.steps}  {figures}  left {left}', flush=True)
+            first = f'{self.title}  step {step}/{self.steps}'
+            left = f'left {tqdm.format_interval(elapsed / (step - self.first) * (self.steps - step))}'
+            taken = sum(disp_len(part) + 2 for part in (first, speed, left))
+            print(f'{first}  {fitted(metrics, line_width() - taken)}  {speed}  {left}', flush=True)
 
     def say(self, line: str) -> None:
         """Print a line that stays."""

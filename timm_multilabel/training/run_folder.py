@@ -1,10 +1,11 @@
 """The folder of a run: settings, label space, one row of metrics an epoch."""
 import fcntl
 import itertools
+import json
 import os
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -17,12 +18,16 @@ from timm.models import safe_model_name
 
 from timm_multilabel.cells import csv_rows
 from timm_multilabel.errors import UserError
-from timm_multilabel.files import read_text, reading, write_whole
+from timm_multilabel.files import read_json, read_text, reading, without_nan, write_whole
 from timm_multilabel.labels import LabelSpace
+from timm_multilabel.metric_names import current_names
 from timm_multilabel.temporary import RANDOM_NAME, remove_leftovers
 
 _LAUNCH = '.launch'
 """The file that names the launch of torchrun, so that its restarts find the folder."""
+
+_TAGS = 'summary.json'
+"""The metrics of each tag, a list with an element an epoch."""
 
 _MOST_BYTES = 2 ** 29
 """Bytes of a summary.csv."""
@@ -151,7 +156,7 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         folders = [path, *(each for each in path.iterdir() if each.is_dir() and not each.is_symlink())]
         remove_leftovers(left for folder in folders for left in folder.glob(f'.*-{RANDOM_NAME}') if not left.is_dir())
-        self._earlier()  # what is wrong with it shows now, and not when an epoch is done
+        self._earlier(), self._earlier_tags()  # what is wrong with them shows now, and not when an epoch is done
         if any(launchers):
             write_whole(path / _LAUNCH, '\n'.join(launchers))
         write_whole(path / 'args.yaml', yaml.safe_dump(args, sort_keys=False, allow_unicode=True))
@@ -175,26 +180,53 @@ class RunFolder:
                                  wrong[0] is not None else 'the run has phases, or the summary has, and not both')
         return texts
 
-    def add_summary(self, row: dict[str, Any]) -> pd.DataFrame:
+    def add_summary(self, row: dict[str, Any], tags: Mapping[str, Any] | None = None) -> pd.DataFrame:
         """Add an epoch's metrics to summary.csv, in place of what an earlier try left of this epoch and later ones.
 
-        With phases, `row` names its own as 'phase'. Returns the whole of summary.csv.
+        Args:
+            row: The metrics by column; with phases, `row` names its own as 'phase'.
+            tags: Those of each tag, {'eval': {head: {tag: {metric: value}}}}, which go to summary.json.
+
+        Returns:
+            The whole of summary.csv.
 
         Raises:
-            UserError: It cannot be read or written.
+            UserError: A file cannot be read or written.
         """
+        if tags:
+            self._add_tags(row, tags)
         path = self.path / 'summary.csv'
         rows = _texts(pd.DataFrame([row]).to_csv(index=False))
         earlier = self._earlier()
         if earlier is not None:
-            before = earlier['epoch'].astype(int) < row['epoch']
-            if self.phases:
-                order = earlier['phase'].map(self.phases.index)
-                phase = self.phases.index(row['phase'])
-                before = (order < phase) | ((order == phase) & before)
-            rows = pd.concat([earlier[before], rows])
+            phases = earlier['phase'] if self.phases else [None] * len(earlier)
+            order = map(self._order, phases, earlier['epoch'].astype(int))
+            rows = pd.concat([earlier[[each < self._order(row.get('phase'), row['epoch']) for each in order]], rows])
         write_whole(path, rows.to_csv(index=False))
         return read_summary(path)
+
+    def _add_tags(self, row: dict[str, Any], tags: Mapping[str, Any]) -> None:
+        """Add an epoch's metrics of each tag to summary.json, as `add_summary` does."""
+        found = {name: row[name] for name in ('phase', 'epoch') if name in row} | dict(tags)
+        place = self._order(row.get('phase'), row['epoch'])
+        rows = [each for each in self._earlier_tags() if self._order(each.get('phase'), each['epoch']) < place]
+        write_whole(self.path / _TAGS, json.dumps([*rows, without_nan(found)], indent=1) + '\n')
+
+    def _earlier_tags(self) -> list[dict[str, Any]]:
+        """The epochs of summary.json; none where there is no such file.
+
+        Raises:
+            UserError: It is damaged, or that of other phases.
+        """
+        path = self.path / _TAGS
+        return read_json(
+            path, 'the metrics of the tags of this run', 'correct it, or remove it to begin a new one',
+            lambda rows: all(type(row['epoch']) is int and self._order(row.get('phase'), 0) for row in rows),
+        ) if path.is_file() else []
+
+    def _order(self, phase: str | None, epoch: int) -> tuple[int, int]:
+        """What epochs are in the order of; raises ValueError where there is no such phase."""
+        return (self.phases or [None]).index(phase), epoch
 
 
 class RunLock:
@@ -232,8 +264,12 @@ class RunLock:
 
 
 def _texts(content: str) -> pd.DataFrame:
-    """A CSV as text, so that what is written again is what was there; raises ValueError or csv.Error."""
+    """A CSV as text, so that what is written again is what was there; raises ValueError or csv.Error.
+
+    Columns have their names of this version.
+    """
     header, *rows = [row for row in csv_rows(content, strict=True) if row] or [[]]
+    header = current_names(header)
     if not header or len(set(header)) != len(header):
         raise ValueError('two columns have one name' if header else 'it is empty')
     for number, row in enumerate(rows, 2):
