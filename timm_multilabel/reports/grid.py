@@ -1,6 +1,7 @@
 """An experiment's results: Markdown tables and a picture, made of the two CSVs alone."""
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,7 @@ from matplotlib.figure import Figure
 
 from timm_multilabel.escaping import markdown_code, markdown_text, picture_text, shown
 from timm_multilabel.reports.bootstrap import LEVEL, RESAMPLES
-from timm_multilabel.reports.experiments import SURE
+from timm_multilabel.reports.experiments import BETTER, SEEDS_AND_IMAGES, SURE, WORSE, verdict
 from timm_multilabel.reports.tables import markdown_table
 
 MEAN = 'mean'
@@ -32,7 +33,7 @@ class GridResults:
         runs: A row a run: 'setting', the axis, 'seed', a column a head of its top-1 in percent, 'mean', 'minutes',
             'cpu_minutes' (its own and those of what it started from), and where it ran.
         differences: A row a comparison with the first setting: the axis, 'setting', 'head', 'difference', 'low',
-            'high', 'p', 'holm'.
+            'high', 'p', 'holm', 'over' (see `compare_groups`).
         heads: The names of the heads.
     """
     title: str
@@ -59,6 +60,12 @@ class GridResults:
         found = self.runs[self.runs['setting'] == setting]
         return (found if self.axis is None or value is None else found[found[self.axis] == value]).sort_values('seed')
 
+    def verdict(self, row: Mapping[str, Any]) -> str:
+        """What a row of the differences says."""
+        value = None if self.axis is None else row[self.axis]
+        ours, theirs = (self.of(name, value)[row['head']].count() for name in (row['setting'], self.settings[0]))
+        return verdict(row['difference'], row['holm'], 'top1', row['over'], (ours, theirs))
+
     def by_seed(self, setting: str, value: object, head: str) -> np.ndarray:
         """The differences of a setting to the first one, seed by seed."""
         ours, base = (self.of(name, value).set_index('seed')[head] for name in (setting, self.settings[0]))
@@ -82,15 +89,34 @@ def grid_markdown(results: GridResults) -> str:
     parts.append('\n'.join(f'- {note}' for note in [
         f'Figures: top-1 in percent on {markdown_text(results.split)}, of the checkpoint that was best on val; mean ± '
         f'standard deviation (n - 1) over the seeds {seeds}. The mean is the plain one over heads.',
-        f'Differences: paired bootstrap over the images, {RESAMPLES:,} resamples, what an image adds averaged over the '
-        f'seeds first; {100 * LEVEL:.0f} % percentile intervals; Holm corrects p over the settings '
-        '(the mean), or over settings and heads' + (', for each value' if results.axis else '')
-        + f'. A difference holds where that is below {SURE}. *By seed*: the difference of each pair of runs.',
+        *_on_differences(results),
         'CPU minutes: of all threads of a run, its evaluations and its start from the command line included, and those '
         'of the run that it started from; the mean over ' + ('seeds and values.' if results.axis else 'seeds.'),
         _where(results.runs),
     ]))
     return '\n\n'.join(part for part in parts if part) + '\n'
+
+
+def _on_differences(results: GridResults) -> list[str]:
+    """How the differences were made, for all kinds of them that there are."""
+    if not len(results.differences):
+        return []
+    old = results.differences['over'] != SEEDS_AND_IMAGES
+    notes = [
+        f'Differences: bootstrap of {RESAMPLES:,} resamples of the images, the same for both sides, what an image adds '
+        f'averaged over the seeds first; {100 * LEVEL:.0f} % percentile intervals; Holm corrects p over the settings '
+        '(the mean), or over settings and heads' + (', for each value' if results.axis else '')
+        + '. *By seed*: the difference of each pair of runs.']
+    if not old.all():
+        notes.append(
+            "What other seeds would add to each resample is drawn from Student's t distribution with the standard "
+            f'error of the differences by seed. The verdict is "{BETTER}" or "{WORSE}" where the corrected p is below '
+            f'{SURE}.')
+    if old.any():
+        notes.append(
+            'Where the verdict says that nothing is said of other runs, the images alone were resampled: interval and '
+            'p are of the models that were trained, on other images, and other seeds may contradict them.')
+    return notes
 
 
 def _where(runs: pd.DataFrame) -> str:
@@ -141,7 +167,7 @@ def _differences(results: GridResults) -> pd.DataFrame:
             f'{100 * LEVEL:.0f} % interval': f'{row["low"]:+.2f} to {row["high"]:+.2f}',
             'by seed': ' '.join(f'{each:+.1f}' for each in seeds),
             'p (Holm)': f'{row["holm"]:.4f}',
-            'holds': 'yes' if row['holm'] < SURE else 'no',
+            'verdict': results.verdict(row),
         })
     return pd.DataFrame(made)
 

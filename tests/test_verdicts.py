@@ -1,0 +1,135 @@
+"""Verdicts on differences: seeds count as images do, one run says nothing of others, and what is worse is called so."""
+import dataclasses
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+from test_grid import results
+
+from timm_multilabel.labels import LabelSet, Quantity
+from timm_multilabel.reports.bootstrap import describe_difference, resampled_means, seed_spread, with_seeds
+from timm_multilabel.reports.experiment_pages import (
+    Experiments,
+    SplitResult,
+    experiments_csv,
+    experiments_html,
+    experiments_markdown,
+)
+from timm_multilabel.reports.experiments import Answers, Run, compare_groups, run_figures
+from timm_multilabel.reports.grid import grid_markdown
+
+IMAGES = 1000
+
+
+def right(count):
+    """The answers of a run that is right on the first `count` of 1,000 images."""
+    said = (np.arange(IMAGES) >= count).astype(int)
+    return Answers(np.arange(IMAGES).astype(str), {'color': LabelSet('color', ('a', 'b'))},
+                   {'color': np.zeros(IMAGES, int)}, {'color': said})
+
+
+def off(distance):
+    """The answers of a run that is wrong by about a distance everywhere."""
+    return Answers(np.arange(IMAGES).astype(str), {'size': Quantity('size', 0.0, 1.0)}, {'size': np.zeros(IMAGES)},
+                   {'size': distance + np.arange(IMAGES) / 1e6})
+
+
+def experiments(base, ours, seeds):
+    """Two groups of runs as `compare` has them."""
+    answers, groups = [*base, *ours], [list(range(len(base))), list(range(len(base), len(base) + len(ours)))]
+    runs = [Run(f'r{number}', {'--lr': '1' if number < len(base) else '2'}, seed, 1, 1)
+            for number, seed in enumerate(seeds)]
+    differences = compare_groups(answers, groups, seeds, 0)
+    return Experiments(runs, groups, 0, [SplitResult('val', IMAGES, run_figures(answers), differences)])
+
+
+def verdicts(found):
+    """The verdict of each row, which CSV, Markdown and page share."""
+    row = pd.read_csv(pd.io.common.StringIO(experiments_csv(found))).filter(like='verdict').iloc[-1]
+    for verdict in row:
+        assert f'| {verdict} ' in experiments_markdown(found) and f'<td>{verdict}</td>' in experiments_html(found)
+    return row.tolist()
+
+
+def test_seeds_that_contradict_each_other_hold_nothing():
+    """-21.1 in one seed and +8.5 in the other: the images alone made that a p of 0.0002."""
+    found = experiments([right(700), right(600)], [right(489), right(685)], ['0', '1', '0', '1'])
+    row = found.splits[0].differences.iloc[0]
+    assert row['difference'] == pytest.approx(-6.3) and row['over'] == 'seeds and images'
+    # The images matter little: a t of one degree of freedom, with a standard error of 14.8.
+    assert row['p'] == pytest.approx(2 * scipy.stats.t.cdf(-6.3 / 14.8, 1), abs=0.01)
+    assert (row['low'], row['high']) == (-100, 100)  # no accuracy differs by more
+    assert verdicts(found) == ['no difference shown']
+
+
+def test_what_is_worse_is_called_worse_and_has_another_color():
+    seeds = ['0', '1', '2'] * 2
+    low, high = [right(count) for count in (600, 602, 604)], [right(count) for count in (701, 702, 703)]
+    for base, ours, verdict in ((low, high, 'better'), (high, low, 'worse')):
+        found = experiments(base, ours, seeds)
+        assert verdicts(found) == [verdict] and f'<tr class="{verdict}">' in experiments_html(found)
+    near, far = [off(0.1 + seed / 1000) for seed in range(3)], [off(0.3 + seed / 1000) for seed in range(3)]
+    assert verdicts(experiments(near, far, seeds)) == ['worse']  # of an error less is better
+    assert verdicts(experiments(far, near, seeds)) == ['better']
+
+
+def test_one_run_says_nothing_of_others():
+    for base, ours, seeds, verdict in (
+            ([right(500)], [right(700)], '00', 'one run each: nothing said of other runs'),
+            ([right(500), right(501)], [right(700)], '010', 'one run on a side: nothing said of other runs'),
+            ([right(500)] * 2, [right(700)] * 2, '3333', 'one run each: nothing said of other runs')):  # a seed twice
+        found = experiments(base, ours, list(seeds))
+        assert verdicts(found) == [verdict] and found.splits[0].differences['over'].tolist() == ['images']
+        assert 'class="better"' not in experiments_html(found)
+
+
+def test_spread_of_seeds_is_that_of_the_t_tests():
+    ours, theirs = np.array([61.0, 64.5, 60.2]), np.array([59.0, 61.1, 60.9])
+    for names, test in ((('a', 'b', 'c'), scipy.stats.ttest_rel(ours, theirs)),
+                        (('d', 'e', 'a'), scipy.stats.ttest_ind(ours, theirs, equal_var=False))):
+        spread = seed_spread(dict(zip('abc', ours)), dict(zip(names, theirs)))
+        assert spread.freedom == pytest.approx(test.df)
+        assert (ours.mean() - theirs.mean()) / spread.error == pytest.approx(test.statistic)
+        drawn = describe_difference(ours.mean() - theirs.mean(), with_seeds(
+            np.full(10_000, ours.mean() - theirs.mean()), spread))
+        assert drawn.p == pytest.approx(test.pvalue, abs=2e-3)
+        interval = test.confidence_interval()
+        assert (drawn.low, drawn.high) == pytest.approx((interval.low, interval.high), rel=0.01)
+    assert seed_spread({'a': 1.0}, {'a': 2.0, 'b': 3.0}) is None
+    assert seed_spread({'a': 1.0, 'b': 1.0}, {'c': 2.0, 'd': 2.0}).error == 0
+
+
+@pytest.mark.parametrize('seeds', [2, 3])
+@pytest.mark.parametrize('pairs', [True, False])
+def test_coverage(seeds, pairs):
+    """Of 400 experiments without a difference, whose models vary with the seed, 95 % or some more of the intervals
+    hold 0; those over the images alone far fewer."""
+    generator, images, cases = np.random.default_rng(seeds), 300, 400
+    ease = generator.normal(0.5, 1, (images, cases))  # an image that is hard for one model is hard for the other
+    skill = generator.normal(0, 0.4, (2, seeds, 1, cases))
+    hits = 100.0 * (generator.random((2, seeds, images, cases)) < 1 / (1 + np.exp(-ease - skill)))
+    differences = hits[0].mean(axis=0) - hits[1].mean(axis=0)
+    resampled, of_runs = resampled_means(differences, 2000), hits.mean(axis=2)
+    names = [list(range(seeds)), list(range(seeds)) if pairs else list(range(seeds, 2 * seeds))]
+    covered = {'images': 0, 'both': 0}
+    for case in range(cases):
+        spread = seed_spread(*(dict(zip(names[side], of_runs[side, :, case])) for side in range(2)))
+        value = differences[:, case].mean()
+        for over, drawn in (('images', resampled[:, case]), ('both', with_seeds(resampled[:, case], spread))):
+            found = describe_difference(value, drawn)
+            covered[over] += found.low <= 0 <= found.high
+    assert 0.93 < covered['both'] / cases < 0.995 and covered['images'] / cases < 0.65
+
+
+def test_grid_reads_verdicts_from_its_tables():
+    found = results('labelled_rows')
+    found.differences['difference'] = [5.0, -5.0]
+    assert re.findall(r'(better|worse) +\|\n', grid_markdown(found)) == ['better', 'worse']
+    assert 'images alone were resampled' not in grid_markdown(found)
+    found.differences['over'] = 'images'  # made before seeds were resampled
+    assert grid_markdown(found).count('| images alone resampled: nothing said of other runs |') == 2
+    found = dataclasses.replace(found, runs=found.runs[found.runs['seed'] == 0])
+    assert grid_markdown(found).count('| one run each: nothing said of other runs |') == 2
+    assert 'the images alone were resampled' in grid_markdown(found)
