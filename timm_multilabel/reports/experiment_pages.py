@@ -217,7 +217,8 @@ def experiments_html(experiments: Experiments) -> str:
         parts += [f'<h2>Against {html_text(one_line(experiments.name(experiments.baseline)))}</h2>',
                   html_table(differences, colors)]
     notes = '\n'.join(f'<li>{html_text(one_line(note))}</li>' for note in _notes(experiments))
-    return _PAGE.replace('BODY', '\n'.join([*parts, f'<ul>\n{notes}\n</ul>']))
+    title = f'{len(experiments.runs)} runs on {", ".join(split.name for split in experiments.splits)}'
+    return _PAGE.replace('TITLE', title).replace('BODY', '\n'.join([*parts, f'<ul>\n{notes}\n</ul>']))
 
 
 _PAGE = '''<!DOCTYPE html>
@@ -225,7 +226,7 @@ _PAGE = '''<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Experiments</title>
+<title>TITLE</title>
 <style>
 body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; max-width: 90rem; padding: 0 1rem; color: #1a1a1a;
   background: #fff }
@@ -245,7 +246,7 @@ ul { max-width: 50rem; padding-left: 1.2rem; color: #444 }
 </style>
 </head>
 <body>
-<h1>Experiments</h1>
+<h1>TITLE</h1>
 BODY
 </body>
 </html>

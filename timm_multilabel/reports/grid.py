@@ -17,7 +17,8 @@ MEAN = 'mean'
 
 _COLORS = ('#000000', '#4477aa', '#66ccee', '#228833', '#ccbb44', '#ee6677', '#aa3377', '#bbbbbb',
            '#994f00')
-_NAME = 32  # letters of a name in the picture
+_NAME, _TITLE = 40, 60  # letters of a name in the picture, and of the title
+_ASIDE = 0.5  # of the least distance of two values, over which their settings are spread
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def draw_grid(results: GridResults) -> Figure:
     """A panel for the mean and one a head: by what varies a line a setting, else a bar; whiskers are one deviation."""
     figures = results.figures
     height = 3.4 if results.axis else 0.9 + 0.3 * len(results.settings)
-    figure = Figure(figsize=(3.1 * len(figures), height + (0.8 if results.axis else 0)), layout='constrained')
+    figure = Figure(figsize=(max(6, 3.1 * len(figures)), height + (1.1 if results.axis else 0.3)), layout='constrained')
     panels = figure.subplots(1, len(figures), squeeze=False, sharey=results.axis is None)[0]
     for panel, name in zip(panels, figures):
         (_draw_bars if results.axis is None else _draw_lines)(panel, results, name)
@@ -184,6 +185,9 @@ def draw_grid(results: GridResults) -> Figure:
         panel.spines[['top', 'right']].set_visible(False)
         panel.grid(color='#e5e5e5', linewidth=0.7, axis='x' if results.axis is None else 'both')
         panel.set_axisbelow(True)
+    title, split = picture_text(results.title, _TITLE), picture_text(results.split, _NAME)
+    bars = '; bars are one standard deviation over the seeds' if results.runs['seed'].nunique() > 1 else ''
+    figure.suptitle(f'{title}: top-1 on {split}{bars}', fontsize=10)
     if results.axis:
         panels[0].set_ylabel('top-1, %')
         handles, labels = panels[0].get_legend_handles_labels()
@@ -209,13 +213,15 @@ def _draw_lines(panel, results: GridResults, figure: str) -> None:
                   for value in results.values)
     places = np.array(results.values, dtype=float) if numbers else np.arange(len(results.values), dtype=float)
     logarithmic = numbers and places.min() > 0 and places.max() > 20 * places.min()
+    scaled = np.sort(np.log(places) if logarithmic else places)
+    gap = _ASIDE * np.diff(scaled).min() if len(places) > 1 else 0.1
     for order, name in enumerate(results.settings):
         runs = [results.of(name, value)[figure].dropna() for value in results.values]
         there = [bool(len(each)) for each in runs]
         runs = [each for each in runs if len(each)]
         # Apart, so that whiskers do not hide each other.
-        aside = (order - (len(results.settings) - 1) / 2) / len(results.settings)
-        at = places * (1 + 0.12 * aside) if logarithmic else places + 0.1 * aside
+        aside = gap * (order - (len(results.settings) - 1) / 2) / len(results.settings)
+        at = places * np.exp(aside) if logarithmic else places + aside
         panel.errorbar(
             at[there], [each.mean() for each in runs], yerr=[each.std(ddof=1) if len(each) > 1 else 0 for each in runs],
             label=_legend_text(name), color=_COLORS[order % len(_COLORS)], marker='o', markersize=3.5,
