@@ -42,7 +42,6 @@ NAME = 'grid'
 HELP = 'run an experiment of many settings and seeds, and compare them'
 
 RESULTS, DIFFERENCES, TABLES, PICTURE = 'results.csv', 'differences.csv', 'results.md', 'results.png'
-_FILES = (RESULTS, DIFFERENCES, TABLES, PICTURE)
 _WHERE = ('commit', 'machine', 'torch')  # what is noted of the program and the machine
 _LARGEST = 1e12  # number in a table
 _TEXTS = ('setting', 'head', 'over', 'command', *_WHERE)  # columns that are texts, whatever they look like
@@ -89,6 +88,7 @@ def run(args: argparse.Namespace) -> None:
     results = collect(grid, args, output, flags)
     for name, table in ((RESULTS, results.runs), (DIFFERENCES, results.differences)):
         write_whole(file_of(folder, name, args.split), spreadsheet_csv(table, index=False, float_format='%.6g'))
+        _say(f'Wrote {file_of(folder, name, args.split)}')
     write_tables(folder, args.split, read_results(folder, args.split, grid))
 
 
@@ -365,7 +365,7 @@ def write_tables(folder: Path, split: str, results: GridResults) -> None:
     write_whole(file_of(folder, TABLES, split), tables)
     write_whole(file_of(folder, PICTURE, split), png(draw_grid(results)))
     print(tables)
-    _say(f'Wrote {", ".join(str(file_of(folder, name, split)) for name in _FILES)}')
+    _say(f'Wrote {", ".join(str(file_of(folder, name, split)) for name in (TABLES, PICTURE))}')
 
 
 def _say(line: str) -> None:

@@ -238,6 +238,7 @@ thead span { white-space: nowrap }
 th:first-child { text-align: left; position: sticky; left: 0; background: #fff; min-width: 4.5rem; max-width: 14rem;
   white-space: normal }
 tbody th { font-weight: normal }
+td:last-child { white-space: normal; min-width: 7rem }
 .group > * { font-weight: 600; background: #eef3f8 }
 .group > th:first-child { background: #eef3f8 }
 .better > *, .better > th:first-child { background: #e6f4e7 }
