@@ -173,7 +173,8 @@ def test_a_bin_of_one_image_is_a_point_with_a_long_interval():
     assert all(float(tick).is_integer() for tick in counts.get_yticks())
 
 
-@pytest.mark.parametrize('probability, words', [(0.9, 'too high'), (0.2, 'too low'), (0.45, 'right')])
+@pytest.mark.parametrize('probability, words', [
+    (0.9, 'are too high'), (0.2, 'are too low'), (0.45, 'can be taken at their word')])
 def test_calibration_is_said_in_words(probability, words):
     output = np.array([[probability, 1 - probability]] * 40)
     if probability < 0.5:
@@ -181,8 +182,8 @@ def test_calibration_is_said_in_words(probability, words):
     target = np.array([0, 1] * 20)
     calibration = section(LabelSet('c', tuple('abcdefghij')[:output.shape[1]]), target, output).calibration
     assert calibration['words'] == (
-        f'On average this head gives the class that it predicts {100 * probability:.1f} %, and it is right in 50.0 %, '
-        f'so the probabilities are {words} on average.')
+        f'On average this head gives the class that it predicts a probability of {100 * probability:.1f} %, and it is '
+        f'right in 50.0 % of the images: on the whole, its probabilities {words}.')
 
 
 def colors_of(*names):

@@ -47,8 +47,8 @@ class Reliability:
         """Whether the probabilities are too high or too low on the whole, as far as so many images can tell."""
         low, high = wilson(int(self.hits.sum()), int(self.count.sum()))
         if low <= self.said <= high:
-            return 'so the probabilities are right on average'
-        return f'so the probabilities are too {"high" if self.said > high else "low"} on average'
+            return 'on the whole, its probabilities can be taken at their word'
+        return f'on the whole, its probabilities are too {"high" if self.said > high else "low"}'
 
 
 def reliability(probability: np.ndarray, came_true: np.ndarray, bins: int = BINS) -> Reliability:

@@ -83,9 +83,11 @@ def head_section(
 
 def _calibration_words(found: Reliability, of_tags: bool) -> str:
     """What a reliability diagram says on the whole."""
-    true = f'{100 * found.true:.1f} % of them are there' if of_tags else f'it is right in {100 * found.true:.1f} %'
-    what = 'gives a tag' if of_tags else 'gives the class that it predicts'
-    return f'On average this head {what} {100 * found.said:.1f} %, and {true}, {found.verdict()}.'
+    share = f'{100 * found.true:.1f} %'
+    true = f'{share} of the tags are there' if of_tags else f'it is right in {share} of the images'
+    what = 'a tag' if of_tags else 'the class that it predicts'
+    return (f'On average this head gives {what} a probability of {100 * found.said:.1f} %, and {true}: '
+            f'{found.verdict()}.')
 
 
 def describe_target(labels: Labels, target: Any) -> str:
