@@ -31,4 +31,4 @@ def test_names_of_any_length_leave_room_for_the_matrix():
     figure.draw_without_rendering()
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ['x' * 31 + '\u2026', 'y']
-    assert axes.get_position().width > 0.3 and axes.get_title() == r'\$h: 66.7 % of 3 right'
+    assert axes.get_position().width > 0.3 and axes.get_title() == r'\$h: accuracy 66.7 % of 3 images'

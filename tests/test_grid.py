@@ -199,7 +199,8 @@ def results(axis):
         for seed in (0, 1) for setting, color in (('base', 50 + 2 * seed), ('other $', 54 + 4 * seed))]
     differences = [
         {**({} if axis is None else {axis: value}), 'setting': 'other $', 'head': 'mean', 'difference': 5.0, 'low': 1.0,
-         'high': 9.0, 'p': 0.01, 'holm': 0.02} for value in ([0] if axis is None else [10, 20])]
+         'high': 9.0, 'p': 0.01, 'holm': 0.02, 'over': 'seeds and images'}
+        for value in ([0] if axis is None else [10, 20])]
     return GridResults('Title', 'About.', 'val', axis, ['base', 'other $'], pd.DataFrame(rows),
                        pd.DataFrame(differences), ['color'])
 
@@ -210,7 +211,7 @@ def test_tables_hold_means_deviations_and_differences_by_seed():
     # 50 and 52, 54 and 58: deviations of sqrt(2) and sqrt(8).
     assert '| base     | 51.00 ± 1.41 | 1.5         |' in plain
     assert r'| other \$ | 56.00 ± 2.83 | 1.5         |' in plain
-    assert r'| other \$ | mean   | +5.00      | +1.00 to +9.00 | +4.0 +6.0 | 0.0200   | yes   |' in plain
+    assert r'| other \$ | mean   | +5.00      | +1.00 to +9.00 | +4.0 +6.0 | 0.0200   | better  |' in plain
     by_value = grid_markdown(results('labelled_rows'))
     assert '| base     | 52.00 ± 1.41     | 53.00 ± 1.41     | 1.5         |' in by_value
     assert r'| 20            | other \$ | mean   | +5.00' in by_value

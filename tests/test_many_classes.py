@@ -40,7 +40,7 @@ def test_the_confusion_of_a_million_classes_is_a_row_a_pair(labels, tmp_path):
     assert (tmp_path / 'c.png').stat().st_size < 100_000
     _, figure = draw_confusion(labels, target, measured)
     axes = figure.axes[0]
-    assert axes.get_title() == 'id: 20.0 % of 5 right; the most frequent confusions of 1000000 classes'
+    assert axes.get_title() == 'id: accuracy 20.0 % of 5 images; the most frequent confusions of 1000000 classes'
     assert [text.get_text() for text in axes.get_yticklabels()][0] == 'c000005 \u2192 c000006'
     assert [text.get_text() for text in axes.texts][0] == '2 of 3'
 

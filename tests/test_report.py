@@ -392,7 +392,7 @@ def test_the_page_in_a_browser(trained, tmp_path):
             assert tab.evaluate('document.documentElement.scrollWidth') <= width
             assert tab.evaluate('document.scripts.length') == 0
             assert tab.evaluate('[...document.images].every(image => image.complete && image.naturalWidth > 0)')
-        assert tab.evaluate('document.title') == 'Report of run'
+        assert tab.evaluate('document.title') == 'Report of run on val'
         titles = '[...document.querySelectorAll("section[id^=head] h2")].map(title => title.firstChild.data.trim())'
         assert tab.evaluate(titles) == [EVIL, 'tags & "co"', 'price']
         color = 'getComputedStyle(document.querySelector("circle.h0c0")).fill'
@@ -404,7 +404,7 @@ def test_the_page_in_a_browser(trained, tmp_path):
         # What escaping might miss would not run either.
         tab.evaluate('document.body.insertAdjacentHTML("beforeend", "<img src=x: onerror=document.title=1>")')
         assert tab.complaints and 'Content Security Policy' in tab.complaints[0]
-        assert tab.evaluate('document.title') == 'Report of run'
+        assert tab.evaluate('document.title') == 'Report of run on val'
 
 
 @in_browser
@@ -422,7 +422,7 @@ def test_simclr_alone(tmp_path, data_dir):
         Image.new('RGB', (32, 32), (14 * number, 200, 99)).save(image)  # a map is of images that differ
     run = train_run(data_dir, tmp_path, '-wlc', '0')
     html = write_report(run)
-    assert '<h2>Figures' not in html and '<h2>Curves' in html and html.count('<circle') == 6
+    assert '<h2>Metrics' not in html and '<h2>Curves' in html and html.count('<circle') == 6
     assert html.count('alt="View 2 of a photo"') == 12
     (data_dir / 'val.csv').unlink()
     assert write_report(run, '--force').count('<circle') == 12  # of train.csv
@@ -502,7 +502,7 @@ def test_a_page_that_is_there(tmp_path, data_dir, capsys):
     assert 'is there already; write over it with --force' in fails(capsys, report, [run])
     assert 'is a folder; name a file' in fails(capsys, report, [run, '--out', tmp_path])
     assert (run / 'report.html').read_text() == 'mine'
-    assert '<h2>Figures' in write_report(run, '--force')
+    assert '<h2>Metrics' in write_report(run, '--force')
 
 
 def test_shards_are_told_of(tmp_path, data_dir, capsys):

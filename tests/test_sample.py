@@ -111,7 +111,8 @@ def test_command(tmp_path, capsys):
     folder = tmp_path / 'drawn'
     sample.run(parser.parse_args([str(folder), *'--train 8 --val 4 --test 4 --unlabelled 2 --size 16'.split()]))
     assert capsys.readouterr().out.splitlines() == [
-        f'Wrote 18 pictures (8 train, 4 val, 4 test, 2 unlabelled) to {folder}, see preview.png there',
+        f'Wrote 18 pictures (8 train, 4 val, 4 test, 2 unlabelled) to {folder}, see preview.png there; '
+        'the color NA is gray',
         f'Next: timm-multilabel train {folder} --model resnet10t --img-size 16 -b 64 --opt adamw --lr 2e-3 --epochs 6 '
         '--cooldown-epochs 0',
     ]

@@ -186,13 +186,13 @@ def _find_baseline(word: str | None, paths: list[Path], groups: list[list[int]])
 
 
 def _repeated(runs: list[Run], groups: list[list[int]]) -> list[str]:
-    """Lines on runs of a group that have the same seed, and so say nothing of a spread."""
+    """Lines on runs of a group that have the same seed, which count as one."""
     lines = []
     for numbers in groups:
         seeds = [runs[number].seed for number in numbers]
         if len(set(seeds)) < len(seeds):
             lines.append(f'{", ".join(runs[number].name for number in numbers)}: the same settings, and some of them '
-                         'the same seed, so their spread says less than it seems')
+                         'the same seed: those count as one run in a verdict, and the spread says less than it seems')
     return lines
 
 
@@ -222,5 +222,5 @@ def _compare_split(
         remark(f'{split}: not a head of the same classes in every run, so not compared and not in the mean: '
                f'{", ".join(others)}')
     with tqdm(total=RESAMPLES, desc=f'{split}: bootstrap', leave=False, disable=None) as bar:
-        differences = compare_groups(answers, groups, baseline, bar.update)
+        differences = compare_groups(answers, groups, [run.seed for run in runs], baseline, bar.update)
     return SplitResult(split, len(answers[0].images), run_figures(answers), differences)

@@ -32,8 +32,8 @@ from timm_multilabel.data.split_names import find_split, no_split
 from timm_multilabel.errors import UserError, escaped, one_line, shortened
 from timm_multilabel.escaping import spreadsheet_csv, spreadsheet_text_back
 from timm_multilabel.files import read_json, reading, write_whole
+from timm_multilabel.reports.experiments import IMAGES, SEEDS_AND_IMAGES, Answers, compare_groups, run_figures, share
 from timm_multilabel.reports.experiments import MEAN as MEAN_HEAD
-from timm_multilabel.reports.experiments import Answers, compare_groups, run_figures, share
 from timm_multilabel.reports.grid import MEAN, GridResults, draw_grid, grid_markdown
 from timm_multilabel.reports.pictures import png
 from timm_multilabel.training.run_folder import RunLock
@@ -42,10 +42,9 @@ NAME = 'grid'
 HELP = 'run an experiment of many settings and seeds, and compare them'
 
 RESULTS, DIFFERENCES, TABLES, PICTURE = 'results.csv', 'differences.csv', 'results.md', 'results.png'
-_FILES = (RESULTS, DIFFERENCES, TABLES, PICTURE)
 _WHERE = ('commit', 'machine', 'torch')  # what is noted of the program and the machine
 _LARGEST = 1e12  # number in a table
-_TEXTS = ('setting', 'head', 'command', *_WHERE)  # columns that are texts, whatever they look like
+_TEXTS = ('setting', 'head', 'over', 'command', *_WHERE)  # columns that are texts, whatever they look like
 
 
 class _StrictParser(Parser):
@@ -89,6 +88,7 @@ def run(args: argparse.Namespace) -> None:
     results = collect(grid, args, output, flags)
     for name, table in ((RESULTS, results.runs), (DIFFERENCES, results.differences)):
         write_whole(file_of(folder, name, args.split), spreadsheet_csv(table, index=False, float_format='%.6g'))
+        _say(f'Wrote {file_of(folder, name, args.split)}')
     write_tables(folder, args.split, read_results(folder, args.split, grid))
 
 
@@ -289,12 +289,13 @@ def collect(
         of_value = [number for number, run in enumerate(runs) if run.value == value]
         names = [name for name in grid.settings if any(runs[number].setting == name for number in of_value)]
         groups = [[place for place, number in enumerate(of_value) if runs[number].setting == name] for name in names]
-        found = compare_groups([answers[number] for number in of_value], groups, 0)
+        found = compare_groups(
+            [answers[number] for number in of_value], groups, [runs[number].seed for number in of_value], 0)
         for row in found[found['figure'] == 'top1'].itertuples(index=False):
             differences.append({
                 **({grid.axis: value} if grid.axis else {}), 'setting': names[row.group],
                 'head': row.head or MEAN, 'difference': row.difference, 'low': row.low, 'high': row.high, 'p': row.p,
-                'holm': row.holm})
+                'holm': row.holm, 'over': row.over})
     return GridResults(
         grid.title, grid.about, args.split, grid.axis, grid.settings, pd.DataFrame(rows), pd.DataFrame(differences),
         heads)
@@ -340,12 +341,16 @@ def _read_table(path: Path, grid: Grid, of_runs: bool) -> pd.DataFrame:
     table = table.map(lambda cell: spreadsheet_text_back(cell) if isinstance(cell, str) else cell)
     needed = ('setting', 'seed', MEAN, 'minutes', 'cpu_minutes', 'command', *_WHERE) if of_runs else (
         'setting', 'head', 'difference', 'low', 'high', 'p', 'holm')
+    if not of_runs and 'over' not in columns:  # made before seeds were resampled too
+        table['over'] = IMAGES
     missing = [name for name in needed if name not in columns]
     if missing or of_runs and not len(table):
         raise ValueError(f"it has no column '{missing[0]}'" if missing else 'it has no rows')
     for name, cells in table.drop(columns=[*_TEXTS, grid.axis], errors='ignore').items():
         if cells.dtype.kind not in 'if' or np.isinf(cells).any() or (cells.abs() > _LARGEST).any():
             raise ValueError(f"column '{name}' holds something other than numbers")
+    if not of_runs and not table['over'].isin([IMAGES, SEEDS_AND_IMAGES]).all():
+        raise ValueError(f"column 'over' holds something other than '{IMAGES}' and '{SEEDS_AND_IMAGES}'")
     unknown = set(table['setting']) - set(grid.settings)
     keys = ['setting', 'seed' if of_runs else 'head', *([grid.axis] if grid.axis else [])]
     if unknown or table[keys].isna().any(axis=None) or table.duplicated(keys).any():
@@ -361,7 +366,7 @@ def write_tables(folder: Path, split: str, results: GridResults) -> None:
     write_whole(file_of(folder, TABLES, split), tables)
     write_whole(file_of(folder, PICTURE, split), png(draw_grid(results)))
     print(tables)
-    _say(f'Wrote {", ".join(str(file_of(folder, name, split)) for name in _FILES)}')
+    _say(f'Wrote {", ".join(str(file_of(folder, name, split)) for name in (TABLES, PICTURE))}')
 
 
 def _say(line: str) -> None:

@@ -18,7 +18,7 @@ from timm_multilabel.data.split_names import find_split
 from timm_multilabel.errors import UserError, one_line, shortened
 from timm_multilabel.files import write_whole
 from timm_multilabel.inference.predictions import Predictions
-from timm_multilabel.reports.curves import curve_figures
+from timm_multilabel.reports.curves import all_curves
 from timm_multilabel.reports.embedding_map import Coloring, color_points, place_points
 from timm_multilabel.reports.head_section import describe_target, head_section, mean_row
 from timm_multilabel.reports.page import Map, Page, render
@@ -125,7 +125,7 @@ def build_page(
                 thumbnails, (predictions.own_metrics or {}).get(labels.name)))
             bar.update()
         bar.set_postfix_str('curves')
-        curves = {name: figure_uri(figure) for name, figure in curve_figures(summary).items()}
+        curves = figure_uri(all_curves(summary))
         bar.update()
         bar.set_postfix_str('map')
         embeddings = build_map(predictions)
@@ -143,7 +143,7 @@ def build_page(
         notes.append(f'{len(thumbnails.missing)} images cannot be shown, the first: '
                      f'{next(iter(thumbnails.missing.values()))}')
     return Page(
-        title=f'Report of {run.resolve().name}',
+        title=f'Report of {run.resolve().name} on {split}',
         facts=_facts(checkpoint, summary, predictions, split),
         notes=notes,
         command=f'timm-multilabel train -c {run / "args.yaml"}' if flags.phases else command_line(flags),

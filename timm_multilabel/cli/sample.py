@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> None:
     counts = {name: getattr(args, name) for name in ('train', 'val', 'test', 'unlabelled')}
     write_sample(args.directory, **counts, size=args.size, seed=args.seed, kind=args.format, force=args.force)
     described = ', '.join(f'{rows} {name}' for name, rows in counts.items())
-    say(f'Wrote {sum(counts.values())} pictures ({described}) to {args.directory}, see preview.png there')
+    say(f'Wrote {sum(counts.values())} pictures ({described}) to {args.directory}, see preview.png there; '
+        'the color NA is gray')
     say(f'Next: timm-multilabel train {args.directory} --model resnet10t --img-size {args.size} -b 64 '
           '--opt adamw --lr 2e-3 --epochs 6 --cooldown-epochs 0')

@@ -324,7 +324,9 @@ def write_outputs(
         for stem, labels in zip(stems, checkpoint.label_space.heads, strict=True):
             target, measured = predictions[labels.name]
             if len(target):
-                print('confusion:', *write_confusion(folder, stem, labels, target, measured))
+                print('confusion:', *write_confusion(
+                    folder, stem, labels, target, measured,
+                    f'{checkpoint.path.resolve().parent.name}, {args.split}'))
 
 
 def _results_csv(results: dict[str, Any]) -> pd.DataFrame:

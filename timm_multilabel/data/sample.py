@@ -16,7 +16,7 @@ from timm_multilabel.data.table import read_table
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import write_whole
 
-# Mean and spread of the hue in degrees. Neighbours overlap a little, so that nobody reaches 100 %. Grey shapes are
+# Mean and spread of the hue in degrees. Neighbours overlap a little, so that nobody reaches 100 %. Gray shapes are
 # called NA, since readers that take the text NA for a missing label lose a whole class without a word.
 HUES = {
     'red': (0, 7),
@@ -28,6 +28,7 @@ HUES = {
     'pink': (324, 13),
     'NA': (0, 360),
 }
+_CALLED = {'NA': 'NA (gray)'}  # where people read it
 SHAPES = ('circle', 'cross', 'diamond', 'hexagon', 'rectangle', 'square', 'star', 'triangle')
 TEXTURES = ('plain', 'stripes', 'checks', 'dots')
 HEADS = {'color': tuple(HUES), 'shape': SHAPES, 'texture': TEXTURES}
@@ -178,7 +179,7 @@ def draw_preview(directory: str | Path, rows: list[dict[str, str]], columns: int
             sheet.paste(picture.convert('RGB').resize((side, side), Image.Resampling.BICUBIC), (left, top))
         for place, head in enumerate(HEADS):
             label = row[head]
-            text, ink = (label, 'black') if label else (f'(no {head})', '#a0a0a0')
+            text, ink = (_CALLED.get(label, label), 'black') if label else (f'(no {head})', '#a0a0a0')
             draw.text((left, top + side + line * place), text, fill=ink, font=font)
     return sheet
 

@@ -1,13 +1,17 @@
-"""Whether a difference holds: a paired bootstrap over images, and Holm's correction for several comparisons.
+"""Whether a difference holds: a bootstrap over images and seeds, and Holm's correction for several comparisons.
 
-What is resampled are the images: as many as there are, drawn with replacement, the same for both sides of a difference.
-What is not are the models. So an interval says how far the difference would move on other images of the same source; it
-says nothing of models trained anew, with another seed. Images are taken to be independent of each other.
+Two levels vary. The images are resampled: as many as there are, drawn with replacement, the same for both sides of a
+difference. The models vary too: another seed trains another one. Two or three seeds are too few to be resampled (of two
+seeds, every second resample is one of them twice, and its intervals cover far less than 95 %), so what other seeds
+would add to each resample is drawn from Student's t distribution with the standard error of the seeds. With one run on
+a side that is not known: the images alone are resampled then, and nothing is said of models trained anew. Images are
+taken to be independent of each other.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.stats
 
 RESAMPLES = 10_000
 """Resamples of a bootstrap: a p of 0.05 is then known to some 0.004, and none is below 0.0002."""
@@ -65,6 +69,44 @@ def resampled_means(
             means[start:start + number] = np.where(totals > 0, sums[:, :values.shape[1]] / totals, np.nan)
         advance(number)
     return means
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """How far a difference of means over seeds moves with the seeds: its standard error and degrees of freedom."""
+    error: float
+    freedom: float
+
+
+def seed_spread(ours: Mapping[str, float], theirs: Mapping[str, float]) -> SeedSpread | None:
+    """The spread of the difference of two means over seeds; None where a side has a single seed.
+
+    The same seeds on both sides are pairs, since they share what the seed decides, such as the labelled rows. Other
+    seeds are independent samples, with Welch's degrees of freedom. Where models do not vary, and only the images on
+    which they disagree are random, those count twice, here and in the resamples: the interval is then too wide.
+
+    Args:
+        ours: A value a seed.
+        theirs: Those that are subtracted.
+    """
+    if min(len(ours), len(theirs)) < 2:
+        return None
+    if set(ours) == set(theirs):
+        pairs = np.array([ours[seed] - theirs[seed] for seed in ours])
+        return SeedSpread(float(scipy.stats.sem(pairs)), len(pairs) - 1)
+    squares = [scipy.stats.sem(list(side.values())) ** 2 for side in (ours, theirs)]
+    total = sum(squares)
+    if not total:
+        return SeedSpread(0.0, len(ours) + len(theirs) - 2)
+    welch = total ** 2 / sum(square ** 2 / (len(side) - 1) for square, side in zip(squares, (ours, theirs)))
+    return SeedSpread(float(np.sqrt(total)), float(welch))
+
+
+def with_seeds(resampled: np.ndarray, spread: SeedSpread) -> np.ndarray:
+    """A difference on resamples of the images (R,), each with other seeds too (R,)."""
+    places = (np.arange(len(resampled)) + 0.5) / len(resampled)  # evenly spaced, so that the tails are exact
+    drawn = np.random.default_rng(1).permutation(scipy.stats.t.ppf(places, spread.freedom))
+    return resampled + spread.error * drawn
 
 
 def describe_difference(value: float, resampled: np.ndarray) -> Difference:

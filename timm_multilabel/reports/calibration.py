@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from timm_multilabel.labels import MISSING, Labels, LabelSet, TagSet
+from timm_multilabel.reports.intervals import wilson
 
 BINS = 15
 
@@ -22,6 +23,32 @@ class Reliability:
     confidence: np.ndarray
     accuracy: np.ndarray
     ece: float
+
+    @property
+    def said(self) -> float:
+        """The mean of all probabilities."""
+        return float(np.nansum(self.count * self.confidence) / self.count.sum())
+
+    @property
+    def true(self) -> float:
+        """The share of all that came true."""
+        return self.hits.sum() / self.count.sum()
+
+    @property
+    def hits(self) -> np.ndarray:
+        """How many of each bin came true (B,)."""
+        return np.rint(np.nan_to_num(self.count * self.accuracy)).astype(int)
+
+    def intervals(self) -> np.ndarray:
+        """Wilson's 95 % interval of the share of each bin (B, 2), NaN of an empty one."""
+        return np.array([wilson(*each) for each in zip(self.hits.tolist(), self.count.tolist())])
+
+    def verdict(self) -> str:
+        """Whether the probabilities are too high or too low on the whole, as far as so many images can tell."""
+        low, high = wilson(int(self.hits.sum()), int(self.count.sum()))
+        if low <= self.said <= high:
+            return 'on the whole, its probabilities can be taken at their word'
+        return f'on the whole, its probabilities are too {"high" if self.said > high else "low"}'
 
 
 def reliability(probability: np.ndarray, came_true: np.ndarray, bins: int = BINS) -> Reliability:

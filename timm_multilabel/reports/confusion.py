@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from timm_multilabel.escaping import picture_text, spreadsheet_csv
 from timm_multilabel.files import write_whole
@@ -20,6 +21,7 @@ MATRIX = 1000
 
 _PAIRS = 25  # confused pairs shown of more classes than that
 _NAME = 32  # letters of a name in a picture
+_TITLE = 60  # letters of a run and a split
 
 
 def confusion_stems(names: Sequence[str]) -> list[str]:
@@ -38,6 +40,7 @@ def write_confusion(
         labels: Labels,
         target: np.ndarray,
         measured: np.ndarray,
+        of: str = '',
 ) -> list[Path]:
     """Write what a head takes for what as `<stem>.csv` and `<stem>.png`.
 
@@ -52,11 +55,14 @@ def write_confusion(
         labels: The head's labels.
         target: What they encode, of the labelled rows (N, W).
         measured: What the head kept of each row, the prediction first (N, K).
+        of: Run and split, for the picture's title.
 
     Returns:
         The files.
     """
     table, figure = draw_confusion(labels, target, measured)
+    if of:
+        figure.suptitle(picture_text(of, _TITLE), fontsize=10, color='#555555')
     write_whole(folder / f'{stem}.csv', spreadsheet_csv(table))
     write_whole(folder / f'{stem}.png', png(figure, 120))
     return [folder / f'{stem}.csv', folder / f'{stem}.png']
@@ -108,6 +114,7 @@ def _tags(labels: TagSet, target: np.ndarray, measured: np.ndarray) -> tuple[pd.
     axes.set_yticks(range(len(shown)), [_plain(name) for name in shown.index])
     axes.invert_yaxis()
     axes.legend(frameon=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[['top', 'right']].set_visible(False)
     more = f'; the {len(shown)} most frequent of {len(table)} tags' if len(shown) < len(table) else ''
     axes.set(xlabel='images', ylabel='tag', title=f'{_plain(labels.name)}: tags at a probability of 0.5{more}')
@@ -165,6 +172,7 @@ def _pairs(head: LabelSet, pairs: pd.DataFrame) -> Figure:
     axes.set_yticks(range(len(wrong)), names)
     axes.invert_yaxis()
     axes.margins(x=0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[['top', 'right']].set_visible(False)
     axes.set(
         xlabel='images', ylabel='label \u2192 prediction',
@@ -174,7 +182,7 @@ def _pairs(head: LabelSet, pairs: pd.DataFrame) -> Figure:
 
 def _accuracy(pairs: pd.DataFrame) -> str:
     right = pairs.loc[pairs['label'] == pairs['prediction'], 'images'].sum()
-    return f'{100 * right / max(pairs["images"].sum(), 1):.1f} % of {pairs["images"].sum()} right'
+    return f'accuracy {100 * right / max(pairs["images"].sum(), 1):.1f} % of {pairs["images"].sum()} images'
 
 
 def _plain(text: str) -> str:

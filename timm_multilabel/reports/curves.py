@@ -94,7 +94,7 @@ def curve_figures(summary: pd.DataFrame) -> dict[str, Figure]:
 
 
 def write_curves(summary: pd.DataFrame, path: Path) -> None:
-    """Write all curves of a run as one picture, a PNG; nothing without a row.
+    """Write `all_curves` of a run as a PNG, under the name of its folder; nothing without a row.
 
     Args:
         summary: As `curve_figures` takes it.
@@ -103,14 +103,22 @@ def write_curves(summary: pd.DataFrame, path: Path) -> None:
     Raises:
         UserError: It cannot be written.
     """
+    figure = all_curves(summary)
+    if figure is not None:
+        figure.suptitle(picture_text(path.resolve().parent.name, _LETTERS), fontsize=10)
+        write_whole(path, png(figure, _DPI))
+
+
+def all_curves(summary: pd.DataFrame) -> Figure | None:
+    """All curves of a run above one another, with the same edges and epochs; None without a row."""
     panels = [*_panels(summary).values()]
     if not panels:
-        return
+        return None
     heights = [panel.height for panel in panels]
     figure = Figure(figsize=(_WIDTH, sum(heights) + 0.5), layout='constrained')
     axes = figure.subplots(len(panels), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     _draw(axes, panels, summary)
-    write_whole(path, png(figure, _DPI))
+    return figure
 
 
 def _panels(summary: pd.DataFrame) -> dict[str, _Panel]:

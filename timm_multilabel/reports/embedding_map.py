@@ -1,7 +1,9 @@
 """Features of many images as places on a plane, and colors for them."""
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.colors import CSS4_COLORS, XKCD_COLORS, to_rgb
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
@@ -14,6 +16,8 @@ COLORS = ('#4477aa', '#ee6677', '#228833', '#ccbb44', '#66ccee', '#aa3377', '#ee
 NUMBERS = ('#440154', '#443983', '#31688e', '#21918c', '#35b779', '#90d743')  # viridis: dark is little
 _DIMENSIONS = 50
 _LEAST = 5  # images on a map
+_NO_COLOR = ('na', 'n/a', 'none', 'unknown')  # classes, beside names of colors, that are drawn gray
+_APART = 0.3  # least distance of two colors in RGB, of which each part is from 0 to 1
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ def place_points(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.nd
 def color_points(labels: Labels, target: np.ndarray) -> Coloring:
     """Colors by a head's labels: the dozen most frequent classes or tags, or six equal shares of the numbers.
 
+    Where at least half of those classes are called as colors are, they have these colors.
+
     Args:
         labels: The head's labels.
         target: As `Predictions.target` gives it, of the points.
@@ -81,7 +87,33 @@ def color_points(labels: Labels, target: np.ndarray) -> Coloring:
     unlabelled = not (known.any(axis=1) if isinstance(labels, TagSet) else known).all()
     rest = ', '.join(filter(None, [rest, 'no tag' if bare else '', 'no label' if unlabelled else '']))
     names = [f'{shortened(labels.classes[index])} ({counts[index]})' for index in order]
-    return Coloring(names, COLORS[:len(order)], of_point, rest)
+    return Coloring(names, _class_colors([labels.classes[index] for index in order]), of_point, rest)
+
+
+def _class_colors(names: Sequence[str]) -> tuple[str, ...]:
+    """A color for each of up to twelve classes, no two alike."""
+    named = [_color_called(name) for name in names]
+    if 2 * len(set(named) - {None}) < len(names):
+        return COLORS[:len(names)]
+    found: list[str | None] = [
+        color if color not in named[:place] else None for place, color in enumerate(named)]
+
+    def distance(color: str) -> float:
+        """That to the nearest of the colors that are taken."""
+        return min(np.linalg.norm(np.subtract(to_rgb(color), to_rgb(other))) for other in found if other)
+
+    for place, color in enumerate(found):
+        if color is None:
+            found[place] = next((free for free in COLORS if distance(free) > _APART), max(COLORS, key=distance))
+    return tuple(found)
+
+
+def _color_called(name: str) -> str | None:
+    """The color that goes by a name in English, or None."""
+    name = ' '.join(name.lower().replace('_', ' ').replace('-', ' ').split())
+    if name in _NO_COLOR:
+        name = 'gray'
+    return XKCD_COLORS.get(f'xkcd:{name}') or CSS4_COLORS.get(name.replace(' ', ''), '').lower() or None
 
 
 def _color_numbers(labels: Labels, target: np.ndarray) -> Coloring:

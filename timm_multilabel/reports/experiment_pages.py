@@ -8,7 +8,7 @@ import pandas as pd
 from timm_multilabel.errors import one_line
 from timm_multilabel.escaping import html_text, markdown_text, spreadsheet_csv
 from timm_multilabel.reports.bootstrap import LEVEL, RESAMPLES
-from timm_multilabel.reports.experiments import MEAN, SURE, Run, differing_settings
+from timm_multilabel.reports.experiments import BETTER, MEAN, SURE, WORSE, Run, differing_settings, verdict
 from timm_multilabel.reports.tables import html_table, markdown_table
 
 _OF_GROUP = {'difference': 'difference', 'low': 'low', 'high': 'high', 'p': 'p', 'holm': 'p Holm'}  # in the CSV
@@ -56,6 +56,12 @@ class Experiments:
         """What a group is called: its runs."""
         return ', '.join(self.runs[number].name for number in self.groups[group])
 
+    def verdict(self, row: pd.Series) -> str:
+        """What a row of `compare_groups` says."""
+        ours, theirs = (len({self.runs[number].seed for number in self.groups[group]})
+                        for group in (row['group'], self.baseline))
+        return verdict(row['difference'], row['holm'], row['figure'], row['over'], (ours, theirs))
+
     def rows(self) -> list[tuple[int, list[int]]]:
         """The rows of the table: a group and the runs that they are of, each run alone, then several as a group."""
         rows = []
@@ -83,7 +89,7 @@ def experiments_csv(experiments: Experiments) -> str:
 
     Columns of a figure: '<title>', the value, or of a group the mean; '<title> sd' over the runs of a group (n - 1);
     and of the rows that stand for a group, which for one of one run is the run's, '<title> difference', 'low', 'high',
-    'p' and 'p Holm'.
+    'p', 'p Holm' and 'verdict'.
     """
     made = []
     for group, numbers in experiments.rows():
@@ -94,18 +100,29 @@ def experiments_csv(experiments: Experiments) -> str:
                 row[title] = values.mean(skipna=False)
                 row[f'{title} sd'] = values.std(ddof=1, skipna=False)
                 stands_for = group if len(numbers) == len(experiments.groups[group]) else None
-                row |= {f'{title} {name}': value for name, value in _difference(split, stands_for, head).items()}
+                differs = _difference(experiments, split, stands_for, head)
+                row |= {f'{title} {name}': value for name, value in differs.items()}
         made.append(row)
     table = pd.DataFrame(made)
     # The dashes of flags would be a formula; recipes and args.yaml have none either.
     return spreadsheet_csv(table.rename(columns=lambda name: name.lstrip('-')), index=False)
 
 
-def _difference(split: SplitResult, group: int | None, head: str) -> dict[str, float]:
+def _difference(
+        experiments: Experiments,
+        split: SplitResult,
+        group: int | None,
+        head: str,
+) -> dict[str, float | str]:
     """What a group differs by in a head: NaN for the baseline and for None; empty where no group was compared."""
     of_head = split.differences[split.differences['head'] == head]
+    if not len(of_head):
+        return {}
     found = of_head[of_head['group'] == group]
-    return {name: found.iloc[0][key] if len(found) else np.nan for key, name in _OF_GROUP.items() if len(of_head)}
+    if not len(found):
+        return {name: np.nan for name in (*_OF_GROUP.values(), 'verdict')}
+    row = found.iloc[0]
+    return {**{name: row[key] for key, name in _OF_GROUP.items()}, 'verdict': experiments.verdict(row)}
 
 
 def shown_experiments(experiments: Experiments) -> tuple[pd.DataFrame, list[int]]:
@@ -127,16 +144,16 @@ def shown_differences(experiments: Experiments) -> pd.DataFrame:
     """The differences for reading, a row each."""
     made = []
     for split in experiments.splits:
-        for row in split.differences.itertuples():
-            shown = {name: _shown(getattr(row, name), row.figure, '+') for name in ('difference', 'low', 'high')}
+        for _, row in split.differences.iterrows():
+            shown = {name: _shown(row[name], row['figure'], '+') for name in ('difference', 'low', 'high')}
             made.append({
-                'runs': experiments.name(row.group),
-                'figure': split.title(row.head, row.figure),
+                'runs': experiments.name(row['group']),
+                'figure': split.title(row['head'], row['figure']),
                 'difference': shown['difference'],
                 f'{_INTERVAL} interval': f'{shown["low"]} to {shown["high"]}',
-                'p': f'{row.p:.4f}',
-                'p (Holm)': f'{row.holm:.4f}',
-                'holds': 'yes' if row.holm < SURE else 'no',
+                'p': f'{row["p"]:.4f}',
+                'p (Holm)': f'{row["holm"]:.4f}',
+                'verdict': experiments.verdict(row),
             })
     return pd.DataFrame(made)
 
@@ -165,13 +182,16 @@ def _notes(experiments: Experiments) -> list[str]:
                      'deviation over its runs (n - 1).')
     if any(len(split.differences) for split in experiments.splits):
         notes += [
-            f'Differences: paired bootstrap, {RESAMPLES:,} resamples of the images of a split, the same for both '
-            'sides; what each image adds is averaged over the runs of a group first. An image counts for the heads '
-            f'that it has a label of. {_INTERVAL} percentile intervals, two-sided p; Holm corrects those of the mean '
-            'over the groups, those of single heads over groups and heads, in each split. A difference holds where '
-            f'the corrected p is below {SURE}.',
-            'Only images are resampled, not models: what holds, holds for other images like these and the models that '
-            'were trained. How much a seed matters shows in the spread alone.',
+            f'Differences: bootstrap of {RESAMPLES:,} resamples, over images and seeds. The images of a split are '
+            'drawn with replacement, the same for both sides; what each image adds is averaged over the runs of a '
+            'group first. An image counts for the heads that it has a label of. What other seeds would add is drawn '
+            "from Student's t distribution with the standard error of the seeds: of pairs where both sides have the "
+            'same seeds, else of two samples (Welch). Two seeds can hardly show a difference; take five.',
+            f'{_INTERVAL} percentile intervals, two-sided p; Holm corrects those of the mean over the groups, those of '
+            f'single heads over groups and heads, in each split. The verdict is "{BETTER}" or "{WORSE}" where the '
+            f'corrected p is below {SURE}.',
+            'With one run on a side, interval and p are over the images alone: they say what these models would do on '
+            'other images, and nothing of other runs.',
             'The best epoch was chosen on val, which flatters figures on it; test is the fairer judge.',
         ]
     return [*notes, *experiments.remarks]
@@ -190,13 +210,15 @@ def experiments_markdown(experiments: Experiments) -> str:
 def experiments_html(experiments: Experiments) -> str:
     """The tables as a page that needs nothing else."""
     differences = shown_differences(experiments)
-    parts = [html_table(*shown_experiments(experiments))]
+    table, groups = shown_experiments(experiments)
+    parts = [html_table(table, dict.fromkeys(groups, 'group'))]
     if len(differences):
-        held = [number for number, holds in enumerate(differences['holds']) if holds == 'yes']
+        colors = {number: said for number, said in enumerate(differences['verdict']) if said in (BETTER, WORSE)}
         parts += [f'<h2>Against {html_text(one_line(experiments.name(experiments.baseline)))}</h2>',
-                  html_table(differences, held)]
+                  html_table(differences, colors)]
     notes = '\n'.join(f'<li>{html_text(one_line(note))}</li>' for note in _notes(experiments))
-    return _PAGE.replace('BODY', '\n'.join([*parts, f'<ul>\n{notes}\n</ul>']))
+    title = f'{len(experiments.runs)} runs on {", ".join(split.name for split in experiments.splits)}'
+    return _PAGE.replace('TITLE', title).replace('BODY', '\n'.join([*parts, f'<ul>\n{notes}\n</ul>']))
 
 
 _PAGE = '''<!DOCTYPE html>
@@ -204,7 +226,7 @@ _PAGE = '''<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Experiments</title>
+<title>TITLE</title>
 <style>
 body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; max-width: 90rem; padding: 0 1rem; color: #1a1a1a;
   background: #fff }
@@ -216,13 +238,16 @@ thead span { white-space: nowrap }
 th:first-child { text-align: left; position: sticky; left: 0; background: #fff; min-width: 4.5rem; max-width: 14rem;
   white-space: normal }
 tbody th { font-weight: normal }
+td:last-child { white-space: normal; min-width: 7rem }
 .group > * { font-weight: 600; background: #eef3f8 }
 .group > th:first-child { background: #eef3f8 }
+.better > *, .better > th:first-child { background: #e6f4e7 }
+.worse > *, .worse > th:first-child { background: #fae8e4 }
 ul { max-width: 50rem; padding-left: 1.2rem; color: #444 }
 </style>
 </head>
 <body>
-<h1>Experiments</h1>
+<h1>TITLE</h1>
 BODY
 </body>
 </html>

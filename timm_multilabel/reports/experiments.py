@@ -11,7 +11,14 @@ from timm_multilabel.errors import UserError, escaped
 from timm_multilabel.heads import TagsHead
 from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.labels import Labels, LabelSet, Quantity, TagSet
-from timm_multilabel.reports.bootstrap import describe_difference, holm, resampled_means
+from timm_multilabel.reports.bootstrap import (
+    Difference,
+    describe_difference,
+    holm,
+    resampled_means,
+    seed_spread,
+    with_seeds,
+)
 
 WHEREABOUTS = (
     'seed', 'output', 'experiment', 'resume', 'workers', 'device', 'cache', 'cache_dir', 'validation_batch_size',
@@ -29,6 +36,12 @@ COMPARED = ('top1', 'mae')
 
 SURE = 0.05
 """A difference holds where its corrected p is below."""
+
+IMAGES, SEEDS_AND_IMAGES = 'images', 'seeds and images'
+"""What the interval and p of a difference are over."""
+
+BETTER, WORSE = 'better', 'worse'
+"""The verdicts on differences that hold."""
 
 
 @dataclass(frozen=True)
@@ -253,53 +266,97 @@ def _known_by_all(answers: Sequence[Answers], head: str) -> np.ndarray:
     return np.all([each.known(head) for each in answers], axis=0)
 
 
+def verdict(difference: float, corrected: float, figure: str, over: str, seeds: tuple[int, int]) -> str:
+    """What a difference says, in words.
+
+    Args:
+        difference: Ours less theirs.
+        corrected: Its p, corrected for the comparisons beside it.
+        figure: Of 'mae' less is better, of others more.
+        over: What its p is over: IMAGES or SEEDS_AND_IMAGES.
+        seeds: How many seeds each side has.
+    """
+    if min(seeds) < 2:
+        return f'one run {"each" if max(seeds) < 2 else "on a side"}: nothing said of other runs'
+    if over == IMAGES:
+        return 'images alone resampled: nothing said of other runs'
+    if not corrected < SURE:
+        return 'no difference shown'
+    return BETTER if (difference > 0) != (figure == 'mae') else WORSE
+
+
 def compare_groups(
         answers: Sequence[Answers],
         groups: Sequence[Sequence[int]],
+        seeds: Sequence[object],
         baseline: int,
         advance: Callable[[int], object] = lambda number: None,
 ) -> pd.DataFrame:
-    """The differences of groups of runs to one of them, by a paired bootstrap over the images.
+    """The differences of groups of runs to one of them, by a bootstrap over images and seeds.
 
     What each image adds to a figure is first averaged over the runs of a group. See `reports.bootstrap` for what is
-    resampled and what is not. p is corrected (Holm) over the groups for the mean over heads, and over groups and heads
-    for the single heads.
+    resampled. p is corrected (Holm) over the groups for the mean over heads, and over groups and heads for the single
+    heads.
 
     Args:
         answers: Those of each run, to the same images in the same order.
         groups: The runs of each group, by number.
+        seeds: The seed of each run; runs of a group with the same one count as one.
         baseline: The group to compare with, by number.
         advance: See `resampled_means`.
 
     Returns:
-        A row a comparison: 'group' (number), 'head', 'figure', 'difference', 'low', 'high', 'p', 'holm'; the means
-        over heads first.
+        A row a comparison: 'group' (number), 'head', 'figure', 'difference', 'low', 'high', 'p', 'holm', 'over' (what
+        interval and p are over: IMAGES with one seed on a side, else SEEDS_AND_IMAGES); the means over heads first.
     """
-    columns = ['group', 'head', 'figure', 'difference', 'low', 'high', 'p', 'holm']
+    columns = ['group', 'head', 'figure', 'difference', 'low', 'high', 'p', 'holm', 'over']
     heads = [name for name in shared_heads(answers)
              if FIGURES[type(answers[0].labels[name])] in COMPARED and _known_by_all(answers, name).any()]
     others = [number for number in range(len(groups)) if number != baseline]
     if not heads or not others:
         return pd.DataFrame(columns=columns)
+    figures = [FIGURES[type(answers[0].labels[name])] for name in heads]
     values = [_group_values(answers, groups, number, heads) for number in range(len(groups))]
     differences = np.concatenate([values[number] - values[baseline] for number in others], axis=1)
     resampled = resampled_means(differences, advance=advance).reshape(-1, len(others), len(heads))
     found = np.nanmean(differences, axis=0).reshape(len(others), len(heads))
+    of_runs = _run_means(answers, heads)
+
+    def describe(row: int, chosen: Sequence[int]) -> tuple[Difference, str]:
+        """The mean difference of some of the heads, and what it is over."""
+        spread = seed_spread(*(_by_seed(of_runs[:, chosen].mean(axis=1), groups[group], seeds)
+                               for group in (others[row], baseline)))
+        drawn = resampled[:, row, chosen].mean(axis=1)
+        if spread is not None:
+            drawn = with_seeds(drawn, spread)
+            if figures[chosen[0]] == 'top1':
+                drawn = np.clip(drawn, -100, 100)  # Student's t knows no largest difference
+        return (describe_difference(float(found[row, chosen].mean()), drawn),
+                IMAGES if spread is None else SEEDS_AND_IMAGES)
 
     averaged = [heads.index(name) for name in _averaged(answers)]
     means, singles = [], []
     for row, group in enumerate(others):
         if len(averaged) > 1:
-            means.append((group, MEAN, 'top1', describe_difference(
-                float(found[row, averaged].mean()), resampled[:, row, averaged].mean(axis=1))))
+            means.append((group, MEAN, 'top1', *describe(row, averaged)))
         for column, name in enumerate(heads):
-            singles.append((group, name, FIGURES[type(answers[0].labels[name])], describe_difference(
-                float(found[row, column]), resampled[:, row, column])))
+            singles.append((group, name, figures[column], *describe(row, [column])))
     rows = []
     for family in (means, singles):
-        for (*which, each), corrected in zip(family, holm([each.p for *_, each in family])):
-            rows.append((*which, each.value, each.low, each.high, each.p, corrected))
+        for (*which, each, over), corrected in zip(family, holm([each.p for *_, each, _ in family])):
+            rows.append((*which, each.value, each.low, each.high, each.p, corrected, over))
     return pd.DataFrame(rows, columns=columns)
+
+
+def _run_means(answers: Sequence[Answers], heads: Sequence[str]) -> np.ndarray:
+    """The figures of heads, of each run on the images that all have a label of (R, H)."""
+    known = {name: _known_by_all(answers, name) for name in heads}
+    return np.array([[each.of_images(name)[known[name]].mean() for name in heads] for each in answers])
+
+
+def _by_seed(values: np.ndarray, runs: Sequence[int], seeds: Sequence[object]) -> dict[str, float]:
+    """The mean of some runs' values by their seed."""
+    return pd.Series(values[runs], [str(seeds[run]) for run in runs]).groupby(level=0).mean().to_dict()
 
 
 def _group_values(

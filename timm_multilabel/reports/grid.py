@@ -1,6 +1,7 @@
 """An experiment's results: Markdown tables and a picture, made of the two CSVs alone."""
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,7 @@ from matplotlib.figure import Figure
 
 from timm_multilabel.escaping import markdown_code, markdown_text, picture_text, shown
 from timm_multilabel.reports.bootstrap import LEVEL, RESAMPLES
-from timm_multilabel.reports.experiments import SURE
+from timm_multilabel.reports.experiments import BETTER, SEEDS_AND_IMAGES, SURE, WORSE, verdict
 from timm_multilabel.reports.tables import markdown_table
 
 MEAN = 'mean'
@@ -16,8 +17,9 @@ MEAN = 'mean'
 
 _COLORS = ('#000000', '#4477aa', '#66ccee', '#228833', '#ccbb44', '#ee6677', '#aa3377', '#bbbbbb',
            '#994f00')
-_NAME = 32  # letters of a name in the picture
+_NAME, _TITLE = 32, 60  # letters of a name in the picture, and of the title
 _BESIDE = 4  # panels in a row of the picture
+_ASIDE = 0.5  # of the least distance of two values, over which their settings are spread
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class GridResults:
         runs: A row a run: 'setting', the axis, 'seed', a column a head of its top-1 in percent, 'mean', 'minutes',
             'cpu_minutes' (its own and those of what it started from), and where it ran.
         differences: A row a comparison with the first setting: the axis, 'setting', 'head', 'difference', 'low',
-            'high', 'p', 'holm'.
+            'high', 'p', 'holm', 'over' (see `compare_groups`).
         heads: The names of the heads.
     """
     title: str
@@ -60,6 +62,12 @@ class GridResults:
         found = self.runs[self.runs['setting'] == setting]
         return (found if self.axis is None or value is None else found[found[self.axis] == value]).sort_values('seed')
 
+    def verdict(self, row: Mapping[str, Any]) -> str:
+        """What a row of the differences says."""
+        value = None if self.axis is None else row[self.axis]
+        ours, theirs = (self.of(name, value)[row['head']].count() for name in (row['setting'], self.settings[0]))
+        return verdict(row['difference'], row['holm'], 'top1', row['over'], (ours, theirs))
+
     def by_seed(self, setting: str, value: object, head: str) -> np.ndarray:
         """The differences of a setting to the first one, seed by seed."""
         ours, base = (self.of(name, value).set_index('seed')[head] for name in (setting, self.settings[0]))
@@ -83,15 +91,34 @@ def grid_markdown(results: GridResults) -> str:
     parts.append('\n'.join(f'- {note}' for note in [
         f'Figures: top-1 in percent on {markdown_text(results.split)}, of the checkpoint that was best on val; mean ± '
         f'standard deviation (n - 1) over the seeds {seeds}. The mean is the plain one over heads.',
-        f'Differences: paired bootstrap over the images, {RESAMPLES:,} resamples, what an image adds averaged over the '
-        f'seeds first; {100 * LEVEL:.0f} % percentile intervals; Holm corrects p over the settings '
-        '(the mean), or over settings and heads' + (', for each value' if results.axis else '')
-        + f'. A difference holds where that is below {SURE}. *By seed*: the difference of each pair of runs.',
+        *_on_differences(results),
         'CPU minutes: of all threads of a run, its evaluations and its start from the command line included, and those '
         'of the run that it started from; the mean over ' + ('seeds and values.' if results.axis else 'seeds.'),
         _where(results.runs),
     ]))
     return '\n\n'.join(part for part in parts if part) + '\n'
+
+
+def _on_differences(results: GridResults) -> list[str]:
+    """How the differences were made, for all kinds of them that there are."""
+    if not len(results.differences):
+        return []
+    old = results.differences['over'] != SEEDS_AND_IMAGES
+    notes = [
+        f'Differences: bootstrap of {RESAMPLES:,} resamples of the images, the same for both sides, what an image adds '
+        f'averaged over the seeds first; {100 * LEVEL:.0f} % percentile intervals; Holm corrects p over the settings '
+        '(the mean), or over settings and heads' + (', for each value' if results.axis else '')
+        + '. *By seed*: the difference of each pair of runs.']
+    if not old.all():
+        notes.append(
+            "What other seeds would add to each resample is drawn from Student's t distribution with the standard "
+            f'error of the differences by seed. The verdict is "{BETTER}" or "{WORSE}" where the corrected p is below '
+            f'{SURE}.')
+    if old.any():
+        notes.append(
+            'Where the verdict says that nothing is said of other runs, the images alone were resampled: interval and '
+            'p are of the models that were trained, on other images, and other seeds may contradict them.')
+    return notes
 
 
 def _where(runs: pd.DataFrame) -> str:
@@ -142,7 +169,7 @@ def _differences(results: GridResults) -> pd.DataFrame:
             f'{100 * LEVEL:.0f} % interval': f'{row["low"]:+.2f} to {row["high"]:+.2f}',
             'by seed': ' '.join(f'{each:+.1f}' for each in seeds),
             'p (Holm)': f'{row["holm"]:.4f}',
-            'holds': 'yes' if row['holm'] < SURE else 'no',
+            'verdict': results.verdict(row),
         })
     return pd.DataFrame(made)
 
@@ -151,10 +178,10 @@ def draw_grid(results: GridResults) -> Figure:
     """A panel for the mean and one a head: by what varies a line a setting, else a bar; whiskers are one deviation."""
     figures = results.figures
     height = 3.4 if results.axis else 0.9 + 0.3 * len(results.settings)
-    lines = -(-len(figures) // _BESIDE)
-    figure = Figure(figsize=(3.1 * min(len(figures), _BESIDE), lines * height + (0.8 if results.axis else 0)),
+    lines, beside = -(-len(figures) // _BESIDE), min(len(figures), _BESIDE)
+    figure = Figure(figsize=(max(6, 3.1 * beside), lines * height + (1.1 if results.axis else 0.3)),
                     layout='constrained')
-    panels = figure.subplots(lines, min(len(figures), _BESIDE), squeeze=False, sharey=results.axis is None).ravel()
+    panels = figure.subplots(lines, beside, squeeze=False, sharey=results.axis is None).ravel()
     for panel in panels[len(figures):]:
         panel.remove()
     for panel, name in zip(panels, figures):
@@ -163,6 +190,9 @@ def draw_grid(results: GridResults) -> Figure:
         panel.spines[['top', 'right']].set_visible(False)
         panel.grid(color='#e5e5e5', linewidth=0.7, axis='x' if results.axis is None else 'both')
         panel.set_axisbelow(True)
+    title, split = picture_text(results.title, _TITLE), picture_text(results.split, _NAME)
+    bars = '; bars are one standard deviation over the seeds' if results.runs['seed'].nunique() > 1 else ''
+    figure.suptitle(f'{title}: top-1 on {split}{bars}', fontsize=10)
     if results.axis:
         panels[0].set_ylabel('top-1, %')
         handles, labels = panels[0].get_legend_handles_labels()
@@ -188,13 +218,15 @@ def _draw_lines(panel, results: GridResults, figure: str) -> None:
                   for value in results.values)
     places = np.array(results.values, dtype=float) if numbers else np.arange(len(results.values), dtype=float)
     logarithmic = numbers and places.min() > 0 and places.max() > 20 * places.min()
+    scaled = np.sort(np.log(places) if logarithmic else places)
+    gap = _ASIDE * np.diff(scaled).min() if len(places) > 1 else 0.1
     for order, name in enumerate(results.settings):
         runs = [results.of(name, value)[figure].dropna() for value in results.values]
         there = [bool(len(each)) for each in runs]
         runs = [each for each in runs if len(each)]
         # Apart, so that whiskers do not hide each other.
-        aside = (order - (len(results.settings) - 1) / 2) / len(results.settings)
-        at = places * (1 + 0.12 * aside) if logarithmic else places + 0.1 * aside
+        aside = gap * (order - (len(results.settings) - 1) / 2) / len(results.settings)
+        at = places * np.exp(aside) if logarithmic else places + aside
         panel.errorbar(
             at[there], [each.mean() for each in runs], yerr=[each.std(ddof=1) if len(each) > 1 else 0 for each in runs],
             label=_legend_text(name), color=_COLORS[order % len(_COLORS)], marker='o', markersize=3.5,

@@ -10,7 +10,7 @@ from timm_multilabel.errors import shortened
 from timm_multilabel.heads.tags import tag_metrics
 from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.labels import MISSING, Labels, LabelSet, TagSet
-from timm_multilabel.reports.calibration import head_reliability
+from timm_multilabel.reports.calibration import Reliability, head_reliability
 from timm_multilabel.reports.confusion import READABLE, draw_confusion
 from timm_multilabel.reports.intervals import RESAMPLES, Figure, bootstrap, head_figures, mean_accuracy
 from timm_multilabel.reports.mistakes import confused_pairs, listed, worst_mistakes
@@ -34,7 +34,7 @@ class HeadSection:
         unranked: No probability says which mistakes are the worst.
         figures: Rows (name, value, interval, how the interval was made).
         tags: Of tags, rows (tag, AP, F1, accuracy, labels, ones); else none.
-        calibration: {picture, ece, of} or None.
+        calibration: {picture, ece, words} or None.
         confusion: The picture, or ''.
         pairs: The most confused pairs, each {label, prediction, count, of, thumbnails}.
         mistakes: Each {thumbnail, where, label, prediction, note}.
@@ -86,7 +86,7 @@ def head_section(
         found = None
     calibration = found and {
         'picture': figure_uri(reliability_figure(found)), 'ece': f'{100 * found.ece:.2f} %',
-        'of': 'all tags' if isinstance(labels, TagSet) else 'the predicted class'}
+        'words': _calibration_words(found, isinstance(labels, TagSet))}
     pairs = []
     for pair in confused_pairs(labels, of_used, said) if isinstance(labels, LabelSet) else []:
         pairs.append({**vars(pair), 'thumbnails': [_thumbnail(used[row], rows, thumbnail) for row in pair.rows]})
@@ -94,6 +94,15 @@ def head_section(
                 for mistake in worst_mistakes(labels, of_used, said, has_probabilities=own_metrics is None)]
     return HeadSection(**section, figures=figures, calibration=calibration,
                        confusion=_confusion(labels, of_used, said), pairs=pairs, mistakes=mistakes)
+
+
+def _calibration_words(found: Reliability, of_tags: bool) -> str:
+    """What a reliability diagram says on the whole."""
+    share = f'{100 * found.true:.1f} %'
+    true = f'{share} of the tags are there' if of_tags else f'it is right in {share} of the images'
+    what = 'a tag' if of_tags else 'the class that it predicts'
+    return (f'On average this head gives {what} a probability of {100 * found.said:.1f} %, and {true}: '
+            f'{found.verdict()}.')
 
 
 def describe_target(labels: Labels, target: Any) -> str:

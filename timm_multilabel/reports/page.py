@@ -11,7 +11,7 @@ from timm_multilabel.escaping import shown
 from timm_multilabel.reports.embedding_map import Coloring
 from timm_multilabel.reports.head_section import HeadSection
 
-_GREY = '#bbbbbb'
+_GREY = '#e4e4e4'  # lighter than a class that is called gray
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Page:
         command_note: What it is.
         settings: args.yaml.
         recipe: The run has phases, which only `settings` tells.
-        curves: Pictures by name.
+        curves: Their picture.
         mean: The row of the mean over heads, as those of `HeadSection.figures`, or None.
         heads: The heads.
         map: The map, or why there is none.
@@ -56,7 +56,7 @@ class Page:
     command_note: str
     settings: str
     recipe: bool
-    curves: dict[str, str]
+    curves: str
     mean: tuple[str, str, str, str] | None
     heads: list[HeadSection]
     map: Map | str

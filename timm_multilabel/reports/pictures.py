@@ -6,6 +6,7 @@ from io import BytesIO
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from timm_multilabel.data.images import read_photo
@@ -72,20 +73,22 @@ class Thumbnails:
 
 
 def reliability_figure(found: Reliability) -> Figure:
-    """A reliability diagram: what came true by what was said, and how many said so."""
+    """A reliability diagram: what came true by what was said, with 95 % intervals, and how many said so."""
     figure = Figure(figsize=(4.6, 4.6), layout='constrained')
     axes, counts = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    bins = len(found.count)
-    edges = np.arange(bins) / bins
-    axes.bar(edges, np.nan_to_num(found.accuracy), 1 / bins, align='edge', color='#4477aa', edgecolor='white',
-             linewidth=0.8, label='came true')
-    axes.plot([0, 1], [0, 1], color='black', linewidth=0.8, linestyle='--', label='perfectly calibrated')
-    axes.plot(found.confidence, found.accuracy, color='#ee6677', marker='o', markersize=3.5, linewidth=1,
-              label='at its mean probability')
-    axes.set(ylabel='share that came true', xlim=(0, 1), ylim=(0, 1))
-    figure.legend(frameon=False, fontsize=8, loc='outside upper left', ncols=3, columnspacing=1, handlelength=1.5)
-    counts.bar(edges, found.count, 1 / bins, align='edge', color='#bbbbbb', edgecolor='white', linewidth=0.8)
+    bins, there = len(found.count), found.count > 0
+    share = found.accuracy[there]
+    low, high = found.intervals()[there].T
+    axes.plot([0, 1], [0, 1], color='black', linewidth=0.8, linestyle='--', label='ideal')
+    # Points, not bars: of a bin of one image a bar would fill the height, where an interval says how little is known.
+    axes.errorbar(found.confidence[there], share, yerr=np.maximum([share - low, high - share], 0), fmt='o',
+                  color='#4477aa', markersize=5, linewidth=1, capsize=2, label='probabilities of a bin, 95 % interval')
+    axes.set(ylabel='share that came true', xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    figure.legend(frameon=False, fontsize=8, loc='outside upper left', ncols=2, columnspacing=1, handlelength=1.5)
+    counts.bar(np.arange(bins) / bins, found.count, 1 / bins, align='edge', color='#bbbbbb', edgecolor='white',
+               linewidth=0.8)
     counts.set(xlabel='probability', ylabel='number')
+    counts.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     for each in (axes, counts):
         each.spines[['top', 'right']].set_visible(False)
     return figure

@@ -1,5 +1,5 @@
 """Tables of texts as Markdown and HTML, whatever the texts hold."""
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import pandas as pd
 
@@ -23,14 +23,19 @@ def markdown_table(table: pd.DataFrame, strong: Collection[int] = ()) -> str:
     return '\n'.join(lines)
 
 
-def html_table(table: pd.DataFrame, strong: Collection[int] = ()) -> str:
-    """A table of texts as HTML, its first column as row headings; see `markdown_table`."""
+def html_table(table: pd.DataFrame, classes: Mapping[int, str]) -> str:
+    """A table of texts as HTML, its first column as row headings.
+
+    Args:
+        table: The texts.
+        classes: The CSS class of rows, by number.
+    """
     # Words in spans, so that a page can keep the dashes of a flag with its name.
     words = [' '.join(f'<span>{html_text(word)}</span>' for word in cell_text(name).split()) for name in table.columns]
     head = ''.join(f'<th scope="col">{name}</th>' for name in words)
     lines = ['<div class="scroll"><table>', f'<thead><tr>{head}</tr></thead>', '<tbody>']
     for number, (first, *cells) in enumerate(table.to_numpy().tolist()):
         row = ''.join(f'<td>{html_text(cell_text(cell))}</td>' for cell in cells)
-        group = ' class="group"' if number in strong else ''
-        lines.append(f'<tr{group}><th scope="row">{html_text(cell_text(first))}</th>{row}</tr>')
+        of_row = f' class="{classes[number]}"' if number in classes else ''
+        lines.append(f'<tr{of_row}><th scope="row">{html_text(cell_text(first))}</th>{row}</tr>')
     return '\n'.join([*lines, '</tbody>', '</table></div>'])
