@@ -24,6 +24,7 @@ from timm_multilabel.reports.head_section import head_section
 from timm_multilabel.reports.results import results_lines
 from timm_multilabel.training.loop import epoch_lines, training_metrics
 from timm_multilabel.training.progress import Progress, fitted, wrapped
+from timm_multilabel.training.run_folder import RunFolder
 
 NAN = float('nan')
 TAGS = ('a', 'b')
@@ -197,6 +198,23 @@ def test_a_report_has_the_metrics_of_each_tag():
     assert section.tags == [
         ('a', '83.33 %', '50.00 %', '50.00 %', '4', '2'), ('<b>', '-', '-', '-', '3', '3')]
     assert ('accuracy (mean over tags)', '50.00 %') in [row[:2] for row in section.figures]
+
+
+def test_summary_json_follows_a_run_that_goes_back(tmp_path):
+    def epochs():
+        return [(each['epoch'], each['eval']['t']['a']) for each in json.loads((tmp_path / 'summary.json').read_text())]
+
+    folder = RunFolder(tmp_path, {}, LabelSpace(()))
+    for epoch in range(3):
+        folder.add_summary({'epoch': epoch, 'lr': 0.1}, {'eval': {'t': {'a': {'ap': 10.0 * epoch, 'f1': NAN}}}})
+    assert epochs() == [(epoch, {'ap': 10.0 * epoch, 'f1': None}) for epoch in range(3)]
+    folder.add_summary({'epoch': 1, 'lr': 0.2}, {'eval': {'t': {'a': {'ap': 99.0, 'f1': 1.0}}}})
+    assert epochs() == [(0, {'ap': 0.0, 'f1': None}), (1, {'ap': 99.0, 'f1': 1.0})]
+    folder.add_summary({'epoch': 1, 'lr': 0.3})  # an epoch without tags
+    assert epochs() == [(0, {'ap': 0.0, 'f1': None})]
+    (tmp_path / 'summary.json').write_text('[{"epoch": 0, "phase": "other"}]')
+    with pytest.raises(UserError, match=r'summary\.json: cannot be read as the metrics of the tags of this run'):
+        RunFolder(tmp_path, {}, LabelSpace(()))
 
 
 # Lines

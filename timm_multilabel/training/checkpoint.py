@@ -369,8 +369,9 @@ def set_aside_later(run: Path, checkpoint: Checkpoint) -> str | None:
         target = folder / path.relative_to(run)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)
-    if (run / 'summary.csv').is_file():
-        shutil.copy2(run / 'summary.csv', folder)
+    for path in (run / 'summary.csv', run / 'summary.json'):
+        if path.is_file():
+            shutil.copy2(path, folder)
     return f'{checkpoint.path}: goes back to here; {len(later)} later checkpoints are now in {folder}'
 
 

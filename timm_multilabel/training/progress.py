@@ -12,7 +12,7 @@ from tqdm.utils import disp_len
 from timm_multilabel.errors import one_line
 
 _COLUMNS = 100  # of a line where the output is no terminal
-_BAR = 42  # columns of a progress bar and its times, beside the title, the numbers of steps and the metrics
+_BAR = 37  # columns of a progress bar and its times, beside the title, the numbers of steps and the metrics
 
 
 def line_width() -> int:

@@ -193,8 +193,8 @@ class RunFolder:
         Raises:
             UserError: A file cannot be read or written.
         """
-        if tags:
-            self._add_tags(row, tags)
+        if tags or (self.path / _TAGS).is_file():
+            self._add_tags(row, tags or {})
         path = self.path / 'summary.csv'
         rows = _texts(pd.DataFrame([row]).to_csv(index=False))
         earlier = self._earlier()
@@ -207,10 +207,10 @@ class RunFolder:
 
     def _add_tags(self, row: dict[str, Any], tags: Mapping[str, Any]) -> None:
         """Add an epoch's metrics of each tag to summary.json, as `add_summary` does."""
-        found = {name: row[name] for name in ('phase', 'epoch') if name in row} | dict(tags)
+        found = [{name: row[name] for name in ('phase', 'epoch') if name in row} | without_nan(tags)] if tags else []
         place = self._order(row.get('phase'), row['epoch'])
         rows = [each for each in self._earlier_tags() if self._order(each.get('phase'), each['epoch']) < place]
-        write_whole(self.path / _TAGS, json.dumps([*rows, without_nan(found)], indent=1) + '\n')
+        write_whole(self.path / _TAGS, json.dumps([*rows, *found], indent=1) + '\n')
 
     def _earlier_tags(self) -> list[dict[str, Any]]:
         """The epochs of summary.json; none where there is no such file.
