@@ -180,7 +180,7 @@ def test_names_in_what_predict_writes(run, named, tmp_path, capsys, monkeypatch)
     assert len((tmp_path / 'table').read_text('utf-8').split('\n')) == 1 + 7 + 1
 
     out = tmp_path / 'p.csv'
-    monkeypatch.setattr('timm_multilabel.cli.predict.Predictor', None)  # refused before any work
+    monkeypatch.setattr('timm_multilabel.inference.predictor.Predictor.answer', None)  # refused before any work
     for where in (['--out', str(out)], ['--format', 'csv']):
         said = refused(predict, [checkpoint, str(named), *where, *COMMON], capsys)
         assert r'a\udcff.png: this name is not UTF-8, as a CSV needs it; rename it, or pass --format jsonl' in said
