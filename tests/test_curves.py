@@ -10,7 +10,7 @@ from PIL import Image
 
 from timm_multilabel.errors import UserError
 from timm_multilabel.reports import curves
-from timm_multilabel.reports.curves import curve_figures, write_curves
+from timm_multilabel.reports.curves import all_curves, write_curves
 from timm_multilabel.training.run_folder import read_summary, running_epochs
 
 NAN = float('nan')
@@ -38,9 +38,13 @@ def summary_of(heads, epochs, ema=False, **columns):
     return pd.DataFrame({**table, 'lr': 0.1 - epoch / 100, 'images_per_second': 100.0, **columns})
 
 
-def lines(figure):
+def panels(summary):
+    """{name: axes} of the picture of a summary."""
+    return {axes.get_label(): axes for axes in all_curves(summary).axes}
+
+
+def lines(axes):
     """{name: values} of the named lines, as they are drawn; the parts of a line in a list."""
-    axes, = figure.axes
     found = {}
     for line in axes.get_lines():
         if not line.get_label().startswith('_'):
@@ -48,49 +52,48 @@ def lines(figure):
     return found
 
 
-def legend(figure):
-    axes, = figure.axes
+def legend(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
 def test_accuracy_of_each_head_and_the_mean_with_their_best_epochs():
     table = summary_of(['color', 'shape'], 3)
     table.loc[1, 'eval/color/top1'] = 77
-    figure = curve_figures(table)['accuracy']
-    assert lines(figure) == {
+    axes = panels(table)['accuracy']
+    assert lines(axes) == {
         'color': [[(1, 0), (2, 77), (3, 2)]],
         'shape': [[(1, 10), (2, 11), (3, 12)]],
         'mean': [[(1, 5), (2, 6), (3, 7)]]}
-    assert legend(figure) == ['color  77.0 (2)', 'shape  12.0 (3)', 'mean  7.00 (3)']
-    axes, = figure.axes
+    assert legend(axes) == ['color  77.0 (2)', 'shape  12.0 (3)', 'mean  7.00 (3)']
     marks = {(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.get_lines() if len(line.get_xdata()) == 1}
     assert marks == {(2, 77), (3, 12), (3, 7)}
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ('epoch', 'val accuracy (%)')
+    assert axes.get_ylabel() == 'val accuracy (%)'
 
 
 def test_the_other_figures():
-    figures = curve_figures(summary_of(['color', 'shape'], 2))
+    figures = panels(summary_of(['color', 'shape'], 2))
     assert list(figures) == ['accuracy', 'loss', 'terms', 'head_losses', 'learning_rate']
     assert lines(figures['loss']) == {'train, all terms': [[(1, 3), (2, 2.9)]], 'val, heads': [[(1, 10), (2, 9.9)]]}
     assert legend(figures['loss']) == ['train, all terms  2.90 (2)', 'val, heads  9.90 (2)']
     assert lines(figures['terms']) == {'SimCLR': [[(1, 1), (2, 0.9)]], 'classification': [[(1, 2), (2, 2)]]}
     assert legend(figures['terms']) == ['SimCLR', 'classification']
     assert lines(figures['head_losses']) == {'color': [[(1, 10), (2, 9.9)]], 'shape': [[(1, 9), (2, 8.9)]]}
-    train, = (line for line in figures['head_losses'].axes[0].get_lines()
+    train, = (line for line in figures['head_losses'].get_lines()
               if line.get_linestyle() == ':' and line.get_ydata()[0] == 9)
     assert train.get_ydata().tolist() == [9, 8.9] and train.get_color() == curves._COLORS[0]
-    line, = figures['learning_rate'].axes[0].get_lines()
+    line, = figures['learning_rate'].get_lines()
+    assert [axes.get_xlabel() for axes in figures.values()] == [''] * 4 + ['epoch']
     assert line.get_ydata().tolist() == pytest.approx([0.1, 0.09])
 
 
 def test_the_weights_that_did_better():
     better = summary_of(['color', 'shape'], 2, ema=True)
-    figure = curve_figures(better)['accuracy']
-    assert lines(figure)['shape'] == [[(1, 11), (2, 12)]] and 'heads of EMA' in figure.axes[0].get_ylabel()
-    assert legend(figure)[2:] == ['mean  6.00 (2)', 'mean of EMA  7.00 (2)']
+    axes = panels(better)['accuracy']
+    assert lines(axes)['shape'] == [[(1, 11), (2, 12)]] and 'heads of EMA' in axes.get_ylabel()
+    assert legend(axes)[2:] == ['mean  6.00 (2)', 'mean of EMA  7.00 (2)']
     worse = better.assign(eval_ema_top1=0.5)
-    figure = curve_figures(worse)['accuracy']
-    assert lines(figure)['shape'] == [[(1, 10), (2, 11)]] and 'EMA' not in figure.axes[0].get_ylabel()
+    axes = panels(worse)['accuracy']
+    assert lines(axes)['shape'] == [[(1, 10), (2, 11)]] and 'EMA' not in axes.get_ylabel()
 
 
 def test_phases_begin_at_a_line_and_break_curves():
@@ -98,12 +101,12 @@ def test_phases_begin_at_a_line_and_break_curves():
     table = pd.concat([first.assign(phase='pretrain'), summary_of(['color', 'shape'], 3, ema=True).assign(phase='NA'),
                        summary_of(['color'], 1).assign(phase='heads')], ignore_index=True)
     assert running_epochs(table) == [1, 2, 3, 4, 5, 6]
-    figures = curve_figures(table)
+    figures = panels(table)
     drawn = lines(figures['accuracy'])
     assert [[x for x, y in part if y == y] for part in drawn['color']] == [[], [3, 4, 5], [6]]
     assert drawn['color'][1:] == [[(3, 1), (4, 2), (5, 3)], [(6, 0)]]  # EMA, and plain weights where there is none
-    assert [text.get_text() for text in figures['accuracy'].axes[0].texts] == ['pretrain', 'NA', 'heads']
-    begins = {line.get_xdata()[0] for line in figures['loss'].axes[0].get_lines() if line.get_xdata()[0] % 1}
+    assert [text.get_text() for text in figures['accuracy'].texts] == ['pretrain', 'NA', 'heads']
+    begins = {line.get_xdata()[0] for line in figures['loss'].get_lines() if line.get_xdata()[0] % 1}
     assert begins == {2.5, 5.5}
     assert legend(figures['loss'])[0] == 'train, all terms'  # of several objectives the least is not the best
 
@@ -120,12 +123,12 @@ def test_names_of_phases_are_read_as_they_are(tmp_path):
 
 def test_simclr_alone():
     table = summary_of([], 3).drop(columns=['eval_loss', 'eval_top1']).assign(classification_loss=0.0)
-    figures = curve_figures(table)
+    figures = panels(table)
     assert list(figures) == ['loss', 'learning_rate'] and legend(figures['loss']) == ['train, all terms  2.80 (3)']
 
 
 def test_no_row_no_figure(tmp_path):
-    assert curve_figures(summary_of(['color'], 0)) == {}
+    assert all_curves(summary_of(['color'], 0)) is None
     write_curves(summary_of(['color'], 0), tmp_path / 'curves.png')
     assert not (tmp_path / 'curves.png').exists()
 
@@ -135,18 +138,16 @@ def test_tags_and_numbers_and_columns_without_a_number():
         'eval/tags/top1': 'eval/tags/map', 'eval/price/top1': 'eval/price/r2', 'eval_top1': 'eval_score'})
     table['eval/color/top1'] = NAN
     table['eval/price/r2'] = [-5000, np.inf, 40]
-    figure = curve_figures(table)['accuracy']
-    assert legend(figure) == ['tags, map  12.0 (3)', 'price, r2  40.0 (3)', 'mean  7.00 (3)']
-    axes, = figure.axes
+    axes = panels(table)['accuracy']
+    assert legend(axes) == ['tags, map  12.0 (3)', 'price, r2  40.0 (3)', 'mean  7.00 (3)']
     assert axes.get_ylabel() == 'val metric (%)' and axes.get_ylim()[0] == 0
-    assert np.isnan(lines(figure)['price, r2'][0][1][1])
+    assert np.isnan(lines(axes)['price, r2'][0][1][1])
 
 
 @pytest.mark.parametrize('epochs', [1, 2, 3, 7, 110])
 def test_epochs_are_whole_numbers(epochs):
-    figure = curve_figures(summary_of(['color', 'shape'], epochs))['accuracy']
-    figure.draw_without_rendering()
-    axes, = figure.axes
+    axes = panels(summary_of(['color', 'shape'], epochs))['learning_rate']  # the lowest, which names them
+    axes.figure.draw_without_rendering()
     shown = [tick for tick in axes.get_xticks() if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
     assert len(shown) >= min(epochs, 3) and all(tick in range(1, epochs + 1) for tick in shown)
     labels = {tick: label.get_text() for tick, label in zip(axes.get_xticks(), axes.get_xticklabels())}
@@ -155,15 +156,14 @@ def test_epochs_are_whole_numbers(epochs):
 
 def test_ten_heads_differ_and_stay_within_the_figure():
     names = [f'a head of a very long name {number}' for number in range(8)] + ['_hidden', '$x$']
-    for name, figure in curve_figures(summary_of(names, 4, ema=True)).items():
-        figure.draw_without_rendering()
-        axes, = figure.axes
+    for name, axes in panels(summary_of(names, 4, ema=True)).items():
+        axes.figure.draw_without_rendering()
         looks = {(line.get_color(), line.get_marker()) for line in axes.get_lines() if len(line.get_xdata()) > 1}
         assert len(looks) == {'accuracy': 12, 'loss': 3, 'terms': 2, 'head_losses': 10, 'learning_rate': 1}[name]
         if axes.get_legend() is not None:
             box = axes.get_legend().get_window_extent()
-            assert box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1, name
-    assert legend(curve_figures(summary_of(names, 4))['head_losses'])[7:] == [
+            assert box.x1 <= axes.figure.bbox.x1 and box.y0 >= 0 and box.y1 <= axes.figure.bbox.y1, name
+    assert legend(panels(summary_of(names, 4))['head_losses'])[7:] == [
         'a head of…ong name 7  2.70 (4)', ' _hidden  1.70 (4)', r'\$x\$  0.700 (4)']
 
 

@@ -72,32 +72,11 @@ class CurvesTracker(Tracker):
         write_curves(summary, self.path)
 
 
-def curve_figures(summary: pd.DataFrame) -> dict[str, Figure]:
-    """A figure for each kind of curve.
-
-    The best epoch of a curve has a large mark and is named in the legend. Epochs count from 1, as on the progress
-    line, over all phases.
-
-    Args:
-        summary: summary.csv, as `read_summary` gives it.
-
-    Returns:
-        Of 'accuracy' (of the validation, per head and mean), 'loss' (training and validation), 'terms' (of the
-        training loss, weighted), 'head_losses' (unweighted) and 'learning_rate' those that the run has; none without
-        a row.
-    """
-    figures = {}
-    for name, panel in _panels(summary).items():
-        figures[name] = Figure(figsize=(_WIDTH, panel.height + 0.5), layout='constrained')
-        _draw([figures[name].subplots()], [panel], summary)
-    return figures
-
-
 def write_curves(summary: pd.DataFrame, path: Path) -> None:
     """Write `all_curves` of a run as a PNG, under the name of its folder; nothing without a row.
 
     Args:
-        summary: As `curve_figures` takes it.
+        summary: summary.csv, as `read_summary` gives it.
         path: The picture; its folder must exist.
 
     Raises:
@@ -110,14 +89,25 @@ def write_curves(summary: pd.DataFrame, path: Path) -> None:
 
 
 def all_curves(summary: pd.DataFrame) -> Figure | None:
-    """All curves of a run above one another, with the same edges and epochs; None without a row."""
-    panels = [*_panels(summary).values()]
+    """All curves of a run above one another, with the same edges and epochs; None without a row.
+
+    The best epoch of a curve has a large mark and is named in the legend. Epochs count from 1, as on the progress line,
+    over all phases. The axes have as labels those of 'accuracy' (of the validation, per head and mean), 'loss'
+    (training and validation), 'terms' (of the training loss, weighted), 'head_losses' (unweighted) and 'learning_rate'
+    that the run has.
+
+    Args:
+        summary: summary.csv, as `read_summary` gives it.
+    """
+    panels = _panels(summary)
     if not panels:
         return None
-    heights = [panel.height for panel in panels]
+    heights = [panel.height for panel in panels.values()]
     figure = Figure(figsize=(_WIDTH, sum(heights) + 0.5), layout='constrained')
     axes = figure.subplots(len(panels), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
-    _draw(axes, panels, summary)
+    for name, each in zip(panels, axes, strict=True):
+        each.set_label(name)
+    _draw(axes, list(panels.values()), summary)
     return figure
 
 
