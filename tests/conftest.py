@@ -7,6 +7,7 @@ import torch
 from common import write_data
 
 os.environ.setdefault('FUZZ_SEED', str(secrets.randbits(32)))  # before xdist starts its processes
+os.environ.pop('COLUMNS', None)  # xdist's processes have 80; lines are as wide as they are outside of a terminal
 
 
 def pytest_report_header():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from common import TINY, tiny_task, train_run
 from PIL import Image
-from test_curves import legend, summary_of
+from test_curves import legend, panels, summary_of
 
 from timm_multilabel.cli import check, train, validate
 from timm_multilabel.cli.head_options import match_columns
@@ -19,7 +19,7 @@ from timm_multilabel.heads.tags import tag_metrics
 from timm_multilabel.labels import LabelSet, LabelSpace, TagSet
 from timm_multilabel.metric_names import current_names, heads_of_summary, in_summary
 from timm_multilabel.metrics import MultiLabelEvaluator
-from timm_multilabel.reports.curves import curve_figures, write_curves
+from timm_multilabel.reports.curves import write_curves
 from timm_multilabel.reports.head_section import head_section
 from timm_multilabel.reports.results import results_lines
 from timm_multilabel.training.loop import epoch_lines, training_metrics
@@ -304,19 +304,19 @@ def test_results_are_no_wider_than_a_page():
 # Pictures
 
 def test_twelve_heads_have_colors_of_their_own():
-    axes, = curve_figures(summary_of([f'h{number}' for number in range(12)], 3))['accuracy'].axes
+    axes = panels(summary_of([f'h{number}' for number in range(12)], 3))['accuracy']
     colors = {line.get_color() for line in axes.get_lines() if len(line.get_xdata()) > 1}
     assert len(colors) == 13  # with that of the mean
 
 
 def test_of_many_heads_the_best_and_the_worst_have_names(tmp_path):
     table = summary_of([f'h{number}' for number in range(40)], 3)  # the best of head h1 is 10 + 2
-    figures = curve_figures(table)
+    figures = panels(table)
     names = ['h39', 'h38', 'h37', 'h36', 'h35', '30 others', 'h4', 'h3', 'h2', 'h1', 'h0']
     assert [text.split('  ')[0] for text in legend(figures['accuracy'])] == [*names, 'mean']
     assert [text.split('  ')[0] for text in legend(figures['head_losses'])] == names
     assert legend(figures['accuracy'])[:1] == ['h39  392.0 (3)'] and legend(figures['accuracy'])[10] == 'h0  2.00 (3)'
-    axes, = figures['accuracy'].axes
+    axes = figures['accuracy']
     drawn = [line for line in axes.get_lines() if len(line.get_xdata()) > 1]
     assert len(drawn) == 41 and len({line.get_color() for line in drawn}) == 10 + 1 + 1
     write_curves(table, tmp_path / 'curves.png')

@@ -116,7 +116,7 @@ phases:
     assert summary['phase'].tolist() == ['pretrain', 'joint', 'joint']
     for term in ('simclr', 'classification', 'entropy', 'marginal_entropy', 'pseudo_label'):
         assert summary[f'{term}_loss'][1:].notna().all(), term
-    assert summary['train_color_pseudo_labelled'][1:].between(0, 100).all()
+    assert summary['train/color/pseudo_labelled'][1:].between(0, 100).all()
 
     again = root / 'output' / 'train' / 'again'
     shutil.copytree(folder, again)

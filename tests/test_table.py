@@ -101,13 +101,6 @@ def test_a_name_with_a_line_break_stays_on_one_line(tmp_path):
     assert error.value.line.startswith(f'{tmp_path}/t.csv: 1 of 2 images are missing on disk: a b .jpg (row 3)')
 
 
-@pytest.mark.parametrize('name', ['ema', 'ema_color'])
-def test_names_that_the_summary_uses_for_ema(tmp_path, name):
-    table = read_table(write(tmp_path / 'train.csv', f'image_path,{name}\n1.jpg,red\n'))
-    with pytest.raises(UserError, match=f"may not be called '{name}'"):
-        find_label_space([table], None)
-
-
 def test_label_space_comes_from_all_csv_and_heads_from_train(tmp_path):
     whole = read_table(write(tmp_path / 'all.csv', 'image_path,id,color\n1.jpg,1,red\n2.jpg,2,blue\n3.jpg,3,NA\n'))
     train = read_table(write(tmp_path / 'train.csv', 'image_path,color\n1.jpg,red\n'))
