@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,8 +12,11 @@ from common import train_run
 from timm_multilabel import Predictor, __version__
 from timm_multilabel.cli import predict, split, train, validate
 from timm_multilabel.cli.main import main, run_command
+from timm_multilabel.data.packing import pack
 from timm_multilabel.data.split import split_csv
+from timm_multilabel.data.table import read_table
 from timm_multilabel.errors import UserError
+from timm_multilabel.training.signals import Stopped
 
 PATTERN = 'images/{id}.jpg'
 
@@ -31,7 +35,7 @@ def test_training_ends_with_the_best_epoch_and_the_next_command(data_dir, tmp_pa
     scores = pd.read_csv(run / 'summary.csv')['eval_top1']
     assert lines[-3:] == [
         f'{run}: 2 epochs done',
-        f'Best top1: {scores.max():.2f} in epoch {scores.argmax() + 1}, {run}/model_best.pth.tar',
+        f'Best top1: {scores.max():.4g} in epoch {scores.argmax() + 1}, {run}/model_best.pth.tar',
         f"Next: timm-multilabel report '{run}'",
     ]
 
@@ -40,8 +44,8 @@ def test_pretraining_ends_with_the_training_that_starts_from_it(data_dir, tmp_pa
     run = train_run(data_dir, tmp_path, '-wlc', '0', epochs=1)
     lines = capsys.readouterr().out.splitlines()
     loss = pd.read_csv(run / 'summary.csv')['simclr_loss'][0]
-    assert lines[-2] == f'Best simclr_loss: {loss:.2f} in epoch 1, {run}/model_best.pth.tar'
-    command = f'train {data_dir} --model test_resnet --initial-checkpoint {run}/last.pth.tar'
+    assert lines[-2] == f'Best simclr_loss: {loss:.4g} in epoch 1, {run}/model_best.pth.tar'
+    command = f'train {data_dir} --model test_resnet --img-size 32 --initial-checkpoint {run}/last.pth.tar'
     assert lines[-1] == f'Next: timm-multilabel {command}'
 
 
@@ -183,3 +187,41 @@ def test_a_cell_of_any_length_is_read(tmp_path):
     source = write_source(tmp_path, [(1, 'x' * 200_000, 'b')])
     make(source, tmp_path, ratios=(1, 0, 0))
     assert len(splits(tmp_path)['train']['type'][0]) == 200_000
+
+
+def test_a_label_in_few_groups_is_in_training(tmp_path):
+    """900 rows of one group fill the training split; the 20 rows of the rare label still go where they belong."""
+    rows = [(f'a{n}', 'a', 'big' if n < 900 else f'g{n}') for n in range(1000)]
+    rows += [(f'b{n}', 'b', f'h{n // 2}') for n in range(20)]
+    make(write_source(tmp_path, rows), tmp_path, group='product', stratify='type')
+    assert [int((frame['type'] == 'b').sum()) for frame in splits(tmp_path).values()] == [16, 2, 2]
+
+
+def test_split_says_what_it_removes(tmp_path, capsys):
+    source = write_source(tmp_path, [(number, 'a', number) for number in range(10)])
+    words = [str(source), '--image', PATTERN, '--heads', 'kind', '--force']
+    run_command(split, 'split', words)
+    assert 'Removed' not in capsys.readouterr().out
+    run_command(split, 'split', [*words, '--ratios', '0', '0', '1'])
+    assert f'Removed {tmp_path}/train.csv, {tmp_path}/val.csv, whose ratio is 0\n' in capsys.readouterr().out
+
+
+def test_hints_at_what_there_is(data_dir, tmp_path, capsys):
+    (data_dir / 'train.csv').unlink()
+    assert 'split it with: timm-multilabel split\n' in ends(capsys, train, data_dir, '--model', 'test_resnet')
+    (data_dir / 'recipe.yaml').write_text('epochs: 1\n')
+    line = ends(capsys, train, data_dir / 'recipe.yaml', '--model', 'test_resnet')
+    assert 'a data directory is expected; pass a recipe or the args.yaml of a run with -c' in line
+
+
+def test_the_hint_to_resume_can_be_pasted():
+    assert str(Stopped('stopped', Path('a b/last.pth.tar'))).endswith("--resume 'a b/last.pth.tar'")
+    assert str(Stopped('stopped before it began')) == 'stopped before it began'
+
+
+def test_training_on_shards_ends_with_validate(data_dir, tmp_path, capsys):
+    for name in ('train', 'val'):
+        pack(read_table(data_dir / f'{name}.csv'), tmp_path, name, 'webdataset', size=3)
+    run = train_run(tmp_path, tmp_path / 'out', epochs=1)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f'Next: timm-multilabel validate {tmp_path} --split val --checkpoint {run}/model_best.pth.tar')

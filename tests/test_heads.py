@@ -133,7 +133,7 @@ class Mine(Head):
     ('torch.tensor(1.0)', 'len(target)', 'must be two scalar tensors of floats'),
     ('torch.tensor(1.0)', '(target >= 0).sum()', 'must be two scalar tensors of floats'),
     ("{'score': 1.0}", "{'other': 1.0}", 'must be a dict with its figures score'),
-    ("('score',)", '()', 'names no figures'),
+    ("('score',)", '()', 'names no metrics'),
     ('output.argmax(1)', 'nowhere', "'mine' fails with NameError"),
 ])
 def test_kinds_of_the_users_are_tried_out(tmp_path, old, new, message):

@@ -186,6 +186,23 @@ def test_calibration_is_said_in_words(probability, words):
         f'right in 50.0 % of the images: on the whole, its probabilities {words}.')
 
 
+def test_errors_that_cancel_are_no_calibration():
+    """100 images at 95 % and 100 at 25 %, 60 of which are right in both."""
+    probability, true = np.repeat([0.95, 0.25], 100), np.tile(np.arange(100) < 60, 2)
+    assert reliability(probability, true).verdict() == (
+        'on average, its probabilities are right, but some are too high and others too low')
+    fits = np.tile(np.arange(100) < 95, 2) * (np.arange(200) < 100) + np.tile(np.arange(100) < 25, 2) * (
+        np.arange(200) >= 100)
+    assert reliability(probability, fits > 0).verdict().endswith('can be taken at their word')
+
+
+def test_equal_differences_of_two_seeds_are_no_certainty():
+    """Accuracies of 20 images come in steps of 5 %, and those that are equal may be of models that are not."""
+    spread = seed_spread({'0': 70.0, '1': 75.0}, {'0': 50.0, '1': 55.0}, step=5.0)
+    assert (spread.error, spread.freedom) == (pytest.approx(5 / 12 ** 0.5), 1)
+    assert seed_spread({'0': 70.0, '1': 74.0}, {'0': 50.0, '1': 44.0}, step=0.1).error == pytest.approx(5)
+
+
 def colors_of(*names):
     labels = LabelSet('color', names)
     return dict(zip(names, color_points(labels, np.arange(len(names))).colors))

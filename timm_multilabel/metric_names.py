@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-_RESERVED = ('loss', 'labels', 'head', 'knn_top1', 'balanced_accuracy', 'macro_f1', 'tags')
+_RESERVED = ('loss', 'labels', 'head', 'knn_top1', 'balanced_accuracy', 'macro_f1', 'tags', 'tag', 'ones')
 """Names that validation's results, or the evaluation itself, give to something else."""
 
 
@@ -59,10 +59,10 @@ def _current_name(column: str, heads: Sequence[str]) -> str:
 def check_metric_names(kind: str, names: Sequence[str]) -> None:
     """Raise ValueError unless a kind of head names metrics, each once, with names that nothing else has."""
     if not names:
-        raise ValueError(f"'{kind}' names no figures")
+        raise ValueError(f"'{kind}' names no metrics")
     for name, count in Counter(names).items():
         if not isinstance(name, str) or not re.fullmatch(r'[^\W\d]\w*', name):
-            raise ValueError(f"'{kind}' has a figure called '{name}'; use letters, digits and underscores")
+            raise ValueError(f"'{kind}' has a metric called '{name}'; use letters, digits and underscores")
         if name in _RESERVED or count > 1:
-            raise ValueError(f"'{kind}' has a figure called '{name}', " + (
+            raise ValueError(f"'{kind}' has a metric called '{name}', " + (
                 'twice' if count > 1 else 'which is the name of something else; give it another name'))

@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> None:
         lines = FORMATS[form](answers(progress), predictor.label_space, args.top_k, without)
         write_lines(lines, path, data=form != 'table')
     if path is not None:
-        say(f'{path}: the labels of {len(part)} image{"s" * (len(part) != 1)}, as {form}')
+        read = len(part) - int(part.bad.sum())
+        say(f'{path}: the labels of {read} image{"s" * (read != 1)}, as {form}')
     end(int(part.bad.sum()), len(part))  # whose rows say what is wrong
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from timm_multilabel.cli.flags import at_least_0, count, separator
 from timm_multilabel.cli.output import say
-from timm_multilabel.data.split import split_csv
+from timm_multilabel.data.split import SPLITS, split_csv
 
 NAME = 'split'
 HELP = 'split one CSV of labels into train.csv, val.csv and test.csv'
@@ -43,6 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Split the CSV and say how many rows went where."""
     directory = Path(args.source).parent if args.out is None else Path(args.out)
+    before = [path for name in SPLITS if (path := directory / f'{name}.csv').exists()]
     counts = split_csv(
         args.source, directory, image=args.image, heads=args.heads, image_column=args.image_column,
         separator=args.separator, ratios=args.ratios, seed=args.seed, stratify=args.stratify, group=args.group,
@@ -50,6 +51,9 @@ def run(args: argparse.Namespace) -> None:
     )
     described = ', '.join(f'{counts[name]} {name}' for name in ('train', 'val', 'test'))
     say(f'Wrote {counts["all"]} rows ({described}) to {directory}')
+    removed = [str(path) for path in before if not path.exists()]
+    if removed:
+        say(f'Removed {", ".join(removed)}, whose ratio is 0')
     if counts['missing']:
         print(f'Left out {counts["missing"]} rows whose image is not there')
 

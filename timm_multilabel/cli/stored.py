@@ -86,7 +86,7 @@ def stored_predictions(
         stale = found.own_metrics is None and flags.head_module  # it may hold probabilities that no head has
         table_is_gone = not table.is_file() and found.made_from == (now[0], *found.made_from[1:]) and (
             found.made_from[1].startswith(f'{now[1]} '))
-        if found.made_from == now and not stale or table_is_gone:
+        if not stale and (found.made_from == now or table_is_gone):
             return found
     if not folder.is_dir():
         raise UserError(f'{folder}: no such data directory, and it is that of {run}; name it with --data')

@@ -19,6 +19,7 @@ from timm_multilabel.cli.data import read_data
 from timm_multilabel.cli.device import choose_precision, start_device
 from timm_multilabel.cli.output import say as print_line
 from timm_multilabel.cli.resumed_flags import flags_of_resumed
+from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import UserError, escaped, is_utf8
 from timm_multilabel.reports.curves import CurvesTracker
@@ -118,12 +119,15 @@ def closing_lines(phase: 'Phase', folder: Path) -> Iterator[str]:
     if saver is None:
         return
     if saver.best_metric is not None:
-        yield f'Best {phase.metric}: {saver.best_metric:.2f} in epoch {saver.best_epoch + 1}, {saver.best}'
-    if phase.task.heads:
-        own = ['--head-module', args.head_module] if args.head_module else []
+        yield f'Best {phase.metric}: {saver.best_metric:.4g} in epoch {saver.best_epoch + 1}, {saver.best}'
+    own = [*(['--head-module', args.head_module] if args.head_module else []), *['--allow-hub'] * args.allow_hub]
+    if isinstance(phase.data.eval_rows, StreamedRows):
+        command = ['validate', args.data_dir, '--split', args.val_split, '--checkpoint', str(saver.best), *own]
+    elif phase.task.heads:
         command = ['report', str(folder), *own]
     else:
-        command = ['train', args.data_dir, '--model', args.model, '--initial-checkpoint', str(saver.last)]
+        size = ['--img-size', str(args.img_size)] if args.img_size else []
+        command = ['train', args.data_dir, '--model', args.model, *size, '--initial-checkpoint', str(saver.last), *own]
     yield f'Next: timm-multilabel {shlex.join(command)}'
 
 
@@ -188,6 +192,8 @@ class Phase:
                 say(f"head '{name}': {head.remark}")
         check_terms(args, model.heads)
         self.metric = check_metric(args, data, model.heads, weights, say)
+        if args.eval_metric and data.eval_rows is not None:
+            args.eval_metric = self.metric  # which earlier versions may have called otherwise
         self.task = build.task(args, model, data, self.data_config, weights, self.precision.device)
         self.task.metadata['eval_metric'] = self.metric
         if start is not None:
@@ -207,7 +213,7 @@ class Phase:
 
     def forget(self) -> None:
         """Give the memory of task, optimizer and loaders back."""
-        self.task = self.updater = self.loaders = None
+        self.task = self.updater = self.loaders = self.saver = None
         if self.precision.device.type == 'cuda':
             gc.collect()
             torch.cuda.empty_cache()  # else the next phase's --cache device would take it for used

@@ -1,9 +1,11 @@
 """One CSV of labels turned into all.csv, train.csv, val.csv and test.csv."""
+import itertools
 import math
 import os
 import random
 from collections import Counter
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import pandas as pd
@@ -163,8 +165,9 @@ def _draw_groups(
 ) -> dict[str, Sequence[int]]:
     """The rows of each split, in the order of the source, so that labels are spread evenly and groups stay whole.
 
-    Groups go in a random order, those of one label (the most frequent in them) after each other, each into the split
-    that is then the furthest below its share. scikit-learn's splitters refuse a label of one row, as most CSVs have.
+    Groups go in a random order, large ones first, those of one label (the most frequent in them) after each other, each
+    into the split that is then the furthest below its share: of this label, where groups differ in size and it has rows
+    enough for each split, otherwise of all rows. scikit-learn's splitters refuse a label of one row, as most CSVs have.
 
     Args:
         labels: The label of each row.
@@ -177,12 +180,24 @@ def _draw_groups(
         members.setdefault(name or row, []).append(row)
     order = list(members.values())
     random.Random(seed).shuffle(order)
-    order.sort(key=lambda rows: Counter(labels[row] for row in rows).most_common(1)[0][0])
-    chosen, done = {name: [] for name in SPLITS}, 0
-    for rows in order:
-        done += len(rows)
-        below = {name: done * ratio / sum(ratios) - len(chosen[name]) for name, ratio in zip(SPLITS, ratios) if ratio}
-        chosen[max(below, key=below.get)] += rows
+    order.sort(key=len, reverse=True)
+    shares = {name: ratio / sum(ratios) for name, ratio in zip(SPLITS, ratios) if ratio}
+    chosen: dict[str, list[int]] = {name: [] for name in SPLITS}
+    of_label = [(Counter(labels[row] for row in rows).most_common(1)[0][0], rows) for rows in order]
+    before = 0
+    for _, alike in itertools.groupby(sorted(of_label, key=itemgetter(0)), key=itemgetter(0)):
+        sets = [rows for _, rows in alike]
+        total = sum(map(len, sets))
+        by_label = len(sets[0]) > 1 and total * min(shares.values()) >= 1
+        here, done = dict.fromkeys(shares, 0), 0
+        for rows in sets:
+            done += len(rows)
+            below = {name: (done * share - here[name] if by_label else 0.0,
+                            (before + done) * share - len(chosen[name])) for name, share in shares.items()}
+            name = max(below, key=below.get)
+            chosen[name] += rows
+            here[name] += len(rows)
+        before += total
     return {name: sorted(rows) for name, rows in chosen.items()}
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from timm_multilabel.data.shards import Shards, find_shards
 from timm_multilabel.errors import UserError
 
+_OTHER_SPLITS = ('val', 'test', 'unlabelled')
+
 
 def split_path(folder: Path, name: str) -> Path:
     """The file of a split: NAME.csv or NAME in the data directory, or else the path NAME.
@@ -38,7 +40,9 @@ def find_split(
 def check_folder(folder: Path) -> None:
     """Raise UserError, which says how to make one, unless a data directory is there."""
     if folder.is_file():
-        raise UserError(f'{folder}: a file, where a data directory is expected; {_make_of(folder)}')
+        hint = {'.yaml': 'pass a recipe or the args.yaml of a run with -c', '.csv': _make_of(folder)}.get(
+            folder.suffix.lower(), 'name the folder that holds train.csv, val.csv and the images')
+        raise UserError(f'{folder}: a file, where a data directory is expected; {hint}')
     if not folder.is_dir():
         raise UserError(f'{folder}: no such data directory; it holds train.csv, val.csv and the images')
 
@@ -46,7 +50,7 @@ def check_folder(folder: Path) -> None:
 def no_split(folder: Path, name: str) -> UserError:
     """The error of a split that `find_split` does not find."""
     places = ', '.join(map(str, _candidates(folder, name)))
-    tables = sorted(path for path in folder.glob('*.csv') if path.is_file())
+    tables = sorted(path for path in folder.glob('*.csv') if path.is_file() and path.stem not in _OTHER_SPLITS)
     hint = ''
     if name == 'train':
         hint = (f'; {_make_of(tables[0])}' if tables else

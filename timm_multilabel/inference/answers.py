@@ -44,6 +44,9 @@ def check_thresholds(
         without_probabilities: Names of the heads of classes that have none.
     """
     heads = dict(zip(label_space.names, label_space.heads))
+    if thresholds and all(isinstance(labels, Quantity) or name in without_probabilities
+                          for name, labels in heads.items()):
+        raise UserError('threshold: no head of the checkpoint has probabilities; leave it out')
     for name, value in thresholds.items():
         if name and name not in heads:
             raise UserError(f"threshold of '{name}': the checkpoint has no such head (it has: {', '.join(heads)})")

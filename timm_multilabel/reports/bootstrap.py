@@ -7,6 +7,7 @@ would add to each resample is drawn from Student's t distribution with the stand
 a side that is not known: the images alone are resampled then, and nothing is said of models trained anew. Images are
 taken to be independent of each other.
 """
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -78,7 +79,7 @@ class SeedSpread:
     freedom: float
 
 
-def seed_spread(ours: Mapping[str, float], theirs: Mapping[str, float]) -> SeedSpread | None:
+def seed_spread(ours: Mapping[str, float], theirs: Mapping[str, float], step: float = 0.0) -> SeedSpread | None:
     """The spread of the difference of two means over seeds; None where a side has a single seed.
 
     The same seeds on both sides are pairs, since they share what the seed decides, such as the labelled rows. Other
@@ -88,18 +89,21 @@ def seed_spread(ours: Mapping[str, float], theirs: Mapping[str, float]) -> SeedS
     Args:
         ours: A value a seed.
         theirs: Those that are subtracted.
+        step: Between the values that there can be, such as 1 % of 100 images. Values that are equal may differ by so
+            little that it does not show: the error is at least that of rounding two values.
     """
     if min(len(ours), len(theirs)) < 2:
         return None
     if set(ours) == set(theirs):
         pairs = np.array([ours[seed] - theirs[seed] for seed in ours])
-        return SeedSpread(float(scipy.stats.sem(pairs)), len(pairs) - 1)
+        return SeedSpread(max(float(scipy.stats.sem(pairs)), step / math.sqrt(6 * len(pairs))), len(pairs) - 1)
     squares = [scipy.stats.sem(list(side.values())) ** 2 for side in (ours, theirs)]
     total = sum(squares)
+    least = step / math.sqrt(6 * min(len(ours), len(theirs)))
     if not total:
-        return SeedSpread(0.0, len(ours) + len(theirs) - 2)
+        return SeedSpread(least, len(ours) + len(theirs) - 2)
     welch = total ** 2 / sum(square ** 2 / (len(side) - 1) for square, side in zip(squares, (ours, theirs)))
-    return SeedSpread(float(np.sqrt(total)), float(welch))
+    return SeedSpread(max(math.sqrt(total), least), float(welch))
 
 
 def with_seeds(resampled: np.ndarray, spread: SeedSpread) -> np.ndarray:

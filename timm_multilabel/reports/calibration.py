@@ -2,6 +2,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import binomtest
 
 from timm_multilabel.labels import MISSING, Labels, LabelSet, TagSet
 from timm_multilabel.reports.intervals import wilson
@@ -44,11 +45,16 @@ class Reliability:
         return np.array([wilson(*each) for each in zip(self.hits.tolist(), self.count.tolist())])
 
     def verdict(self) -> str:
-        """Whether the probabilities are too high or too low on the whole, as far as so many images can tell."""
+        """Whether the probabilities are too high or too low, as far as so many images can tell."""
         low, high = wilson(int(self.hits.sum()), int(self.count.sum()))
-        if low <= self.said <= high:
-            return 'on the whole, its probabilities can be taken at their word'
-        return f'on the whole, its probabilities are too {"high" if self.said > high else "low"}'
+        if not low <= self.said <= high:
+            return f'on the whole, its probabilities are too {"high" if self.said > high else "low"}'
+        # Errors that cancel: the least p of the bins, by Bonferroni.
+        tests = [binomtest(hits, count, min(1.0, float(said))).pvalue for hits, count, said in zip(
+            self.hits.tolist(), self.count.tolist(), self.confidence) if count]
+        if min(tests) * len(tests) < 0.05:
+            return 'on average, its probabilities are right, but some are too high and others too low'
+        return 'on the whole, its probabilities can be taken at their word'
 
 
 def reliability(probability: np.ndarray, came_true: np.ndarray, bins: int = BINS) -> Reliability:

@@ -80,7 +80,7 @@ def _about(experiments: Experiments, numbers: list[int]) -> dict[str, str]:
         'seed': ', '.join(str(run.seed) for run in runs),
         **settings,
         'best epoch': ', '.join(str(run.best_epoch) for run in runs),
-        'epochs': ', '.join(str(run.epochs) for run in runs),
+        'epochs trained': ', '.join(str(run.epochs) for run in runs),
     }
 
 

@@ -325,7 +325,8 @@ def compare_groups(
     def describe(row: int, chosen: Sequence[int]) -> tuple[Difference, str]:
         """The mean difference of some of the heads, and what it is over."""
         spread = seed_spread(*(_by_seed(of_runs[:, chosen].mean(axis=1), groups[group], seeds)
-                               for group in (others[row], baseline)))
+                               for group in (others[row], baseline)),
+                             step=100 / (len(answers[0].images) * len(chosen)) if figures[chosen[0]] == 'top1' else 0.0)
         drawn = resampled[:, row, chosen].mean(axis=1)
         if spread is not None:
             drawn = with_seeds(drawn, spread)

@@ -19,7 +19,7 @@ _COLORS = ('#000000', '#4477aa', '#66ccee', '#228833', '#ccbb44', '#ee6677', '#a
            '#994f00')
 _NAME, _TITLE = 32, 60  # letters of a name in the picture, and of the title
 _BESIDE = 4  # panels in a row of the picture
-_ASIDE = 0.5  # of the least distance of two values, over which their settings are spread
+_ASIDE = 0.25  # of the least distance of two values, over which their settings are spread
 
 
 @dataclass(frozen=True)

@@ -61,9 +61,9 @@ def check_finite(value: float, what: str) -> None:
 
 
 def training_metrics(figures: dict[str, float], task: JointTask) -> list[str]:
-    """The metrics of a progress line, a text each: the losses, then the heads."""
+    """The metrics of a progress line, a text each: the loss, the heads, and last its terms, for which room may lack."""
     terms = [f'{term} {figures[f"{term}_loss"]:.3f}' for term in task.terms if figures[f'{term}_loss']]
-    parts = [f'loss {figures["train_loss"]:.3f}', *(terms if len(terms) > 1 else [])]
+    parts = [f'loss {figures["train_loss"]:.3f}']
     accuracies = {name: figures.get(in_summary('train', of_head(name, 'top1')), math.nan) for name in task.heads}
     known = [accuracy for accuracy in accuracies.values() if not math.isnan(accuracy)]
     parts += [f'mean {sum(known) / len(known):.1f}%'] if len(known) > 3 else []  # of which not all may fit
@@ -72,7 +72,7 @@ def training_metrics(figures: dict[str, float], task: JointTask) -> list[str]:
         words = [] if math.isnan(accuracy) else [f'{accuracy:.1f}%']
         words += [] if passed is None else [f'({passed:.0f}% pass)']
         parts += [' '.join([abbreviated(name, _NAME), *words])] if words else []
-    return parts
+    return parts + (terms if len(terms) > 1 else [])
 
 
 @torch.no_grad()
@@ -374,7 +374,7 @@ def epoch_lines(title: str, row: dict[str, Any], task: JointTask, width: int) ->
     if disp_len(line) <= width:
         return [line]
     return [*wrapped([*losses, *means, speed], width),
-            *(fitted([f'  {score.split()[0]}:', *its], width) for score, its in zip(means, heads))]
+            *(fitted([f'  {score.split()[0]}:', *its], width) for score, its in zip(means, heads) if len(its) > 1)]
 
 
 def _head_score(head: Head, value: float) -> str:

@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT: end the step, save, stop."""
 import os
+import shlex
 import signal
 import sys
 import time
@@ -38,8 +39,9 @@ class Stopped(BaseException):  # as KeyboardInterrupt, which nobody takes for an
         self.resume = resume
 
     def __str__(self) -> str:
-        hint = f'; to continue, repeat the command with --resume {self.resume}' if self.resume is not None else ''
-        return f'{self.args[0]}{hint}'
+        if self.resume is None:
+            return self.args[0]
+        return f'{self.args[0]}; to continue, repeat the command with --resume {shlex.quote(str(self.resume))}'
 
 
 def exit_when_stopped() -> NoReturn:
