@@ -94,6 +94,7 @@ BAD_FLAGS = [
     (['-wls', '0', '--cache', 'device'], 'the views here are timm'),
     (['--cache', 'ram', '--cache-dir', 'x'], 'there is no --cache disk'),
     (['--layer-decay', '0.7', '--sched', 'none'], '--sched constant'),
+    (['--layer-decay', '1e30'], 'out of range'),  # of several layers its power would be infinite
     (['-wlc', '0', '--heads', 'color'], '--heads would change nothing: -wlc 0 trains no heads'),
     (['-b', '13'], '12 rows do not fill a batch of 13'),
     (['-wls', '0', '-b', '3', '--micro-batch', '2'], '--micro-batch 2: test_resnet has batch norm'),

@@ -7,8 +7,15 @@ import torch
 import torch.nn.functional as F
 from common import SPACE, run_ranks, tiny_task
 
-from timm_multilabel.heads import SoftmaxHead
-from timm_multilabel.metrics import MultiLabelEvaluator, TrainingMeter, class_metrics, mean_over_heads
+from timm_multilabel.heads import NumericHead, SoftmaxHead
+from timm_multilabel.labels import Quantity
+from timm_multilabel.metrics import (
+    MultiLabelEvaluator,
+    TrainingMeter,
+    class_metrics,
+    less_is_better,
+    mean_over_heads,
+)
 
 HEADS = {head.name: SoftmaxHead(head, 4) for head in SPACE.heads}
 WEIGHTS = {'color': 0.5, 'shape': 0.5}
@@ -28,6 +35,13 @@ def test_scores_of_labelled_rows():
     assert figures['color/loss'] == pytest.approx(expected, rel=1e-6)
     assert figures['loss'] == pytest.approx(0.75 * figures['color/loss'] + 0.25 * figures['shape/loss'])
     assert figures == evaluator.summary()
+
+
+def test_which_metrics_are_better_when_they_are_less():
+    heads = {**HEADS, 'price': NumericHead(Quantity('price', 0.0, 1.0), 4)}
+    less = ['loss', 'simclr_loss', 'color/loss', 'price/mae']
+    assert [metric for metric in (*less, 'top1', 'score', 'color/top1', 'price/r2') if less_is_better(
+        metric, heads)] == less
 
 
 def test_top5_of_many_classes():

@@ -178,7 +178,7 @@ def _add_optimizer(group) -> None:
                        help='further arguments of the optimizer')
     group.add_argument('--momentum', type=fraction, default=0.9, metavar='X', help='momentum')
     group.add_argument('--weight-decay', type=at_least_0, default=2e-5, metavar='X', help='weight decay')
-    group.add_argument('--layer-decay', type=above_0, metavar='X',
+    group.add_argument('--layer-decay', type=number(above=1e-30, most=1), metavar='X',
                        help="factor on the learning rate from each of the backbone's layers to the one below")
     group.add_argument('--gradient-centralization', action=_SWITCH, default=None,
                        help='center the updates of convolutions (default: with --opt adamp)')
