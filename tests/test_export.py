@@ -480,7 +480,7 @@ def test_a_summary_that_is_none(capsys, run_of, tmp_path):
     assert names_in(tmp_path / 'hub') == []
     (run_of.parent / 'summary.csv').unlink()
     run_export(run_of, '--hub', tmp_path / 'hub')
-    assert '## Figures' not in (tmp_path / 'hub' / 'README.md').read_text()
+    assert '## Metrics' not in (tmp_path / 'hub' / 'README.md').read_text()
 
 
 def test_heads_of_ones_own(capsys, data_dir, tmp_path):

@@ -1,4 +1,4 @@
-"""Compare runs: what differs in their settings, their figures, and which differences hold, as one table."""
+"""Compare runs: their settings, their metrics, and which differences are more than chance, as one table."""
 import argparse
 import sys
 from collections.abc import Callable, Mapping
@@ -37,7 +37,7 @@ from timm_multilabel.training.checkpoint import read_checkpoint
 from timm_multilabel.training.run_folder import read_summary
 
 NAME = 'compare'
-HELP = 'compare runs: settings that differ, figures, and which differences hold'
+HELP = 'compare runs: settings that differ, metrics, and which differences are more than chance'
 
 _WRITERS = {'.csv': experiments_csv, '.md': experiments_markdown, '.html': experiments_html}
 

@@ -72,7 +72,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--knn', type=positive, metavar='K',
                         help='also classify each row by its K nearest images of the training split (cosine of '
                         'features, nearer ones count more); of a checkpoint without heads, each label column')
-    parser.add_argument('--results-file', metavar='FILE', help='write the figures as .json or .csv')
+    parser.add_argument('--results-file', metavar='FILE', help='write the metrics as .json or .csv')
     parser.add_argument('--confusion', nargs='?', const='', metavar='DIR',
                         help="write each head's confusion matrix as CSV and picture (default: beside the checkpoint)")
 
@@ -317,7 +317,7 @@ def write_outputs(
             write_whole(path, json.dumps(without_nan(results), indent=1) + '\n')
         else:
             write_whole(path, spreadsheet_csv(_results_csv(results), index=False))
-        print_line(f'figures: {path}')
+        print_line(f'metrics: {path}')
     if args.confusion is not None:
         folder = Path(args.confusion or checkpoint.path.parent)
         stems = confusion_stems(checkpoint.label_space.names)

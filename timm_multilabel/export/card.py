@@ -103,7 +103,7 @@ def _figures(exportable: Exportable) -> list[str]:
         return []
     titles = list(dict.fromkeys(title for values in rows.values() for title in values))
     titles.sort(key=('loss',).count)
-    lines = ['## Figures\n', f'On the validation split, of epoch {int(row["epoch"]) + 1}:\n']
+    lines = ['## Metrics\n', f'On the validation split, of epoch {int(row["epoch"]) + 1}:\n']
     lines.append(f'| head | {" | ".join(map(markdown_text, titles))} |')
     lines.append('| --- |' + ' --- |' * len(titles))
     for name, values in rows.items():

@@ -1,4 +1,4 @@
-"""Runs beside each other: what differs in their settings, their figures, and which differences hold."""
+"""Runs beside each other: their settings, their metrics, and which differences are more than chance."""
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
