@@ -2,6 +2,7 @@
 import json
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -103,3 +104,19 @@ def test_every_kind_of_label_survives_json(tmp_path):
     space = LabelSpace((*MIXED.heads, TagSet('g', ('p', 'q'), ('p', 'q'))))
     space.save(tmp_path / 'space.json')
     assert LabelSpace.load(tmp_path / 'space.json') == space
+
+
+def test_an_index_beyond_the_last_class_is_refused():
+    labels = LabelSet('color', ('blue', 'red'))
+    labels.check(np.array([-1, 0, 1]))
+    for index in (2, -2):
+        with pytest.raises(ValueError, match="head 'color': a class that there is not"):
+            labels.check(np.array([0, index]))
+
+
+def test_a_stored_number_without_a_spread_is_refused():
+    for std in (0.0, float('inf'), float('nan'), -1.0):
+        with pytest.raises(ValueError, match="head 'price' has no mean and standard deviation"):
+            LabelSpace.from_dict({'heads': [{'name': 'price', 'kind': 'number', 'mean': 1.0, 'std': std}]})
+    assert LabelSpace.from_dict({'heads': [{'name': 'price', 'kind': 'number', 'mean': 1.0, 'std': 2.0}]}).heads == (
+        Quantity('price', 1.0, 2.0),)
