@@ -184,14 +184,14 @@ def bad_inputs(folder: Path, tries: int, seed: int) -> bool:
     recipe = folder / 'recipe.yaml'
     checkpoint = next(folder.glob('alone-*/last.pth.tar'))
     recipe.write_bytes((ROOT / 'recipes' / 'sample.yaml').read_bytes())
-    kinds: dict[str, tuple[Path, Callable[[Path], Any]]] = {
+    registry: dict[str, tuple[Path, Callable[[Path], Any]]] = {
         'tables': (folder / 'data' / 'train.csv', read_data),
         'images': (next((folder / 'data' / 'images').iterdir()), lambda path: read_photo(str(path), 'row').decode()),
         'checkpoints': (checkpoint, read_checkpoint),
         'recipes': (recipe, read_recipe),
     }
     crashed = 0
-    for name, (path, read) in kinds.items():
+    for name, (path, read) in registry.items():
         before, outcomes = path.read_bytes(), collections.Counter()
         for _ in range(tries):
             damage(path, rng)

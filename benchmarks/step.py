@@ -8,7 +8,7 @@ is left of that with `MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=1
 
 Variants:
     bare: forward and backward of the backbone alone on both views of all photos; 'bare again' shows the noise.
-    joint: what `training/loop.py` does in a step, without the optimizer: `JointTask`, backward, `TrainingMeter`.
+    joint: what `training/trainer.py` does in a step, without the optimizer: `JointTask`, backward, `TrainingMeter`.
     fork's way: a backbone pass for each view, heads on the first, NT-Xent over masks of the full similarity matrix,
         every loss and accuracy read back in every step. A model of the fork's step, not its code.
     joint + AdamP, AdamP alone: with our AdamP (centralized, as by default) and with timm's.
@@ -38,7 +38,7 @@ from timm_multilabel.metrics import TrainingMeter
 from timm_multilabel.model import MultiLabelModel, create_backbone
 from timm_multilabel.optim import create_optimizer
 from timm_multilabel.task import JointTask
-from timm_multilabel.training.loop import Precision
+from timm_multilabel.training.trainer import Precision
 
 HEADS = {'gender': 5, 'type': 140, 'colour': 47}
 MISSING_SHARE = 0.1

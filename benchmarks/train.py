@@ -1,6 +1,6 @@
 """How much of a training step is spent waiting for data, by the number of loader processes.
 
-`python -m benchmarks.train --help`. Every epoch goes through `training.loop.Fit.train`, twice in turns: with the
+`python -m benchmarks.train --help`. Every epoch goes through `training.trainer.Trainer.train`, twice in turns: with the
 loader, and with one of its batches again and again, which waits for nothing. The share that waits is what the second
 saves of the first. Photos are drawn, or taken from `--photos DIR`, and lie in files.
 """
@@ -24,9 +24,9 @@ from timm_multilabel.cli.device import start_device
 from timm_multilabel.cli.flags import Parser, count, positive
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.cli.train import Phase
-from timm_multilabel.training.loop import Fit
-from timm_multilabel.training.place import Place
-from timm_multilabel.training.progress import Progress
+from timm_multilabel.training.progress_bar import ProgressBar
+from timm_multilabel.training.trainer import Trainer
+from timm_multilabel.training.training_progress import TrainingProgress
 
 GOAL = 0.05
 
@@ -68,9 +68,10 @@ def write_photos(folder: Path, args: Namespace) -> None:
 def seconds(phase: Phase, loader: Any, device: torch.device) -> float:
     """Seconds of an epoch."""
     started = time.perf_counter()
-    fit = Fit(phase.updater, phase.precision, loader, None, phase.images_per_step, seed=0, log_interval=len(loader))
-    with Progress('', len(loader), visible=False) as progress:
-        fit.train(Place(0), 0.0, progress)
+    fit = Trainer(
+        phase.optimizer_step, phase.precision, loader, None, phase.images_per_step, seed=0, log_interval=len(loader))
+    with ProgressBar('', len(loader), visible=False) as progress:
+        fit.train(TrainingProgress(0), 0.0, progress)
     if device.type == 'cuda':
         torch.cuda.synchronize()
     return time.perf_counter() - started

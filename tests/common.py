@@ -41,7 +41,7 @@ class TinyBackbone(nn.Module):
 def tiny_task(seed: int = 0, space: LabelSpace = SPACE, dtype: torch.dtype | None = None, **kwargs: Any) -> JointTask:
     """A task on the tiny backbone, the same weights for the same seed."""
     torch.manual_seed(seed)
-    of_model = {name: kwargs.pop(name) for name in ('smoothing', 'head_options', 'drop', 'kinds') if name in kwargs}
+    of_model = {name: kwargs.pop(name) for name in ('smoothing', 'head_options', 'drop', 'registry') if name in kwargs}
     model = MultiLabelModel(TinyBackbone(), space, projection_dim=5, **of_model)
     task = JointTask(model, **{'projection_dim': 5, **kwargs})
     return task if dtype is None else task.to(dtype)

@@ -23,7 +23,7 @@ from timm_multilabel.data.images import FilePhotos
 from timm_multilabel.data.table import encode_rows, read_table
 from timm_multilabel.errors import UserError
 from timm_multilabel.loading import cache, device
-from timm_multilabel.loading.batches import Batches, Part
+from timm_multilabel.loading.batches import Batches, ImageDataset
 from timm_multilabel.loading.cache import CachedPhotos, open_cache
 from timm_multilabel.loading.loaders import create_eval_loader, create_train_loader
 from timm_multilabel.loading.sampling import Draw
@@ -54,13 +54,19 @@ def files(folder, split='train'):
 
 def opened(folder, kind='ram', views=VIEWS, skip_bad=False, split='train', said=None):
     return open_cache(
-        kind, files(folder, split), views, folder=Path(folder) / 'cache', workers=2, skip_bad=skip_bad,
-        say=said.append if said is not None else lambda line: None)
+        kind,
+        files(folder, split),
+        views,
+        folder=Path(folder) / 'cache',
+        workers=2,
+        skip_bad=skip_bad,
+        say=said.append if said is not None else lambda line: None,
+    )
 
 
 def batch(photos, views=VIEWS, count=2):
-    return Batches([Part(photos.rows if isinstance(photos, FilePhotos) else photos.files.rows, photos, views)], count
-                   ).__getitems__([Draw(row, 10 + row) for row in range(12)])
+    rows = photos.rows if isinstance(photos, FilePhotos) else photos.files.rows
+    return Batches([ImageDataset(rows, photos, views)], count).__getitems__([Draw(row, 10 + row) for row in range(12)])
 
 
 @pytest.mark.parametrize('kind', ['ram', 'disk'])
@@ -176,9 +182,9 @@ def test_bad_images_while_a_cache_is_made(photos_dir):
     for kind in ('ram', 'disk', 'disk'):
         cached = opened(photos_dir, kind, skip_bad=True)
         assert cached.contents.bad.nonzero()[0].tolist() == [1, 2]
-        part = Part(cached.files.rows, cached, VIEWS).skip_bad()
+        part = ImageDataset(cached.files.rows, cached, VIEWS).skip_bad()
         train = create_train_loader([(part, 4)], views=2, seed=0, workers=0, **PLAIN)
-        uncached = Part(cached.files.rows, cached.files, VIEWS).skip_bad()
+        uncached = ImageDataset(cached.files.rows, cached.files, VIEWS).skip_bad()
         for (made, _), (expected, _) in zip(
                 train, create_train_loader([(uncached, 4)], views=2, seed=0, workers=0, **PLAIN), strict=True):
             assert torch.equal(made, expected)
@@ -220,7 +226,7 @@ def test_machines_may_differ(photos_dir, tmp_path, kind):
 
 def device_part(folder, recipes, split='train', skip_bad=False):
     cached = opened(folder, 'ram', OpenCVViews(recipes), skip_bad, split)
-    return cached, device.DevicePart.copy(cached, recipes, CPU)
+    return cached, device.DeviceDataset.copy(cached, recipes, CPU)
 
 
 @pytest.mark.parametrize('ranks', [1, 2])
@@ -234,8 +240,14 @@ def test_the_device_makes_the_loaders_batches(photos_dir, ranks):
         common = {'views': 2, 'seed': 3, 'rank': rank, 'ranks': ranks, 'steps': 5}
         made = device.DeviceTrainLoader([(labelled, 3), (pool, 2)], mean=(0.0,) * 3, std=(1.0,) * 3, **common)
         expected = create_train_loader(
-            [(Part(cached.files.rows, cached, OpenCVViews(recipes)), 3),
-             (Part(pool_cached.files.rows, pool_cached, OpenCVViews(pool_recipes)), 2)], workers=0, **PLAIN, **common)
+            [
+                (ImageDataset(cached.files.rows, cached, OpenCVViews(recipes)), 3),
+                (ImageDataset(pool_cached.files.rows, pool_cached, OpenCVViews(pool_recipes)), 2),
+            ],
+            workers=0,
+            **PLAIN,
+            **common,
+        )
         for epoch in (0, 1):
             made.set_epoch(epoch), expected.set_epoch(epoch)
             pairs = list(zip(made, expected, strict=True))
@@ -265,7 +277,11 @@ def test_the_device_replaces_bad_images_as_a_loader_does(photos_dir):
     cached, part = device_part(photos_dir, recipes, skip_bad=True)
     common = {'views': 2, 'seed': 5, 'steps': 6}
     host = create_train_loader(
-        [(Part(cached.files.rows, cached.files, OpenCVViews(recipes)).skip_bad(), 12)], workers=0, **PLAIN, **common)
+        [(ImageDataset(cached.files.rows, cached.files, OpenCVViews(recipes)).skip_bad(), 12)],
+        workers=0,
+        **PLAIN,
+        **common,
+    )
     made = device.DeviceTrainLoader([(part, 12)], mean=(0.0,) * 3, std=(1.0,) * 3, **common)
     for (images, targets), (theirs, their_targets) in zip(made, host, strict=True):
         assert torch.equal(targets, their_targets)
@@ -278,7 +294,7 @@ def test_the_device_replaces_bad_images_as_a_loader_does(photos_dir):
 
 def test_evaluation_stays_on_the_device(photos_dir):
     normal = {'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD}
-    part = Part(files(photos_dir).rows, files(photos_dir), eval_views((16, 16), 'bilinear', 1.0, 'center'))
+    part = ImageDataset(files(photos_dir).rows, files(photos_dir), eval_views((16, 16), 'bilinear', 1.0, 'center'))
     loader = create_eval_loader(part, 5, workers=0, device=CPU, **normal)
     kept = device.DeviceEvalLoader(loader, **normal)
     expected = [(images.clone(), targets) for images, targets in loader]

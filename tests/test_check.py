@@ -217,7 +217,7 @@ def test_label_of_train_that_all_csv_lacks(clean):
     assert (finding.kind, finding.severity, finding.splits, finding.head) == (
         'unknown-labels', 'error', ('train',), 'color')
     assert finding.text == ("train.csv: 1 label of 'color' in 7 rows, which all.csv does not know: training stops; add "
-                            'rows with them to all.csv, or mend them')
+                            'rows with them to all.csv, or fix them')
 
 
 @pytest.mark.parametrize('first, second, severity', [

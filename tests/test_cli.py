@@ -260,7 +260,7 @@ def test_resume_with_another_optimizer(capsys, data_dir, trained):
 def test_label_of_train_that_all_csv_lacks(capsys, data_dir, tmp_path):
     (data_dir / 'all.csv').write_text((data_dir / 'train.csv').read_text().replace('red', 'blue'))
     line = train_line(capsys, data_dir, tmp_path, '--unknown-labels', 'ignore')
-    assert "train.csv: labels that training does not know: color 'red'" in line and 'all.csv, or mend them' in line
+    assert "train.csv: labels that training does not know: color 'red'" in line and 'all.csv, or fix them' in line
 
 
 def test_bad_checkpoints(capsys, data_dir, tmp_path, trained):

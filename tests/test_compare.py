@@ -20,8 +20,8 @@ from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.labels import LabelSet, LabelSpace, Quantity, TagSet
 from timm_multilabel.reports.experiments import (
     MEAN,
-    Answers,
     Run,
+    RunPredictions,
     compare_groups,
     differing_settings,
     flat_settings,
@@ -286,10 +286,10 @@ def test_groups_and_what_differs():
 
 
 def answers(space, targets, outputs, images=None):
-    """Answers of a run to images 0, 1, ..., or those named."""
+    """RunPredictions of a run to images 0, 1, ..., or those named."""
     targets = np.array(targets, dtype=np.float32)
     images = np.arange(len(targets)) if images is None else images
-    return Answers.of(Predictions(
+    return RunPredictions.of(Predictions(
         space, np.array([''] * len(targets)), np.array([f'/x/{image}.png' for image in images]), targets,
         {name: np.array(values, dtype=np.float32) for name, values in outputs.items()}, np.zeros((len(targets), 1))))
 

@@ -24,7 +24,7 @@ from timm_multilabel.data.images import EncodedPhoto
 from timm_multilabel.data.split import split_csv
 from timm_multilabel.data.table import encode_rows, find_label_space, read_table
 from timm_multilabel.errors import UserError, one_line
-from timm_multilabel.heads import KINDS
+from timm_multilabel.heads import REGISTRY
 from timm_multilabel.labels import LabelSpace, Quantity
 from timm_multilabel.model import MultiLabelModel
 
@@ -141,9 +141,9 @@ def test_head_options(folder, given_options):
         table = read_table(folder / 'train.csv')
         head_options.check_groups(given_options, table.label_columns)
         head = head_options.expand(given_options, table.label_columns, None)
-        space = find_label_space([table], None, head_options.readers(head, KINDS), head_options.groups(head))
+        space = find_label_space([table], None, head_options.readers(head, REGISTRY), head_options.groups(head))
         targets = space.split(encode_rows(table, space).targets)
-        options, _ = head_options.resolve(head, KINDS, space, targets)
+        options, _ = head_options.resolve(head, REGISTRY, space, targets)
         try:
             return MultiLabelModel(TinyBackbone(), space, head_options=options)
         except ValueError as error:  # as cli/build.py takes it

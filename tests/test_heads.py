@@ -7,13 +7,13 @@ from common import TinyBackbone
 
 from timm_multilabel.errors import UserError
 from timm_multilabel.heads import (
-    KINDS,
+    REGISTRY,
     ArcFaceHead,
     NumericHead,
     SoftmaxHead,
     TagsHead,
     create_head,
-    load_kinds,
+    load_registry,
     options_of,
     resolve_options,
 )
@@ -91,20 +91,20 @@ def test_figures_of_numbers_are_in_the_columns_unit():
 def test_options_are_those_of_the_constructor():
     assert set(options_of(ArcFaceHead)) == {'drop', 'smoothing', 'class_weights', 'scale', 'margin'}
     flags = {'drop': 0.3, 'smoothing': 0.1}
-    options = resolve_options(CLASSES, {'loss': 'arcface', 'scale': 9.0, 'columns': 'x'}, flags, KINDS)
+    options = resolve_options(CLASSES, {'loss': 'arcface', 'scale': 9.0, 'columns': 'x'}, flags, REGISTRY)
     assert options == {'loss': 'arcface', 'input': 'features', 'drop': 0.3, 'scale': 9.0}
-    made = create_head(CLASSES, 4, options, KINDS)
+    made = create_head(CLASSES, 4, options, REGISTRY)
     assert (made.scale, made.drop.p, made.smoothing) == (9.0, 0.3, 0.0)
-    assert resolve_options(CLASSES, {'drop': 0.5}, flags, KINDS) == {
+    assert resolve_options(CLASSES, {'drop': 0.5}, flags, REGISTRY) == {
         'loss': 'softmax', 'input': 'features', 'drop': 0.5, 'smoothing': 0.1}
-    assert isinstance(create_head(TAGS, 4, resolve_options(TAGS, {}, {}, KINDS), KINDS), TagsHead)
+    assert isinstance(create_head(TAGS, 4, resolve_options(TAGS, {}, {}, REGISTRY), REGISTRY), TagsHead)
     for labels, options, message in [
         (CLASSES, {'loss': 'hinge'}, "no loss 'hinge' .there are: softmax, arcface, tags, numeric"),
         (TAGS, {'loss': 'arcface'}, "'arcface' reads classes, and the head has tags"),
         (NUMBER, {'smoothing': 0.1}, "'numeric' has no option 'smoothing' .it has: loss, weight, input, columns, drop"),
     ]:
         with pytest.raises(ValueError, match=message):
-            resolve_options(labels, options, {}, KINDS)
+            resolve_options(labels, options, {}, REGISTRY)
 
 
 WRONG = """
@@ -140,7 +140,7 @@ def test_kinds_of_the_users_are_tried_out(tmp_path, old, new, message):
     def make(text):
         (tmp_path / 'mine').write_text(text)
         return MultiLabelModel(TinyBackbone(), LabelSpace((CLASSES,)), head_options={'c': {'loss': 'mine'}},
-                               kinds=load_kinds(str(tmp_path / 'mine')))
+                               registry=load_registry(str(tmp_path / 'mine')))
 
     make(WRONG)
     with pytest.raises(ValueError, match=f"head 'c': .*{message}"):
@@ -170,4 +170,4 @@ def test_head_modules_are_checked(tmp_path, text, message):
     if text is not None:
         (tmp_path / 'mine.py').write_text(text)
     with pytest.raises(UserError, match=message):
-        load_kinds(str(tmp_path / 'mine.py'))
+        load_registry(str(tmp_path / 'mine.py'))

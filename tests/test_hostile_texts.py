@@ -38,7 +38,7 @@ from timm_multilabel.reports.experiments import Run
 from timm_multilabel.reports.grid import GridResults, draw_grid, grid_markdown
 from timm_multilabel.reports.pictures import png
 from timm_multilabel.training.checkpoint import load_model, read_checkpoint
-from timm_multilabel.training.progress import Progress
+from timm_multilabel.training.progress_bar import ProgressBar
 
 HEADS = ('<img src=x onerror=alert(1)>', '"><script>alert(2)</script>', r'=HYPERLINK("http://a")', r'$\frac{}{}$|`b`')
 CLASSES = ('\x1b]0;title\x07\x1b[31mred', 'a\nfake: 100.0 % right', '\u202egnp.exe',
@@ -238,7 +238,7 @@ def test_streams_are_printable_and_never_fail(monkeypatch):
 
 
 def test_progress_says_one_line(capsys):
-    with Progress('Validate a\nb', 2, visible=True) as progress:
+    with ProgressBar('Validate a\nb', 2, visible=True) as progress:
         progress.show(1, 'head\nfake')
         progress.say('x\ny\x1b')
     assert [line.split('  ')[0] for line in capsys.readouterr().out.split('\n')] == ['Validate a b', 'x y ', '']

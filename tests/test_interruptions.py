@@ -15,7 +15,7 @@ import pytest
 from common import TINY, assert_same_summary, assert_same_weights, train_run, write_data
 
 from timm_multilabel.training.checkpoint import newest_checkpoint, read_checkpoint
-from timm_multilabel.training.place import Place
+from timm_multilabel.training.training_progress import TrainingProgress
 
 ROOT = Path(__file__).parent.parent
 
@@ -152,7 +152,7 @@ def test_on_another_number_of_ranks_it_says_what_differs(data, tmp_path, undistu
     epoch, within = state['epoch'], state['within']
     assert newest.name == f'recovery-{epoch}-{within["step"]}.pth.tar'
     assert 5 <= within['step'] <= within['steps'] == 40 and len(within['ranks']) == 2
-    place = Place.of(state, 80)  # as many images are done in an epoch of 80 steps
+    place = TrainingProgress.of(state, 80)  # as many images are done in an epoch of 80 steps
     assert (place.epoch, place.step) == (epoch, 2 * within['step'])
     with Process(command(data, tmp_path, '--resume', 'auto')) as process:
         status, out, errors = process.end()

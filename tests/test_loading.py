@@ -12,7 +12,7 @@ from timm_multilabel import MultiLabelDataset
 from timm_multilabel.data.images import FilePhotos
 from timm_multilabel.data.table import encode_rows, read_table
 from timm_multilabel.errors import UserError
-from timm_multilabel.loading.batches import Batches, Part
+from timm_multilabel.loading.batches import Batches, ImageDataset
 from timm_multilabel.loading.loaders import MixedBatches, create_eval_loader, create_train_loader, one_hot
 from timm_multilabel.loading.sampling import BatchesInOrder, Draw, ShuffledBatches
 from timm_multilabel.losses import dense_cross_entropy
@@ -39,7 +39,7 @@ def timm_views(count=2):
 
 def part(data_dir, views, split='train'):
     its = rows(data_dir, split)
-    return Part(its, FilePhotos(its), views)
+    return ImageDataset(its, FilePhotos(its), views)
 
 
 def loader(data_dir, views=None, count=2, batch=4, workers=0, skip_bad=False, **kwargs):

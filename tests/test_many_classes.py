@@ -11,15 +11,15 @@ from timm_multilabel.errors import UserError
 from timm_multilabel.export.card import model_card
 from timm_multilabel.export.exportable import Exportable, describe
 from timm_multilabel.inference import predictions
-from timm_multilabel.inference.answers import Answer, Guess, guess
+from timm_multilabel.inference.image_predictions import Guess, ImagePrediction, guess
 from timm_multilabel.inference.neighbours import vote
 from timm_multilabel.inference.predictions import check_size
 from timm_multilabel.labels import LabelSet, LabelSpace
 from timm_multilabel.reports import confusion
-from timm_multilabel.reports.answers import csv_columns, table_lines
 from timm_multilabel.reports.confusion import draw_confusion, write_confusion
 from timm_multilabel.reports.intervals import class_figures, head_figures
 from timm_multilabel.reports.mistakes import confused_pairs
+from timm_multilabel.reports.prediction_formats import csv_columns, table_lines
 from timm_multilabel.training.checkpoint import load_model, read_checkpoint
 
 MANY = 1_000_000
@@ -106,7 +106,7 @@ def test_many_labels_of_an_image(labels):
         csv_columns(space, MANY)
     assert len(csv_columns(space, 8000)) == 16_002
     guesses = [Guess(name, 0.5) for name in labels.classes[:20_000]]
-    line = list(table_lines([Answer('i', {'id': guesses})], space, MANY))[1]
+    line = list(table_lines([ImagePrediction('i', {'id': guesses})], space, MANY))[1]
     assert len(line) < 220 and line.startswith('i      c000000 0.500, c000001 0.500, ')
     assert line.endswith('c000012 0.500, 19987 more')
 

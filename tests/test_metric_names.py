@@ -22,9 +22,9 @@ from timm_multilabel.metrics import MultiLabelEvaluator
 from timm_multilabel.reports.curves import write_curves
 from timm_multilabel.reports.head_section import head_section
 from timm_multilabel.reports.results import results_lines
-from timm_multilabel.training.loop import epoch_lines, training_metrics
-from timm_multilabel.training.progress import Progress, fitted, wrapped
+from timm_multilabel.training.progress_bar import ProgressBar, fitted, wrapped
 from timm_multilabel.training.run_folder import RunFolder
+from timm_multilabel.training.trainer import epoch_lines, training_metrics
 
 NAN = float('nan')
 TAGS = ('a', 'b')
@@ -256,7 +256,7 @@ def test_progress_lines_of_many_heads(capsys, monkeypatch):
     task = tiny_task(space=LabelSpace(tuple(LabelSet(name, ('u', 'v')) for name in names)))
     metrics = {'train_loss': 0.5, **dict.fromkeys((f'{term}_loss' for term in task.terms), 0.0)}
     metrics |= {f'train/{name}/top1': 2.0 * number for number, name in enumerate(names)}
-    with Progress('Epoch 1/2', 4, True, 8) as progress:
+    with ProgressBar('Epoch 1/2', 4, True, 8) as progress:
         progress.started -= 8000  # so that speed and time are the same on every machine
         progress.show(4, training_metrics(metrics, task))
     assert capsys.readouterr().out == (

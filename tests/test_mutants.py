@@ -16,11 +16,11 @@ from timm_multilabel.cli.flags import Parser, parse_with_config
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.model import MultiLabelModel
 from timm_multilabel.task import JointTask
-from timm_multilabel.training.agreement import Agreement, Verdict
-from timm_multilabel.training.loop import Fit, Precision
-from timm_multilabel.training.place import Place
-from timm_multilabel.training.progress import Progress, RunLength
-from timm_multilabel.training.updater import Updater
+from timm_multilabel.training.optimizer_step import OptimizerStep
+from timm_multilabel.training.progress_bar import ProgressBar, RunLength
+from timm_multilabel.training.trainer import Precision, Trainer
+from timm_multilabel.training.training_progress import TrainingProgress
+from timm_multilabel.training.update_decisions import UpdateDecision, UpdateDecisions
 
 BY_DEFAULT = ['--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0', '--device', 'cpu']
 
@@ -119,11 +119,12 @@ def batches(count):
     return [(torch.randn(6, 3, 8, 8, generator=generator), target) for _ in range(count)]
 
 
-def fitted(task, loader, momentum=0, **updater):
-    """The updater, after an epoch of SGD."""
-    made = Updater(task, torch.optim.SGD(task.trainable_module.parameters(), lr=0.1, momentum=momentum), **updater)
-    fit = Fit(made, Precision(torch.device('cpu')), Loader(loader), None, images_per_step=6, seed=0)
-    fit.train(Place(0), 0.1, Progress('', len(loader), False))
+def fitted(task, loader, momentum=0, **optimizer_step):
+    """The optimizer_step, after an epoch of SGD."""
+    optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.1, momentum=momentum)
+    made = OptimizerStep(task, optimizer, **optimizer_step)
+    fit = Trainer(made, Precision(torch.device('cpu')), Loader(loader), None, images_per_step=6, seed=0)
+    fit.train(TrainingProgress(0), 0.1, ProgressBar('', len(loader), False))
     return made
 
 
@@ -156,22 +157,22 @@ def test_a_loss_scaler_changes_no_update_and_skips_a_bad_one(clip):
     scaled, plain, loader = tiny_task(), tiny_task(), batches(3)
     fitted(plain, [loader[0], loader[2]], **clip)
     loader[1][0].fill_(math.inf)
-    updater = fitted(scaled, loader, scaler=NativeScaler(device='cpu'), **clip)
+    optimizer_step = fitted(scaled, loader, scaler=NativeScaler(device='cpu'), **clip)
     for mine, expected in zip(weights(scaled), weights(plain), strict=True):
         torch.testing.assert_close(mine, expected)
-    assert updater.scaler._scaler.get_scale() == 2 ** 15  # half of the first one, for the update that was skipped
+    assert optimizer_step.scaler._scaler.get_scale() == 2 ** 15  # half of it, for the skipped update
 
 
 @pytest.mark.parametrize('wrong', ['loss', 'gradient'])
 def test_a_loss_or_a_gradient_alone_is_enough_to_skip_an_update(wrong):
-    task, agreement, (batch, *_) = tiny_task(), Agreement(torch.device('cpu')), batches(1)
+    task, decisions, (batch, *_) = tiny_task(), UpdateDecisions(torch.device('cpu')), batches(1)
     before = weights(task)
-    updater = Updater(task, torch.optim.SGD(task.trainable_module.parameters(), lr=0.1))
+    optimizer_step = OptimizerStep(task, torch.optim.SGD(task.trainable_module.parameters(), lr=0.1))
     if wrong == 'gradient':
         next(task.trainable_module.parameters()).register_hook(lambda gradient: gradient * math.inf)
-    updater.begin()
-    updater.backward(task(*batch)['loss'] + (math.inf if wrong == 'loss' else 0), True, agreement, 4, stop=False)
-    assert agreement.verdicts() == [Verdict(step=4, bad=True, bad_here=wrong == 'loss', stop=False)]
+    optimizer_step.begin()
+    optimizer_step.backward(task(*batch)['loss'] + (math.inf if wrong == 'loss' else 0), True, decisions, 4, stop=False)
+    assert decisions.verdicts() == [UpdateDecision(step=4, bad=True, bad_here=wrong == 'loss', stop=False)]
     assert all(torch.equal(a, b) for a, b in zip(before, weights(task), strict=True))
 
 
@@ -208,8 +209,8 @@ def test_adaptive_clipping_leaves_the_heads_alone():
     (5, 1, 5, [1, 1, 1, 1, 1]), (5, 2, 3, [2, 2, 2, 2, 1]), (8, 3, 3, [3] * 6 + [2, 2]),
     (2, 4, 1, [2, 2])])
 def test_groups_of_batches(steps, accumulate, updates, sizes):
-    updater = Updater(None, None, accumulate=accumulate)
-    assert updater.updates_per_epoch(steps) == updates
-    assert [updater.batches_in_update(step, steps) for step in range(steps)] == sizes
-    assert sum(updater.is_update(step, steps) for step in range(steps)) == updates and updater.is_update(
+    optimizer_step = OptimizerStep(None, None, accumulate=accumulate)
+    assert optimizer_step.updates_per_epoch(steps) == updates
+    assert [optimizer_step.batches_in_update(step, steps) for step in range(steps)] == sizes
+    assert sum(optimizer_step.is_update(step, steps) for step in range(steps)) == updates and optimizer_step.is_update(
         steps - 1, steps)

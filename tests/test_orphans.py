@@ -11,11 +11,11 @@ import pytest
 from common import TINY, assert_same_summary, assert_same_weights, run_ranks, train_run, write_data
 from test_grid import FLAGS, write_grid
 
-from timm_multilabel.files import whole_file
+from timm_multilabel.files import atomic_write
 from timm_multilabel.metrics import MultiLabelEvaluator
 from timm_multilabel.temporary import remove_leftovers, temporary_folder
-from timm_multilabel.training.agreement import ToldToStop, until_told
 from timm_multilabel.training.parent import LAUNCHER
+from timm_multilabel.training.update_decisions import ToldToStop, until_told
 
 ROOT = Path(__file__).parent.parent
 FLAGS_OF_ALL = [*TINY, '--epochs', '2', '--experiment', 'run', '-b', '2', '--model-ema', '--model-ema-decay', '0.9',
@@ -31,7 +31,7 @@ from timm_multilabel.cli.main import run_command
 from timm_multilabel.loading.cache import CachedPhotos
 from timm_multilabel.metrics import MultiLabelEvaluator
 from timm_multilabel.training import saver
-from timm_multilabel.training.updater import Updater
+from timm_multilabel.training.optimizer_step import OptimizerStep
 
 def slow(owner, name, after, seconds):
     """Have a function take its time from its nth call on, and tell of that."""
@@ -48,7 +48,7 @@ def slow(owner, name, after, seconds):
 
 slow(*{
     'cache': (CachedPhotos, 'pixels', 3, 0.2),
-    'training': (Updater, 'begin', 4, 0.3),
+    'training': (OptimizerStep, 'begin', 4, 0.3),
     'evaluation': (MultiLabelEvaluator, 'update', 2, 0.5),
     'checkpoint': (saver.torch, 'save', 0, 3),
 }[os.environ['STAGE']])
@@ -256,8 +256,8 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == {used.name, 'x-link'} and (used / 'file').exists()
     (tmp_path / 'x-link').unlink()
     (tmp_path / f'.report [1].html-{"0" * 16}.tmp').touch()
-    with whole_file(tmp_path / 'report [1].html') as first:
-        with whole_file(tmp_path / 'other.html'):
+    with atomic_write(tmp_path / 'report [1].html') as first:
+        with atomic_write(tmp_path / 'other.html'):
             remove_leftovers(tmp_path.glob('.*.tmp'))
         first.write(b'whole')
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {

@@ -15,7 +15,7 @@ from timm_multilabel.cli.grid_file import read_grid
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.sample import write_sample
 from timm_multilabel.errors import UserError
-from timm_multilabel.training import loop
+from timm_multilabel.training import trainer
 
 RECIPES = Path(__file__).parent.parent / 'recipes'
 RECIPE = {
@@ -95,12 +95,12 @@ def test_a_killed_run_resumes_in_its_phase_to_the_same_result(recipe, tmp_path, 
 
     The EMA's weights are the better ones, where there is an EMA, and the next phase starts from them.
     """
-    score = loop.Fit.score
+    score = trainer.Trainer.score
     monkeypatch.setattr(
-        loop.Fit, 'score', lambda self, row: 'eval_ema_top1' if self.task.has_ema() else score(self, row))
+        trainer.Trainer, 'score', lambda self, row: 'eval_ema_top1' if self.task.has_ema() else score(self, row))
     go('-c', recipe, '--experiment', 'whole')
     epochs = []
-    run_epoch = loop.Fit.run_epoch
+    run_epoch = trainer.Trainer.run_epoch
 
     def interrupted(self, start, title):
         if len(epochs) == stop_after:
@@ -108,10 +108,10 @@ def test_a_killed_run_resumes_in_its_phase_to_the_same_result(recipe, tmp_path, 
         epochs.append(title)
         return run_epoch(self, start, title)
 
-    monkeypatch.setattr(loop.Fit, 'run_epoch', interrupted)
+    monkeypatch.setattr(trainer.Trainer, 'run_epoch', interrupted)
     with pytest.raises(SystemExit):
         go('-c', recipe)
-    monkeypatch.setattr(loop.Fit, 'run_epoch', run_epoch)
+    monkeypatch.setattr(trainer.Trainer, 'run_epoch', run_epoch)
     last = max((tmp_path / 'run').glob('*/last.pth.tar'), key=os.path.getmtime)
     go('-c', tmp_path / 'run' / 'args.yaml', '--resume', last)
     for name in ('1-pretrain', '2-joint', '.'):
@@ -154,7 +154,7 @@ def test_what_goes_first(tmp_path):
     ([{'name': 'a', 'lr': 0.1}], "r.yaml, phase 'a': it has no epochs; add 'epochs: N'"),
     ([{'name': 'a', 'epochs': 1, 'learning_rate': 1}], "r.yaml, phase 'a': there is no flag 'learning_rate'"),
     ([{'name': 'a', 'epochs': 1, 'warmup_epoch': 1}], "did you mean 'warmup_epochs'?"),
-    ([{'name': 'a', 'epochs': 1, 'output': 'x'}], "phase 'a': 'output' is of the whole run"),
+    ([{'name': 'a', 'epochs': 1, 'output': 'x'}], "phase 'a': 'output' applies to the whole run"),
     ([{'name': 'a', 'epochs': 1, 'wls': 0, 'wlc': 0}], "phase 'a': -wls 0 with -wlc 0 leaves nothing to train"),
     ([{'name': 'a', 'epochs': 1}, {'name': 'a', 'epochs': 1}], 'no other phase has it'),
     ([{'name': '../a', 'epochs': 1}], 'a name is of letters'),

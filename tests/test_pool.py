@@ -25,7 +25,7 @@ from timm_multilabel.data.pool import (
 from timm_multilabel.data.table import encode_rows, read_table
 from timm_multilabel.errors import UserError
 from timm_multilabel.labels import LabelSet, LabelSpace, Quantity, TagSet
-from timm_multilabel.loading.batches import Part
+from timm_multilabel.loading.batches import ImageDataset
 from timm_multilabel.loading.loaders import create_train_loader
 from timm_multilabel.loading.sampling import JoinedBatches, ShuffledBatches
 from timm_multilabel.losses import categorical_entropy, marginal_entropy, nt_xent_loss
@@ -146,8 +146,8 @@ def test_batches_hold_the_pool_last_in_each_view(data_dir, workers):
     rows = encode_rows(read_table(data_dir / 'train.csv'), SPACE)
     pool = rows_of_table(read_table(data_dir / 'val.csv'), SPACE)
     parts = [
-        (Part(rows, FilePhotos(rows), PillowViews([plain, plain], (8, 8))), 4),
-        (Part(pool, FilePhotos(pool), PillowViews([dark, plain], (8, 8))), 2),
+        (ImageDataset(rows, FilePhotos(rows), PillowViews([plain, plain], (8, 8))), 4),
+        (ImageDataset(pool, FilePhotos(pool), PillowViews([dark, plain], (8, 8))), 2),
     ]
     loader = create_train_loader(
         parts, views=2, seed=0, mean=(0.,) * 3, std=(1.,) * 3, device=torch.device('cpu'), workers=workers, steps=3)
@@ -303,7 +303,7 @@ def test_two_ranks_train_every_kind_of_head_and_term_as_one_process():
 
 
 def test_frozen_backbone_keeps_weights_and_statistics():
-    from test_loop import Normed
+    from test_trainer import Normed
 
     from timm_multilabel.model import MultiLabelModel
     from timm_multilabel.task import JointTask

@@ -19,14 +19,14 @@ from timm_multilabel.cli import predict
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.arguments import rows_of_arguments
 from timm_multilabel.errors import UserError
-from timm_multilabel.inference.answers import Answer, Guess, check_thresholds, guess
+from timm_multilabel.inference.image_predictions import Guess, ImagePrediction, check_thresholds, guess
 from timm_multilabel.labels import LabelSet, LabelSpace, Quantity, TagSet
-from timm_multilabel.reports.answers import csv_columns, csv_lines, json_lines, table_lines
+from timm_multilabel.reports.prediction_formats import csv_columns, csv_lines, json_lines, table_lines
 from timm_multilabel.training.checkpoint import load_model, read_checkpoint
 
 CLASSES, TAGS, NUMBER = LabelSet('c', ('x', 'y', 'z')), TagSet('t', ('p', 'q')), Quantity('n', 10.0, 4.0)
 MIXED = LabelSpace((CLASSES, TAGS, NUMBER))
-KINDS = ['--head', 'style:loss=tags', 'price:loss=numeric', '--model-ema', '--model-ema-decay', '0.5']
+REGISTRY = ['--head', 'style:loss=tags', 'price:loss=numeric', '--model-ema', '--model-ema-decay', '0.5']
 
 
 @pytest.fixture(scope='module')
@@ -39,7 +39,7 @@ def trained(tmp_path_factory):
         header, *rows = path.read_text().splitlines()
         rows = [f'{row.rpartition(",")[0]},{("a|b", "b", "")[n % 3]},{n + 0.5}' for n, row in enumerate(rows)]
         path.write_text('\n'.join(['image_path,color,style,price', *rows]) + '\n')
-    run = train_run(data, folder / 'out', *KINDS, epochs=1)
+    run = train_run(data, folder / 'out', *REGISTRY, epochs=1)
     return SimpleNamespace(data=data, checkpoint=run / 'last.pth.tar', images=data / 'images')
 
 
@@ -237,7 +237,8 @@ def test_unknown_below_a_threshold(trained, capsys):
 
 def test_text_that_programs_would_obey():
     space = LabelSpace((LabelSet('=head', ('=1+1', 'b')),))
-    answers = [Answer('-x\x1b[31m.png', {'=head': [Guess('=1+1', 0.5)]}), Answer('y', {}, 'bad, indeed')]
+    answers = [ImagePrediction('-x\x1b[31m.png', {'=head': [Guess('=1+1', 0.5)]}),
+               ImagePrediction('y', {}, 'bad, indeed')]
     assert list(csv_lines(answers, space, 2)) == [
         "image,error,'=head,'=head_probability,'=head_2,'=head_2_probability",
         "'-x\x1b[31m.png,,'=1+1,0.5,,", 'y,"bad, indeed",,,,']
@@ -245,7 +246,7 @@ def test_text_that_programs_would_obey():
         'image        =head', '-x [31m.png  =1+1 0.500', 'y            error: bad, indeed']
     assert json.loads(list(json_lines(answers, space, 1))[0]) == {
         'image': '-x\x1b[31m.png', 'heads': {'=head': [{'label': '=1+1', 'probability': 0.5}]}}
-    nan = Answer('z', {'=head': [Guess('unknown', float('nan'))]})
+    nan = ImagePrediction('z', {'=head': [Guess('unknown', float('nan'))]})
     assert json.loads(next(json_lines([nan], space, 1)))['heads']['=head'][0]['probability'] is None
     with pytest.raises(UserError, match="called 'a_probability'"):
         csv_columns(LabelSpace((LabelSet('a', ('x',)), LabelSet('a_probability', ('x',)))), 1)

@@ -10,11 +10,11 @@ from timm_multilabel.errors import UserError
 from timm_multilabel.heads import NumericHead, SoftmaxHead, TagsHead
 from timm_multilabel.inference.predictions import Predictions, predict_rows
 from timm_multilabel.labels import LabelSet, Quantity, TagSet
-from timm_multilabel.loading.batches import Part
+from timm_multilabel.loading.batches import ImageDataset
 from timm_multilabel.loading.loaders import create_eval_loader
 from timm_multilabel.model import MultiLabelModel
-from timm_multilabel.training.loop import Precision
-from timm_multilabel.training.progress import Progress
+from timm_multilabel.training.progress_bar import ProgressBar
+from timm_multilabel.training.trainer import Precision
 from timm_multilabel.views.pillow import eval_views
 
 
@@ -24,9 +24,9 @@ def test_predictions_are_the_models_and_survive_a_file(tmp_path):
     rows = encode_rows(read_table(folder / 'train.csv'), SPACE)
     model = MultiLabelModel(TinyBackbone(), SPACE).eval()
     loader = create_eval_loader(
-        Part(rows, FilePhotos(rows), eval_views((16, 16), 'bilinear', 1.0, 'center')), 3, mean=(0.5,) * 3,
+        ImageDataset(rows, FilePhotos(rows), eval_views((16, 16), 'bilinear', 1.0, 'center')), 3, mean=(0.5,) * 3,
         std=(0.5,) * 3, device=torch.device('cpu'), workers=0)
-    made = predict_rows(model, loader, rows, Precision(torch.device('cpu')), Progress('', 3, False))
+    made = predict_rows(model, loader, rows, Precision(torch.device('cpu')), ProgressBar('', 3, False))
     made.save(tmp_path / 'x.npz')
     read = Predictions.load(tmp_path / 'x.npz')
     assert len(read) == 7 and read.label_space == SPACE

@@ -12,7 +12,7 @@ from timm_multilabel.cli import train
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.sample import write_sample
 from timm_multilabel.errors import UserError
-from timm_multilabel.training import saver, updater
+from timm_multilabel.training import optimizer_step, saver
 from timm_multilabel.training.checkpoint import newest_checkpoint, read_checkpoint
 from timm_multilabel.training.run_folder import RunLock, find_launched, launcher
 
@@ -226,7 +226,7 @@ def test_what_goes_wrong_after_a_signal_is_said(data_dir, tmp_path, monkeypatch,
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(saver.WholeSaver, 'save_within', save_within)
-    monkeypatch.setattr(updater.Updater, 'begin', begin)
+    monkeypatch.setattr(optimizer_step.OptimizerStep, 'begin', begin)
     with pytest.raises(SystemExit) as stop:
         train_run(data_dir, tmp_path)
     assert stop.value.code == 2 and 'train.py: error: x: the disk is full' in capsys.readouterr().err
@@ -234,13 +234,13 @@ def test_what_goes_wrong_after_a_signal_is_said(data_dir, tmp_path, monkeypatch,
 
 def poisoned(monkeypatch, poison):
     """Let `poison(loss, call)` change the loss of each backward pass."""
-    backward, calls = updater.Updater.backward, []
+    backward, calls = optimizer_step.OptimizerStep.backward, []
 
     def changed(self, loss, *args, **kwargs):
         calls.append(0)
         return backward(self, poison(loss, len(calls)), *args, **kwargs)
 
-    monkeypatch.setattr(updater.Updater, 'backward', changed)
+    monkeypatch.setattr(optimizer_step.OptimizerStep, 'backward', changed)
     return calls
 
 
@@ -252,7 +252,7 @@ def test_an_update_that_is_no_number_is_skipped(data_dir, tmp_path, monkeypatch,
     calls = poisoned(monkeypatch, poison)
     folder = train_run(data_dir, tmp_path, '-wls', '0', '--drop', '0', '--opt', 'momentum', epochs=2)
     assert len(calls) == 6
-    assert 'skipped 1 update whose loss or gradient is no finite number' in capsys.readouterr().out
+    assert 'skipped 1 update whose loss or gradient is not finite' in capsys.readouterr().out
     assert pd.read_csv(folder / 'summary.csv')['train_loss'].notna().all()
     for value in torch.load(folder / 'last.pth.tar', weights_only=True)['state_dict'].values():
         assert value.isfinite().all()
@@ -265,7 +265,7 @@ def test_too_many_stop_the_run_and_name_the_rows(data_dir, tmp_path, monkeypatch
         train_run(data_dir, tmp_path / 'bad', epochs=30)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count('\n') == 1
-    assert 'the loss is no finite number, update after update, last at step 3 of epoch 2' in error
+    assert 'the loss is not finite, update after update, last at step 3 of epoch 2' in error
     assert '--lr' in error and error.count('train.csv row ') == 4
     folder = tmp_path / 'bad' / 'run'
     assert_same_weights(tmp_path / 'good' / 'run' / 'last.pth.tar', folder / 'last.pth.tar')

@@ -13,7 +13,7 @@ from timm_multilabel.cli.flags import Parser
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.metrics import TrainingMeter
 from timm_multilabel.training.optimizer_state import load_plateau
-from timm_multilabel.training.place import Place
+from timm_multilabel.training.training_progress import TrainingProgress
 
 BASES = {'simclr': [], 'plain': ['-wls', '0', '--model-ema'], 'adamw': ['--opt', 'adamw']}
 POOL = '--labelled-rows 8 --unlabelled-batch-size 2'
@@ -183,5 +183,5 @@ def test_class_weights_are_those_of_the_flags_within_an_epoch_too():
     tasks = [tiny_task(head_options={'color': {'loss': 'softmax', 'class_weights': weights}})
              for weights in ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])]
     meters = [TrainingMeter(task.terms, task.heads, torch.device('cpu')) for task in tasks]
-    Place.here(0, 1, 0.1, meters[0], tasks[0]).restore(meters[1], tasks[1])
+    TrainingProgress.here(0, 1, 0.1, meters[0], tasks[0]).restore(meters[1], tasks[1])
     assert tasks[1].heads[SPACE.names[0]].class_weights.tolist() == [4.0, 5.0, 6.0]

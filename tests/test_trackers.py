@@ -181,7 +181,7 @@ def test_flags_of_trackers_are_of_the_whole_run(recipe, capsys):  # noqa: F811
     settings = yaml.safe_load(recipe.read_text())
     settings['phases'][1]['log_wandb'] = True
     recipe.write_text(yaml.safe_dump(settings))
-    assert "'log_wandb' is of the whole run" in fails(capsys, train, ['-c', recipe])
+    assert "'log_wandb' applies to the whole run" in fails(capsys, train, ['-c', recipe])
 
 
 @pytest.mark.parametrize('package', ['tensorboard', 'wandb'])

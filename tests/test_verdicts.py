@@ -29,7 +29,7 @@ from timm_multilabel.reports.experiment_pages import (
     experiments_html,
     experiments_markdown,
 )
-from timm_multilabel.reports.experiments import Answers, Run, compare_groups, run_figures
+from timm_multilabel.reports.experiments import Run, RunPredictions, compare_groups, run_figures
 from timm_multilabel.reports.grid import draw_grid, grid_markdown
 from timm_multilabel.reports.page import Page, render
 from timm_multilabel.reports.pictures import jpeg_uri, reliability_figure
@@ -40,14 +40,19 @@ IMAGES = 1000
 def right(count):
     """The answers of a run that is right on the first `count` of 1,000 images."""
     said = (np.arange(IMAGES) >= count).astype(int)
-    return Answers(np.arange(IMAGES).astype(str), {'color': LabelSet('color', ('a', 'b'))},
-                   {'color': np.zeros(IMAGES, int)}, {'color': said})
+    return RunPredictions(
+        np.arange(IMAGES).astype(str),
+        {'color': LabelSet('color', ('a', 'b'))},
+        {'color': np.zeros(IMAGES, int)},
+        {'color': said},
+    )
 
 
 def off(distance):
     """The answers of a run that is wrong by about a distance everywhere."""
-    return Answers(np.arange(IMAGES).astype(str), {'size': Quantity('size', 0.0, 1.0)}, {'size': np.zeros(IMAGES)},
-                   {'size': distance + np.arange(IMAGES) / 1e6})
+    return RunPredictions(
+        np.arange(IMAGES).astype(str), {'size': Quantity('size', 0.0, 1.0)}, {'size': np.zeros(IMAGES)},
+        {'size': distance + np.arange(IMAGES) / 1e6})
 
 
 def experiments(base, ours, seeds):

@@ -23,7 +23,7 @@ from test_cache import VIEWS, _open_in_a_rank, batch, files, opened, photos_dir 
 from timm_multilabel.arrays import write_arrays
 from timm_multilabel.cli.jobs import Job, Jobs
 from timm_multilabel.errors import UserError
-from timm_multilabel.files import link_whole, whole_file, write_whole
+from timm_multilabel.files import atomic_write, link_whole, write_atomic
 from timm_multilabel.loading import shared
 from timm_multilabel.loading.cache import CachedPhotos
 from timm_multilabel.temporary import remove_leftovers, temporary_file
@@ -37,7 +37,7 @@ def write_many(path, letter, start):
     with patch('os.getpid', lambda: 7):
         start.wait()
         for _ in range(40):
-            with whole_file(path) as file:
+            with atomic_write(path) as file:
                 for _ in range(20):
                     file.write(letter * 5000)
 
@@ -61,7 +61,7 @@ def test_a_planted_link_is_not_followed(tmp_path):
     folder.mkdir()
     (folder / f'.x.{os.getpid()}.tmp').symlink_to(secret)  # the name that it once had
     (folder / 'x').symlink_to(secret)
-    write_whole(folder / 'x', 'new')
+    write_atomic(folder / 'x', 'new')
     assert secret.read_text() == 'kept' and (folder / 'x').read_text() == 'new' and not (folder / 'x').is_symlink()
     (folder / 'y').symlink_to(secret)
     link_whole(folder / 'x', folder / 'y')
@@ -71,7 +71,7 @@ def test_a_planted_link_is_not_followed(tmp_path):
 @pytest.mark.parametrize('name', ['x' * 255, '\u00e9' * 127, 'a\udcff' * 100, '[*]?'])
 def test_names_as_long_as_names_can_be(tmp_path, name):
     for _ in range(2):
-        write_whole(tmp_path / name, 'new')
+        write_atomic(tmp_path / name, 'new')
     link_whole(tmp_path / name, tmp_path / 'other')
     assert sorted(os.listdir(tmp_path)) == sorted([name, 'other'])
 
@@ -79,11 +79,11 @@ def test_names_as_long_as_names_can_be(tmp_path, name):
 def test_permissions_are_those_of_any_file(tmp_path):
     before = os.umask(0o027)
     try:
-        write_whole(tmp_path / 'x', 'new')
+        write_atomic(tmp_path / 'x', 'new')
         write_arrays(tmp_path / 'y', {'x': np.zeros(1)}, read_only=True)
         assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in 'xy'] == [0o640, 0o440]
         os.chmod(tmp_path / 'x', 0o604)
-        write_whole(tmp_path / 'x', 'newer')
+        write_atomic(tmp_path / 'x', 'newer')
         assert stat.S_IMODE((tmp_path / 'x').stat().st_mode) == 0o604
     finally:
         os.umask(before)
@@ -94,12 +94,12 @@ def test_devices_and_pipes_are_not_replaced(tmp_path):
     (tmp_path / 'null').symlink_to('/dev/null')
     for path in (tmp_path / 'pipe', tmp_path / 'null', tmp_path):
         with pytest.raises(UserError, match='cannot be written: it is a folder, a device or a pipe'):
-            write_whole(path, 'x')
+            write_atomic(path, 'x')
     assert (tmp_path / 'null').is_symlink()
 
 
 def test_what_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path):
-    write_whole(tmp_path / 'x', 'old')
+    write_atomic(tmp_path / 'x', 'old')
     (tmp_path / 'x').chmod(0o600)  # which is not what a new file gets
     for name in ('fchmod', 'fsync', 'replace', 'link'):
         with patch(f'os.{name}', side_effect=OSError(errno.EDQUOT, 'Quota')):
@@ -107,11 +107,11 @@ def test_what_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path):
                 link_whole(tmp_path / 'x', tmp_path / 'z')  # a copy
             else:
                 with pytest.raises(UserError, match=r'x: cannot be written \(Quota\)'):
-                    write_whole(tmp_path / 'x', 'new')
+                    write_atomic(tmp_path / 'x', 'new')
     assert sorted(os.listdir(tmp_path)) == ['x', 'z'] and (tmp_path / 'z').read_text() == 'old'
     with pytest.raises(UserError, match='cannot be written'):
-        write_whole(tmp_path / 'none' / 'x', 'new')
-    with pytest.raises(ZeroDivisionError), whole_file(tmp_path / 'x'):
+        write_atomic(tmp_path / 'none' / 'x', 'new')
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / 'x'):
         raise ZeroDivisionError
     assert sorted(os.listdir(tmp_path)) == ['x', 'z']
 
@@ -140,7 +140,7 @@ def test_where_there_are_no_locks_leftovers_are_old_ones(tmp_path):
         (tmp_path / name).write_text('x')
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     with patch('fcntl.flock', side_effect=OSError(errno.ENOLCK, 'No locks')):
-        write_whole(tmp_path / 'x', 'x')
+        write_atomic(tmp_path / 'x', 'x')
         remove_leftovers(tmp_path.glob('.*.tmp'))
     assert sorted(os.listdir(tmp_path)) == ['.new.tmp', 'x']
 

@@ -13,7 +13,7 @@ from timm_multilabel.cli import export, predict, report, train
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.errors import UserError
 from timm_multilabel.export.exportable import describe
-from timm_multilabel.heads import load_kinds
+from timm_multilabel.heads import load_registry
 from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.training.checkpoint import load_model, read_checkpoint
 
@@ -94,7 +94,7 @@ def test_the_report_has_its_own_metrics_and_no_calibration(trained, capsys):
 def test_an_export_says_what_its_output_is(trained, tmp_path):
     run, module = trained
     checkpoint = read_checkpoint(run / 'last.pth.tar')
-    model = load_model(checkpoint, 'plain', load_kinds(str(module)))
+    model = load_model(checkpoint, 'plain', load_registry(str(module)))
     assert [output['values'] for output in describe(checkpoint, 'plain', model)['outputs']] == [
         '1 of the predicted class, 0 of others', 'probabilities']
     run_command(export, 'export', [

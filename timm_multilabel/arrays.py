@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from timm_multilabel.files import whole_file
+from timm_multilabel.files import atomic_write
 
 _FREE = 2 ** 28  # bytes that a compressed file may expand to, however small it is
 _RATIO = 50  # and beyond that, bytes for each of its own
@@ -23,7 +23,7 @@ def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray], compress: b
         path: The file.
         arrays: They, by name.
         compress: Compress them, unless they shrink so far that `read_arrays` would refuse the file.
-        kwargs: Of `whole_file`.
+        kwargs: Of `atomic_write`.
     """
     written = BytesIO()
     if compress:
@@ -32,7 +32,7 @@ def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray], compress: b
     if not compress:
         written = BytesIO()
         np.savez(written, **arrays)
-    with whole_file(path, **kwargs) as file:
+    with atomic_write(path, **kwargs) as file:
         file.write(written.getbuffer())
 
 

@@ -18,7 +18,7 @@ from timm_multilabel.temporary import lock, temporary_file, temporary_path
 
 
 @contextmanager
-def whole_file(path: str | Path, read_only: bool = False) -> Iterator[BinaryIO]:
+def atomic_write(path: str | Path, read_only: bool = False) -> Iterator[BinaryIO]:
     """A file that is written beside its final place, and renamed when all of it is on disk.
 
     A reader, a crash or a loss of power never meets half of it. The folder must exist. A file that is replaced passes
@@ -62,12 +62,12 @@ def whole_file(path: str | Path, read_only: bool = False) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Write a file as `whole_file` does; text as UTF-8, line ends as they are.
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Write a file as `atomic_write` does; text as UTF-8, line ends as they are.
 
     What UTF-8 cannot write, as in the name of a file in another encoding, becomes `\\udcff`, as JSON and YAML read it.
     """
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(content.encode('utf-8', 'backslashreplace') if isinstance(content, str) else content)
 
 
@@ -75,7 +75,7 @@ def link_whole(source: str | Path, path: str | Path) -> None:
     """Give a file another name, in place of the file that may have it; where there are no links, a copy.
 
     Raises:
-        UserError: See `whole_file`.
+        UserError: See `atomic_write`.
     """
     path = Path(path)
     temporary = temporary_path(path.parent, path.name)
@@ -85,7 +85,7 @@ def link_whole(source: str | Path, path: str | Path) -> None:
             os.link(source, temporary)
             os.replace(temporary, path)  # does nothing where both are one file already
     except OSError:
-        with open(source, 'rb') as file, whole_file(path) as copy:
+        with open(source, 'rb') as file, atomic_write(path) as copy:
             shutil.copyfileobj(file, copy)
         return
     finally:

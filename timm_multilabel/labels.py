@@ -17,7 +17,7 @@ import torch
 
 from timm_multilabel.cells import TAG_SEPARATOR, BadCell, singles, tags_of, truth
 from timm_multilabel.errors import UserError, shortened
-from timm_multilabel.files import read_text, reading, write_whole
+from timm_multilabel.files import read_text, reading, write_atomic
 
 MISSING = -1
 """The class index, or the 0/1 of a tag, of a label that is not there: nothing is learnt from it or scored on it."""
@@ -384,7 +384,7 @@ class LabelSpace:
             self.from_dict(self.to_dict())
         except ValueError as error:
             raise UserError(f'{path}: cannot be written ({error}); rename it in the data') from error
-        write_whole(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + '\n')
+        write_atomic(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + '\n')
 
     @classmethod
     def load(cls, path: str | Path) -> 'LabelSpace':

@@ -13,7 +13,7 @@ from timm.models import resolve_model_input_args
 from torch import nn
 
 from timm_multilabel.errors import UserError
-from timm_multilabel.heads import KINDS, Head, create_head, resolve_options
+from timm_multilabel.heads import REGISTRY, Head, create_head, resolve_options
 from timm_multilabel.labels import LabelSet, LabelSpace
 from timm_multilabel.weights_file import create_from_file
 
@@ -42,7 +42,7 @@ class MultiLabelModel(nn.Module):
         smoothing: Label smoothing of the heads.
         head_options: Options of heads by name: 'loss' (the kind), 'input' ('features' or 'projection') and those that
             the kind has.
-        kinds: The kinds of heads by name.
+        registry: The kinds of heads by name.
         projection_dim: Width of the projections.
 
     Raises:
@@ -56,7 +56,7 @@ class MultiLabelModel(nn.Module):
             drop: float = 0.0,
             smoothing: float = 0.1,
             head_options: Mapping[str, Mapping[str, Any]] | None = None,
-            kinds: Mapping[str, type[Head]] = KINDS,
+            registry: Mapping[str, type[Head]] = REGISTRY,
             projection_dim: int = 64,
     ):
         super().__init__()
@@ -72,9 +72,9 @@ class MultiLabelModel(nn.Module):
         heads = []
         for labels in label_space.heads:
             try:
-                options = resolve_options(labels, given.get(labels.name, {}), defaults, kinds)
+                options = resolve_options(labels, given.get(labels.name, {}), defaults, registry)
                 width = projection_dim if options['input'] == 'projection' else self.num_features
-                heads.append(create_head(labels, width, options, kinds))
+                heads.append(create_head(labels, width, options, registry))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"head '{labels.name}': {error}") from error
             self.head_options[labels.name] = options
@@ -163,7 +163,7 @@ def create_backbone(
             backbone = timm.create_model(**kwargs, pretrained=pretrained)
     except UserError:
         raise
-    except Exception as error:  # timm, its models, safetensors and the hub each raise their own kinds
+    except Exception as error:  # timm, its models, safetensors and the hub each raise their own kind
         raise _explain(error, name, pretrained, pretrained_path) from error
     if not getattr(backbone, 'head_hidden_size', None):
         raise UserError(f"--model {name}: the model has no pooled features to put heads on; choose another")

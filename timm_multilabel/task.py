@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_multilabel.distributed import sum_over_ranks, world
+from timm_multilabel.gradient_cache import run_with_gradient_cache
 from timm_multilabel.heads import Head
 from timm_multilabel.losses import nt_xent_loss
 from timm_multilabel.metrics import MultiLabelEvaluator
 from timm_multilabel.model import MultiLabelModel, Projector
-from timm_multilabel.pieces import run_in_pieces
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class JointTask(TrainingTask):
         pool: The unlabelled images.
         freeze_backbone: Train the heads alone, on a backbone (and projector) that stays as it is.
         micro_batch: The most images that go through the model at once, for batches larger than the memory; see
-            `run_in_pieces`. All when None.
+            `run_with_gradient_cache`. All when None.
         metadata: Plain values for the checkpoint, beside the weights.
         device: Device for task tensors.
         dtype: Dtype for task tensors.
@@ -264,7 +264,7 @@ class JointTask(TrainingTask):
             'loss', its weighted terms '<term>_loss' (see `terms`; zero where off), 'head_losses' (H,) unweighted,
             'output' and 'target' of the classified rows by head, and with pseudo-labels 'pseudo_label_shares' (H,).
         """
-        outputs, projections = run_in_pieces(self.trainable_module, input, self.views, self.micro_batch)
+        outputs, projections = run_with_gradient_cache(self.trainable_module, input, self.views, self.micro_batch)
         losses = {term: torch.zeros((), device=input.device) for term in self.terms}
         result: dict[str, Any] = {'head_losses': losses['simclr'].expand(len(self.label_space.heads))}
         if projections is not None:

@@ -16,9 +16,9 @@ from timm_multilabel.data.table import Rows
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
 from timm_multilabel.labels import missing_row
-from timm_multilabel.loading.batches import BadImages, Part, Views
+from timm_multilabel.loading.batches import BadImages, ImageDataset, Views
 from timm_multilabel.loading.cache import CachedPhotos, open_cache
-from timm_multilabel.loading.device import DeviceEvalLoader, DevicePart, DeviceTrainLoader, fits
+from timm_multilabel.loading.device import DeviceDataset, DeviceEvalLoader, DeviceTrainLoader, fits
 from timm_multilabel.loading.loaders import MixedBatches, create_eval_loader, create_train_loader
 from timm_multilabel.loading.shared import format_size
 from timm_multilabel.loading.streaming import create_stream_loader
@@ -176,7 +176,7 @@ class Loaders:
                 parts.append(self.eval.loader.dataset)
             else:
                 photos = self._open(data.eval_rows, views, None if kind == 'device' else kind)
-                part = Part(data.eval_rows, photos, views)
+                part = ImageDataset(data.eval_rows, photos, views)
                 if args.skip_bad_images:
                     part.skip_bad(stand_in=missing_row(task.label_space))
                 parts.append(part)
@@ -195,7 +195,7 @@ class Loaders:
             kind: str | None,
             shared: dict[str, Any],
             of_train: dict[str, Any],
-    ) -> tuple[list[Part], list[DevicePart] | None]:
+    ) -> tuple[list[ImageDataset], list[DeviceDataset] | None]:
         """Make the training batches of image files; their parts, and those on the device, if they are there."""
         views = train_views(self.args, data_config, task.views, self.args.weak_first_view)
         sets = [(data.train_rows, views, data.batch_size)]
@@ -209,7 +209,7 @@ class Loaders:
             evaluated = 0 if data.eval_rows is None else -(-len(data.eval_rows) // world()[1])
             further = evaluated * math.prod(data_config['input_size'])
             on_device = self._copy(photos, [views for _, views, _ in sets], further)
-        parts = [Part(rows, each, views) for (rows, views, _), each in zip(sets, photos)]
+        parts = [ImageDataset(rows, each, views) for (rows, views, _), each in zip(sets, photos)]
         if self.args.skip_bad_images:
             for part in parts:
                 part.skip_bad()
@@ -237,7 +237,7 @@ class Loaders:
             photos: Sequence[CachedPhotos],
             views: Sequence[OpenCVViews],
             further: int,
-    ) -> list[DevicePart] | None:
+    ) -> list[DeviceDataset] | None:
         """The photos on the device; None if they, and so many further bytes, would not fit."""
         size, free = fits(photos, further, self.device)
         if size > free:
@@ -245,7 +245,7 @@ class Loaders:
                      f'fit into the {format_size(free)} of {self.device} that may be used; goes on with --cache ram')
             return None
         self.say(f'--cache device: {format_size(size)} on {self.device}, where the views are made')
-        return [DevicePart.copy(each, its.recipes, self.device) for each, its in zip(photos, views)]
+        return [DeviceDataset.copy(each, its.recipes, self.device) for each, its in zip(photos, views)]
 
 
 def _mixup(args: argparse.Namespace, task: JointTask) -> Mixup:

@@ -19,10 +19,10 @@ from timm_multilabel.optim import create_optimizer
 from timm_multilabel.task import JointTask, Pool
 from timm_multilabel.training.checkpoint import Checkpoint
 from timm_multilabel.training.checkpoint_checks import is_data_config
-from timm_multilabel.training.loop import Precision, make_scaler
-from timm_multilabel.training.progress import RunLength
+from timm_multilabel.training.optimizer_step import OptimizerStep
+from timm_multilabel.training.progress_bar import RunLength
 from timm_multilabel.training.saver import WholeSaver
-from timm_multilabel.training.updater import Updater
+from timm_multilabel.training.trainer import Precision, make_scaler
 
 
 def model(
@@ -78,7 +78,7 @@ def model(
             f'{"x".join(map(str, data_config["input_size"]))}, and no statistics come of that; raise -b or --img-size')
     try:
         made = MultiLabelModel(
-            backbone, data.label_space, args.drop, args.smoothing, options, data.kinds, args.projection_dim)
+            backbone, data.label_space, args.drop, args.smoothing, options, data.registry, args.projection_dim)
     except ValueError as error:
         raise UserError(f'--head: {error}') from error
     return made, data_config
@@ -183,7 +183,7 @@ def check_pieces(args: argparse.Namespace, model: MultiLabelModel, data: Data) -
             f'more, and of {images} images a step some would go through it alone; choose another')
 
 
-def surround(args: argparse.Namespace, made: JointTask) -> None:
+def setup_ema_and_compile(args: argparse.Namespace, made: JointTask) -> None:
     """EMA and compilation of a task that has its first weights."""
     if args.model_ema:
         made.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
@@ -209,14 +209,14 @@ def cooldown_epochs(args: argparse.Namespace) -> int:
     return min(args.epochs // 10, 10) if args.cooldown_epochs is None else args.cooldown_epochs
 
 
-def updater(
+def optimizer_step(
         args: argparse.Namespace,
         task: JointTask,
         precision: Precision,
         steps: int,
         metric: str,
         say: Callable[[str], None],
-) -> tuple[Updater, RunLength]:
+) -> tuple[OptimizerStep, RunLength]:
     """The optimizer with what surrounds it, and the epochs to train.
 
     Args:
@@ -241,7 +241,7 @@ def updater(
         )
     except (ValueError, TypeError, AssertionError, LookupError) as error:
         raise UserError(f'--opt {args.opt}: {" ".join(str(error).split())}') from error
-    made = Updater(
+    made = OptimizerStep(
         task,
         optimizer,
         scaler=make_scaler(precision),
@@ -277,7 +277,7 @@ def updater(
 def saver(
         args: argparse.Namespace,
         task: JointTask,
-        updater: Updater,
+        optimizer_step: OptimizerStep,
         metric: str,
         folder: Path,
         checkpoint: Checkpoint | None,
@@ -286,8 +286,8 @@ def saver(
     made = WholeSaver(
         model=task.get_eval_model(),
         task=task,
-        optimizer=updater.optimizer,
-        amp_scaler=updater.scaler,
+        optimizer=optimizer_step.optimizer,
+        amp_scaler=optimizer_step.scaler,
         checkpoint_dir=str(folder),
         decreasing=less_is_better(metric, task.heads),
         max_history=args.checkpoint_hist,

@@ -16,8 +16,8 @@ from timm_multilabel.data.columns import Look
 from timm_multilabel.data.scan import Contents, read_contents, scan_images
 from timm_multilabel.data.table import Table, check_single_class, find_label_space
 from timm_multilabel.errors import UserError, listed, printable, shortened
-from timm_multilabel.files import write_whole
-from timm_multilabel.heads import load_kinds
+from timm_multilabel.files import write_atomic
+from timm_multilabel.heads import load_registry
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.reports.data_check import Report, report_on
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         if path is None:
             print(text)
         else:
-            write_whole(path, text + '\n')
+            write_atomic(path, text + '\n')
     if args.json != '-':
         for line in report_lines(report):
             print(printable(line))
@@ -82,7 +82,7 @@ def _read_contents(args: argparse.Namespace) -> Contents:
         value = getattr(args, name)
         return of_run.get(name, default) if value in (None, {}) else value
 
-    kinds, given = load_kinds(args.head_module), flag('head', {})
+    registry, given = load_registry(args.head_module), flag('head', {})
     tags = argparse.Namespace(**{name: flag(name) for name in ('tag_separator', 'none_value', 'missing_value')})
 
     def groups_of(columns: list[str]) -> dict[str, tuple[str, ...]]:
@@ -93,9 +93,10 @@ def _read_contents(args: argparse.Namespace) -> Contents:
         options = head_options.expand(head_options.match_columns(given, columns), columns, heads)
         if options.get(name, {}).get('loss') == 'arcface':
             check_single_class(tables[-1], name)
-        return find_label_space(tables, [name], head_options.readers(options, kinds), groups_of(columns), dialect(tags))
+        readers = head_options.readers(options, registry)
+        return find_label_space(tables, [name], readers, groups_of(columns), dialect(tags))
 
-    head_options.readers(given, kinds)
+    head_options.readers(given, registry)
     contents = read_contents(
         Path(args.data_dir), flag('image_column', 'image_path'), flag('separator'), tags.missing_value,
         flag('heads'), given, groups_of, read_head,

@@ -30,7 +30,7 @@ def check_phases(args: argparse.Namespace) -> list[argparse.Namespace]:
             raise UserError(f"{where}: it has no epochs; add 'epochs: N'")
         for name in _RUN_WIDE:
             if name in phase.given:
-                raise UserError(f"{where}: '{name}' is of the whole run; put it above the phases")
+                raise UserError(f"{where}: '{name}' applies to the whole run; put it above the phases")
         try:
             check_flags(phase)
         except UserError as error:

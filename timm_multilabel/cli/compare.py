@@ -14,7 +14,7 @@ from timm_multilabel.cli.run_flags import read_run_flags
 from timm_multilabel.cli.stored import predictions_path, stored_predictions
 from timm_multilabel.data.split_names import find_split
 from timm_multilabel.errors import UserError, escaped
-from timm_multilabel.files import write_whole
+from timm_multilabel.files import write_atomic
 from timm_multilabel.reports.bootstrap import RESAMPLES
 from timm_multilabel.reports.experiment_pages import (
     Experiments,
@@ -24,8 +24,8 @@ from timm_multilabel.reports.experiment_pages import (
     experiments_markdown,
 )
 from timm_multilabel.reports.experiments import (
-    Answers,
     Run,
+    RunPredictions,
     compare_groups,
     flat_settings,
     group_runs,
@@ -87,14 +87,14 @@ def run(args: argparse.Namespace) -> None:
                 remark(f'test is left out: there is none for {", ".join(missing)}')
             continue
         answers = [
-            Answers.of(stored_predictions(
+            RunPredictions.of(stored_predictions(
                 path, name, Path(args.data) if args.data else None, device, loader_workers(args.workers), _say,
                 head_module=args.head_module, allow_hub=args.allow_hub))
             for path, name in zip(paths, names)]
         results.append(_compare_split(split, answers, runs, groups, baseline, remark))
     experiments = Experiments(runs, groups, baseline, results, remarks)
     for ending, path in outputs.items():
-        write_whole(path, _WRITERS[ending](experiments))
+        write_atomic(path, _WRITERS[ending](experiments))
     print(experiments_markdown(experiments), end='')
     if outputs:
         _say(f'Wrote {", ".join(map(str, outputs.values()))}')
@@ -204,7 +204,7 @@ def _of_last_phase(settings: Mapping[str, object], name: str) -> str:
 
 def _compare_split(
         split: str,
-        answers: list[Answers],
+        answers: list[RunPredictions],
         runs: list[Run],
         groups: list[list[int]],
         baseline: int,

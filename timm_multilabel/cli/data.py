@@ -34,7 +34,7 @@ from timm_multilabel.data.table import (
 )
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
-from timm_multilabel.heads import Head, load_kinds
+from timm_multilabel.heads import Head, load_registry
 from timm_multilabel.labels import LabelSet, LabelSpace, TagSet
 
 
@@ -44,7 +44,7 @@ class Data:
 
     Args:
         label_space: The heads.
-        kinds: The kinds of heads there are.
+        registry: The kinds of heads there are.
         head: What `--head` says, by head.
         train_rows: The rows of the (labelled) batches.
         pool_rows: The rows of the unlabelled batches, or None.
@@ -54,7 +54,7 @@ class Data:
         steps: Batches of an epoch.
     """
     label_space: LabelSpace
-    kinds: Mapping[str, type[Head]]
+    registry: Mapping[str, type[Head]]
     head: head_options.Options
     train_rows: Rows | StreamedRows
     pool_rows: Rows | None
@@ -77,8 +77,8 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
     """
     folder = Path(args.data_dir)
     check_folder(folder)
-    kinds = load_kinds(args.head_module)
-    splits = _splits(args, folder, kinds, say)
+    registry = load_registry(args.head_module)
+    splits = _splits(args, folder, registry, say)
     train = splits.read(args.train_split)
     streamed = isinstance(train, StreamedTable)
     if streamed and (args.unlabelled or wants_pool(args)):
@@ -87,7 +87,7 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
             'on a CSV')
     if not args.classification_loss_weight:
         splits.save(None)
-        return _without_heads(args, folder, train, kinds, say)
+        return _without_heads(args, folder, train, registry, say)
 
     all_path = folder / 'all.csv'
     tables = [_read(args, all_path)] if all_path.is_file() else []
@@ -99,7 +99,7 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
     head = head_options.expand(given, train.label_columns, heads)
     if label_space is None:
         label_space = find_label_space(
-            [*tables, train], heads, head_options.readers(head, kinds), head_options.groups(head), dialect(args))
+            [*tables, train], heads, head_options.readers(head, registry), head_options.groups(head), dialect(args))
     check_dialect(args, label_space, train.path)
     if not label_space.heads:
         raise UserError(
@@ -119,7 +119,7 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
     way_out = f'add rows with them to {all_path}'
     if label_space is splits.label_space:
         way_out = f'remove {folder / Stored.LABEL_SPACE}, so that it is made anew'
-    train_rows = encode(train, label_space, way_out=f'{way_out}, or mend them')
+    train_rows = encode(train, label_space, way_out=f'{way_out}, or fix them')
     eval_rows = encode(val, label_space, args.unknown_labels == 'ignore')
     if unknown := unknown_labels(val, label_space):
         say(f'{val.path}: labels that training does not know, not scored: {describe_unknown(unknown)}')
@@ -143,7 +143,7 @@ def read_data(args: argparse.Namespace, say: Callable[[str], None]) -> Data:
                  *useless_labels(label_space, eval_rows.targets, str(val.path), scored=True)):
         say(line)
     steps = _count_steps(args, train_rows, args.batch_size, pool_rows, pool_batch_size)
-    return Data(label_space, kinds, head, train_rows, pool_rows, eval_rows, args.batch_size, pool_batch_size, steps)
+    return Data(label_space, registry, head, train_rows, pool_rows, eval_rows, args.batch_size, pool_batch_size, steps)
 
 
 def check_dialect(args: argparse.Namespace, label_space: LabelSpace, source: Path) -> None:
@@ -201,7 +201,7 @@ def _without_heads(
         args: argparse.Namespace,
         folder: Path,
         train: Table,
-        kinds: Mapping[str, type[Head]],
+        registry: Mapping[str, type[Head]],
         say: Callable[[str], None],
 ) -> Data:
     """SimCLR alone: no image has a label that counts, so all of them are one set, and both batches of it."""
@@ -211,7 +211,7 @@ def _without_heads(
         unlabelled = _leave_out(_read_unlabelled(args, folder, label_space, say), _scored(args, folder, say), say)
         rows = join_rows([rows, unlabelled], label_space)
     batch_size = args.batch_size + (args.unlabelled_batch_size or 0)
-    return Data(label_space, kinds, {}, rows, None, None, batch_size, 0, _count_steps(args, rows, batch_size))
+    return Data(label_space, registry, {}, rows, None, None, batch_size, 0, _count_steps(args, rows, batch_size))
 
 
 def wants_pool(args: argparse.Namespace) -> bool:
@@ -223,7 +223,7 @@ def wants_pool(args: argparse.Namespace) -> bool:
 def _splits(
         args: argparse.Namespace,
         folder: Path,
-        kinds: Mapping[str, type[Head]],
+        registry: Mapping[str, type[Head]],
         say: Callable[[str], None],
 ) -> Splits:
     stored, columns = read_stored(folder), args.heads
@@ -232,7 +232,7 @@ def _splits(
         columns = None if any(map(head_options.is_pattern, columns)) else columns  # which need the names of all
     known = LabelSpace(())
     if args.classification_loss_weight:
-        known = stored_heads(stored, args.head, args.heads, kinds, dialect(args))
+        known = stored_heads(stored, args.head, args.heads, registry, dialect(args))
     return Splits(stored, known, say, args.image_column, args.separator, args.missing_value, columns)
 
 

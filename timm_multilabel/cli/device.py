@@ -8,8 +8,8 @@ from timm.utils.distributed import init_distributed_device_so
 
 from timm_multilabel.errors import UserError
 from timm_multilabel.temporary import hold
-from timm_multilabel.training.loop import Precision
 from timm_multilabel.training.parent import STORE, watch_launcher
+from timm_multilabel.training.trainer import Precision
 
 
 def start_device(name: str | None) -> torch.device:

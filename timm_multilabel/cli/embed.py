@@ -17,7 +17,7 @@ from timm_multilabel.data.arguments import HELP as IMAGES_HELP
 from timm_multilabel.inference.embeddings import SUFFIXES, embed_part, import_pyarrow
 from timm_multilabel.inference.loaded import WHAT
 from timm_multilabel.training.checkpoint import read_checkpoint
-from timm_multilabel.training.progress import Progress
+from timm_multilabel.training.progress_bar import ProgressBar
 
 NAME = 'embed'
 HELP = "write images' features or projections to a file"
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     if path.suffix == '.parquet':
         check_names(rows, f'{path}, a Parquet file,', 'name a .npz file')
     part = loaded.part(rows, keep_bad=True)
-    with Progress('Embed', batches_of(args, checkpoint, rows), visible=True) as progress:
+    with ProgressBar('Embed', batches_of(args, checkpoint, rows), visible=True) as progress:
         embeddings, bad = embed_part(loaded, part, args.what, args.batch_size, workers_of(args), progress)
     embeddings.save(path)
     for line in bad[:_NAMED]:

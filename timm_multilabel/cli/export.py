@@ -11,9 +11,9 @@ from timm_multilabel.export.examples import COUNT, images_of_paths, images_of_ru
 from timm_multilabel.export.exportable import Exportable, describe
 from timm_multilabel.export.formats import FORMATS, check_free, export, missing_libraries
 from timm_multilabel.export.hub import build_folder, check_repo, hub_files, push_folder
-from timm_multilabel.heads import load_kinds
+from timm_multilabel.heads import load_registry
 from timm_multilabel.training.checkpoint import Checkpoint, load_model, read_checkpoint
-from timm_multilabel.training.progress import Progress
+from timm_multilabel.training.progress_bar import ProgressBar
 
 NAME = 'export'
 HELP = 'write a checkpoint as ONNX, torch.export, safetensors, a timm backbone, or a folder for the Hugging Face hub'
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out) if args.out else checkpoint.path.parent / 'export'
     check_outputs(args, forms, out, has_heads)
     weights = checkpoint.best_weights if args.weights == 'best' else args.weights
-    model = load_model(checkpoint, weights, load_kinds(args.head_module), args.allow_hub)
+    model = load_model(checkpoint, weights, load_registry(args.head_module), args.allow_hub)
     paths = images_of_paths(args.images, say) if args.images else images_of_run(checkpoint)
     exportable = Exportable(checkpoint, model, describe(checkpoint, weights, model), read_images(checkpoint, paths))
     check_finite(exportable)
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     say(f'{checkpoint.path}: {checkpoint.arch}{after}, {weights} weights; compared on {len(paths)} image'
         f'{"s" * (len(paths) > 1)} such as {paths[0]}, one and {len(exportable.images)} at a time')
     failures = []
-    with Progress('Export', len(forms) + bool(args.hub), visible=True) as progress:
+    with ProgressBar('Export', len(forms) + bool(args.hub), visible=True) as progress:
         for line in left_out:
             progress.say(line)
         for form in forms:

@@ -31,8 +31,15 @@ from timm_multilabel.cli.stored import stored_predictions
 from timm_multilabel.data.split_names import find_split, no_split
 from timm_multilabel.errors import UserError, escaped, one_line, shortened
 from timm_multilabel.escaping import spreadsheet_csv, spreadsheet_text_back
-from timm_multilabel.files import read_json, reading, write_whole
-from timm_multilabel.reports.experiments import IMAGES, SEEDS_AND_IMAGES, Answers, compare_groups, run_figures, share
+from timm_multilabel.files import read_json, reading, write_atomic
+from timm_multilabel.reports.experiments import (
+    IMAGES,
+    SEEDS_AND_IMAGES,
+    RunPredictions,
+    compare_groups,
+    run_figures,
+    share,
+)
 from timm_multilabel.reports.experiments import MEAN as MEAN_HEAD
 from timm_multilabel.reports.grid import MEAN, GridResults, draw_grid, grid_markdown
 from timm_multilabel.reports.pictures import png
@@ -87,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
         train(grid, args, output)
     results = collect(grid, args, output, flags)
     for name, table in ((RESULTS, results.runs), (DIFFERENCES, results.differences)):
-        write_whole(file_of(folder, name, args.split), spreadsheet_csv(table, index=False, float_format='%.6g'))
+        write_atomic(file_of(folder, name, args.split), spreadsheet_csv(table, index=False, float_format='%.6g'))
         _say(f'Wrote {file_of(folder, name, args.split)}')
     write_tables(folder, args.split, read_results(folder, args.split, grid))
 
@@ -123,7 +130,7 @@ def write_recipe(run: GridRun, output: Path) -> None:
     recipe = dict(run.recipe)
     if run.start is not None:
         recipe['initial_checkpoint'] = str(output / run.start.name / 'last.pth.tar')
-    write_whole(output / f'{run.name}.yaml', yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+    write_atomic(output / f'{run.name}.yaml', yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
 
 
 def record_of(run: GridRun, args: argparse.Namespace) -> dict[str, Any]:
@@ -155,7 +162,7 @@ def _is_record(record: Any) -> bool:
 
 def write_record(run: GridRun, output: Path, record: Mapping[str, Any]) -> None:
     """Note it."""
-    write_whole(output / f'{run.name}.json', json.dumps(record, indent=1, ensure_ascii=False))
+    write_atomic(output / f'{run.name}.json', json.dumps(record, indent=1, ensure_ascii=False))
 
 
 def check_runs(grid: Grid, args: argparse.Namespace, output: Path) -> dict[str, argparse.Namespace]:
@@ -257,7 +264,7 @@ def collect(
     for run in runs:
         of_run = last_phase(flags[run.name])
         split = of_run.val_split if args.split == 'val' else args.split
-        answers.append(Answers.of(stored_predictions(
+        answers.append(RunPredictions.of(stored_predictions(
             output / run.name, split, Path(args.data_dir), device, 0, lambda line: None,
             head_module=of_run.head_module)))
     answers = share(answers, [run.name for run in runs], args.split, _say)
@@ -363,8 +370,8 @@ def _read_table(path: Path, grid: Grid, of_runs: bool) -> pd.DataFrame:
 def write_tables(folder: Path, split: str, results: GridResults) -> None:
     """Write tables and picture, and print the tables."""
     tables = grid_markdown(results)
-    write_whole(file_of(folder, TABLES, split), tables)
-    write_whole(file_of(folder, PICTURE, split), png(draw_grid(results)))
+    write_atomic(file_of(folder, TABLES, split), tables)
+    write_atomic(file_of(folder, PICTURE, split), png(draw_grid(results)))
     print(tables)
     _say(f'Wrote {", ".join(str(file_of(folder, name, split)) for name in (TABLES, PICTURE))}')
 

@@ -87,7 +87,7 @@ def check_groups(given: Options, columns: list[str]) -> None:
             raise UserError(f"--head {name}:columns: there is a column '{name}' too; give the group another name")
 
 
-def readers(given: Options, kinds: Mapping[str, type[Head]]) -> dict[str, type[Labels]]:
+def readers(given: Options, registry: Mapping[str, type[Head]]) -> dict[str, type[Labels]]:
     """The labels that each head reads, where its kind is named.
 
     Raises:
@@ -96,13 +96,13 @@ def readers(given: Options, kinds: Mapping[str, type[Head]]) -> dict[str, type[L
     found = {}
     for name, options in given.items():
         loss = options.get('loss', 'tags' if 'columns' in options else 'softmax')
-        if not isinstance(loss, str) or loss not in kinds:
+        if not isinstance(loss, str) or loss not in registry:
             raise UserError(
-                f"--head {name}:loss={loss}: there is no such loss (there are: {', '.join(kinds)}); --head-module "
+                f"--head {name}:loss={loss}: there is no such loss (there are: {', '.join(registry)}); --head-module "
                 'brings your own')
-        if 'columns' in options and kinds[loss].reads is not TagSet:
-            raise UserError(f"--head {name}: columns are of tags, and '{loss}' reads {kinds[loss].reads.kind}")
-        found[name] = kinds[loss].reads
+        if 'columns' in options and registry[loss].reads is not TagSet:
+            raise UserError(f"--head {name}: columns are of tags, and '{loss}' reads {registry[loss].reads.kind}")
+        found[name] = registry[loss].reads
     return found
 
 
@@ -113,7 +113,7 @@ def groups(given: Options) -> dict[str, tuple[str, ...]]:
 
 def resolve(
         given: Options,
-        kinds: Mapping[str, type[Head]],
+        registry: Mapping[str, type[Head]],
         label_space: LabelSpace,
         targets: list[Any],
 ) -> tuple[Options, dict[str, float]]:
@@ -121,7 +121,7 @@ def resolve(
 
     Args:
         given: What `--head` says.
-        kinds: The kinds of heads.
+        registry: The kinds of heads.
         label_space: The heads.
         targets: The training targets of each head, for balanced class weights.
 
@@ -134,7 +134,7 @@ def resolve(
         if name not in labels:
             raise UserError(f"--head {name}: there is no such head (there are: {', '.join(label_space.names)})")
         head, target = labels[name]
-        kind = kinds[options.get('loss', default_kind(head))]
+        kind = registry[options.get('loss', default_kind(head))]
         known = options_of(kind)
         made = resolved[name] = {}
         for key, value in options.items():

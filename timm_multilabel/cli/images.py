@@ -10,7 +10,7 @@ from timm_multilabel.data.arguments import rows_of_arguments
 from timm_multilabel.data.table import Rows
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError, escaped, is_utf8
-from timm_multilabel.heads import load_kinds
+from timm_multilabel.heads import load_registry
 from timm_multilabel.inference.loaded import LoadedModel
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.training.checkpoint import Checkpoint
@@ -39,7 +39,7 @@ def load_checkpoint_model(args: argparse.Namespace, checkpoint: Checkpoint, weig
     if world()[1] > 1:
         raise UserError('this command runs in one process; start it without torchrun')
     precision = choose_precision(device, args.amp, None, False)
-    return LoadedModel.of(checkpoint, weights, precision, load_kinds(args.head_module), args.allow_hub)
+    return LoadedModel.of(checkpoint, weights, precision, load_registry(args.head_module), args.allow_hub)
 
 
 def read_rows(args: argparse.Namespace, images: list[str], checkpoint: Checkpoint, space: LabelSpace) -> Rows:

@@ -15,8 +15,8 @@ from timm_multilabel.inference.neighbours import knn_predictions
 from timm_multilabel.labels import BadCell, LabelSet, LabelSpace
 from timm_multilabel.model import MultiLabelModel
 from timm_multilabel.training.checkpoint import Checkpoint
-from timm_multilabel.training.loop import Precision
-from timm_multilabel.training.progress import Progress
+from timm_multilabel.training.progress_bar import ProgressBar
+from timm_multilabel.training.trainer import Precision
 
 KNN_FIGURE = 'knn_top1'
 
@@ -106,7 +106,7 @@ def _features(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features (N, F) and targets (N, W) of a loader's rows."""
     features, targets = [], []
-    with Progress(title, len(loader), visible=True) as progress:
+    with ProgressBar(title, len(loader), visible=True) as progress:
         for images, target in loader:
             with precision.autocast():
                 features.append(model.backbone(precision.layout(images)).float())

@@ -20,12 +20,12 @@ from timm_multilabel.cli.images import (
 from timm_multilabel.cli.output import say
 from timm_multilabel.data.arguments import HELP as IMAGES_HELP
 from timm_multilabel.errors import UserError, printable
-from timm_multilabel.files import whole_file
-from timm_multilabel.inference.answers import Answer, check_thresholds
+from timm_multilabel.files import atomic_write
+from timm_multilabel.inference.image_predictions import ImagePrediction, check_thresholds
 from timm_multilabel.inference.predictor import Predictor
-from timm_multilabel.reports.answers import FORMATS, csv_columns
+from timm_multilabel.reports.prediction_formats import FORMATS, csv_columns
 from timm_multilabel.training.checkpoint import read_checkpoint
-from timm_multilabel.training.progress import Progress
+from timm_multilabel.training.progress_bar import ProgressBar
 
 NAME = 'predict'
 HELP = 'say what each head makes of images'
@@ -66,12 +66,12 @@ def run(args: argparse.Namespace) -> None:
         path = new_file(args.out, '--out', (Path(args.out).suffix,), args.force)
     part = predictor.loaded.part(rows, keep_bad=True)
 
-    def answers(progress: Progress) -> Iterator[Answer]:
+    def answers(progress: ProgressBar) -> Iterator[ImagePrediction]:
         for batch in predictor.answer(part, args.batch_size, workers_of(args), args.top_k, thresholds):
             yield from batch
             progress.advance()
 
-    with Progress('Predict', batches_of(args, checkpoint, rows), visible=True) as progress:
+    with ProgressBar('Predict', batches_of(args, checkpoint, rows), visible=True) as progress:
         lines = FORMATS[form](answers(progress), predictor.label_space, args.top_k, without)
         write_lines(lines, path, data=form != 'table')
     if path is not None:
@@ -97,7 +97,7 @@ def write_lines(lines: Iterable[str], path: Path | None, data: bool) -> None:
     """
     encoded = ((line + '\n').encode('utf-8', 'surrogateescape') for line in lines)
     if path is not None:
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.writelines(encoded)
         return
     with _reader_may_leave():

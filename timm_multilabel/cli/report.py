@@ -16,7 +16,7 @@ from timm_multilabel.cli.run_flags import command_line, last_phase, read_run_fla
 from timm_multilabel.cli.stored import best_checkpoint, stored_predictions
 from timm_multilabel.data.split_names import find_split
 from timm_multilabel.errors import UserError, one_line, shortened
-from timm_multilabel.files import write_whole
+from timm_multilabel.files import write_atomic
 from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.reports.curves import all_curves
 from timm_multilabel.reports.embedding_map import Coloring, color_points, place_points
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     page, notes = build_page(folder, flags, summary, checkpoint, predictions, split, data_dir)
     content = render(page).encode('utf-8', 'replace')  # names of files may hold what UTF-8 has not
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, content)
+    write_atomic(out, content)
     for note in notes:
         say(note)
     say(f'{out}: {len(predictions)} images, {len(content) / 1e6:.1f} MB, '

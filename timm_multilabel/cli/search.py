@@ -18,12 +18,12 @@ from timm_multilabel.cli.images import (
 from timm_multilabel.cli.output import say
 from timm_multilabel.data.arguments import HELP as IMAGES_HELP
 from timm_multilabel.errors import UserError, shortened
-from timm_multilabel.files import write_whole
+from timm_multilabel.files import write_atomic
 from timm_multilabel.inference.embeddings import Embeddings, check_maker, embed_part
 from timm_multilabel.inference.neighbours import nearest
 from timm_multilabel.reports.contact_sheet import SheetRow, draw_sheet, sheet_size
 from timm_multilabel.training.checkpoint import read_checkpoint
-from timm_multilabel.training.progress import Progress
+from timm_multilabel.training.progress_bar import ProgressBar
 
 NAME = 'search'
 HELP = 'find the images nearest to others'
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     if args.sheet is not None:
         sheet = new_file(args.sheet, '--sheet', tuple(_PICTURES), args.force)
         sheet_size(len(rows), count)  # which raises where it is too large
-    with Progress('Embed queries', batches_of(args, checkpoint, rows), visible=True) as progress:
+    with ProgressBar('Embed queries', batches_of(args, checkpoint, rows), visible=True) as progress:
         queries, bad = embed_part(
             loaded, loaded.part(rows, keep_bad=True), made_by['what'], args.batch_size, workers_of(args), progress)
     for line in bad:
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         picture = io.BytesIO()
         draw_sheet(found).save(picture, format=_PICTURES[sheet.suffix], quality=90)
-        write_whole(sheet, picture.getvalue())
+        write_atomic(sheet, picture.getvalue())
         say(f'sheet: {sheet}')
     end(len(bad), len(rows))
 

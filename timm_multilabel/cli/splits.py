@@ -123,7 +123,7 @@ def stored_heads(
         stored: Stored,
         given: head_options.Options,
         heads: list[str] | None,
-        kinds: Mapping[str, type[Head]],
+        registry: Mapping[str, type[Head]],
         dialect: Mapping[str, str],
 ) -> LabelSpace | None:
     """The stored label space, where it is of the heads that the flags ask for and they need no look at the labels.
@@ -132,7 +132,7 @@ def stored_heads(
         stored: What the JSON files of the data directory say.
         given: What `--head` says.
         heads: What `--heads` says.
-        kinds: The kinds of heads there are.
+        registry: The kinds of heads there are.
         dialect: How tags in one column are written, see `find_label_space`.
     """
     if stored.label_space is None:
@@ -145,4 +145,4 @@ def stored_heads(
     head = head_options.expand(given, columns, heads)
     if any(options.get('class_weights') == 'balanced' or options.get('loss') == 'arcface' for options in head.values()):
         return None  # these look at the labels of all samples
-    return stored.choose(heads, head_options.readers(head, kinds), head_options.groups(head), dialect)
+    return stored.choose(heads, head_options.readers(head, registry), head_options.groups(head), dialect)

@@ -15,11 +15,11 @@ from timm_multilabel.data.split_names import check_folder, split_path
 from timm_multilabel.data.streams import StreamedRows, encode
 from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import UserError
-from timm_multilabel.heads import load_kinds
+from timm_multilabel.heads import load_registry
 from timm_multilabel.inference.predictions import Predictions, check_size, predict_rows
 from timm_multilabel.loading.batches import BadImages
 from timm_multilabel.training.checkpoint import Checkpoint, load_model, read_checkpoint
-from timm_multilabel.training.progress import Progress
+from timm_multilabel.training.progress_bar import ProgressBar
 
 _BATCH = 128  # images
 
@@ -122,9 +122,9 @@ def _predict(
         batch_size=_BATCH, workers=workers, skip_bad_images=flags.skip_bad_images)
     rows = _read_rows(settings, checkpoint, say)
     check_size(len(rows), checkpoint.label_space, checkpoint.path)
-    model = load_model(checkpoint, checkpoint.best_weights, load_kinds(flags.head_module), allow_hub).to(device)
+    model = load_model(checkpoint, checkpoint.best_weights, load_registry(flags.head_module), allow_hub).to(device)
     loader, part = build_loader(checkpoint, rows, settings, device)
-    with Progress(f'Predict {rows.source.name}', len(loader), visible=True) as progress:
+    with ProgressBar(f'Predict {rows.source.name}', len(loader), visible=True) as progress:
         made = predict_rows(model, loader, rows, choose_precision(device, False, None, False), progress,
                             checkpoint.path)
     if part.bad is None or not part.bad.any():

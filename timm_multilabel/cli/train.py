@@ -33,9 +33,7 @@ from timm_multilabel.training.checkpoint import (
     start_from,
     what_differs,
 )
-from timm_multilabel.training.loop import Fit
-from timm_multilabel.training.place import Place
-from timm_multilabel.training.progress import fitted, line_width
+from timm_multilabel.training.progress_bar import fitted, line_width
 from timm_multilabel.training.run_folder import (
     RunFolder,
     RunLock,
@@ -47,6 +45,8 @@ from timm_multilabel.training.run_folder import (
 from timm_multilabel.training.saver import WholeSaver
 from timm_multilabel.training.signals import LAUNCHER_ENDS, Stopped, StopSignals
 from timm_multilabel.training.trackers import TensorBoardTracker, Tracker, Trackers, WandbTracker, need
+from timm_multilabel.training.trainer import Trainer
+from timm_multilabel.training.training_progress import TrainingProgress
 
 NAME = 'train'
 HELP = 'train a backbone on the labels of a CSV, together with SimCLR'
@@ -183,7 +183,7 @@ class Phase:
         args, data = self.args, self.data
         random_seed(args.seed, 0)  # the same first weights on every rank
         targets = data.label_space.split(data.train_rows.targets)
-        options, weights = head_options.resolve(data.head, data.kinds, data.label_space, targets)
+        options, weights = head_options.resolve(data.head, data.registry, data.label_space, targets)
         weights = resolve_weights(args, data, weights)
         fresh = checkpoint is None and start is None
         model, self.data_config = build.model(args, data, options, fresh, say)
@@ -198,11 +198,12 @@ class Phase:
         self.task.metadata['eval_metric'] = self.metric
         if start is not None:
             say(start_from(self.task, start, start.best_weights))
-        build.surround(args, self.task)
-        self.updater, self.length = build.updater(args, self.task, self.precision, data.steps, self.metric, say)
-        self.start = Place(0)
+        build.setup_ema_and_compile(args, self.task)
+        self.optimizer_step, self.length = build.optimizer_step(
+            args, self.task, self.precision, data.steps, self.metric, say)
+        self.start = TrainingProgress(0)
         if checkpoint is not None:
-            self.start = resume(checkpoint, self.task, self.updater, data.steps)
+            self.start = resume(checkpoint, self.task, self.optimizer_step, data.steps)
         self.loaders = Loaders(args, self.task, data, self.data_config, self.precision.device, say, cache)
         if checkpoint is not None:
             differs = what_differs(
@@ -213,7 +214,7 @@ class Phase:
 
     def forget(self) -> None:
         """Give the memory of task, optimizer and loaders back."""
-        self.task = self.updater = self.loaders = self.saver = None
+        self.task = self.optimizer_step = self.loaders = self.saver = None
         if self.precision.device.type == 'cuda':
             gc.collect()
             torch.cuda.empty_cache()  # else the next phase's --cache device would take it for used
@@ -249,8 +250,8 @@ class Phase:
         heads = list(map(str, data.label_space.heads)) or ['no heads']
         say(title + fitted(heads, line_width() - len(title), ', '))
         say(f'{data}, {ranks} x {device}, {data.steps} step{"s" * (data.steps > 1)} an epoch, run folder {folder}')
-        fit = Fit(
-            self.updater,
+        fit = Trainer(
+            self.optimizer_step,
             self.precision,
             self.loaders.train,
             self.loaders.eval,
@@ -267,7 +268,7 @@ class Phase:
         )
         if writer is not None:
             folder.mkdir(exist_ok=True)
-            self.saver = fit.saver = build.saver(args, task, self.updater, self.metric, folder, checkpoint)
+            self.saver = fit.saver = build.saver(args, task, self.optimizer_step, self.metric, folder, checkpoint)
         if checkpoint is not None and self.loaders.bad is not None:
             self.loaders.bad.known.update(checkpoint.state.get('run', {}).get('bad_images', []))
         with signals.noted():

@@ -25,11 +25,11 @@ from timm_multilabel.data.table import Rows, Table, describe_unknown, unknown_la
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError, shortened
 from timm_multilabel.escaping import spreadsheet_csv
-from timm_multilabel.files import without_nan, write_whole
-from timm_multilabel.heads import Head, load_kinds
+from timm_multilabel.files import without_nan, write_atomic
+from timm_multilabel.heads import Head, load_registry
 from timm_multilabel.inference.loaded import check_finite
 from timm_multilabel.labels import LabelSet, LabelSpace, TagSet, missing_row
-from timm_multilabel.loading.batches import BadImages, Part
+from timm_multilabel.loading.batches import BadImages, ImageDataset
 from timm_multilabel.loading.loaders import create_eval_loader
 from timm_multilabel.loading.streaming import StreamedBatches, create_stream_loader
 from timm_multilabel.metric_names import of_head
@@ -38,8 +38,8 @@ from timm_multilabel.reports.confusion import confusion_stems, write_confusion
 from timm_multilabel.reports.results import results_lines
 from timm_multilabel.task import resolve_head_weights
 from timm_multilabel.training.checkpoint import Checkpoint, load_model, read_checkpoint
-from timm_multilabel.training.loop import evaluate
-from timm_multilabel.training.progress import Progress
+from timm_multilabel.training.progress_bar import ProgressBar
+from timm_multilabel.training.trainer import evaluate
 from timm_multilabel.views.pillow import eval_views
 
 NAME = 'validate'
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
         say(line)
     bank = read_bank(args, scored, train_split, say) if args.knn else None
     weights = checkpoint.best_weights if args.weights == 'best' else args.weights
-    model = load_model(checkpoint, weights, load_kinds(args.head_module), args.allow_hub).to(device)
+    model = load_model(checkpoint, weights, load_registry(args.head_module), args.allow_hub).to(device)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     say(f'{checkpoint.path}: {checkpoint.arch} after {checkpoint.state.get("epoch", 0) + 1} epochs, {weights} weights'
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     if model.named_heads:
         evaluator = MultiLabelEvaluator(model.named_heads, head_weights, device)
-        with Progress(f'Validate {rows.source.name}', len(loader), visible=rank == 0) as progress:
+        with ProgressBar(f'Validate {rows.source.name}', len(loader), visible=rank == 0) as progress:
             figures = evaluate(model, loader, evaluator, precision, progress)
         predictions = evaluator.predictions(distributed=ranks > 1)
         losses = [figures[of_head(name, 'loss')] for name, (target, _) in predictions.items() if len(target)]
@@ -246,7 +246,7 @@ def build_loader(
         rows: Rows | StreamedRows,
         args: argparse.Namespace,
         device: torch.device,
-) -> tuple[Any, Part | StreamedBatches]:
+) -> tuple[Any, ImageDataset | StreamedBatches]:
     """Batches of the rows, resized as in training's evaluation, and what knows which images were bad."""
     config = checkpoint.data_config
     views = eval_views(
@@ -263,7 +263,7 @@ def build_loader(
     if isinstance(rows, StreamedRows):
         loader = create_stream_loader(rows, views, size, skip_bad=args.skip_bad_images, **common)
         return loader, loader.loader.dataset
-    part = Part(rows, FilePhotos(rows), views)
+    part = ImageDataset(rows, FilePhotos(rows), views)
     if args.skip_bad_images:
         part.skip_bad(stand_in=missing_row(checkpoint.label_space))
     return create_eval_loader(part, size, **common), part
@@ -314,9 +314,9 @@ def write_outputs(
     if args.results_file:
         path = Path(args.results_file)
         if path.suffix == '.json':
-            write_whole(path, json.dumps(without_nan(results), indent=1) + '\n')
+            write_atomic(path, json.dumps(without_nan(results), indent=1) + '\n')
         else:
-            write_whole(path, spreadsheet_csv(_results_csv(results), index=False))
+            write_atomic(path, spreadsheet_csv(_results_csv(results), index=False))
         print_line(f'metrics: {path}')
     if args.confusion is not None:
         folder = Path(args.confusion or checkpoint.path.parent)

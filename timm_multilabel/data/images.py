@@ -119,7 +119,7 @@ class EncodedPhoto:
                 check_scans(data, self.height, self.width)
         except UserError:
             raise
-        except Exception as error:  # each decoder of Pillow raises its own kinds
+        except Exception as error:  # each decoder of Pillow raises its own kind
             raise self._unreadable(error) from error
 
     def _look(self, marked: bool) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from timm_multilabel.data.shards import find_library
 from timm_multilabel.data.table import Table, find_images
-from timm_multilabel.files import whole_file
+from timm_multilabel.files import atomic_write
 
 FORMATS = ('webdataset', 'parquet')
 
@@ -42,7 +42,7 @@ def pack(table: Table, folder: Path, name: str, kind: str, size: int = 1000) -> 
 
 def _write_tar(path: Path, images: list[Path], labels: list[dict]) -> None:
     # Opened here: the library would take a path such as pipe:... for a command.
-    with whole_file(path) as file, find_library('webdataset').TarWriter(file, mtime=0) as writer:
+    with atomic_write(path) as file, find_library('webdataset').TarWriter(file, mtime=0) as writer:
         for image, cells in zip(images, labels):
             writer.write({
                 '__key__': image.stem, image.suffix.lstrip('.'): image.read_bytes(),
@@ -55,5 +55,5 @@ def _write_parquet(path: Path, images: list[Path], labels: list[dict]) -> None:
     schema = datasets.Features({'image': datasets.Image(), **texts}).arrow_schema
     rows = [{'image': {'bytes': image.read_bytes(), 'path': image.name}, **cells}
             for image, cells in zip(images, labels)]
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         find_library('pyarrow.parquet').write_table(pyarrow.Table.from_pylist(rows, schema), file, row_group_size=100)

@@ -14,7 +14,7 @@ from timm_multilabel.data.packing import check_packing, pack
 from timm_multilabel.data.streams import Stored
 from timm_multilabel.data.table import read_table
 from timm_multilabel.errors import UserError
-from timm_multilabel.files import write_whole
+from timm_multilabel.files import write_atomic
 
 # Mean and spread of the hue in degrees. Neighbours overlap a little, so that nobody reaches 100 %. Gray shapes are
 # called NA, since readers that take the text NA for a missing label lose a whole class without a word.
@@ -124,7 +124,7 @@ def _draw(directory: Path, counts: dict[str, int], size: int, seed: int) -> None
             continue
         columns = ['image_path'] if name == 'unlabelled' else ['image_path', *HEADS]
         table = pd.DataFrame(rows, columns=columns)
-        write_whole(directory / f'{name}.csv', table.to_csv(index=False, lineterminator='\n'))
+        write_atomic(directory / f'{name}.csv', table.to_csv(index=False, lineterminator='\n'))
 
 
 def pick_labels(count: int, rng: np.random.Generator) -> list[dict[str, str]]:

@@ -13,7 +13,7 @@ import pandas as pd
 from timm_multilabel.data.table import read_cells
 from timm_multilabel.errors import UserError, escaped, is_utf8
 from timm_multilabel.escaping import csv_line
-from timm_multilabel.files import write_whole
+from timm_multilabel.files import write_atomic
 
 SPLITS = ('train', 'val', 'test')
 
@@ -83,7 +83,7 @@ def split_csv(
             outputs[name].unlink(missing_ok=True)
             continue
         lines = map(csv_line, [names, *(table[index] for index in indices)])
-        write_whole(outputs[name], ''.join(f'{line}\n' for line in lines))
+        write_atomic(outputs[name], ''.join(f'{line}\n' for line in lines))
     return {
         'missing': len(frame) - len(table), **{name: len(indices) for name, indices in chosen.items()},
         'all': len(table)}

@@ -12,7 +12,7 @@ from timm_multilabel.cells import TAG_SEPARATOR
 from timm_multilabel.data.shards import Sample, Shards
 from timm_multilabel.data.table import Rows, Table, encode_rows, encode_targets
 from timm_multilabel.errors import UserError
-from timm_multilabel.files import read_json, write_whole
+from timm_multilabel.files import read_json, write_atomic
 from timm_multilabel.labels import Labels, LabelSet, LabelSpace, TagSet
 
 _SEEN = 50_000  # combinations of labels that are kept
@@ -77,7 +77,7 @@ class StreamedRows:
             frame = pd.DataFrame(dict(zip(columns, zip(*new))), list(new.values()), dtype=object)
             self.seen.update(zip(new, encode_targets(
                 Table(self.source, frame, self.shards.image_column), self.label_space, self.ignore_unknown,
-                f'mend them, or remove {Stored.LABEL_SPACE} for a new pass over the labels')))
+                f'fix them, or remove {Stored.LABEL_SPACE} for a new pass over the labels')))
         return torch.stack([self.seen[texts] for texts in labels])
 
 
@@ -141,7 +141,7 @@ def encode_streamed(
         table: StreamedTable,
         label_space: LabelSpace,
         ignore_unknown: bool = False,
-        way_out: str = 'mend them, or take them as missing with --unknown-labels ignore',
+        way_out: str = 'fix them, or take them as missing with --unknown-labels ignore',
 ) -> StreamedRows:
     """The rows of a streamed table; see `encode_rows`."""
     targets = encode_targets(table, label_space, ignore_unknown, way_out)
@@ -216,7 +216,7 @@ class Stored:
             if label_space is not None and self.label_space is None:
                 label_space.save(self.folder / self.LABEL_SPACE)
                 written.append(self.LABEL_SPACE)
-            write_whole(self.folder / self.ROWS, json.dumps({**self.rows, **rows}, indent=1) + '\n')
+            write_atomic(self.folder / self.ROWS, json.dumps({**self.rows, **rows}, indent=1) + '\n')
             written.append(self.ROWS)
         except OSError as error:
             return f'{self.folder}: cannot be written to ({error.strerror}), so the next run passes over the labels too'

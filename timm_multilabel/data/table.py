@@ -396,7 +396,7 @@ def encode_rows(
         table: Table,
         label_space: LabelSpace,
         ignore_unknown: bool = False,
-        way_out: str = 'mend them, or take them as missing with --unknown-labels ignore',
+        way_out: str = 'fix them, or take them as missing with --unknown-labels ignore',
 ) -> Rows:
     """Find a table's images and turn its labels into targets, see `encode_targets`.
 

@@ -9,7 +9,7 @@ from timm.models import resolve_model_input_args
 from timm_multilabel.export.compare import Run
 from timm_multilabel.export.exportable import Exportable
 from timm_multilabel.export.weights import write_tensors
-from timm_multilabel.files import write_whole
+from timm_multilabel.files import write_atomic
 
 NAME = 'backbone'
 FILES = ('backbone.safetensors', 'backbone.json')
@@ -47,7 +47,7 @@ def write(exportable: Exportable, path: Path) -> None:
         'preprocessing': exportable.description['preprocessing'],
         'features': exportable.model.num_features,
     }
-    write_whole(path.with_suffix('.json'), json.dumps(description, indent=1, ensure_ascii=False) + '\n')
+    write_atomic(path.with_suffix('.json'), json.dumps(description, indent=1, ensure_ascii=False) + '\n')
 
 
 def load(exportable: Exportable, path: Path) -> Run:

@@ -13,7 +13,7 @@ from timm_multilabel.data.split_names import find_split
 from timm_multilabel.data.table import Rows, find_images, missing_targets, read_table
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import read_text, reading
-from timm_multilabel.loading.batches import Part
+from timm_multilabel.loading.batches import ImageDataset
 from timm_multilabel.loading.loaders import create_eval_loader
 from timm_multilabel.training.checkpoint import Checkpoint
 from timm_multilabel.views.pillow import eval_views
@@ -90,7 +90,7 @@ def read_images(checkpoint: Checkpoint, paths: Sequence[str]) -> torch.Tensor:
     views = eval_views(
         tuple(config['input_size'][-2:]), config['interpolation'], config['crop_pct'], config['crop_mode'])
     loader = create_eval_loader(
-        Part(rows, FilePhotos(rows), views), len(paths), mean=tuple(config['mean']), std=tuple(config['std']),
+        ImageDataset(rows, FilePhotos(rows), views), len(paths), mean=tuple(config['mean']), std=tuple(config['std']),
         device=torch.device('cpu'), workers=0)
     images, _ = next(iter(loader))
     return (images if len(images) > 1 else images.repeat(2, 1, 1, 1)).contiguous()

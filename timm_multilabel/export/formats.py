@@ -74,7 +74,7 @@ def write_compared(exportable: Exportable, form: ModuleType, folder: Path) -> fl
     try:
         form.write(exportable, path)
         difference = largest_difference(form.load(exportable, path), exportable, form.OF_HEADS)
-    except Exception as error:  # exporters, runtimes and timm raise their own kinds
+    except Exception as error:  # exporters, runtimes and timm raise their own kind
         reason = ' '.join(str(error).replace(f'{folder}{os.sep}', '').split())[:300] or type(error).__name__
         raise UserError(f'{path.name}: {exportable.checkpoint.arch} cannot be exported so ({reason})') from error
     if not difference <= TOLERANCE:

@@ -10,7 +10,7 @@ from timm_multilabel.export import timm_folder, weights
 from timm_multilabel.export.card import model_card
 from timm_multilabel.export.exportable import Exportable
 from timm_multilabel.export.formats import put_in_place, write_compared
-from timm_multilabel.files import write_whole
+from timm_multilabel.files import write_atomic
 
 
 def hub_files(has_heads: bool) -> list[str]:
@@ -37,7 +37,7 @@ def build_folder(exportable: Exportable, folder: Path, repo: str | None) -> floa
         difference = write_compared(exportable, timm_folder, aside)
         if has_heads:
             difference = max(difference, write_compared(exportable, weights, aside))
-        write_whole(aside / 'README.md', model_card(exportable, repo))
+        write_atomic(aside / 'README.md', model_card(exportable, repo))
     return difference
 
 

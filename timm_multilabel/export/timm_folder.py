@@ -8,7 +8,7 @@ from timm.models import save_for_hf
 from timm_multilabel.export.compare import Run
 from timm_multilabel.export.exportable import Exportable
 from timm_multilabel.export.weights import write_tensors
-from timm_multilabel.files import write_whole
+from timm_multilabel.files import write_atomic
 
 FILES = ('model.safetensors', 'config.json')
 OF_HEADS = False
@@ -28,7 +28,7 @@ def write(exportable: Exportable, path: Path) -> None:
     config = json.loads((path.parent / 'config.json').read_text(encoding='utf-8'))
     for name in ('license', 'tag'):
         config['pretrained_cfg'].pop(name, None)
-    write_whole(path.parent / 'config.json', json.dumps(config, indent=1) + '\n')
+    write_atomic(path.parent / 'config.json', json.dumps(config, indent=1) + '\n')
 
 
 def load(exportable: Exportable, path: Path) -> Run:

@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save
 
 from timm_multilabel.export.compare import Run
 from timm_multilabel.export.exportable import Exportable, readable
-from timm_multilabel.files import read_json, reading, write_whole
-from timm_multilabel.heads import KINDS, Head
+from timm_multilabel.files import read_json, reading, write_atomic
+from timm_multilabel.heads import REGISTRY, Head
 from timm_multilabel.model import MultiLabelModel
 from timm_multilabel.training.checkpoint import Checkpoint, checkpoint_of, load_model
 
@@ -26,12 +26,12 @@ def note(exportable: Exportable, path: Path) -> str:
 def write(exportable: Exportable, path: Path) -> None:
     """Write the weights, and the description as .json beside them."""
     write_tensors(path, exportable.model.state_dict())
-    write_whole(path.with_suffix('.json'), exportable.text)
+    write_atomic(path.with_suffix('.json'), exportable.text)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors, each with memory of its own, as the format demands."""
-    write_whole(path, save({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, {'format': 'pt'}))
+    write_atomic(path, save({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, {'format': 'pt'}))
 
 
 def read_exported(path: str | Path) -> Checkpoint:
@@ -56,7 +56,7 @@ def read_exported(path: str | Path) -> Checkpoint:
 
 def load_exported(
         path: str | Path,
-        kinds: Mapping[str, type[Head]] = KINDS,
+        registry: Mapping[str, type[Head]] = REGISTRY,
         allow_hub: bool = False,
 ) -> MultiLabelModel:
     """The model of exported weights, in evaluation mode.
@@ -64,13 +64,13 @@ def load_exported(
     Raises:
         UserError: See `read_exported` and `load_model`.
     """
-    return load_model(read_exported(path), 'plain', kinds, allow_hub)
+    return load_model(read_exported(path), 'plain', registry, allow_hub)
 
 
 def load(exportable: Exportable, path: Path) -> Run:
     """The model of a file, by this library."""
-    kinds = {**KINDS, **{head.kind: type(head) for head in exportable.model.heads}}
-    model = load_exported(path, kinds, allow_hub=True)  # as the checkpoint, whose model is loaded already
+    registry = {**REGISTRY, **{head.kind: type(head) for head in exportable.model.heads}}
+    model = load_exported(path, registry, allow_hub=True)  # as the checkpoint, whose model is loaded already
 
     def run(images: torch.Tensor) -> list[torch.Tensor]:
         outputs = model(images)

@@ -1,21 +1,21 @@
 """What a head is: its layer, its loss, its prediction, its figures. A new kind is a subclass of `Head`."""
 from timm_multilabel.heads.classes import ArcFaceHead, SoftmaxHead
 from timm_multilabel.heads.head import Head
-from timm_multilabel.heads.kinds import (
+from timm_multilabel.heads.numeric import NumericHead
+from timm_multilabel.heads.registry import (
     COMMON_OPTIONS,
-    KINDS,
+    REGISTRY,
     create_head,
     default_kind,
-    load_kinds,
+    load_registry,
     options_of,
     resolve_options,
 )
-from timm_multilabel.heads.numeric import NumericHead
 from timm_multilabel.heads.tags import TagsHead
 
 __all__ = [
     'COMMON_OPTIONS',
-    'KINDS',
+    'REGISTRY',
     'ArcFaceHead',
     'Head',
     'NumericHead',
@@ -23,7 +23,7 @@ __all__ = [
     'TagsHead',
     'create_head',
     'default_kind',
-    'load_kinds',
+    'load_registry',
     'options_of',
     'resolve_options',
 ]

@@ -9,9 +9,9 @@ import torch
 
 from timm_multilabel.arrays import check_array, check_expansion, read_arrays, write_arrays
 from timm_multilabel.errors import UserError, escaped, is_utf8
-from timm_multilabel.files import open_regular, reading, whole_file
+from timm_multilabel.files import atomic_write, open_regular, reading
 from timm_multilabel.inference.loaded import WHAT, LoadedModel, check_finite, reason_of
-from timm_multilabel.loading.batches import Part
+from timm_multilabel.loading.batches import ImageDataset
 from timm_multilabel.training.checkpoint import WEIGHTS
 
 SUFFIXES = ('.npz', '.parquet')
@@ -59,7 +59,7 @@ class Embeddings:
             pyarrow.array(np.ascontiguousarray(self.vectors).reshape(-1)), self.vectors.shape[1])
         table = pyarrow.table({'image': pyarrow.array(self.images.astype(str)), 'embedding': vectors})
         table = table.replace_schema_metadata({_METADATA: json.dumps(self.made_by).encode()})
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             parquet.write_table(table, file)
 
     @classmethod
@@ -136,7 +136,7 @@ def import_pyarrow(path: str | Path) -> tuple[Any, Any]:
 
 def embed_part(
         loaded: LoadedModel,
-        part: Part,
+        part: ImageDataset,
         what: str,
         batch_size: int,
         workers: int,

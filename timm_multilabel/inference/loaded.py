@@ -13,13 +13,13 @@ from torch import nn
 from timm_multilabel.data.images import FilePhotos, Photos
 from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import UserError
-from timm_multilabel.heads import KINDS, Head
+from timm_multilabel.heads import REGISTRY, Head
 from timm_multilabel.labels import missing_row
-from timm_multilabel.loading.batches import Part
+from timm_multilabel.loading.batches import ImageDataset
 from timm_multilabel.loading.loaders import create_eval_loader
 from timm_multilabel.model import MultiLabelModel, Projector
 from timm_multilabel.training.checkpoint import Checkpoint, load_model
-from timm_multilabel.training.loop import Precision
+from timm_multilabel.training.trainer import Precision
 from timm_multilabel.views.pillow import eval_views
 
 WHAT = ('features', 'projections')
@@ -53,7 +53,7 @@ class LoadedModel:
             checkpoint: Checkpoint,
             weights: str,
             precision: Precision,
-            kinds: Mapping[str, type[Head]] = KINDS,
+            registry: Mapping[str, type[Head]] = REGISTRY,
             allow_hub: bool = False,
     ) -> 'LoadedModel':
         """Make the model of a checkpoint, with its 'best', 'plain' or 'ema' weights.
@@ -62,23 +62,23 @@ class LoadedModel:
             UserError: See `load_model`.
         """
         weights = checkpoint.best_weights if weights == 'best' else weights
-        model = load_model(checkpoint, weights, kinds, allow_hub)
+        model = load_model(checkpoint, weights, registry, allow_hub)
         return cls(checkpoint, weights, model.to(precision.device), precision)
 
-    def part(self, rows: Rows, photos: Photos | None = None, keep_bad: bool = False) -> Part:
+    def part(self, rows: Rows, photos: Photos | None = None, keep_bad: bool = False) -> ImageDataset:
         """Rows with their photos (by default those of their files), resized as in training's evaluation.
 
         Args:
-            keep_bad: Let a black picture stand in for an image that cannot be decoded, and note it in `Part.bad`; else
-                the first such image raises UserError.
+            keep_bad: Let a black picture stand in for an image that cannot be decoded, and note it in
+                `ImageDataset.bad`; else the first such image raises UserError.
         """
         config = self.checkpoint.data_config
         views = eval_views(
             tuple(config['input_size'][-2:]), config['interpolation'], config['crop_pct'], config['crop_mode'])
-        part = Part(rows, FilePhotos(rows) if photos is None else photos, views)
+        part = ImageDataset(rows, FilePhotos(rows) if photos is None else photos, views)
         return part.skip_bad(stand_in=missing_row(self.model.label_space)) if keep_bad else part
 
-    def batches(self, part: Part, batch_size: int, workers: int) -> Iterator[torch.Tensor]:
+    def batches(self, part: ImageDataset, batch_size: int, workers: int) -> Iterator[torch.Tensor]:
         """Images (B, 3, H, W) of a part in order, normalised, on the device; one batch is loaded without processes."""
         config, batch_size = self.checkpoint.data_config, self.checkpoint.batch_size(batch_size)
         loader = create_eval_loader(
@@ -138,7 +138,7 @@ class LoadedModel:
         return {'arch': self.checkpoint.arch, 'what': what, 'weights': self.weights, 'digest': digest.hexdigest()}
 
 
-def reason_of(part: Part, index: int) -> str:
+def reason_of(part: ImageDataset, index: int) -> str:
     """Why an image that was noted as bad is so: the line of its error."""
     try:
         part.photos[index].decode()

@@ -146,7 +146,7 @@ def predict_rows(
         model: In evaluation mode, on the device of the loader's batches.
         loader: Of `create_eval_loader`, over these rows.
         rows: The rows.
-        precision: `training.loop.Precision`.
+        precision: `training.trainer.Precision`.
         progress: Has `advance()`, called after each batch.
         path: The checkpoint, for messages.
 

@@ -9,13 +9,13 @@ from PIL import Image, ImageOps
 from timm_multilabel.data.images import DecodedPhoto, Photo, read_photo, to_rgb
 from timm_multilabel.data.table import Rows, missing_targets
 from timm_multilabel.errors import UserError
-from timm_multilabel.heads import load_kinds
-from timm_multilabel.inference.answers import Answer, Guess, Thresholds, check_thresholds, guess_all
+from timm_multilabel.heads import load_registry
+from timm_multilabel.inference.image_predictions import Guess, ImagePrediction, Thresholds, check_thresholds, guess_all
 from timm_multilabel.inference.loaded import LoadedModel, reason_of
 from timm_multilabel.labels import LabelSpace
-from timm_multilabel.loading.batches import Part
+from timm_multilabel.loading.batches import ImageDataset
 from timm_multilabel.training.checkpoint import read_checkpoint
-from timm_multilabel.training.loop import Precision
+from timm_multilabel.training.trainer import Precision
 
 ImageLike = str | Path | Image.Image | np.ndarray
 
@@ -65,7 +65,7 @@ class Predictor:
         """
         device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         return cls(LoadedModel.of(
-            read_checkpoint(path), weights, Precision(device), load_kinds(head_module), allow_hub))
+            read_checkpoint(path), weights, Precision(device), load_registry(head_module), allow_hub))
 
     @property
     def label_space(self) -> LabelSpace:
@@ -105,12 +105,12 @@ class Predictor:
 
     def answer(
             self,
-            part: Part,
+            part: ImageDataset,
             batch_size: int,
             workers: int,
             top_k: int,
             thresholds: Thresholds,
-    ) -> Iterator[Iterator[Answer]]:
+    ) -> Iterator[Iterator[ImagePrediction]]:
         """What is said of the images of a part, in order, a batch at a time, which is to be read before the next one.
 
         Args:
@@ -123,15 +123,17 @@ class Predictor:
         first = 0
         for images in self.loaded.batches(part, batch_size, workers):
             guesses = guess_all(
-                self.label_space, self.loaded.probabilities(images), top_k, thresholds, self.without_probabilities)
+                self.label_space, self.loaded.probabilities(images), top_k, thresholds, self.without_probabilities
+            )
             yield (_answer(part, index, of_image) for index, of_image in enumerate(guesses, first))
             first += len(images)
 
 
-def _answer(part: Part, index: int, guesses: dict[str, list[Guess]]) -> Answer:
+def _answer(part: ImageDataset, index: int, guesses: dict[str, list[Guess]]) -> ImagePrediction:
     """What is said of an image of a part; of a bad one why it is so."""
     bad = part.bad is not None and bool(part.bad[index])
-    return Answer(str(part.rows.images[index]), {} if bad else guesses, reason_of(part, index) if bad else None)
+    image = str(part.rows.images[index])
+    return ImagePrediction(image, {}, reason_of(part, index)) if bad else ImagePrediction(image, guesses, None)
 
 
 class _Given:
@@ -172,5 +174,5 @@ class _Given:
         try:
             image = Image.fromarray(image) if isinstance(image, np.ndarray) else ImageOps.exif_transpose(image)
             return DecodedPhoto(np.asarray(to_rgb(image)))
-        except Exception as error:  # Pillow reads the pixels only now, and each decoder raises its own kinds
+        except Exception as error:  # Pillow reads the pixels only now, and each decoder raises its own kind
             raise UserError(f'image {index}: cannot be decoded ({error})') from error

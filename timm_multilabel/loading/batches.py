@@ -28,7 +28,7 @@ class Views(Protocol):
 
 
 @dataclass
-class Part:
+class ImageDataset:
     """A data set: rows, their photos, and what makes the photos' views.
 
     Args:
@@ -48,7 +48,7 @@ class Part:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def skip_bad(self, stand_in: torch.Tensor | None = None) -> 'Part':
+    def skip_bad(self, stand_in: torch.Tensor | None = None) -> 'ImageDataset':
         """This part, leaving out bad images from now on."""
         self.bad, self.stand_in = torch.zeros(len(self), dtype=torch.bool).share_memory_(), stand_in
         return self
@@ -108,7 +108,7 @@ class Batches(Dataset):
         views: V, the number of views of each image.
     """
 
-    def __init__(self, parts: Sequence[Part], views: int):
+    def __init__(self, parts: Sequence[ImageDataset], views: int):
         self.parts, self.views = list(parts), views
 
     def __len__(self) -> int:
@@ -139,7 +139,7 @@ class BadImages:
         parts: The data sets that leave them out.
     """
 
-    def __init__(self, parts: Sequence[Part]):
+    def __init__(self, parts: Sequence[ImageDataset]):
         self.parts = list(parts)
         self.known: set[str] = set()
 

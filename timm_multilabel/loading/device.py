@@ -72,7 +72,7 @@ def fits(parts: Sequence[CachedPhotos], further: int, device: torch.device) -> t
 
 
 @dataclass
-class DevicePart:
+class DeviceDataset:
     """A data set on a device.
 
     Args:
@@ -89,7 +89,7 @@ class DevicePart:
     rows: Rows
 
     @classmethod
-    def copy(cls, photos: CachedPhotos, recipes: Sequence[ViewRecipe], device: torch.device) -> 'DevicePart':
+    def copy(cls, photos: CachedPhotos, recipes: Sequence[ViewRecipe], device: torch.device) -> 'DeviceDataset':
         """Copy photos and their targets to a device.
 
         Raises:
@@ -143,7 +143,7 @@ class DeviceTrainLoader:
 
     def __init__(
             self,
-            parts: Sequence[tuple[DevicePart, int]],
+            parts: Sequence[tuple[DeviceDataset, int]],
             *,
             views: int,
             seed: int,
@@ -192,7 +192,7 @@ class DeviceTrainLoader:
             targets = torch.cat([part.targets[rows] for part, (rows, _) in zip(self.parts, draws)])
             yield images, targets.repeat(self.views, 1)
 
-    def _draws(self, part: DevicePart, sampler: ShuffledBatches) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _draws(self, part: DeviceDataset, sampler: ShuffledBatches) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Rows and seeds of each batch; those of a pass come to the device at once."""
         for rows, seeds in sampler.passes():
             rows = part.replace_bad(rows, seeds)

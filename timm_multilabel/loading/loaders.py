@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from timm_multilabel.data.table import Rows
 from timm_multilabel.labels import LabelSpace
-from timm_multilabel.loading.batches import Batches, Part, as_it_is
+from timm_multilabel.loading.batches import Batches, ImageDataset, as_it_is
 from timm_multilabel.loading.sampling import BatchesInOrder, Draw, JoinedBatches, ShuffledBatches
 from timm_multilabel.seeds import ERASING, MIXING, seed_step
 
@@ -128,7 +128,7 @@ def one_hot(targets: torch.Tensor, label_space: LabelSpace) -> torch.Tensor:
 
 
 def create_train_loader(
-        parts: Sequence[tuple[Part, int]],
+        parts: Sequence[tuple[ImageDataset, int]],
         *,
         views: int,
         seed: int,
@@ -155,7 +155,7 @@ def create_train_loader(
 
 
 def shuffled_batches(
-        parts: Sequence[tuple[Part, int]],
+        parts: Sequence[tuple[ImageDataset, int]],
         seed: int,
         rank: int,
         ranks: int,
@@ -169,7 +169,7 @@ def shuffled_batches(
 
 
 def create_eval_loader(
-        part: Part,
+        part: ImageDataset,
         batch_size: int,
         *,
         mean: tuple[float, ...],
@@ -185,7 +185,7 @@ def create_eval_loader(
 
 
 def _data_loader(
-        parts: Sequence[Part],
+        parts: Sequence[ImageDataset],
         views: int,
         sampler: Sampler,
         device: torch.device,

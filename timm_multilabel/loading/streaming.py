@@ -120,7 +120,7 @@ class StreamedBatches(IterableDataset):
             if not found:
                 raise UserError(
                     f'{self.rows.source}: no image that can be read in the share of process {self.rank + 1} of '
-                    f'{self.ranks}; mend the shards')
+                    f'{self.ranks}; fix the shards')
 
     def _leave_out(self, name: str) -> None:
         if get_worker_info() is None:

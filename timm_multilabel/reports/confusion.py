@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from timm_multilabel.escaping import picture_text, spreadsheet_csv
-from timm_multilabel.files import write_whole
+from timm_multilabel.files import write_atomic
 from timm_multilabel.labels import Labels, LabelSet, Quantity, TagSet
 from timm_multilabel.reports.pictures import png
 
@@ -63,8 +63,8 @@ def write_confusion(
     table, figure = draw_confusion(labels, target, measured)
     if of:
         figure.suptitle(picture_text(of, _TITLE), fontsize=10, color='#555555')
-    write_whole(folder / f'{stem}.csv', spreadsheet_csv(table))
-    write_whole(folder / f'{stem}.png', png(figure, 120))
+    write_atomic(folder / f'{stem}.csv', spreadsheet_csv(table))
+    write_atomic(folder / f'{stem}.png', png(figure, 120))
     return [folder / f'{stem}.csv', folder / f'{stem}.png']
 
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from timm_multilabel.errors import abbreviated
 from timm_multilabel.escaping import picture_text
-from timm_multilabel.files import write_whole
+from timm_multilabel.files import write_atomic
 from timm_multilabel.metric_names import heads_of_summary, in_summary, of_head
 from timm_multilabel.reports.pictures import png
 from timm_multilabel.training.run_folder import running_epochs
@@ -85,7 +85,7 @@ def write_curves(summary: pd.DataFrame, path: Path) -> None:
     figure = all_curves(summary)
     if figure is not None:
         figure.suptitle(picture_text(path.resolve().parent.name, _LETTERS), fontsize=10)
-        write_whole(path, png(figure, _DPI))
+        write_atomic(path, png(figure, _DPI))
 
 
 def all_curves(summary: pd.DataFrame) -> Figure | None:

@@ -313,7 +313,7 @@ def _unknown_labels(contents: Contents, limit: int) -> Iterator[Finding]:
     if contents.classes is None:
         return
     effects = {
-        'train': f'training stops; add rows with them to {contents.classes.path.name}, or mend them',
+        'train': f'training stops; add rows with them to {contents.classes.path.name}, or fix them',
         'val': 'training stops, unless --unknown-labels ignore takes them as missing',
         'test': 'they are not scored',
     }

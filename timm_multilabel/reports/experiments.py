@@ -63,7 +63,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Answers:
+class RunPredictions:
     """What is kept of a run's predictions of a split: what each head should have said (N, ...), and what it did say.
 
     Of classes indices (N,), of tags (N, C) zeros and ones and probabilities, of numbers the standardised ones (N,).
@@ -75,7 +75,7 @@ class Answers:
     said: Mapping[str, np.ndarray]
 
     @classmethod
-    def of(cls, predictions: Predictions) -> 'Answers':
+    def of(cls, predictions: Predictions) -> 'RunPredictions':
         """Without the features and probabilities that a comparison does not need."""
         labels = {head.name: head for head in predictions.label_space.heads}
         said = dict(predictions.outputs)
@@ -87,9 +87,9 @@ class Answers:
         images = np.array([os.path.realpath(image) for image in predictions.images])
         return cls(images, labels, {name: predictions.target(name) for name in labels}, said)
 
-    def select(self, rows: np.ndarray) -> 'Answers':
+    def select(self, rows: np.ndarray) -> 'RunPredictions':
         """Some rows, by number."""
-        return Answers(
+        return RunPredictions(
             self.images[rows], self.labels, {name: values[rows] for name, values in self.targets.items()},
             {name: values[rows] for name, values in self.said.items()})
 
@@ -177,7 +177,12 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
     return [name for name in names if len({run.settings.get(name, '') for run in runs}) > 1]
 
 
-def share(answers: Sequence[Answers], names: Sequence[str], split: str, say: Callable[[str], None]) -> list[Answers]:
+def share(
+        answers: Sequence[RunPredictions],
+        names: Sequence[str],
+        split: str,
+        say: Callable[[str], None],
+) -> list[RunPredictions]:
     """The answers of each run to the images that all have, in one order.
 
     Args:
@@ -219,7 +224,7 @@ def _keys(images: np.ndarray) -> pd.MultiIndex:
     return pd.MultiIndex.from_arrays([images, images.groupby(images).cumcount()])
 
 
-def _same_labels(a: Answers, b: Answers, head: str) -> np.ndarray:
+def _same_labels(a: RunPredictions, b: RunPredictions, head: str) -> np.ndarray:
     """Which images have the same label for two runs (N,)."""
     ours, theirs, labels = a.targets[head], b.targets[head], a.labels[head]
     if isinstance(labels, Quantity):
@@ -229,7 +234,7 @@ def _same_labels(a: Answers, b: Answers, head: str) -> np.ndarray:
     return ours == theirs if ours.ndim == 1 else (ours == theirs).all(axis=1)
 
 
-def shared_heads(answers: Sequence[Answers]) -> list[str]:
+def shared_heads(answers: Sequence[RunPredictions]) -> list[str]:
     """The heads that all runs have, with the same classes or tags."""
     first = answers[0].labels
     return [name for name, labels in first.items() if all(
@@ -240,7 +245,7 @@ def _alike(a: Labels, b: Labels | None) -> bool:
     return isinstance(b, Quantity) if isinstance(a, Quantity) else a == b
 
 
-def run_figures(answers: Sequence[Answers]) -> pd.DataFrame:
+def run_figures(answers: Sequence[RunPredictions]) -> pd.DataFrame:
     """The figures of each run (rows), by head and figure (columns), then the mean over the heads of classes.
 
     The mean is plain, and over those heads that all runs share and that have labels; there is none where they are less
@@ -257,12 +262,12 @@ def run_figures(answers: Sequence[Answers]) -> pd.DataFrame:
     return table
 
 
-def _averaged(answers: Sequence[Answers]) -> list[str]:
+def _averaged(answers: Sequence[RunPredictions]) -> list[str]:
     return [name for name in shared_heads(answers)
             if isinstance(answers[0].labels[name], LabelSet) and _known_by_all(answers, name).any()]
 
 
-def _known_by_all(answers: Sequence[Answers], head: str) -> np.ndarray:
+def _known_by_all(answers: Sequence[RunPredictions], head: str) -> np.ndarray:
     return np.all([each.known(head) for each in answers], axis=0)
 
 
@@ -286,7 +291,7 @@ def verdict(difference: float, corrected: float, figure: str, over: str, seeds: 
 
 
 def compare_groups(
-        answers: Sequence[Answers],
+        answers: Sequence[RunPredictions],
         groups: Sequence[Sequence[int]],
         seeds: Sequence[object],
         baseline: int,
@@ -349,7 +354,7 @@ def compare_groups(
     return pd.DataFrame(rows, columns=columns)
 
 
-def _run_means(answers: Sequence[Answers], heads: Sequence[str]) -> np.ndarray:
+def _run_means(answers: Sequence[RunPredictions], heads: Sequence[str]) -> np.ndarray:
     """The figures of heads, of each run on the images that all have a label of (R, H)."""
     known = {name: _known_by_all(answers, name) for name in heads}
     return np.array([[each.of_images(name)[known[name]].mean() for name in heads] for each in answers])
@@ -361,7 +366,7 @@ def _by_seed(values: np.ndarray, runs: Sequence[int], seeds: Sequence[object]) -
 
 
 def _group_values(
-        answers: Sequence[Answers],
+        answers: Sequence[RunPredictions],
         groups: Sequence[Sequence[int]],
         number: int,
         heads: Sequence[str],

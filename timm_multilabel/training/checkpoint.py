@@ -14,7 +14,7 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 
 from timm_multilabel.errors import UserError, is_utf8
-from timm_multilabel.heads import KINDS, Head, default_kind
+from timm_multilabel.heads import REGISTRY, Head, default_kind
 from timm_multilabel.labels import Labels, LabelSpace
 from timm_multilabel.metric_names import earlier_name
 from timm_multilabel.model import MultiLabelModel, create_backbone
@@ -22,8 +22,8 @@ from timm_multilabel.model_names import is_from_elsewhere
 from timm_multilabel.task import JointTask
 from timm_multilabel.training.checkpoint_checks import check_archive, wrong_setting, wrong_tensors
 from timm_multilabel.training.optimizer_state import load_optimizer, load_plateau
-from timm_multilabel.training.place import Place
-from timm_multilabel.training.updater import Updater
+from timm_multilabel.training.optimizer_step import OptimizerStep
+from timm_multilabel.training.training_progress import TrainingProgress
 
 WEIGHTS = {'plain': 'state_dict', 'ema': 'state_dict_ema'}
 """The two kinds of weights that a checkpoint may hold, and their keys."""
@@ -131,7 +131,7 @@ def _data_config_of_flags(state: Mapping[str, Any]) -> dict[str, Any] | None:
 def load_model(
         checkpoint: Checkpoint,
         weights: str,
-        kinds: Mapping[str, type[Head]] = KINDS,
+        registry: Mapping[str, type[Head]] = REGISTRY,
         allow_hub: bool = False,
 ) -> MultiLabelModel:
     """The model of a checkpoint with its 'plain' or 'ema' weights, in evaluation mode.
@@ -139,7 +139,7 @@ def load_model(
     Args:
         checkpoint: It.
         weights: Which of its weights.
-        kinds: The kinds of heads by name.
+        registry: The kinds of heads by name.
         allow_hub: Look up a model that is none of timm's own (`hf-hub:...`).
 
     Raises:
@@ -149,12 +149,12 @@ def load_model(
     if is_from_elsewhere(checkpoint.arch) and not allow_hub:
         raise UserError(f"{checkpoint.path}: its model {checkpoint.arch} is not one of timm's own, and no model is "
                         'downloaded because a file asks for it; pass --allow-hub if you trust it')
-    check_kinds(checkpoint, kinds)
+    check_kinds(checkpoint, registry)
     state = checkpoint.weights(weights)
     model = None
     try:
         if _expected_shapes(checkpoint).items() <= _shapes(state).items():
-            model = _make_model(checkpoint, kinds)
+            model = _make_model(checkpoint, registry)
     except (UserError, ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
         raise UserError(f'{checkpoint.path}: {" ".join(str(error).split())}') from error
     if model is None or _shapes(model.state_dict()) != _shapes(state):
@@ -163,7 +163,7 @@ def load_model(
     return model.eval()
 
 
-def _make_model(checkpoint: Checkpoint, kinds: Mapping[str, type[Head]]) -> MultiLabelModel:
+def _make_model(checkpoint: Checkpoint, registry: Mapping[str, type[Head]]) -> MultiLabelModel:
     backbone = create_backbone(
         checkpoint.arch,
         input_size={'input_size': checkpoint.data_config['input_size']},
@@ -173,7 +173,7 @@ def _make_model(checkpoint: Checkpoint, kinds: Mapping[str, type[Head]]) -> Mult
         backbone,
         checkpoint.label_space,
         head_options=checkpoint.state.get('head_options'),
-        kinds=kinds,
+        registry=registry,
         projection_dim=checkpoint.state.get('projection_dim', 64),
     )
 
@@ -185,21 +185,21 @@ def _expected_shapes(checkpoint: Checkpoint) -> dict[str, torch.Size]:
     """
     options = checkpoint.state.get('head_options') or {}
     places = [place for place, labels in enumerate(checkpoint.label_space.heads)
-              if options.get(labels.name, {}).get('loss', default_kind(labels)) in KINDS]
+              if options.get(labels.name, {}).get('loss', default_kind(labels)) in REGISTRY]
     heads = tuple(checkpoint.label_space.heads[place] for place in places)
     ours = replace(checkpoint, label_space=LabelSpace(heads), state={
         **checkpoint.state, 'head_options': {each.name: options[each.name] for each in heads if each.name in options}})
     with torch.device('meta'):
-        shapes = _shapes(_make_model(ours, KINDS).state_dict())
+        shapes = _shapes(_make_model(ours, REGISTRY).state_dict())
     return {re.sub(r'^heads\.(\d+)', lambda found: f'heads.{places[int(found[1])]}', name): shape
             for name, shape in shapes.items()}
 
 
-def check_kinds(checkpoint: Checkpoint, kinds: Mapping[str, type[Head]]) -> None:
+def check_kinds(checkpoint: Checkpoint, registry: Mapping[str, type[Head]]) -> None:
     """Raise UserError where a head is of a kind that nobody brought; the line names the file that training had."""
     for name, options in (checkpoint.state.get('head_options') or {}).items():
         kind = options.get('loss', '')
-        if kind and kind not in kinds:
+        if kind and kind not in registry:
             module = checkpoint.state.get('head_module')
             raise UserError(
                 f"{checkpoint.path}: head '{name}' is of the kind '{kind}'"
@@ -248,7 +248,7 @@ def start_from(task: JointTask, checkpoint: Checkpoint, weights: str) -> str:
 
 def _alike(options: Mapping[str, Any], theirs: Mapping[str, Any], labels: Labels) -> bool:
     """Whether two heads of the same labels are of one kind and have the same input; of a user's kind, all options."""
-    if options['loss'] not in KINDS:
+    if options['loss'] not in REGISTRY:
         return options == theirs
     kind, read = theirs.get('loss', default_kind(labels)), theirs.get('input', 'features')
     return (options['loss'], options['input']) == (kind, read)
@@ -272,15 +272,15 @@ def of_task(task: JointTask, name: str) -> Checkpoint:
 def resume(
         checkpoint: Checkpoint,
         task: JointTask,
-        updater: Updater,
+        optimizer_step: OptimizerStep,
         steps: int,
-) -> Place:
+) -> TrainingProgress:
     """Bring a run back to where a checkpoint was written.
 
     Args:
         checkpoint: It.
         task: The task.
-        updater: Its optimizer, schedule and loss scaler.
+        optimizer_step: Its optimizer, schedule and loss scaler.
         steps: Batches of an epoch.
 
     Returns:
@@ -306,18 +306,18 @@ def resume(
             kind = 'ema' if state.get(WEIGHTS['ema']) is not None else 'plain'
             projector = state.get('task_state_ema' if kind == 'ema' else 'task_state')
             task.load_checkpoint_state(checkpoint.weights(kind), projector, ema=True)
-        load_optimizer(updater.optimizer, state['optimizer'])
+        load_optimizer(optimizer_step.optimizer, state['optimizer'])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = ' '.join(str(error).split())[:200]
         raise UserError(
             f'{checkpoint.path}: does not fit this run ({reason}); give the flags it was trained with '
             '(-c args.yaml of its run folder)') from error
     task.metadata['best_weights'] = checkpoint.best_weights
-    scaler, scheduler = updater.scaler, updater.scheduler
+    scaler, scheduler = optimizer_step.scaler, optimizer_step.scheduler
     try:
         if scaler is not None and scaler.state_dict_key in state:
             scaler.load_state_dict(state[scaler.state_dict_key])
-        place = Place.of(state, steps)
+        place = TrainingProgress.of(state, steps)
         plateau = state.get('run', {}).get('plateau')
         if plateau is not None and hasattr(scheduler, 'lr_scheduler'):
             load_plateau(scheduler, plateau, state['optimizer']['param_groups'])
@@ -327,15 +327,17 @@ def resume(
     if not fits:
         raise UserError(
             f'{checkpoint.path}: saved within an epoch of other loss terms or another model; give the flags of that '
-            'epoch, or go on from the end of the one before')
+            'epoch, or go on from the end of the one before'
+        )
     # On another number of processes it is between two updates as well, or at the epoch's end.
-    place.step = place.step - place.step % updater.accumulate if place.step < steps else steps
+    place.step = place.step - place.step % optimizer_step.accumulate if place.step < steps else steps
     # All schedules but plateau are functions of these. A run that starts calls neither, and plateau would take the
     # learning rate of its warmup for epoch 0 even without one.
     if scheduler is not None and place.epoch:
         scheduler.step(place.epoch)
     if scheduler is not None and (place.epoch or place.step):
-        scheduler.step_update(place.epoch * updater.updates_per_epoch(steps) + place.step // updater.accumulate)
+        scheduler.step_update(
+            place.epoch * optimizer_step.updates_per_epoch(steps) + place.step // optimizer_step.accumulate)
     return place
 
 

@@ -18,7 +18,7 @@ from timm.models import safe_model_name
 
 from timm_multilabel.cells import csv_rows
 from timm_multilabel.errors import UserError
-from timm_multilabel.files import read_json, read_text, reading, without_nan, write_whole
+from timm_multilabel.files import read_json, read_text, reading, without_nan, write_atomic
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.metric_names import current_names
 from timm_multilabel.temporary import RANDOM_NAME, remove_leftovers
@@ -158,8 +158,8 @@ class RunFolder:
         remove_leftovers(left for folder in folders for left in folder.glob(f'.*-{RANDOM_NAME}') if not left.is_dir())
         self._earlier(), self._earlier_tags()  # what is wrong with them shows now, and not when an epoch is done
         if any(launchers):
-            write_whole(path / _LAUNCH, '\n'.join(launchers))
-        write_whole(path / 'args.yaml', yaml.safe_dump(args, sort_keys=False, allow_unicode=True))
+            write_atomic(path / _LAUNCH, '\n'.join(launchers))
+        write_atomic(path / 'args.yaml', yaml.safe_dump(args, sort_keys=False, allow_unicode=True))
         label_space.save(path / 'label_space.json')
 
     def _earlier(self) -> pd.DataFrame | None:
@@ -202,7 +202,7 @@ class RunFolder:
             phases = earlier['phase'] if self.phases else [None] * len(earlier)
             order = map(self._order, phases, earlier['epoch'].astype(int))
             rows = pd.concat([earlier[[each < self._order(row.get('phase'), row['epoch']) for each in order]], rows])
-        write_whole(path, rows.to_csv(index=False))
+        write_atomic(path, rows.to_csv(index=False))
         return read_summary(path)
 
     def _add_tags(self, row: dict[str, Any], tags: Mapping[str, Any]) -> None:
@@ -210,7 +210,7 @@ class RunFolder:
         found = [{name: row[name] for name in ('phase', 'epoch') if name in row} | without_nan(tags)] if tags else []
         place = self._order(row.get('phase'), row['epoch'])
         rows = [each for each in self._earlier_tags() if self._order(each.get('phase'), each['epoch']) < place]
-        write_whole(self.path / _TAGS, json.dumps([*rows, *found], indent=1) + '\n')
+        write_atomic(self.path / _TAGS, json.dumps([*rows, *found], indent=1) + '\n')
 
     def _earlier_tags(self) -> list[dict[str, Any]]:
         """The epochs of summary.json; none where there is no such file.

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from timm.utils import CheckpointSaver
 
-from timm_multilabel.files import link_whole, whole_file
+from timm_multilabel.files import atomic_write, link_whole
 
 
 class WholeSaver(CheckpointSaver):
@@ -48,7 +48,7 @@ class WholeSaver(CheckpointSaver):
         if metric is not None:
             state['metric'] = metric
         state |= {'saver': self.state_dict(epoch, metric), **self.progress}
-        with whole_file(save_path) as file:
+        with atomic_write(save_path) as file:
             torch.save(state, file)
 
     def _replace(self, src: str, dst: str) -> None:

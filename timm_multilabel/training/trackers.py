@@ -16,7 +16,7 @@ from uuid import uuid4
 import pandas as pd
 
 from timm_multilabel.errors import UserError, printable
-from timm_multilabel.files import read_json, write_whole
+from timm_multilabel.files import read_json, write_atomic
 from timm_multilabel.training.run_folder import running_epochs
 
 
@@ -213,7 +213,7 @@ class WandbTracker(Tracker):
         self.run.log({axis: step, **figures})
 
     def _keep(self) -> None:
-        write_whole(self.path, json.dumps(self.known))
+        write_atomic(self.path, json.dumps(self.known))
 
 
 def _is_known(value: Any) -> bool:

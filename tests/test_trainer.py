@@ -15,16 +15,16 @@ from timm_multilabel.cli.build import model as build_model
 from timm_multilabel.cli.flags import Parser
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.errors import UserError
-from timm_multilabel.heads import KINDS
+from timm_multilabel.heads import REGISTRY
 from timm_multilabel.model import MultiLabelModel
 from timm_multilabel.task import JointTask
-from timm_multilabel.training import loop
-from timm_multilabel.training.agreement import Agreement
+from timm_multilabel.training import trainer
 from timm_multilabel.training.checkpoint import read_checkpoint
-from timm_multilabel.training.loop import Fit, Precision, make_scaler
-from timm_multilabel.training.place import Place
-from timm_multilabel.training.progress import Progress
-from timm_multilabel.training.updater import Updater
+from timm_multilabel.training.optimizer_step import OptimizerStep
+from timm_multilabel.training.progress_bar import ProgressBar
+from timm_multilabel.training.trainer import Precision, Trainer, make_scaler
+from timm_multilabel.training.training_progress import TrainingProgress
+from timm_multilabel.training.update_decisions import UpdateDecisions
 
 CPU = Precision(torch.device('cpu'))
 
@@ -35,10 +35,11 @@ def batches(count, seed=0):
     return [(torch.randn(6, 3, 8, 8, generator=generator), target) for _ in range(count)]
 
 
-def train(task, loader, precision=CPU, epoch=0, **updater):
+def train(task, loader, precision=CPU, epoch=0, **optimizer_step):
     optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.1)
-    fit = Fit(Updater(task, optimizer, **updater), precision, Loader(loader), None, images_per_step=6, seed=0)
-    return fit.train(Place(epoch), 0.1, Progress('', len(loader), False))
+    fit = Trainer(
+        OptimizerStep(task, optimizer, **optimizer_step), precision, Loader(loader), None, images_per_step=6, seed=0)
+    return fit.train(TrainingProgress(epoch), 0.1, ProgressBar('', len(loader), False))
 
 
 def weights(task):
@@ -111,7 +112,7 @@ def test_updates_are_counted_over_epochs():
 def test_the_better_of_plain_and_ema_ranks_an_epoch(metric, best):
     task = tiny_task()
     task.setup_ema()
-    fit = Fit(Updater(task, None), CPU, None, eval_loader=[], images_per_step=1, seed=0, metric=metric)
+    fit = Trainer(OptimizerStep(task, None), CPU, None, eval_loader=[], images_per_step=1, seed=0, metric=metric)
     row = {'eval_top1': 50.0, 'eval_ema_top1': 60.0, 'eval_loss': 1.0, 'eval_ema_loss': 2.0}
     assert fit.score(row) == best
 
@@ -153,8 +154,9 @@ def _train_rank(rank):
     task = JointTask(MultiLabelModel(Normed(), SPACE), projection_dim=3)
     task.setup_ema(decay=0.5)
     task.prepare_distributed()
-    updater = Updater(task, torch.optim.SGD(task.trainable_module.parameters(), lr=0.1))
-    Fit(updater, CPU, Loader(batches(3, seed=rank)), None, images_per_step=6, seed=0).run_epoch(Place(0), '')
+    optimizer_step = OptimizerStep(task, torch.optim.SGD(task.trainable_module.parameters(), lr=0.1))
+    fit = Trainer(optimizer_step, CPU, Loader(batches(3, seed=rank)), None, images_per_step=6, seed=0)
+    fit.run_epoch(TrainingProgress(0), '')
     return [{name: value.tolist() for name, value in task.get_trainable_module(ema).state_dict().items()}
             for ema in (False, True)]
 
@@ -169,7 +171,7 @@ def test_gradient_checkpointing_and_image_sizes_reach_the_backbone():
     parser = Parser()
     train_flags.add_flags(parser)
     args = parser.parse_args('data --model test_vit --img-size 64 --grad-checkpointing --drop 0.4'.split())
-    data = Namespace(label_space=SPACE, kinds=KINDS)
+    data = Namespace(label_space=SPACE, registry=REGISTRY)
     model, config = build_model(args, data, {})
     assert model.backbone.grad_checkpointing and model.heads[0].drop.p == 0.4
     assert config['input_size'] == [3, 64, 64] and model(torch.zeros(1, 3, 64, 64))['color'].shape == (1, 3)
@@ -179,10 +181,10 @@ def _poisoned_rank(rank):
     """Three steps of which the second is no number on the second rank alone."""
     task, loader = tiny_task(simclr_weight=0), Loader(batches(3, seed=rank))
     task.prepare_distributed()
-    updater = Updater(task, torch.optim.AdamW(task.trainable_module.parameters(), lr=0.1))
+    optimizer_step = OptimizerStep(task, torch.optim.AdamW(task.trainable_module.parameters(), lr=0.1))
     seen = []
 
-    class Meter(Agreement):
+    class Meter(UpdateDecisions):
         def verdicts(self, all_of_them=False):
             found = super().verdicts(all_of_them)
             seen.extend((verdict.step, verdict.bad, verdict.bad_here) for verdict in found)
@@ -192,11 +194,12 @@ def _poisoned_rank(rank):
     task.trainable_module.register_forward_pre_hook(lambda module, inputs: history.append(weights(task)))
     if rank == 1:
         loader[1][0].fill_(math.inf)
-    loop.Agreement, before = Meter, loop.Agreement
+    trainer.UpdateDecisions, before = Meter, trainer.UpdateDecisions
     try:
-        Fit(updater, CPU, loader, None, images_per_step=6, seed=0).train(Place(0), 0.1, Progress('', 3, False))
+        fit = Trainer(optimizer_step, CPU, loader, None, images_per_step=6, seed=0)
+        fit.train(TrainingProgress(0), 0.1, ProgressBar('', 3, False))
     finally:
-        loop.Agreement = before
+        trainer.UpdateDecisions = before
     same = [all(torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in pairwise([*history, weights(task)])]
     return seen, same, [weight.tolist() for weight in weights(task)]
 
@@ -218,10 +221,10 @@ def _ended_rank(rank):
     if rank == 1:
         for images, _ in loader:
             images.fill_(math.nan)
-    fit = Fit(Updater(task, torch.optim.SGD(task.trainable_module.parameters(), lr=0.1), accumulate=1), CPU, loader,
-              None, images_per_step=6, seed=0)
+    made = OptimizerStep(task, torch.optim.SGD(task.trainable_module.parameters(), lr=0.1), accumulate=1)
+    fit = Trainer(made, CPU, loader, None, images_per_step=6, seed=0)
     with pytest.raises(UserError) as error:
-        fit.train(Place(0), 0.1, Progress('', 30, False))
+        fit.train(TrainingProgress(0), 0.1, ProgressBar('', 30, False))
     return error.value.line
 
 
@@ -232,13 +235,13 @@ def test_too_many_of_them_end_all_ranks_at_the_same_step_with_the_rows_of_the_gu
 
 
 def test_verdicts_of_a_device_are_read_later_and_all_of_them_at_the_end():
-    agreement = Agreement(torch.device('cpu'))
-    agreement.lag = 2  # as on a device that runs behind its host
+    decisions = UpdateDecisions(torch.device('cpu'))
+    decisions.lag = 2  # as on a device that runs behind its host
     good, bad = torch.tensor(True), torch.tensor(False)
     found = []
     for step in range(4):
-        agreement.reach(step, bad if step == 1 else good, good, stop=step == 2)
-        found.append([verdict.step for verdict in agreement.verdicts()])
+        decisions.reach(step, bad if step == 1 else good, good, stop=step == 2)
+        found.append([verdict.step for verdict in decisions.verdicts()])
     assert found == [[], [], [0], [1]]
-    assert [(each.step, each.bad, each.stop) for each in agreement.verdicts(True)] == [(2, False, True),
+    assert [(each.step, each.bad, each.stop) for each in decisions.verdicts(True)] == [(2, False, True),
                                                                                      (3, False, False)]

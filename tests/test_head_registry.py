@@ -12,7 +12,7 @@ from PIL import Image
 
 from timm_multilabel.cli import train, validate
 from timm_multilabel.cli.main import run_command
-from timm_multilabel.heads import load_kinds
+from timm_multilabel.heads import load_registry
 from timm_multilabel.labels import LabelSet, LabelSpace
 
 README = (Path(__file__).parent.parent / 'README.md').read_text()
@@ -135,7 +135,7 @@ def test_the_kind_of_the_readme(module):
     assert len(lines) <= 36
     assert '--head size:loss=ordinal,order=S+M+L' in README
     labels = LabelSet('size', ('L', 'M', 'S'))
-    head = load_kinds(str(module))['ordinal'](labels, 4, order=['S', 'M', 'L']).double()
+    head = load_registry(str(module))['ordinal'](labels, 4, order=['S', 'M', 'L']).double()
     output = torch.tensor([[2.0, -1.0], [0.5, 0.3], [-1.0, -2.0]], dtype=torch.float64)
     assert head.predict(output).tolist() == [1, 0, 2]
     total, count = head.loss(output, torch.tensor([1, -1, 0]))

@@ -45,7 +45,7 @@ def until_told(loader: Any, told: Callable[[], bool]) -> Iterator[Any]:
         vote()
 
 
-class Verdict(NamedTuple):
+class UpdateDecision(NamedTuple):
     """What became of an update.
 
     `step` is its last one. `bad`: the loss or the gradient was not finite on some rank; `bad_here`: the loss was not on
@@ -57,7 +57,7 @@ class Verdict(NamedTuple):
     stop: bool
 
 
-class Agreement:
+class UpdateDecisions:
     """Verdicts on updates, the same on every rank after the same step.
 
     On a CPU a verdict is read at once. On other devices it is copied to the host in the background and read two updates
@@ -94,7 +94,7 @@ class Agreement:
         self.pending.append((step, told, event))
         return votes[0] == 0
 
-    def verdicts(self, all_of_them: bool = False) -> list[Verdict]:
+    def verdicts(self, all_of_them: bool = False) -> list[UpdateDecision]:
         """The verdicts that may be read by now, in order; at the end of an epoch all of them."""
         found = []
         while len(self.pending) > (0 if all_of_them else self.lag):
@@ -102,5 +102,5 @@ class Agreement:
             if event is not None:
                 event.synchronize()
             bad, stop, bad_here = told.tolist()
-            found.append(Verdict(step, bad > 0, bad_here > 0, stop > 0))
+            found.append(UpdateDecision(step, bad > 0, bad_here > 0, stop > 0))
         return found

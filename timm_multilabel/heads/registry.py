@@ -17,21 +17,21 @@ from timm_multilabel.heads.tags import TagsHead
 from timm_multilabel.labels import Labels, LabelSet, LabelSpace, Quantity, TagSet, missing_row
 from timm_multilabel.metric_names import check_metric_names
 
-KINDS: Mapping[str, type[Head]] = {kind.kind: kind for kind in (SoftmaxHead, ArcFaceHead, TagsHead, NumericHead)}
+REGISTRY: Mapping[str, type[Head]] = {kind.kind: kind for kind in (SoftmaxHead, ArcFaceHead, TagsHead, NumericHead)}
 """The kinds of heads by name."""
 
 COMMON_OPTIONS = ('loss', 'weight', 'input', 'columns')
 """Options of every head: its kind, its weight, 'features' or 'projection', the 0/1 columns of a group of tags."""
 
 
-def load_kinds(path: str | None) -> dict[str, type[Head]]:
+def load_registry(path: str | None) -> dict[str, type[Head]]:
     """The kinds of heads: ours and, of a Python file of the user's, every subclass of `Head` in it that has a `kind`.
 
     Raises:
         UserError: The file is missing, fails, or has no such class.
     """
     if path is None:
-        return dict(KINDS)
+        return dict(REGISTRY)
     if not Path(path).is_file():
         raise UserError(f'--head-module {path}: no such file')
     name = f'timm_multilabel_head_module_{Path(path).stem}'
@@ -46,9 +46,9 @@ def load_kinds(path: str | None) -> dict[str, type[Head]]:
         if isinstance(value, type) and issubclass(value, Head) and value.kind and value.__module__ == module.__name__}
     if not found:
         raise UserError(f"--head-module {path}: has no subclass of timm_multilabel.heads.Head with a 'kind'")
-    for name in found.keys() & KINDS.keys():
+    for name in found.keys() & REGISTRY.keys():
         raise UserError(f"--head-module {path}: '{name}' is a kind of ours; give yours another name")
-    return {**KINDS, **found}
+    return {**REGISTRY, **found}
 
 
 def options_of(kind: type[Head]) -> dict[str, inspect.Parameter]:
@@ -61,7 +61,7 @@ def resolve_options(
         labels: Labels,
         options: Mapping[str, Any],
         defaults: Mapping[str, Any],
-        kinds: Mapping[str, type[Head]],
+        registry: Mapping[str, type[Head]],
 ) -> dict[str, Any]:
     """All that makes a head: 'loss', 'input', and options of its kind, given or inherited.
 
@@ -69,17 +69,17 @@ def resolve_options(
         labels: Its labels.
         options: 'loss', the kind, by default that of the labels; 'input', by default 'features'; options of the kind.
         defaults: Values of the flags that a kind may inherit.
-        kinds: The kinds by name.
+        registry: The kinds by name.
 
     Raises:
         ValueError: There is no such kind, it reads other labels, or it does not have an option.
     """
     name, read = options.get('loss', default_kind(labels)), options.get('input', 'features')
-    if name not in kinds:
-        raise ValueError(f"there is no loss '{name}' (there are: {', '.join(kinds)}); --head-module brings your own")
+    if name not in registry:
+        raise ValueError(f"there is no loss '{name}' (there are: {', '.join(registry)}); --head-module brings your own")
     if read not in ('features', 'projection'):
         raise ValueError(f"input is '{read}', expected features or projection")
-    kind = kinds[name]
+    kind = registry[name]
     if not isinstance(labels, kind.reads):
         raise ValueError(f"'{name}' reads {kind.reads.kind}, and the head has {labels.kind}")
     known = options_of(kind)
@@ -95,16 +95,16 @@ def create_head(
         labels: Labels,
         in_features: int,
         options: Mapping[str, Any],
-        kinds: Mapping[str, type[Head]],
+        registry: Mapping[str, type[Head]],
 ) -> Head:
     """Make a head of the options that `resolve_options` gives; one of the user's own kind is tried out.
 
     Raises:
         ValueError: The kind does not take a value, or does not do what a kind must.
     """
-    kind = kinds[options['loss']]
+    kind = registry[options['loss']]
     own = {key: value for key, value in options.items() if key not in COMMON_OPTIONS}
-    if kind in KINDS.values():
+    if kind in REGISTRY.values():
         return kind(labels, in_features, **own)
     try:
         head = kind(labels, in_features, **own)

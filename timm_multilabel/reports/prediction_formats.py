@@ -9,7 +9,7 @@ import numpy as np
 
 from timm_multilabel.errors import UserError, one_line, shortened
 from timm_multilabel.escaping import csv_line, spreadsheet_text
-from timm_multilabel.inference.answers import Answer, Guess
+from timm_multilabel.inference.image_predictions import Guess, ImagePrediction
 from timm_multilabel.labels import LabelSet, LabelSpace, Quantity
 
 _COLUMNS = 16_384
@@ -54,7 +54,7 @@ def _places(labels: Any, top_k: int, without_probabilities: Collection[str]) -> 
 
 
 def csv_lines(
-        answers: Iterable[Answer],
+        answers: Iterable[ImagePrediction],
         label_space: LabelSpace,
         top_k: int,
         without_probabilities: Collection[str] = (),
@@ -89,7 +89,7 @@ def _number(value: float) -> str:
 
 
 def json_lines(
-        answers: Iterable[Answer],
+        answers: Iterable[ImagePrediction],
         label_space: LabelSpace,
         top_k: int,
         without_probabilities: Collection[str] = (),
@@ -126,7 +126,7 @@ def _finite(value: float) -> float | None:
 
 
 def table_lines(
-        answers: Iterable[Answer],
+        answers: Iterable[ImagePrediction],
         label_space: LabelSpace,
         top_k: int,
         without_probabilities: Collection[str] = (),
@@ -165,6 +165,6 @@ def _word(guess: Guess) -> str:
     return shortened(guess.label) + ('' if guess.probability is None else f' {guess.probability:.3f}')
 
 
-FORMATS: dict[str, Callable[[Iterable[Answer], LabelSpace, int, Collection[str]], Iterator[str]]] = {
+FORMATS: dict[str, Callable[[Iterable[ImagePrediction], LabelSpace, int, Collection[str]], Iterator[str]]] = {
     'table': table_lines, 'csv': csv_lines, 'jsonl': json_lines}
 """The formats by name."""

@@ -18,14 +18,14 @@ from timm_multilabel.metric_names import in_summary, of_head
 from timm_multilabel.metrics import MultiLabelEvaluator, TrainingMeter, default_metric, less_is_better
 from timm_multilabel.seeds import MODEL, seed_step
 from timm_multilabel.task import JointTask
-from timm_multilabel.training.agreement import Agreement, ToldToStop, Verdict, until_told
-from timm_multilabel.training.place import Place
-from timm_multilabel.training.progress import Progress, RunLength, fitted, line_width, wrapped
+from timm_multilabel.training.optimizer_step import OptimizerStep
+from timm_multilabel.training.progress_bar import ProgressBar, RunLength, fitted, line_width, wrapped
 from timm_multilabel.training.run_folder import RunFolder
 from timm_multilabel.training.saver import WholeSaver
 from timm_multilabel.training.signals import Stopped, StopSignals
 from timm_multilabel.training.trackers import Trackers
-from timm_multilabel.training.updater import Updater
+from timm_multilabel.training.training_progress import TrainingProgress
+from timm_multilabel.training.update_decisions import ToldToStop, UpdateDecision, UpdateDecisions, until_told
 
 WAY_OUT = 'lower --lr, clip with --clip-grad 1, or leave --amp out'
 _STRIKES = 20  # updates skipped in a row that end a run; where some are good between them, later
@@ -81,7 +81,7 @@ def evaluate(
         loader: Any,
         evaluator: MultiLabelEvaluator,
         precision: Precision,
-        progress: Progress,
+        progress: ProgressBar,
 ) -> dict[str, float]:
     """Score a model on every row of a loader, over all ranks."""
     model.eval()
@@ -94,11 +94,11 @@ def evaluate(
 
 
 @dataclass
-class Fit:
+class Trainer:
     """The epochs of a run.
 
     Args:
-        updater: What is trained, and how.
+        optimizer_step: What is trained, and how.
         precision: How tensors are computed.
         train_loader: Training batches.
         eval_loader: Evaluation batches; None where no head is trained.
@@ -114,7 +114,7 @@ class Fit:
         save_interval: Steps between checkpoints within an epoch; none when None.
         signals: What may tell this process to stop, if anything.
     """
-    updater: Updater
+    optimizer_step: OptimizerStep
     precision: Precision
     train_loader: Any
     eval_loader: Any | None
@@ -130,24 +130,25 @@ class Fit:
     save_interval: int | None = None
     signals: StopSignals | None = None
     task: JointTask = field(init=False)
-    strikes: float = field(default=0.0, init=False)
-    trained: Place | None = field(default=None, init=False)  # the end of the epoch's training, before its evaluation
+    skipped_updates: float = field(default=0.0, init=False)
+    # The end of an epoch's training, before its evaluation.
+    trained: TrainingProgress | None = field(default=None, init=False)
 
     def __post_init__(self):
-        self.task = self.updater.task
+        self.task = self.optimizer_step.task
 
-    def run(self, start: Place, length: RunLength) -> None:
+    def run(self, start: TrainingProgress, length: RunLength) -> None:
         """Train from a place to the end of the run.
 
         Raises:
             Stopped: A rank was told to stop, and the state is saved.
         """
-        self.strikes = start.strikes
+        self.skipped_updates = start.skipped_updates
         for epoch in range(start.epoch, length.schedule + length.cooldown):
             title = (f'{abbreviated(self.phase, _NAME)}: ' if self.phase else '') + length.title(epoch)
-            self.run_epoch(start if epoch == start.epoch else Place(epoch), title)
+            self.run_epoch(start if epoch == start.epoch else TrainingProgress(epoch), title)
 
-    def run_epoch(self, start: Place, title: str) -> dict[str, Any]:
+    def run_epoch(self, start: TrainingProgress, title: str) -> dict[str, Any]:
         """Train an epoch from a place in it, evaluate it, write its row and its checkpoint.
 
         Raises:
@@ -156,7 +157,7 @@ class Fit:
         rank, ranks = world()
         epoch, lr = start.epoch, start.lr if start.step else self._mean_lr()
         started = time.perf_counter()
-        with Progress(title, len(self.train_loader), rank == 0, self.images_per_step, start.step) as progress:
+        with ProgressBar(title, len(self.train_loader), rank == 0, self.images_per_step, start.step) as progress:
             row = self.train(start, lr, progress)
         seconds = time.perf_counter() - started
         images_per_second = (len(self.train_loader) - start.step) * self.images_per_step / seconds
@@ -181,8 +182,8 @@ class Fit:
             raise UserError(
                 f'{best} cannot be computed from the labels of the evaluation; choose another --eval-metric, such as '
                 'loss')
-        if self.updater.scheduler is not None:
-            self.updater.scheduler.step(epoch + 1, row[best])
+        if self.optimizer_step.scheduler is not None:
+            self.optimizer_step.scheduler.step(epoch + 1, row[best])
         for line in epoch_lines(title, row, self.task, line_width()):
             progress.say(line)
         self.task.metadata['best_weights'] = 'ema' if best == in_summary('eval_ema', self.metric) else 'plain'
@@ -197,7 +198,7 @@ class Fit:
             raise Stopped(f'stopped after {title}, saved', self.saver.last if self.saver is not None else None)
         return row
 
-    def train(self, start: Place, lr: float, progress: Progress) -> dict[str, float]:
+    def train(self, start: TrainingProgress, lr: float, progress: ProgressBar) -> dict[str, float]:
         """Train on the batches of an epoch from `start.step` on; `lr` is the learning rate that it began with.
 
         Figures are read from the device every `log_interval` steps and at the end, and the verdict on an update when
@@ -207,44 +208,49 @@ class Fit:
             The figures of `TrainingMeter`, over all ranks.
 
         Raises:
-            UserError: Too many updates were skipped, since loss or gradient are no finite numbers.
+            UserError: Too many updates were skipped, since loss or gradient are not finite.
             Stopped: A rank was told to stop, and the state is saved.
         """
         rank, ranks = world()
-        task, updater, epoch = self.task, self.updater, start.epoch
+        task, optimizer_step, epoch = self.task, self.optimizer_step, start.epoch
         task.start_epoch(epoch)
         task.train()
         meter = TrainingMeter(task.terms, task.heads, self.precision.device)
         if start.step:
             start.restore(meter, task)
-        agreement, skipped = Agreement(self.precision.device), 0
+        decisions, skipped = UpdateDecisions(self.precision.device), 0
         steps = len(self.train_loader)
-        updates = epoch * updater.updates_per_epoch(steps) + start.step // updater.accumulate
+        updates = epoch * optimizer_step.updates_per_epoch(steps) + start.step // optimizer_step.accumulate
         self.train_loader.set_epoch(epoch, start.step)
         for step, (images, target) in enumerate(self.train_loader, start.step):
             # What is random in a step depends on these numbers alone, so that a run that goes on from here is the run
             # that never stopped.
             seed_step(MODEL, self.seed, epoch, rank, step)
-            update = updater.is_update(step, steps)
-            updater.begin()
+            update = optimizer_step.is_update(step, steps)
+            optimizer_step.begin()
             with nullcontext() if update else task.no_sync():
                 with self.precision.autocast():
                     result = task(self.precision.layout(images), target)
-                updater.backward(
-                    result['loss'] / updater.batches_in_update(step, steps), update, agreement, step, self._told())
+                optimizer_step.backward(
+                    result['loss'] / optimizer_step.batches_in_update(step, steps),
+                    update,
+                    decisions,
+                    step,
+                    self._told(),
+                )
             if update:
                 updates += 1
                 task.update_ema(step=updates)
-                if updater.scheduler is not None:
-                    updater.scheduler.step_update(updates)
+                if optimizer_step.scheduler is not None:
+                    optimizer_step.scheduler.step_update(updates)
             meter.update(result)
             progress.advance()
             done, last = step + 1, step + 1 == steps
-            verdicts = agreement.verdicts(all_of_them=last) if update else []
+            verdicts = decisions.verdicts(all_of_them=last) if update else []
             for verdict in verdicts:
                 skipped += self._judge(verdict, epoch)
             # A loss scaler's first updates overflow as a rule.
-            if last and skipped == updater.updates_per_epoch(steps) > 2 and updater.scaler is None:
+            if last and skipped == optimizer_step.updates_per_epoch(steps) > 2 and optimizer_step.scaler is None:
                 self._give_up(verdicts[-1], epoch)
             if done % self.log_interval == 0 or last:
                 figures = meter.compute()
@@ -253,65 +259,65 @@ class Fit:
                     self.trackers.add_progress(self.phase, epoch * steps + done, figures)
             stop = any(verdict.stop for verdict in verdicts)
             due = self.save_interval and update and done // self.save_interval > (
-                done - updater.batches_in_update(step, steps)) // self.save_interval
+                done - optimizer_step.batches_in_update(step, steps)) // self.save_interval
             if stop or due and not last:
-                self._save_within(Place.here(epoch, done, lr, meter, task), progress, stop)
+                self._save_within(TrainingProgress.here(epoch, done, lr, meter, task), progress, stop)
         if skipped:
-            progress.say(f'{progress.title}: skipped {skipped} update{"s" * (skipped > 1)} whose loss or gradient is '
-                         'no finite number')
-        self.trained = Place.here(epoch, steps, lr, meter, task)
+            progress.say(f'{progress.title}: skipped {skipped} update{"s" * (skipped > 1)} whose loss or gradient is not '
+                         'finite')
+        self.trained = TrainingProgress.here(epoch, steps, lr, meter, task)
         return meter.compute(distributed=ranks > 1)
 
     def _told(self) -> bool:
         return self.signals is not None and self.signals.received is not None
 
     def _mean_lr(self) -> float:
-        lrs = [group['lr'] for group in self.updater.optimizer.param_groups]
+        lrs = [group['lr'] for group in self.optimizer_step.optimizer.param_groups]
         return sum(lrs) / len(lrs)
 
-    def _judge(self, verdict: Verdict, epoch: int) -> int:
+    def _judge(self, verdict: UpdateDecision, epoch: int) -> int:
         """Count an update that was skipped; 1 if it was.
 
         Raises:
             UserError: They are too many.
         """
-        self.strikes = self.strikes + 1 if verdict.bad else max(0.0, self.strikes - _FORGIVEN)
-        if self.strikes >= _STRIKES:
+        self.skipped_updates = self.skipped_updates + 1 if verdict.bad else max(0.0, self.skipped_updates - _FORGIVEN)
+        if self.skipped_updates >= _STRIKES:
             self._give_up(verdict, epoch)
         return int(verdict.bad)
 
-    def _give_up(self, verdict: Verdict, epoch: int) -> None:
+    def _give_up(self, verdict: UpdateDecision, epoch: int) -> None:
         """Raise UserError that names the rows of an update that was skipped."""
-        first = verdict.step // self.updater.accumulate * self.updater.accumulate
+        first = verdict.step // self.optimizer_step.accumulate * self.optimizer_step.accumulate
         rows = [row for step in range(first, verdict.step + 1) for row in self.train_loader.rows_of(epoch, step)]
         told = all_objects((verdict.bad_here, rows))
         guilty = [rows for bad, rows in told if bad] or [rows for _, rows in told]
         where = 'loss' if any(bad for bad, _ in told) else 'gradient'
         raise UserError(
-            f'the {where} is no finite number, update after update, last at step {verdict.step + 1} of epoch '
+            f'the {where} is not finite, update after update, last at step {verdict.step + 1} of epoch '
             f'{epoch + 1}: stopped, weights and checkpoints are those from before; {WAY_OUT}; the rows of that batch: '
             f'{", ".join(dict.fromkeys(sum(guilty, [])))}')
 
-    def _tell_bad_images(self, progress: Progress) -> None:
+    def _tell_bad_images(self, progress: ProgressBar) -> None:
         news = self.bad_images.news()
         if news:
             progress.say(news)
 
     def _state(self) -> dict[str, Any]:
         """What the run needs to go on, beside the task, the optimizer and the place."""
-        plateau = getattr(self.updater.scheduler, 'lr_scheduler', None)  # the only schedule with a memory
+        plateau = getattr(self.optimizer_step.scheduler, 'lr_scheduler', None)  # the only schedule with a memory
         return {
             'ranks': world()[1],
             'images_per_step': self.images_per_step,
-            'accumulate': self.updater.accumulate,
+            'accumulate': self.optimizer_step.accumulate,
             'seed': self.seed,
             'loader_processes': self.train_loader.order_depends_on,
-            'strikes': self.strikes,
+            'strikes': self.skipped_updates,
             'bad_images': sorted(self.bad_images.known) if self.bad_images is not None else [],
             'plateau': plateau.state_dict() if plateau is not None else None,
         }
 
-    def _save_within(self, place: Place, progress: Progress, stop: bool) -> None:
+    def _save_within(self, place: TrainingProgress, progress: ProgressBar, stop: bool) -> None:
         """Save the state within an epoch.
 
         Raises:
@@ -338,7 +344,7 @@ class Fit:
             model = self.task.get_eval_model(ema=ema)
             if model is None:
                 continue
-            with Progress(f'{title} {part}', len(self.eval_loader), visible=world()[0] == 0) as progress:
+            with ProgressBar(f'{title} {part}', len(self.eval_loader), visible=world()[0] == 0) as progress:
                 evaluator = self.task.create_evaluator()
                 figures = evaluate(
                     model, until_told(self.eval_loader, self._told), evaluator, self.precision, progress)

@@ -7,8 +7,8 @@ from common import SPACE, TinyBackbone, run_ranks, tiny_task
 from torch import nn
 
 from timm_multilabel import task as task_module
+from timm_multilabel.gradient_cache import run_with_gradient_cache
 from timm_multilabel.model import MultiLabelModel
-from timm_multilabel.pieces import run_in_pieces
 from timm_multilabel.task import JointTask, Pool
 
 TARGET = torch.tensor([[0, 1], [2, 0], [1, -1], [-1, -1], [-1, 1], [2, -1], [0, 0]])
@@ -75,7 +75,7 @@ def test_one_view():
 
 def test_a_batch_that_fits_is_run_once():
     seen = []
-    run_in_pieces(Watch(seen), torch.zeros(20, 1, 1, 1), views=2, size=10)
+    run_with_gradient_cache(Watch(seen), torch.zeros(20, 1, 1, 1), views=2, size=10)
     assert [len(images) for images in seen] == [20]
 
 
@@ -134,7 +134,7 @@ def test_the_second_run_repeats_the_first(size, compiled, monkeypatch):
     for cached in (True, False):
         with monkeypatch.context() as patch:
             if not cached:
-                patch.setattr(task_module, 'run_in_pieces', without_caching)
+                patch.setattr(task_module, 'run_with_gradient_cache', without_caching)
             task = restless_task(size, compiled)
             torch.manual_seed(5)
             result, gradients = step(task, images, target)
@@ -164,27 +164,27 @@ class DropAll(nn.Module):
 
 
 def test_dropout_differs_from_piece_to_piece():
-    outputs, projections = run_in_pieces(DropAll(), torch.ones(8, 3, 4, 4), views=2, size=2)
+    outputs, projections = run_with_gradient_cache(DropAll(), torch.ones(8, 3, 4, 4), views=2, size=2)
     assert projections is None
     assert len({tuple(row.tolist()) for row in outputs['x']}) > 4
 
 
 def test_rows_come_back_in_their_order():
     images = torch.arange(14.0).view(14, 1, 1, 1)
-    outputs, projections = run_in_pieces(Watch([]), images, views=2, size=3)
+    outputs, projections = run_with_gradient_cache(Watch([]), images, views=2, size=3)
     assert torch.equal(outputs['x'], images.flatten()) and torch.equal(projections, images.flatten(1))
 
 
-def test_pieces_have_all_views_and_their_share_of_the_last_images():
+def test_gradient_cache_have_all_views_and_their_share_of_the_last_images():
     seen = []
-    run_in_pieces(Watch(seen), torch.arange(14.0).view(14, 1, 1, 1), views=2, size=3)
+    run_with_gradient_cache(Watch(seen), torch.arange(14.0).view(14, 1, 1, 1), views=2, size=3)
     assert [images.flatten().tolist() for images in seen] == [[0, 3, 6, 7, 10, 13], [1, 4, 8, 11], [2, 5, 9, 12]]
 
 
 @pytest.mark.parametrize('layout', [torch.channels_last, torch.contiguous_format])
-def test_pieces_keep_the_memory_layout(layout):
+def test_gradient_cache_keep_the_memory_layout(layout):
     seen = []
-    run_in_pieces(Watch(seen), torch.zeros(4, 3, 5, 5).contiguous(memory_format=layout), views=1, size=2)
+    run_with_gradient_cache(Watch(seen), torch.zeros(4, 3, 5, 5).contiguous(memory_format=layout), views=1, size=2)
     assert [images.is_contiguous(memory_format=layout) for images in seen] == [True, True]
 
 

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 Outputs = tuple[dict[str, torch.Tensor], torch.Tensor | None]
 
 
-def run_in_pieces(module: nn.Module, images: torch.Tensor, views: int, size: int | None) -> Outputs:
+def run_with_gradient_cache(module: nn.Module, images: torch.Tensor, views: int, size: int | None) -> Outputs:
     """Run a module on a batch in pieces, keeping nothing but what comes out: gradient caching.
 
     A loss on the outputs of all images has a gradient at those outputs. On its way back each piece is run again, from

@@ -68,8 +68,8 @@ class RunLength:
         return f'Epoch {epoch + 1}/{self.schedule + self.cooldown}, cooldown {past}/{self.cooldown}'
 
 
-class Progress:
-    """Progress over the steps of an epoch, silent where `visible` is false (all ranks but the first).
+class ProgressBar:
+    """ProgressBar over the steps of an epoch, silent where `visible` is false (all ranks but the first).
 
     Args:
         title: What is going on, e.g. 'Epoch 3/100 + 10 of cooldown'.
@@ -94,7 +94,7 @@ class Progress:
         )
         self.started = time.perf_counter()
 
-    def __enter__(self) -> 'Progress':
+    def __enter__(self) -> 'ProgressBar':
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

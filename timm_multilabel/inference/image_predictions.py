@@ -20,7 +20,7 @@ class Guess(NamedTuple):
     probability: float | None
 
 
-class Answer(NamedTuple):
+class ImagePrediction(NamedTuple):
     """What is said of an image: {head: guesses}, or why it could not be read."""
     image: str
     guesses: dict[str, list[Guess]]

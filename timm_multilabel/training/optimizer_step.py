@@ -7,11 +7,11 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import NativeScaler, dispatch_clip_grad, unwrap_model
 
 from timm_multilabel.task import JointTask
-from timm_multilabel.training.agreement import Agreement
+from timm_multilabel.training.update_decisions import UpdateDecisions
 
 
 @dataclass
-class Updater:
+class OptimizerStep:
     """Gradients -> weights: accumulation, loss scaling, clipping, the optimizer, the EMA, a schedule of updates.
 
     An update whose loss or gradient is not finite on any rank is skipped on all of them, on the device: weights and
@@ -55,13 +55,13 @@ class Updater:
             module = unwrap_model(self.task.get_trainable_module())
             self.buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
 
-    def backward(self, loss: torch.Tensor, update: bool, agreement: Agreement, step: int, stop: bool) -> None:
+    def backward(self, loss: torch.Tensor, update: bool, decisions: UpdateDecisions, step: int, stop: bool) -> None:
         """Add the gradient of a loss, and change the weights if it is the update's last.
 
         Args:
             loss: The loss.
             update: Whether it is.
-            agreement: Tells the other ranks.
+            decisions: Tells the other ranks.
             step: The number of the step.
             stop: Whether this rank was told to stop.
         """
@@ -75,7 +75,7 @@ class Updater:
             return
         gradients = [p.grad for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
         finite = here & torch.stack(torch._foreach_norm(gradients, math.inf)).isfinite().all()
-        finite = agreement.reach(step, finite, here, stop)
+        finite = decisions.reach(step, finite, here, stop)
         self._update(gradients, finite)
         self.finite = None
 

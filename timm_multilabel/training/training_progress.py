@@ -11,25 +11,25 @@ from timm_multilabel.task import JointTask
 
 
 @dataclass
-class Place:
+class TrainingProgress:
     """Where a run is, or goes on.
 
     Args:
         epoch: The epoch, from 0.
         step: The batches of it that are done.
         lr: The learning rate that the epoch began with.
-        strikes: What `Fit` counts of updates that were skipped.
+        skipped_updates: What `Trainer` counts of updates that were skipped.
         mine: Of this rank, the sums of the epoch's figures and the buffers of the weights and of their EMA, which DDP
             makes alike only at the next step.
     """
     epoch: int
     step: int = 0
     lr: float = 0.0
-    strikes: float = 0.0
+    skipped_updates: float = 0.0
     mine: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def here(cls, epoch: int, step: int, lr: float, meter: TrainingMeter, task: JointTask) -> 'Place':
+    def here(cls, epoch: int, step: int, lr: float, meter: TrainingMeter, task: JointTask) -> 'TrainingProgress':
         """The place after a step."""
         def copy(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.detach().to('cpu', copy=True)
@@ -43,22 +43,22 @@ class Place:
         return {'step': self.step, 'steps': steps, 'lr': self.lr, 'ranks': all_objects(self.mine)}
 
     @classmethod
-    def of(cls, state: dict[str, Any], steps: int) -> 'Place':
+    def of(cls, state: dict[str, Any], steps: int) -> 'TrainingProgress':
         """The place that a checkpoint goes on at: the end of its epoch, or the step where it was saved.
 
         Where an epoch has another number of steps now, it is the one at which the same share of it is done.
         """
-        strikes = state.get('run', {}).get('strikes', 0.0)
+        skipped_updates = state.get('run', {}).get('strikes', 0.0)
         within = state.get('within')
         if within is None:
-            return cls(state['epoch'] + 1, strikes=strikes)
+            return cls(state['epoch'] + 1, skipped_updates=skipped_updates)
         rank, ranks = world()
         theirs = within['ranks']
         step = within['step'] * steps // within['steps']
         if len(theirs) == ranks:
-            return cls(state['epoch'], step, within['lr'], strikes, theirs[rank])
+            return cls(state['epoch'], step, within['lr'], skipped_updates, theirs[rank])
         mine = {'meter': TrainingMeter.join([each['meter'] for each in theirs])} if rank == 0 else {}
-        return cls(state['epoch'], step, within['lr'], strikes, mine)
+        return cls(state['epoch'], step, within['lr'], skipped_updates, mine)
 
     def fits(self, task: JointTask) -> bool:
         """Whether what has added up is of such a task."""
