@@ -1,4 +1,4 @@
-"""The one kind of error that commands report without a traceback, and texts of any origin as people can read them."""
+"""The errors that commands report without a traceback, and texts of any origin as people can read them."""
 from collections.abc import Collection
 
 _LINE = 4000  # letters of a line at most, and of a name in it
@@ -19,6 +19,19 @@ class UserError(Exception):
         A DataLoader worker's error is raised again in the main process with the worker's traceback put before it.
         """
         return one_line(str(self).rpartition(f'{__name__}.{type(self).__name__}: ')[2]).strip()
+
+
+class SettingError(UserError):
+    """A setting that there is none of, a value that it may not have, or settings that do not go together.
+
+    Args:
+        line: The message.
+        see_help: Whether the help of the command says more.
+    """
+
+    def __init__(self, line: str, see_help: bool = False):
+        super().__init__(line)
+        self.see_help = see_help
 
 
 def printable(text: str, keep: str = '') -> str:

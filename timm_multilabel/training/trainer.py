@@ -263,8 +263,8 @@ class Trainer:
             if stop or due and not last:
                 self._save_within(TrainingProgress.here(epoch, done, lr, meter, task), progress, stop)
         if skipped:
-            progress.say(f'{progress.title}: skipped {skipped} update{"s" * (skipped > 1)} whose loss or gradient is not '
-                         'finite')
+            progress.say(f'{progress.title}: skipped {skipped} update{"s" * (skipped > 1)} whose loss or gradient is '
+                         'not finite')
         self.trained = TrainingProgress.here(epoch, steps, lr, meter, task)
         return meter.compute(distributed=ranks > 1)
 

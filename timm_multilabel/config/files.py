@@ -1,0 +1,172 @@
+"""YAML in and out: files of settings, recipes with phases, the args.yaml of a run."""
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from timm_multilabel.config.settings import Setting, Settings, layered, named_setting, read_values
+from timm_multilabel.config.train import Phase, TrainSettings
+from timm_multilabel.errors import SettingError, UserError
+from timm_multilabel.files import read_text
+from timm_multilabel.model_names import is_from_elsewhere
+
+S = TypeVar('S', bound=Settings)
+
+_VALUES = 10_000  # in a YAML file of settings, at most
+_MOST_BYTES = 2 ** 24
+
+TRUST = ('head_module', 'allow_hub')
+"""The settings that let code run or models be looked up elsewhere, which no file may decide."""
+
+_TYPED_ONLY = {
+    'head_module': 'names the Python file {0}, and a file cannot have code run; if you trust it, pass '
+                   '--head-module {0} on the command line, else remove the line',
+    'allow_hub': "'allow_hub' counts on the command line only; remove the line, and pass --allow-hub",
+    'model': "the model {0} is not one of timm's own, and no model is downloaded because a file asks for it; pass "
+             '--allow-hub if you trust it, or name another with --model',
+}
+"""What a file may not decide, with the message: a recipe or an args.yaml may come from anyone."""
+
+_OF_THE_START = ('config', 'resume', 'allow_hub')
+"""Settings that name one start of a run, which args.yaml does not hold."""
+
+
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """A YAML file of settings, or of what else is a mapping.
+
+    Raises:
+        UserError: It cannot be read, or is no mapping.
+    """
+    import yaml  # here, so that a command without a file answers sooner
+
+    try:
+        settings = yaml.safe_load(read_text(path, _MOST_BYTES))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f'{path}: cannot be read as YAML ({" ".join(str(error).split())})') from error
+    if not isinstance(settings, dict):
+        raise UserError(f'{path}: expected a mapping of flags to values, such as "lr: 0.1"')
+    _check_extent(path, settings)
+    return settings
+
+
+def _check_extent(path: Path, settings: Any) -> None:
+    """Raise UserError where aliases (`*name`) make more of a small file than anyone has written."""
+    left, seen = [settings], 0
+    while left:
+        value, seen = left.pop(), seen + 1
+        if seen > _VALUES:
+            raise UserError(f'{path}: holds more than {_VALUES} values, or itself; expected flags and their values')
+        if isinstance(value, dict | list):
+            left.extend([*value, *value.values()] if isinstance(value, dict) else value)
+
+
+def build(cls: type[S], given: Mapping[str, Any]) -> S:
+    """Settings of checked values by name.
+
+    Of training, `config` may name a YAML file that sets any of them, or a recipe with a list of phases: mappings that
+    go before what the file says for all. What is given goes before both.
+
+    Raises:
+        UserError: A required setting is missing, or the file cannot be read, names a setting that there is none of, or
+            decides what only the user may.
+    """
+    path = given.get('config')
+    if path is None:
+        check_required(cls, given)
+        return cls.of(given)
+    content = read_yaml(Path(path))
+    recipe = content.pop('phases') if 'phases' in content else None
+    values = _over_file(cls, content, given, str(path))
+    made = cls.of(values)
+    if recipe is None or not isinstance(made, TrainSettings):
+        return made
+    return made.replace(phases=_phases(recipe, content, given, str(path)))  # type: ignore[return-value]
+
+
+def _phases(recipe: Any, content: Mapping[Any, Any], given: Mapping[str, Any], path: str) -> tuple[Phase, ...]:
+    """The phases of a recipe.
+
+    Raises:
+        UserError: One is no mapping of settings, or its name is none or taken.
+    """
+    if not isinstance(recipe, list) or not recipe or not all(isinstance(phase, dict) for phase in recipe):
+        raise UserError(f"{path}: 'phases' is no list of mappings, such as '- {{name: pretrain, epochs: 100}}'")
+    phases: list[Phase] = []
+    for number, mapping in enumerate(recipe, 1):
+        own = dict(mapping)
+        name = str(own.pop('name', number))
+        where = f"{path}, phase '{name}'"
+        if not re.fullmatch(r'[\w.-]+', name) or name in (phase.name for phase in phases):
+            raise UserError(f'{where}: a name is of letters, digits, ., - and _, and no other phase has it')
+        if isinstance(content.get('head'), dict) and isinstance(own.get('head'), dict):
+            own['head'] = {**content['head'], **own['head']}
+        overrides = {named_setting(TrainSettings, f'{where}: ', key).name: value for key, value in own.items()}
+        values = _over_file(TrainSettings, {**content, **own}, given, where)
+        phases.append(Phase(name, overrides, TrainSettings.of(values)))
+    return tuple(phases)
+
+
+def _over_file(
+        cls: type[Settings],
+        content: Mapping[Any, Any],
+        given: Mapping[str, Any],
+        where: str,
+) -> dict[str, Any]:
+    """What is given, over the content of a file, by name."""
+    of_file = read_values(cls, content, f'{where}: ')
+    aside = {name: of_file.pop(name) for name in _TYPED_ONLY
+             if of_file.get(name) and (name != 'model' or is_from_elsewhere(of_file[name]))}
+    values = layered(cls, of_file, given)
+    for name, value in aside.items():
+        if name == 'model' and values.get('allow_hub'):
+            values.setdefault(name, value)
+        if name not in values:
+            raise SettingError(f'{where}: ' + _TYPED_ONLY[name].format(shlex.quote(str(value))))
+    check_required(cls, values)
+    return values
+
+
+def check_required(cls: type[Settings], values: Mapping[str, Any]) -> None:
+    """Raise SettingError where a setting that has no default is missing."""
+    missing = [made.label for name, made in cls.settings().items() if made.required and values.get(name) is None]
+    if missing:
+        raise SettingError(f'the following arguments are required: {", ".join(missing)}', see_help=True)
+
+
+def args_yaml(settings: TrainSettings) -> dict[str, Any]:
+    """What args.yaml of a run holds: what `-c` takes, without what names this one start."""
+    values = {name: value for name, value in settings.flat().items() if name not in _OF_THE_START}
+    if not settings.phases:
+        return values
+    # A phase's own settings, with what the command line said over them.
+    return {**values, 'phases': [
+        {'name': phase.name, **{name: value for name, value in phase.settings.flat().items()
+                                if name in phase.given and name not in _OF_THE_START}}
+        for phase in settings.phases]}
+
+
+def as_words(made: Setting, value: Any) -> list[str]:
+    """A setting with its value as the words of a command line."""
+    option = next((option for option in made.options if option.startswith('--')), '')
+    if made.switch is not None:
+        return [option if value else f'--no-{option[2:]}']
+    if made.read_mapping is not None:
+        return [option, *(
+            f'{head}:' + ','.join(f'{name}={part}' for name, part in options.items())
+            for head, options in value.items())]
+    if isinstance(value, dict):
+        return [option, *(f'{name}={part}' for name, part in value.items())]
+    values = [str(part) for part in value] if isinstance(value, list | tuple) else [str(value)]
+    return [f'{option}={values[0]}'] if values[0].startswith('-') else [option, *values]
+
+
+def command_line(settings: TrainSettings) -> str:
+    """The shortest command line that means the settings of a run without phases, a line a flag."""
+    known = TrainSettings.settings()
+    lines = [f'timm-multilabel train {shlex.quote(str(settings.data.data_dir))}']
+    lines += [' '.join(map(shlex.quote, as_words(known[name], value))) for name, value in settings.changed().items()
+              if name not in ('data_dir', 'config')]
+    return ' \\\n    '.join(lines)
