@@ -1,126 +1,24 @@
-"""Check a data directory for what would spoil a result: bad images, the same image twice, strange labels."""
-import argparse
-import json
-import os
+"""`timm-multilabel check`."""
 import sys
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
-
-from timm_multilabel.cli import head_options
-from timm_multilabel.cli.data import check_dialect
-from timm_multilabel.cli.flags import HeadOptions, add_dialect_flags, count, dialect, positive, separator
-from timm_multilabel.cli.run_flags import last_phase, read_run_flags
+from timm_multilabel.api.check import report_json, run_check
+from timm_multilabel.config.commands import CheckSettings
 from timm_multilabel.data.columns import Look
-from timm_multilabel.data.scan import Contents, read_contents, scan_images
-from timm_multilabel.data.table import Table, check_single_class, find_label_space
-from timm_multilabel.errors import UserError, listed, printable, shortened
-from timm_multilabel.files import write_atomic
-from timm_multilabel.heads import load_registry
-from timm_multilabel.labels import LabelSpace
-from timm_multilabel.reports.data_check import Report, report_on
-
-NAME = 'check'
-HELP = 'check a data directory for what would spoil a result'
+from timm_multilabel.errors import listed, printable, shortened
+from timm_multilabel.reports.data_check import Report
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of this command."""
-    parser.add_argument('data_dir', metavar='DIR', help='folder with train.csv, val.csv, ... and the images')
-    parser.add_argument('--run', metavar='RUN', help='run folder, whose flags on data count where none is given here')
-    parser.add_argument('--train-split', metavar='NAME', help='train, ... or the path of a CSV')
-    parser.add_argument('--val-split', metavar='NAME', help='val, ... or the path of a CSV')
-    parser.add_argument('--image-column', metavar='NAME', help='column of the image paths (default: image_path)')
-    parser.add_argument('--separator', type=separator, metavar='CHAR',
-                        help='between cells: a character, tab, or whitespace for runs of blanks (default: found)')
-    parser.add_argument('--missing-value', metavar='TEXT', help='a cell that means no label, beside the empty one')
-    add_dialect_flags(parser, '|')
-    parser.add_argument('--heads', nargs='+', metavar='NAME',
-                        help='label columns to check (default: those that training takes)')
-    parser.add_argument('--head', action=HeadOptions, nargs='+', default={}, metavar='HEAD:NAME=VALUE,...',
-                        help='options of a head as in training, such as loss=tags, loss=numeric, columns=a+b')
-    parser.add_argument('--head-module', metavar='FILE', help='Python file with kinds of heads of your own')
-    parser.add_argument('-j', '--workers', type=positive, default=os.cpu_count() or 1, metavar='N',
-                        help='threads that decode (default: the cores)')
-    parser.add_argument('--examples', type=count, default=5, metavar='N',
-                        help='rows, images or labels that a finding names at most')
-    parser.add_argument('--json', metavar='FILE', help='write the report as JSON; - prints it, and nothing else')
-
-
-def run(args: argparse.Namespace) -> None:
-    """Check, and end with exit status 1 where something would spoil a result."""
-    path = _prepare_output(args.json)
-    contents = _read_contents(args)
-    with tqdm(total=len(contents.files), desc=printable(f'{contents.folder}: images'), unit=' images', leave=False,
-              disable=None) as bar:
-        scans = scan_images(contents.files, args.workers, bar.update)
-    report = report_on(contents, scans, args.examples)
-    if args.json is not None:
-        # ASCII, so that no text of a cell does anything to a terminal.
-        text = json.dumps(report.to_dict(), indent=1)
-        if path is None:
-            print(text)
-        else:
-            write_atomic(path, text + '\n')
-    if args.json != '-':
+def run(settings: CheckSettings) -> None:
+    """Check, and print the report; exit status 1 where something would spoil a result."""
+    report = run_check(settings)
+    if settings.json == '-':
+        print(report_json(report))
+    else:
         for line in report_lines(report):
             print(printable(line))
     if report.errors:
         sys.exit(1)
-
-
-def _read_contents(args: argparse.Namespace) -> Contents:
-    """The tables as training reads them, its flags from the command line, else from the run.
-
-    Raises:
-        UserError: What training refuses, as far as it is no matter of one column.
-    """
-    of_run = vars(last_phase(read_run_flags(Path(args.run), args.head_module))) if args.run else {}
-
-    def flag(name: str, default: Any = None) -> Any:
-        value = getattr(args, name)
-        return of_run.get(name, default) if value in (None, {}) else value
-
-    registry, given = load_registry(args.head_module), flag('head', {})
-    tags = argparse.Namespace(**{name: flag(name) for name in ('tag_separator', 'none_value', 'missing_value')})
-
-    def groups_of(columns: list[str]) -> dict[str, tuple[str, ...]]:
-        return head_options.groups(head_options.match_columns(given, columns))
-
-    def read_head(tables: list[Table], heads: list[str], name: str) -> LabelSpace:
-        columns = tables[-1].label_columns
-        options = head_options.expand(head_options.match_columns(given, columns), columns, heads)
-        if options.get(name, {}).get('loss') == 'arcface':
-            check_single_class(tables[-1], name)
-        readers = head_options.readers(options, registry)
-        return find_label_space(tables, [name], readers, groups_of(columns), dialect(tags))
-
-    head_options.readers(given, registry)
-    contents = read_contents(
-        Path(args.data_dir), flag('image_column', 'image_path'), flag('separator'), tags.missing_value,
-        flag('heads'), given, groups_of, read_head,
-        {usual: flag(f'{usual}_split', usual) for usual in ('train', 'val')}, tags.tag_separator)
-    if 'train' in contents.splits:
-        columns = contents.splits['train'].table.label_columns
-        head_options.check_groups(head_options.match_columns(given, columns), columns)
-    for name in given:
-        if name != '*' and name not in contents.columns.heads:
-            raise UserError(f'--head {name}: there is no such head (there are: {", ".join(contents.columns.heads)})')
-    if not contents.bad_heads:  # one of which may be of tags
-        check_dialect(tags, contents.label_space, contents.folder)
-    return contents
-
-
-def _prepare_output(name: str | None) -> Path | None:
-    """Find out that the file could not be written before the work, not after it."""
-    if name in (None, '-'):
-        return None
-    path = Path(name)
-    if path.is_dir():
-        raise UserError(f'--json {path}: is a folder; name a file')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def report_lines(report: Report) -> list[str]:

@@ -1,102 +1,40 @@
-"""Run an experiment: every setting with every seed, side by side in tables and a picture; goes on where it stopped."""
-import argparse
-import json
-import os
-import platform
-import re
-import shlex
+"""`timm-multilabel grid`."""
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
-import numpy as np
-import pandas as pd
-import torch
-import yaml
-from tqdm import tqdm
-
-from timm_multilabel.cli import train_flags
-from timm_multilabel.cli.checks import check_phases
-from timm_multilabel.cli.device import start_device
-from timm_multilabel.cli.flags import Parser, parse_with_config, positive
-from timm_multilabel.cli.grid_file import OWN_FLAGS, Grid, GridRun, read_grid
-from timm_multilabel.cli.jobs import Job, Jobs
+from timm_multilabel.api.grid import run_grid
 from timm_multilabel.cli.output import say
-from timm_multilabel.cli.run_flags import last_phase
-from timm_multilabel.cli.stored import stored_predictions
-from timm_multilabel.data.split_names import find_split, no_split
-from timm_multilabel.errors import UserError, escaped, one_line, shortened
-from timm_multilabel.escaping import spreadsheet_csv, spreadsheet_text_back
-from timm_multilabel.files import read_json, reading, write_atomic
-from timm_multilabel.reports.experiments import (
-    IMAGES,
-    SEEDS_AND_IMAGES,
-    RunPredictions,
-    compare_groups,
-    run_figures,
-    share,
-)
-from timm_multilabel.reports.experiments import MEAN as MEAN_HEAD
-from timm_multilabel.reports.grid import MEAN, GridResults, draw_grid, grid_markdown
-from timm_multilabel.reports.pictures import png
-from timm_multilabel.training.run_folder import RunLock
+from timm_multilabel.cli.parser import Parser, make_parser
+from timm_multilabel.config.commands import GridSettings
+from timm_multilabel.config.train import TrainSettings
+from timm_multilabel.errors import UserError
 
-NAME = 'grid'
-HELP = 'run an experiment of many settings and seeds, and compare them'
 
-RESULTS, DIFFERENCES, TABLES, PICTURE = 'results.csv', 'differences.csv', 'results.md', 'results.png'
-_WHERE = ('commit', 'machine', 'torch')  # what is noted of the program and the machine
-_LARGEST = 1e12  # number in a table
-_TEXTS = ('setting', 'head', 'over', 'command', *_WHERE)  # columns that are texts, whatever they look like
+def run(settings: GridSettings) -> None:
+    """Run the experiment, and print its tables."""
+    with stopping():
+        made = run_grid(settings, parse_training_flags(settings.flags))
+    print(made.tables)
+    say(f'Wrote {", ".join(map(str, made.files[-2:]))}', sys.stderr)
 
 
 class _StrictParser(Parser):
     """Its errors are raised."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise UserError(f'--flags: {message}')
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of this command."""
-    parser.add_argument('experiment', metavar='EXPERIMENT',
-                        help='folder with a grid.yaml; results.csv, differences.csv, results.md and results.png are '
-                             'written there once all runs are done')
-    parser.add_argument('data_dir', metavar='DIR', nargs='?', help='data directory')
-    parser.add_argument('--output', metavar='DIR',
-                        help='where run folders go (default: output/grid/<name of EXPERIMENT>)')
-    parser.add_argument('--jobs', type=positive, default=1, metavar='N', help='runs at once; they share the cores')
-    parser.add_argument('--split', default='val', metavar='NAME',
-                        help='split that is scored; files of another one are called results-NAME.csv, ...')
-    parser.add_argument('--tables', action='store_true',
-                        help='run nothing: make tables and picture anew, of results.csv and differences.csv')
-    parser.add_argument('--flags', nargs=argparse.REMAINDER, default=[], metavar='...',
-                        help='all that follow are flags of training, for all runs: --flags --cache ram -j 2')
+def parse_training_flags(words: list[str]) -> Mapping[str, Any]:
+    """What flags of training say, as checked values by name.
 
-
-def run(args: argparse.Namespace) -> None:
-    """Run the experiment."""
-    folder = Path(args.experiment)
-    grid = read_grid(folder / 'grid.yaml')
-    if args.tables:
-        write_tables(folder, args.split, read_results(folder, args.split, grid))
-        return
-    if args.data_dir is None:
-        raise UserError('name the data directory too')
-    output = Path(args.output or Path('output/grid') / folder.resolve().name)
-    flags = check_runs(grid, args, output)
-    with closing(RunLock()) as lock, stopping():
-        lock.take(output)
-        train(grid, args, output)
-    results = collect(grid, args, output, flags)
-    for name, table in ((RESULTS, results.runs), (DIFFERENCES, results.differences)):
-        write_atomic(file_of(folder, name, args.split), spreadsheet_csv(table, index=False, float_format='%.6g'))
-        _say(f'Wrote {file_of(folder, name, args.split)}')
-    write_tables(folder, args.split, read_results(folder, args.split, grid))
+    Raises:
+        UserError: They are none.
+    """
+    return vars(make_parser(TrainSettings, 'timm-multilabel train', _StrictParser).parse_args(words))
 
 
 @contextmanager
@@ -111,271 +49,3 @@ def stopping() -> Iterator[None]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-
-
-def file_of(folder: Path, name: str, split: str) -> Path:
-    """A file of results: of the validation split as it is called, of another one with that in its name."""
-    stem, ending = name.split('.')
-    return folder / (name if split == 'val' else f'{stem}-{re.sub(r"[^A-Za-z0-9_.-]+", "-", split)}.{ending}')
-
-
-def recipe_words(run: GridRun, args: argparse.Namespace, output: Path) -> list[str]:
-    """The words that train a run, after the recipe that `write_recipe` has written."""
-    return [args.data_dir, '-c', str(output / f'{run.name}.yaml'), '--seed', str(run.seed), '--output', str(output),
-            '--experiment', run.name, '--resume', 'auto', *args.flags]
-
-
-def write_recipe(run: GridRun, output: Path) -> None:
-    """Write a run's recipe."""
-    recipe = dict(run.recipe)
-    if run.start is not None:
-        recipe['initial_checkpoint'] = str(output / run.start.name / 'last.pth.tar')
-    write_atomic(output / f'{run.name}.yaml', yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
-
-
-def record_of(run: GridRun, args: argparse.Namespace) -> dict[str, Any]:
-    """What a run is of, as JSON has it: two runs of one name with different ones are not the same."""
-    made = {'flags': run.recipe, 'start': run.start and run.start.recipe, 'command line': args.flags,
-            'data': os.path.realpath(args.data_dir)}
-    return json.loads(json.dumps(made, default=str))
-
-
-def read_record(run: GridRun, output: Path) -> dict[str, Any]:
-    """What was noted of a run when it began, and when it ended; nothing of one that never did.
-
-    Raises:
-        UserError: The note is damaged.
-    """
-    path = output / f'{run.name}.json'
-    if not path.is_file():
-        return {}
-    return read_json(path, 'the record of a run', 'remove it, and the run goes on where it stopped', _is_record)
-
-
-def _is_record(record: Any) -> bool:
-    """Whether it is what `write_record` was given when a run began or ended."""
-    return isinstance(record['run'], dict) and all(isinstance(record['where'][name], str) for name in _WHERE) and all(
-        seconds is None or isinstance(seconds, int | float) and 0 <= seconds < 1e12
-        for seconds in (record.get('seconds'), record.get('cpu_seconds'))) and (
-            'seconds' not in record or 'cpu_seconds' in record)
-
-
-def write_record(run: GridRun, output: Path, record: Mapping[str, Any]) -> None:
-    """Note it."""
-    write_atomic(output / f'{run.name}.json', json.dumps(record, indent=1, ensure_ascii=False))
-
-
-def check_runs(grid: Grid, args: argparse.Namespace, output: Path) -> dict[str, argparse.Namespace]:
-    """Check all that can be checked before hours of training; the flags of each run (of its last phase) by name.
-
-    Raises:
-        UserError: Flags that do not go together or that the grid sets itself, a run of this name with others, a
-            setting without heads, a split that is not there.
-    """
-    parser = _StrictParser(prog='timm-multilabel train')
-    train_flags.add_flags(parser)
-    for word in args.flags:
-        action = parser._option_string_actions.get(word.partition('=')[0] if word.startswith('--') else word[:2])
-        if word.startswith('-') and action is not None and action.dest in (*OWN_FLAGS, grid.axis):
-            raise UserError(f"--flags {word}: set by the grid itself; leave it out, or change grid.yaml")
-    if args.split != 'val' and find_split(Path(args.data_dir), args.split) is None:
-        raise no_split(Path(args.data_dir), args.split)
-    for run in grid.runs:
-        record = read_record(run, output)
-        if record and record['run'] != record_of(run, args):
-            raise UserError(
-                f'{output / run.name}: a run of other flags than grid.yaml and the command line have now; remove it '
-                f'and {output / run.name}.json, or choose another --output')
-    output.mkdir(parents=True, exist_ok=True)
-    flags = {}
-    for run in grid.runs:
-        write_recipe(run, output)
-        try:
-            flags[run.name] = check_phases(parse_with_config(parser, recipe_words(run, args, output)))[-1]
-        except UserError as error:
-            raise UserError(f"setting '{run.setting}': {error.line}") from error
-        if not run.is_start and not flags[run.name].classification_loss_weight:
-            raise UserError(f"setting '{run.setting}': trains no heads, so it has no figures; make it a start")
-    return flags
-
-
-def train(grid: Grid, args: argparse.Namespace, output: Path) -> None:
-    """Run what is not done yet, and note what it took."""
-    runs = {run.name: run for run in grid.runs}
-    done = {name for name, run in runs.items() if 'seconds' in read_record(run, output)}
-    resumed = {name for name in runs if (output / name).is_dir()}
-
-    def starts(name: str) -> None:
-        write_record(runs[name], output, {'run': record_of(runs[name], args), 'where': where()})
-
-    with tqdm(total=len(runs), initial=len(done), desc=shortened(grid.title), disable=None) as bar:
-        def write(line: str) -> None:
-            bar.write(one_line(line), file=sys.stderr)
-
-        jobs = Jobs(
-            [Job(name, recipe_words(run, args, output), run.start and run.start.name) for name, run in runs.items()],
-            set(done), args.jobs, lambda name: output / f'{name}.log', starts, write)
-        with closing(jobs.run()) as ended:
-            for name, cost in ended:
-                # What a run that was resumed took before is not known.
-                known = name not in resumed
-                write_record(runs[name], output, {
-                    **read_record(runs[name], output), 'seconds': cost.seconds if known else None,
-                    'cpu_seconds': cost.cpu_seconds if known else None})
-                bar.update()
-                write(f'{name}: done in {cost.seconds:.0f} s')
-
-
-def where() -> dict[str, str]:
-    """The commit of this program, the machine, and torch's version."""
-    here = Path(__file__)
-    commit = ''
-    with suppress(OSError, subprocess.CalledProcessError):
-        def git(*words: str) -> str:
-            return subprocess.check_output(
-                ['git', '-C', str(here.parent), *words], text=True, stderr=subprocess.DEVNULL).strip()
-
-        git('ls-files', '--error-unmatch', here.name)  # else the repository is another one that this is installed in
-        commit = git('rev-parse', '--short', 'HEAD') + (
-            ' with changes' if git('status', '--porcelain', '--', str(here.parents[1])) else '')
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return dict(zip(_WHERE, (commit, f'{device}, {os.cpu_count()} cores', torch.__version__), strict=True))
-
-
-def _processor() -> str:
-    """What the processor calls itself."""
-    with suppress(OSError):
-        for line in Path('/proc/cpuinfo').read_text(encoding='utf-8').split('\n'):
-            if line.startswith('model name'):
-                return line.partition(':')[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def collect(
-        grid: Grid,
-        args: argparse.Namespace,
-        output: Path,
-        flags: Mapping[str, argparse.Namespace],
-) -> GridResults:
-    """The figures of all runs, and the differences of settings to the first one, value by value."""
-    runs = [run for run in grid.runs if not run.is_start]
-    device = start_device(None)
-    answers = []
-    for run in runs:
-        of_run = last_phase(flags[run.name])
-        split = of_run.val_split if args.split == 'val' else args.split
-        answers.append(RunPredictions.of(stored_predictions(
-            output / run.name, split, Path(args.data_dir), device, 0, lambda line: None,
-            head_module=of_run.head_module)))
-    answers = share(answers, [run.name for run in runs], args.split, _say)
-    figures = run_figures(answers)
-    heads = [head for head, figure in figures.columns if figure == 'top1' and head != MEAN_HEAD]
-    mean = (MEAN_HEAD if (MEAN_HEAD, 'top1') in figures else heads[0], 'top1') if heads else None
-    taken = {*_TEXTS, grid.axis, 'seed', MEAN, 'minutes', 'cpu_minutes'}.intersection(heads)
-    if taken or mean is None:
-        raise UserError(
-            f"{output}: a head is called '{taken.pop()}', as a column of {RESULTS}; rename it in the CSVs" if taken else
-            f'{output}: no head of classes, which alone are compared here; see timm-multilabel compare')
-    words = ['timm-multilabel', 'grid', args.experiment, args.data_dir,
-             *(['--output', args.output] if args.output else []),
-             *(['--jobs', str(args.jobs)] if args.jobs > 1 else []),
-             *(['--split', args.split] if args.split != 'val' else []),
-             *(['--flags', *args.flags] if args.flags else [])]
-    command = escaped(shlex.join(words))
-    rows = []
-    for number, run in enumerate(runs):
-        row = {'setting': run.setting, **({grid.axis: run.value} if grid.axis else {}), 'seed': run.seed}
-        row |= {head: figures[head, 'top1'].iloc[number] for head in heads} | {MEAN: figures[mean].iloc[number]}
-        records = [read_record(each, output) for each in (run, run.start) if each is not None]
-        for name, key in (('minutes', 'seconds'), ('cpu_minutes', 'cpu_seconds')):
-            spent = [record[key] for record in records]
-            row[name] = sum(spent) / 60 if None not in spent else None
-        rows.append({**row, **records[0]['where'], 'command': command})
-    differences = []
-    for value in grid.values or [None]:
-        of_value = [number for number, run in enumerate(runs) if run.value == value]
-        names = [name for name in grid.settings if any(runs[number].setting == name for number in of_value)]
-        groups = [[place for place, number in enumerate(of_value) if runs[number].setting == name] for name in names]
-        found = compare_groups(
-            [answers[number] for number in of_value], groups, [runs[number].seed for number in of_value], 0)
-        for row in found[found['figure'] == 'top1'].itertuples(index=False):
-            differences.append({
-                **({grid.axis: value} if grid.axis else {}), 'setting': names[row.group],
-                'head': row.head or MEAN, 'difference': row.difference, 'low': row.low, 'high': row.high, 'p': row.p,
-                'holm': row.holm, 'over': row.over})
-    return GridResults(
-        grid.title, grid.about, args.split, grid.axis, grid.settings, pd.DataFrame(rows), pd.DataFrame(differences),
-        heads)
-
-
-def read_results(folder: Path, split: str, grid: Grid) -> GridResults:
-    """The results of an experiment, as its CSVs have them.
-
-    Raises:
-        UserError: There are none yet, or they are of another grid.yaml.
-    """
-    tables = []
-    for name in (RESULTS, DIFFERENCES):
-        path = file_of(folder, name, split)
-        if not path.is_file():
-            raise UserError(f'{path}: not there; run the experiment (without --tables) first')
-        with reading(path, 'results of an experiment', 'run the experiment again, without --tables'):
-            tables.append(_read_table(path, grid, name == RESULTS))
-            if name == RESULTS:
-                columns = list(tables[0].columns)
-                heads = columns[columns.index('seed') + 1:columns.index(MEAN)]
-                if not heads:
-                    raise ValueError('no heads')
-            elif len(tables[1]) and not tables[1]['head'].isin([MEAN, *heads]).all():
-                raise ValueError('a head that the results have not')
-    return GridResults(grid.title, grid.about, split, grid.axis, grid.settings, *tables, heads)
-
-
-def _read_table(path: Path, grid: Grid, of_runs: bool) -> pd.DataFrame:
-    """A CSV of results, or of differences; raises ValueError where it is none of this grid."""
-    try:
-        columns = pd.read_csv(path, nrows=0).columns
-    except pd.errors.EmptyDataError:  # of one setting
-        if of_runs:
-            raise
-        return pd.DataFrame()
-    columns = [spreadsheet_text_back(name) for name in columns]
-    if grid.axis is not None and grid.axis not in columns:
-        raise ValueError(f"it has no column '{grid.axis}', which grid.yaml varies")
-    table = pd.read_csv(
-        path, header=0, names=columns, dtype={name: str for name in _TEXTS if name in columns}, keep_default_na=False,
-        index_col=False, na_values={name: [''] for name in columns if name not in (*_TEXTS, grid.axis)})
-    table = table.map(lambda cell: spreadsheet_text_back(cell) if isinstance(cell, str) else cell)
-    needed = ('setting', 'seed', MEAN, 'minutes', 'cpu_minutes', 'command', *_WHERE) if of_runs else (
-        'setting', 'head', 'difference', 'low', 'high', 'p', 'holm')
-    if not of_runs and 'over' not in columns:  # made before seeds were resampled too
-        table['over'] = IMAGES
-    missing = [name for name in needed if name not in columns]
-    if missing or of_runs and not len(table):
-        raise ValueError(f"it has no column '{missing[0]}'" if missing else 'it has no rows')
-    for name, cells in table.drop(columns=[*_TEXTS, grid.axis], errors='ignore').items():
-        if cells.dtype.kind not in 'if' or np.isinf(cells).any() or (cells.abs() > _LARGEST).any():
-            raise ValueError(f"column '{name}' holds something other than numbers")
-    if not of_runs and not table['over'].isin([IMAGES, SEEDS_AND_IMAGES]).all():
-        raise ValueError(f"column 'over' holds something other than '{IMAGES}' and '{SEEDS_AND_IMAGES}'")
-    unknown = set(table['setting']) - set(grid.settings)
-    keys = ['setting', 'seed' if of_runs else 'head', *([grid.axis] if grid.axis else [])]
-    if unknown or table[keys].isna().any(axis=None) or table.duplicated(keys).any():
-        raise ValueError(f"grid.yaml has no setting '{unknown.pop()}'" if unknown else 'a row twice, or without a name')
-    if of_runs and not table['setting'].eq(grid.settings[0]).any():
-        raise ValueError(f"it has no run of '{grid.settings[0]}'")
-    return table
-
-
-def write_tables(folder: Path, split: str, results: GridResults) -> None:
-    """Write tables and picture, and print the tables."""
-    tables = grid_markdown(results)
-    write_atomic(file_of(folder, TABLES, split), tables)
-    write_atomic(file_of(folder, PICTURE, split), png(draw_grid(results)))
-    print(tables)
-    _say(f'Wrote {", ".join(str(file_of(folder, name, split)) for name in (TABLES, PICTURE))}')
-
-
-def _say(line: str) -> None:
-    """Standard output is for the tables."""
-    say(line, sys.stderr)

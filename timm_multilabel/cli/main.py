@@ -1,91 +1,119 @@
-"""`timm-multilabel SUBCOMMAND ...`, and the same for the scripts in the repository's root."""
+"""`timm-multilabel COMMAND ...`, and the same for the scripts in the repository's root."""
+import logging
 import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
-from importlib.metadata import version
-from types import ModuleType
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import NoReturn
 
 from timm_multilabel import __version__
-from timm_multilabel.cli import (
-    check,
-    compare,
-    embed,
-    export,
-    grid,
-    predict,
-    report,
-    sample,
-    search,
-    split,
-    train,
-    validate,
-)
-from timm_multilabel.cli.flags import Parser, parse_with_config
-from timm_multilabel.cli.output import print_traceback, printed_streams, say
-from timm_multilabel.errors import UserError
-from timm_multilabel.training.signals import Stopped, exit_when_stopped
-
-COMMANDS = (train, validate, predict, embed, search, export, report, compare, grid, sample, split, check)
+from timm_multilabel.cli.commands import COMMANDS, LINES_BESIDE_DATA
+from timm_multilabel.cli.output import LogLines, print_traceback, printed_streams, say
+from timm_multilabel.cli.parser import Parser, parse
+from timm_multilabel.config.files import build
+from timm_multilabel.config.settings import Settings
+from timm_multilabel.errors import SettingError, UserError
 
 
 def main() -> None:
-    """Run the subcommand that the command line names."""
+    """Run the command that the command line names."""
     parser = Parser(prog='timm-multilabel', description='Several labels a photo and SimCLR, on any timm backbone.')
-    parser.add_argument('--version', action='version', version=_versions())
-    subparsers = parser.add_subparsers(metavar='COMMAND')
-    for command in COMMANDS:
-        subparsers.add_parser(command.NAME, help=command.HELP, add_help=False).set_defaults(command=command)
+    if sys.argv[1:2] == ['--version']:
+        parser.add_argument('--version', action='version', version=_versions())
+    else:
+        parser.add_argument('--version', action='store_true', help="show program's version number and exit")
+    subparsers = parser.add_subparsers(metavar='COMMAND', dest='command')
+    for name, settings in COMMANDS.items():
+        subparsers.add_parser(name, help=settings.HELP, add_help=False)
     with printed_streams():
-        command = getattr(parser.parse_args(sys.argv[1:2]), 'command', None)
-        if command is None:
+        name = parser.parse_args(sys.argv[1:2]).command
+        if name is None:
             parser.print_help(sys.stderr)
             sys.exit(2)
-    run_command(command, f'timm-multilabel {command.NAME}', sys.argv[2:])
+    run_command(name, f'timm-multilabel {name}', sys.argv[2:])
 
 
 def _versions() -> str:
+    from importlib.metadata import version
+
     python = '.'.join(map(str, sys.version_info[:3]))
     timm, torch = (version(package) for package in ('timm', 'torch'))
     return f'%(prog)s {__version__} (timm {timm}, torch {torch}, Python {python})'
 
 
-def run_command(command: ModuleType, prog: str, argv: Sequence[str]) -> None:
-    """Run a subcommand; what the user can fix becomes one line on standard error and exit status 2."""
+def run_command(name: str, prog: str, argv: Sequence[str]) -> None:
+    """Run a command; what the user can fix becomes one line on standard error and exit status 2."""
+    name = getattr(name, '__name__', name).rpartition('.')[2]
     sys.excepthook = print_traceback
-    with printed_streams(patient=command is train):
-        _run(command, prog, argv)
+    with printed_streams(patient=name == 'train'):
+        settings = parse_settings(name, prog, argv)
+        with guarded(prog, name in LINES_BESIDE_DATA):
+            import_module(f'timm_multilabel.cli.{name}').run(settings)
 
 
-def _run(command: ModuleType, prog: str, argv: Sequence[str]) -> None:
-    warnings.filterwarnings('ignore', module=r'PIL\.|torch\._weights')  # of absurd files, which are named
-    parser = Parser(prog=prog, description=command.__doc__.split('\n')[0])
-    command.add_flags(parser)
-    positionals = [action.metavar for action in parser._actions if not action.option_strings]
-    parser.usage = ' '.join(['%(prog)s', *positionals, '[flags]'])
+def parse_settings(name: str, prog: str, argv: Sequence[str]) -> Settings:
+    """The settings that a command line means; ends with exit status 2 where it means none."""
+    cls = COMMANDS[name]
     try:
-        command.run(parse_with_config(parser, list(argv)))
-    except Stopped as stop:
-        if not int(os.environ.get('RANK', 0)):
-            say(f'{prog}: {stop}', sys.stderr)
-        exit_when_stopped()
+        return build(cls, parse(cls, prog, argv))
+    except UserError as error:
+        _end(prog, error)
+
+
+@contextmanager
+def guarded(prog: str, beside_data: bool = False) -> Iterator[None]:
+    """Print what is logged, and end the process where an error leaves: with one line, or with a traceback.
+
+    Args:
+        prog: What messages begin with.
+        beside_data: Standard output is for data, so lines go to standard error.
+    """
+    warnings.filterwarnings('ignore', module=r'PIL\.|torch\._weights')  # of absurd files, which are named
+    logger, lines = logging.getLogger('timm_multilabel'), LogLines(sys.stderr if beside_data else None)
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(lines)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
     except KeyboardInterrupt:
         say(f'{prog}: stopped', sys.stderr)
         sys.exit(130)
-    except Exception as error:
-        status, line = describe(error)
-        if line is None:
-            if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-                # Where another rank has ended, its error is the one to read: the launcher ends this one while it waits.
-                time.sleep(5)
-            raise
-        if status == 2 and int(os.environ.get('RANK', 0)):
-            # All ranks meet most errors alike. The first one says so and ends, and the launcher ends the others, unless
-            # the error is this rank's own.
-            time.sleep(10)
-        say(f'{prog}: error: {line}', sys.stderr)
-        sys.exit(status)
+    except BaseException as error:
+        _end(prog, error)
+    finally:
+        logger.removeHandler(lines)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def _end(prog: str, error: BaseException) -> NoReturn:
+    """End the process because of an error: one line where the user can do something about it, else a traceback."""
+    from timm_multilabel.training.signals import Stopped, exit_when_stopped
+
+    rank = int(os.environ.get('RANK', 0))
+    if isinstance(error, Stopped):
+        if not rank:
+            say(f'{prog}: {error}', sys.stderr)
+        exit_when_stopped()
+    if not isinstance(error, Exception):
+        raise error
+    status, line = describe(error)
+    if line is None:
+        if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+            # Where another rank has ended, its error is the one to read: the launcher ends this one while it waits.
+            time.sleep(5)
+        raise error
+    if status == 2 and rank:
+        # All ranks meet most errors alike. The first one says so and ends, and the launcher ends the others, unless
+        # the error is this rank's own.
+        time.sleep(10)
+    more = f' (see {prog} --help)' if isinstance(error, SettingError) and error.see_help else ''
+    say(f'{prog}: error: {line}{more}', sys.stderr)
+    sys.exit(status)
 
 
 def describe(error: Exception) -> tuple[int, str | None]:

@@ -3,6 +3,7 @@
 All of what a command prints goes through these streams, whoever prints it: this program, warnings, logging, progress
 bars, tracebacks.
 """
+import logging
 import os
 import sys
 import traceback
@@ -84,3 +85,25 @@ def print_traceback(kind: type[BaseException], error: BaseException, trace: Trac
 def say(line: str, file: TextIO | None = None) -> None:
     """Print a line, which stays one whatever the names in it hold."""
     print(one_line(line), file=file, flush=True)
+
+
+class LogLines(logging.Handler):
+    """Prints what is logged, a line a record, as it is.
+
+    Args:
+        file: Where to; standard output when None, which may change.
+    """
+
+    def __init__(self, file: TextIO | None = None):
+        super().__init__()
+        self.file = file
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage(), self.file)
+
+
+def end_with_bad_images(bad: int, images: int) -> None:
+    """Where images could not be read, say how many on standard error, and end with exit status 1."""
+    if bad:
+        say(f'{bad} of {images} images could not be read', sys.stderr)
+        sys.exit(1)

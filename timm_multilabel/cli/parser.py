@@ -48,10 +48,10 @@ class _Put(argparse.Action):
         put(vars(namespace), made, value)
 
 
-def make_parser(cls: type[Settings], prog: str) -> Parser:
+def make_parser(cls: type[Settings], prog: str, kind: type[Parser] = Parser) -> Parser:
     """The parser of a command; what it parses is only what the command line says, without defaults."""
     description = ' '.join((cls.__doc__ or '').split('\n\n')[0].split())
-    parser = Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS)
+    parser = kind(prog=prog, description=description, argument_default=argparse.SUPPRESS)
     for title, settings in cls.groups():
         where = parser if title is None else parser.add_argument_group(title)
         for made in settings.values():

@@ -1,9 +1,11 @@
 """What is refused before anything is trained."""
-import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 
-from timm_multilabel.cli.batches import which_views
-from timm_multilabel.cli.data import Data, wants_pool
+from timm_multilabel.assembly.data import Data
+from timm_multilabel.assembly.pool import wants_pool
+from timm_multilabel.assembly.views import which_views
+from timm_multilabel.config.train import Phase, TrainSettings
 from timm_multilabel.data.remarks import can_be_scored
 from timm_multilabel.errors import UserError, listed
 from timm_multilabel.heads import Head
@@ -15,149 +17,152 @@ _RUN_WIDE = (
     'output', 'experiment', 'resume', 'initial_checkpoint', 'device', 'seed', 'log_tensorboard', 'log_wandb')
 
 
-def check_phases(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """The flags of each phase, or of the one that a run without phases is.
+def check_phases(settings: TrainSettings) -> list[Phase]:
+    """The phases of a run, checked; a run without phases is one that has no name.
 
     Raises:
-        UserError: A phase without epochs or with a flag of the whole run, or flags that do not go together.
+        UserError: A phase without epochs or with a setting of the whole run, or settings that do not go together.
     """
-    if not args.phases:
-        check_flags(args)
-        return [args]
-    for phase in args.phases:
-        where = f"{args.config}, phase '{phase.phase}'"
+    if not settings.phases:
+        check_settings(settings, frozenset(settings.settings()))
+        return [Phase('', {}, settings)]
+    checked = []
+    for phase in settings.phases:
+        where = f"{settings.config}, phase '{phase.name}'"
         if phase.given.get('epochs') is None:
             raise UserError(f"{where}: it has no epochs; add 'epochs: N'")
         for name in _RUN_WIDE:
             if name in phase.given:
                 raise UserError(f"{where}: '{name}' applies to the whole run; put it above the phases")
         try:
-            check_flags(phase)
+            check_settings(phase.settings, frozenset(phase.given))
         except UserError as error:
             raise UserError(f'{where}: {error}') from error
-        if not phase.classification_loss_weight:
-            _forget_heads(phase)
-    return args.phases
+        if not phase.settings.objective.classification_loss_weight:
+            phase = replace(phase, settings=_without_heads(phase.settings))
+        checked.append(phase)
+    return checked
 
 
-def _forget_heads(phase: argparse.Namespace) -> None:
-    """Take from a phase of SimCLR alone what the recipe, or the command line, says of heads for all phases."""
-    phase.head = {}
-    phase.heads = phase.head_weights = phase.eval_metric = None
-    phase.entropy_weight = phase.marginal_entropy_weight = phase.pseudo_label_weight = 0.0
-    phase.classify_views = 'both'
+def _without_heads(settings: TrainSettings) -> TrainSettings:
+    """A phase of SimCLR alone without what the recipe, or the command line, says of heads for all phases."""
+    of_heads = ('head', 'heads', 'head_weights', 'eval_metric', 'entropy_weight', 'marginal_entropy_weight',
+                'pseudo_label_weight', 'classify_views')
+    known = settings.settings()
+    return settings.replace(**{name: known[name].default for name in of_heads})
 
 
-def check_flags(args: argparse.Namespace) -> None:
+def check_settings(settings: TrainSettings, given: Collection[str]) -> None:
     """Refuse what contradicts itself, before anything is read.
 
     What a recipe says for all phases may be of no use in one of them; what a phase says itself may not.
 
+    Args:
+        settings: Of a run, or of a phase.
+        given: The settings that may not be idle.
+
     Raises:
-        UserError: Flags that do not go together.
+        UserError: Settings that do not go together.
     """
-    if not args.simclr_loss_weight and not args.classification_loss_weight:
+    objective, views, run, backbone = settings.objective, settings.augmentation, settings.run, settings.backbone
+    if not objective.simclr_loss_weight and not objective.classification_loss_weight:
         raise UserError('-wls 0 with -wlc 0 leaves nothing to train; make one of them more than 0')
-    pool = wants_pool(args)
-    pool_batch = args.unlabelled_batch_size or (args.batch_size if pool and args.classification_loss_weight else 0)
-    images = args.batch_size + pool_batch
-    if args.simclr_loss_weight and images == 1:
+    pool = wants_pool(settings)
+    pool_batch = settings.pool.unlabelled_batch_size or (
+        run.batch_size if pool and objective.classification_loss_weight else 0)
+    if objective.simclr_loss_weight and run.batch_size + pool_batch == 1:
         raise UserError('-b 1: SimCLR contrasts the images of a batch, so it needs 2 or more; raise -b, or pass -wls 0')
-    _check_idle(args, pool)
-    if args.freeze_backbone and args.simclr_loss_weight:
+    _check_idle(settings, pool, given)
+    if backbone.freeze_backbone and objective.simclr_loss_weight:
         raise UserError('--freeze-backbone trains the heads alone, and SimCLR the backbone: pass -wls 0 with it')
-    mixing = args.mixup or args.cutmix
-    if mixing and (pool or any(options.get('loss', 'softmax') != 'softmax' for options in args.head.values())):
+    mixing = views.mixup or views.cutmix
+    if mixing and (pool or any(options.get('loss', 'softmax') != 'softmax' for options in settings.data.head.values())):
         raise UserError('--mixup and --cutmix mix the labels of classes; leave them out with other heads or a pool')
-    if mixing and args.simclr_loss_weight:
+    if mixing and objective.simclr_loss_weight:
         raise UserError(
             '--mixup and --cutmix make one picture of two photos, which SimCLR would take for one photo: '
             'pass -wls 0 with them')
-    if mixing and args.batch_size % 2:
-        raise UserError(f'-b {args.batch_size}: --mixup and --cutmix mix pairs, so they need an even batch')
-    if args.aa and args.views in ('simclr', 'simclr-exact'):
-        raise UserError(f"--aa is a policy of timm's views, and --views {args.views} has its own recipe; leave one out")
-    if args.cache == 'device' and which_views(args) != 'simclr':
+    if mixing and run.batch_size % 2:
+        raise UserError(f'-b {run.batch_size}: --mixup and --cutmix mix pairs, so they need an even batch')
+    if views.aa and views.views in ('simclr', 'simclr-exact'):
         raise UserError(
-            f"--cache device makes SimCLR's views on the device, and the views here are {which_views(args)}; pass "
+            f"--aa is a policy of timm's views, and --views {views.views} has its own recipe; leave one out")
+    if settings.data.cache == 'device' and which_views(settings) != 'simclr':
+        raise UserError(
+            f"--cache device makes SimCLR's views on the device, and the views here are {which_views(settings)}; pass "
             '--views simclr, or --cache ram')
-    if args.color_jitter and (len(args.color_jitter) not in (1, 3, 4) or max(args.color_jitter[3:], default=0) > 0.5):
+    jitter = views.color_jitter
+    if jitter and (len(jitter) not in (1, 3, 4) or max(jitter[3:], default=0) > 0.5):
         raise UserError('--color-jitter takes 1, 3 or 4 numbers, the fourth (hue) 0.5 at most')
-    if args.aa and args.color_jitter and '3a' not in args.aa:
+    if views.aa and jitter and '3a' not in views.aa:
         raise UserError('--aa has colors of its own, and timm then leaves --color-jitter out; pass one of them')
-    if args.aa and args.color_jitter_prob is not None and '3a' not in args.aa:
+    if views.aa and views.color_jitter_prob is not None and '3a' not in views.aa:
         raise UserError('--aa has colors of its own, and timm then leaves --color-jitter-prob out; pass one of them')
-    for name in ('scale', 'ratio') if args.scale else ('ratio',):
-        low, high = getattr(args, name)
-        if low > high or name == 'scale' and high > 1:
-            raise UserError(f'--{name} {low:g} {high:g}: the least comes first'
+    for name, range_ in (('scale', views.scale), ('ratio', views.ratio)):
+        if range_ and (range_[0] > range_[1] or name == 'scale' and range_[1] > 1):
+            raise UserError(f'--{name} {range_[0]:g} {range_[1]:g}: the least comes first'
                             + (', and the most is 1' if name == 'scale' else ''))
-    if args.grad_checkpointing and (args.torchcompile or '').startswith('eager'):
-        raise UserError(f'--torchcompile {args.torchcompile} compiles nothing and cannot recompute activations; pass '
-                        'another backend, or leave --grad-checkpointing out')
-    if args.layer_decay and args.sched == 'none':
+    if backbone.grad_checkpointing and (backbone.torchcompile or '').startswith('eager'):
+        raise UserError(f"--torchcompile {backbone.torchcompile} compiles nothing and cannot recompute activations; "
+                        "pass another backend, or leave --grad-checkpointing out")
+    if settings.optimizer.layer_decay and settings.schedule.sched == 'none':
         raise UserError('--layer-decay works through the schedule; pass --sched constant in place of none')
-    if args.sched == 'plateau' and args.sched_on_updates:
+    if settings.schedule.sched == 'plateau' and settings.schedule.sched_on_updates:
         raise UserError('--sched plateau goes by epochs; leave --sched-on-updates out')
-    if args.resume == 'auto' and not args.experiment:
+    if run.resume == 'auto' and not run.experiment:
         raise UserError('--resume auto goes on with a run that has a name: add --experiment NAME')
-    if args.input_size and args.input_size[0] != 3:
-        raise UserError(f'--input-size {args.input_size[0]} ...: images are RGB, so the first number is 3')
+    if backbone.input_size and backbone.input_size[0] != 3:
+        raise UserError(f'--input-size {backbone.input_size[0]} ...: images are RGB, so the first number is 3')
 
 
-def _check_idle(args: argparse.Namespace, pool: bool) -> None:
-    """Raise UserError where a flag that was given (in a recipe: by the phase itself) changes nothing."""
-    without_heads = '-wlc 0 trains no heads' if not args.classification_loss_weight else ''
+def _check_idle(settings: TrainSettings, pool: bool, given: Collection[str]) -> None:
+    """Raise UserError where a setting that was given (in a recipe: by the phase itself) changes nothing."""
+    changed, of_pool = settings.changed(), settings.pool
+    of_heads = dict.fromkeys(
+        ('head', 'heads', 'head_weights', 'classify_views', 'eval_metric', 'entropy_weight', 'marginal_entropy_weight',
+         'pseudo_label_weight', 'labelled_rows'),
+        '' if settings.objective.classification_loss_weight else '-wlc 0 trains no heads')
     reasons = {
-        'head': args.head and without_heads,
-        'heads': args.heads and without_heads,
-        'head_weights': args.head_weights and without_heads,
-        'classify_views': args.classify_views == 'first' and without_heads,
-        'eval_metric': args.eval_metric and without_heads,
-        'entropy_weight': args.entropy_weight and without_heads,
-        'marginal_entropy_weight': args.marginal_entropy_weight and without_heads,
-        'pseudo_label_weight': args.pseudo_label_weight and without_heads,
-        'labelled_rows': args.labelled_rows and without_heads,
-        'epoch_by': args.epoch_by != 'larger' and (
-            without_heads or not pool and 'there are no unlabelled batches' or args.epoch_steps and
-            '--epoch-steps says how long an epoch is'),
-        'entropy_ramp_up': args.entropy_ramp_up and not (args.entropy_weight or args.marginal_entropy_weight)
+        **of_heads,
+        'epoch_by': of_heads['head'] or not pool and 'there are no unlabelled batches' or
+        settings.run.epoch_steps and '--epoch-steps says how long an epoch is',
+        'entropy_ramp_up': not (of_pool.entropy_weight or of_pool.marginal_entropy_weight)
         and 'there is no entropy weight to ramp up',
-        'weak_first_view': args.weak_first_view and not (args.simclr_loss_weight or args.pseudo_label_weight)
+        'weak_first_view': not (settings.objective.simclr_loss_weight or of_pool.pseudo_label_weight)
         and 'there is one view an image',
-        'cache_dir': args.cache_dir != '~/.cache/timm-multilabel' and args.cache != 'disk'
-        and 'there is no --cache disk',
-        'pseudo_label_threshold': args.pseudo_label_threshold != 0.95 and not args.pseudo_label_weight
-        and 'there is no --pseudo-label-weight',
+        'cache_dir': settings.data.cache != 'disk' and 'there is no --cache disk',
+        'pseudo_label_threshold': not of_pool.pseudo_label_weight and 'there is no --pseudo-label-weight',
     }
     for name, reason in reasons.items():
-        if reason and name in getattr(args, 'given', reasons):
+        if reason and name in changed and name in given:
             raise UserError(f'--{name.replace("_", "-")} would change nothing: {reason}; leave it out')
 
 
-def resolve_weights(args: argparse.Namespace, data: Data, weights: dict[str, float]) -> dict[str, float]:
+def resolve_weights(settings: TrainSettings, data: Data, weights: dict[str, float]) -> dict[str, float]:
     """The weight of each head: `--head-weights`, or 1 / H each, and over them what `--head` says.
 
     Raises:
         UserError: A weight is missing or of a head that there is none of, or all are 0.
     """
     names = data.label_space.names
-    base = args.head_weights if args.head_weights is not None else resolve_head_weights(names, None)
+    base = settings.objective.head_weights
+    base = resolve_head_weights(names, None) if base is None else base
     try:
         return resolve_head_weights(names, {**base, **weights})
     except ValueError as error:
         raise UserError(f'--head-weights: {error}') from error
 
 
-def check_terms(args: argparse.Namespace, heads: Iterable[Head]) -> None:
+def check_terms(settings: TrainSettings, heads: Iterable[Head]) -> None:
     """Raise UserError where no head can learn what unlabelled images are asked to teach."""
-    if (args.entropy_weight or args.marginal_entropy_weight or args.pseudo_label_weight) and not any(
+    pool = settings.pool
+    if (pool.entropy_weight or pool.marginal_entropy_weight or pool.pseudo_label_weight) and not any(
             head.distribution for head in heads):
         raise UserError('--entropy-weight, --pseudo-label-weight: no head predicts classes or tags; leave them out')
 
 
 def check_metric(
-        args: argparse.Namespace,
+        settings: TrainSettings,
         data: Data,
         heads: Iterable[Head],
         weights: dict[str, float],
@@ -169,7 +174,7 @@ def check_metric(
         UserError: There is no such metric, or the labels of the evaluation do not allow it.
     """
     heads = list(heads)
-    metric = args.eval_metric or default_metric(heads)
+    metric = settings.run.eval_metric or default_metric(heads)
     if data.eval_rows is None:
         return 'simclr_loss'
     figures = {head.labels.name: ('loss', *head.figures) for head in heads}
@@ -186,7 +191,7 @@ def check_metric(
     source = data.eval_rows.source
     if not labelled:
         raise UserError(f'{source}: no row has a label of a head with a weight; there is nothing to score')
-    if not scored and args.eval_metric is None:
+    if not scored and settings.run.eval_metric is None:
         say(f'{source}: its labels allow no {metric} of any head, so checkpoints are ranked by loss')
         return 'loss'
     if metric in MEANS and metric != 'loss' and not any(metric in ('score', *figures[name]) for name in scored):

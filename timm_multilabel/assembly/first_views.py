@@ -1,23 +1,24 @@
 """The views that training made of a few photos, made again."""
-import argparse
-import copy
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
-from timm_multilabel.cli.batches import Loaders, which_views
-from timm_multilabel.cli.checks import check_phases
-from timm_multilabel.cli.data import read_data
+from timm_multilabel.assembly.checks import check_phases
+from timm_multilabel.assembly.data import read_data
+from timm_multilabel.assembly.loaders import create_loaders
+from timm_multilabel.assembly.model import has_one_view
+from timm_multilabel.assembly.views import which_views
+from timm_multilabel.config.train import TrainSettings
+from timm_multilabel.log import silent
 from timm_multilabel.training.checkpoint import read_checkpoint
 from timm_multilabel.training.run_folder import phase_folder
 
 
 def first_views(
-        flags: argparse.Namespace,
+        settings: TrainSettings,
         run: Path,
         data_dir: Path | None,
         data_config: dict[str, Any],
@@ -28,7 +29,7 @@ def first_views(
     Of a run with phases they are of the last phase with SimCLR, or else of the last one.
 
     Args:
-        flags: Of the run.
+        settings: Of the run.
         run: Its folder.
         data_dir: The data directory; that of the run when None.
         data_config: Of the run's best checkpoint.
@@ -40,37 +41,36 @@ def first_views(
     Raises:
         UserError: The training images cannot be read.
     """
-    phases = check_phases(copy.deepcopy(flags))
-    index = max((number for number, phase in enumerate(phases) if phase.simclr_loss_weight), default=len(phases) - 1)
-    args = phases[index]
-    folder = phase_folder(run, [getattr(phase, 'phase', '') for phase in phases], index)
+    phases = check_phases(settings)
+    index = max((number for number, phase in enumerate(phases)
+                 if phase.settings.objective.simclr_loss_weight), default=len(phases) - 1)
+    folder, chosen = phase_folder(run, [phase.name for phase in phases], index), phases[index].settings
     if folder != run and (folder / 'last.pth.tar').is_file():
         data_config = read_checkpoint(folder / 'last.pth.tar', mapped=True).data_config  # sizes may differ
-    args.data_dir = str(data_dir or args.data_dir)
-    args.workers, args.cache = 0, None
-    data = read_data(args, lambda line: None)
+    chosen = chosen.replace(data_dir=str(data_dir or chosen.data.data_dir), workers=0, cache=None)
+    data = read_data(chosen, silent)
     of_pool = min(count // 2, len(data.pool_rows)) if data.pool_rows is not None else 0
     labelled = min(count - of_pool, len(data.train_rows))
-    if args.mixup or args.cutmix:
+    if chosen.augmentation.mixup or chosen.augmentation.cutmix:
         labelled -= labelled % 2  # pairs are mixed
     data = replace(data, eval_rows=None, batch_size=labelled, pool_batch_size=of_pool, steps=1)
-    views = 2 if args.simclr_loss_weight or args.pseudo_label_weight else 1
-    task = SimpleNamespace(views=views, label_space=data.label_space)
-    loader = Loaders(args, task, data, data_config, torch.device('cpu'), lambda line: None, cache=False).train
+    views = 1 if has_one_view(chosen) else 2
+    loader = create_loaders(chosen, data, data_config, views, torch.device('cpu'), silent, cache=False).train
     loader.set_epoch(0)
     images, _ = next(iter(loader))
     mean, std = (torch.tensor(data_config[name]).view(1, 3, 1, 1) for name in ('mean', 'std'))
     pixels = ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     made = pixels.permute(0, 2, 3, 1).unflatten(0, (views, -1)).numpy()
     return [list(made[:, photo]) for photo in range(made.shape[1])], _describe(
-        args, len(phases), made.shape[2:4], views, of_pool)
+        chosen, phases[index].name if len(phases) > 1 else '', made.shape[2:4], views, of_pool)
 
 
-def _describe(args: argparse.Namespace, phases: int, size: tuple[int, int], views: int, of_pool: int) -> str:
-    of_phase = f' of phase {args.phase}' if phases > 1 else ''
+def _describe(settings: TrainSettings, phase: str, size: tuple[int, int], views: int, of_pool: int) -> str:
+    of_phase = f' of phase {phase}' if phase else ''
     pairs = 'Pairs of views' if views == 2 else 'Views, one a photo,'
     pool = f'; the last {of_pool} photos are unlabelled ones' if of_pool else ''
-    of_weak = views == 2 and (args.weak_first_view or of_pool and args.pseudo_label_weight)
+    of_weak = views == 2 and (
+        settings.augmentation.weak_first_view or of_pool and settings.pool.pseudo_label_weight)
     weak = ', whose first view is the weak one' if of_weak else ''
     return (f'{pairs} as the model saw them in the first epoch{of_phase}: {size[1]}x{size[0]} pixels, made by --views '
-            f'{which_views(args)}{pool}{weak}.')
+            f'{which_views(settings)}{pool}{weak}.')

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from timm_multilabel.cli import train_flags
-from timm_multilabel.cli.flags import TRUST_FLAGS, Parser, named_flag, read_yaml
+from timm_multilabel.config.files import TRUST, read_yaml
+from timm_multilabel.config.settings import named_setting
+from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.errors import UserError
 
 _KEYS = ('title', 'about', 'flags', 'seeds', 'axis', 'starts', 'settings')
@@ -140,17 +141,15 @@ def _check_flags(path: Path, where: str, flags: Mapping[str, Any], axis: str | N
     Raises:
         UserError: One is no flag, set by the grid itself, or what varies.
     """
-    parser = Parser()
-    train_flags.add_flags(parser)
     phases = flags.get('phases') or []
     keys = [key for key in flags if key != 'phases']
     keys += [key for phase in phases if isinstance(phase, dict) for key in phase if key != 'name']
-    names = [named_flag(parser, f'{path}, {where}', key).dest for key in keys]
+    names = [named_setting(TrainSettings, f'{path}, {where}: ', key).name for key in keys]
     for name in names:
         if name in OWN_FLAGS or name == axis:
             what = 'what varies' if name == axis else 'set by the grid itself'
             raise UserError(f"{path}, {where}: '{name}' is {what}; leave it out")
-        if name in TRUST_FLAGS:
+        if name in TRUST:
             raise UserError(f"{path}, {where}: '{name}' counts on the command line only; leave it out, and end the "
                             f"command with --flags --{name.replace('_', '-')} ...")
     return names

@@ -15,7 +15,6 @@ from timm_multilabel.training.parent import LAUNCHER
 from timm_multilabel.training.signals import SAVED
 
 _POLL = 0.1  # seconds
-_TRAIN = 'import sys; from timm_multilabel.cli.main import main; sys.argv[0] = "timm-multilabel"; main()'
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ class Jobs:
             'OMP_NUM_THREADS': str(threads), **os.environ, LAUNCHER: str(os.getpid())}
         with open_to_append(self.log(job.name)) as log:
             process = subprocess.Popen(
-                [sys.executable, '-c', _TRAIN, 'train', *job.words], stdin=subprocess.DEVNULL, stdout=log,
+                [sys.executable, '-m', 'timm_multilabel', 'train', *job.words], stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT, env=environment, start_new_session=True)  # a Ctrl-C is for us to pass on
         self.running.append(_Running(job, process, time.monotonic()))
 

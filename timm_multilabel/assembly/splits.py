@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
-from timm_multilabel.cli import head_options
+from timm_multilabel.assembly import head_options
 from timm_multilabel.data.shards import Shards, find_library
 from timm_multilabel.data.split_names import find_split, no_split
 from timm_multilabel.data.streams import Stored, StreamedTable, read_labels, table_of_labels, table_without_labels

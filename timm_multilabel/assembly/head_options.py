@@ -3,14 +3,25 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Protocol
 
-from timm_multilabel.cli.flags import at_least_0
+from timm_multilabel.config.values import HeadOptions as Options
+from timm_multilabel.config.values import at_least_0
 from timm_multilabel.errors import UserError, listed
 from timm_multilabel.heads import Head, default_kind, options_of
 from timm_multilabel.labels import Labels, LabelSpace, TagSet
 
-Options = dict[str, dict[str, Any]]
+
+class WrittenTags(Protocol):
+    """Settings on how tags in one column are written."""
+    tag_separator: str | None
+    none_value: str | None
+
+
+def dialect(settings: WrittenTags) -> dict[str, str]:
+    """How tags in one column are written, where settings say it: options of `TagSet`."""
+    given = {'separator': settings.tag_separator, 'none': settings.none_value}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def is_pattern(text: str) -> bool:

@@ -1,18 +1,20 @@
-"""k-NN accuracy of a checkpoint's features, which needs no trained head: a figure of validate."""
-import argparse
-from collections.abc import Callable, Iterable
+"""k-NN accuracy of a checkpoint's features, which needs no trained head: a metric of validate."""
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from timm_multilabel.cli.splits import Splits, read_stored
+from timm_multilabel.assembly.evaluation import splits_of_checkpoint
+from timm_multilabel.assembly.splits import read_stored
+from timm_multilabel.config.commands import ValidateSettings
 from timm_multilabel.data.columns import LEFT_OUT, NUMBER, look_at
 from timm_multilabel.errors import UserError, listed, shortened
 from timm_multilabel.inference.loaded import check_finite
 from timm_multilabel.inference.neighbours import knn_predictions
 from timm_multilabel.labels import BadCell, LabelSet, LabelSpace
+from timm_multilabel.log import Say
 from timm_multilabel.model import MultiLabelModel
 from timm_multilabel.training.checkpoint import Checkpoint
 from timm_multilabel.training.progress_bar import ProgressBar
@@ -22,23 +24,19 @@ KNN_FIGURE = 'knn_top1'
 
 
 def with_heads_of_data(
-        args: argparse.Namespace,
+        settings: ValidateSettings,
         checkpoint: Checkpoint,
         train_split: str,
-        say: Callable[[str], None],
+        say: Say,
 ) -> Checkpoint:
     """A checkpoint without heads as one whose heads are the label columns of the training table that look like classes.
 
     Raises:
         UserError: The table cannot be read, or no column has a label.
     """
-    state = checkpoint.state
-    stored = read_stored(Path(args.data_dir))
-    splits = Splits(
-        replace(stored, label_space=None), None, say,
-        args.image_column or state.get('image_column', 'image_path'),
-        args.separator or state.get('separator'),
-        args.missing_value if args.missing_value is not None else state.get('missing_value'))
+    stored = replace(read_stored(Path(settings.data_dir)), label_space=None)
+    splits = splits_of_checkpoint(
+        stored, None, checkpoint, say, settings.image_column, settings.separator, settings.missing_value)
     table = splits.read(train_split)
     heads, left_out = [], []
     for name in table.label_columns:
@@ -76,7 +74,7 @@ def knn_figures(
         label_space: The heads that the targets are of.
         bank: Batches of the training images, resized as in evaluation: images (B, 3, H, W) and targets (B, W).
         queries: Batches of the images to classify.
-        k: K.
+        k: Neighbours that vote.
         precision: How the model computes.
         path: The checkpoint, for messages.
 

@@ -1,16 +1,15 @@
 """Predictions of a run on a split, kept in its folder: made once, read by reports and comparisons."""
-import argparse
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from timm_multilabel.cli.device import choose_precision
-from timm_multilabel.cli.run_flags import last_phase, read_run_flags
-from timm_multilabel.cli.splits import Splits, read_stored
-from timm_multilabel.cli.validate import build_loader, read_split
+from timm_multilabel.assembly.device import choose_precision
+from timm_multilabel.assembly.evaluation import create_scoring_loader, read_split, splits_of_checkpoint
+from timm_multilabel.assembly.run_settings import last_phase, read_run_settings
+from timm_multilabel.assembly.splits import read_stored
+from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.data.split_names import check_folder, split_path
 from timm_multilabel.data.streams import StreamedRows, encode
 from timm_multilabel.data.table import Rows
@@ -18,6 +17,7 @@ from timm_multilabel.errors import UserError
 from timm_multilabel.heads import load_registry
 from timm_multilabel.inference.predictions import Predictions, check_size, predict_rows
 from timm_multilabel.loading.batches import BadImages
+from timm_multilabel.log import Say
 from timm_multilabel.training.checkpoint import Checkpoint, load_model, read_checkpoint
 from timm_multilabel.training.progress_bar import ProgressBar
 
@@ -53,7 +53,7 @@ def stored_predictions(
         data_dir: Path | None,
         device: torch.device,
         workers: int,
-        say: Callable[[str], None],
+        say: Say,
         checkpoint: Path | None = None,
         head_module: str | None = None,
         allow_hub: bool = False,
@@ -68,7 +68,7 @@ def stored_predictions(
         data_dir: The data directory; that of the run when None.
         device: Where the model runs.
         workers: Loader processes.
-        say: Prints a line.
+        say: Tells a line.
         checkpoint: Another one than the best, whose predictions are not kept.
         head_module: Python file with the kinds of heads of the user's own.
         allow_hub: See `load_model`.
@@ -76,21 +76,21 @@ def stored_predictions(
     Raises:
         UserError: The folder is no run, it has no checkpoint yet, or the split cannot be read.
     """
-    flags = last_phase(read_run_flags(run, head_module))
-    folder = Path(data_dir or flags.data_dir)
+    settings = last_phase(read_run_settings(run, head_module))
+    folder = Path(data_dir or settings.data.data_dir)
     model_file = checkpoint or best_checkpoint(run)
     kept, table = predictions_path(run, split), split_path(folder, split)
     now = made_from(model_file, table)  # before they are read, so that what changes meanwhile shows next time
     if checkpoint is None and kept.is_file():
         found = Predictions.load(kept)
-        stale = found.own_metrics is None and flags.head_module  # it may hold probabilities that no head has
+        stale = found.own_metrics is None and settings.data.head_module  # it may hold probabilities that no head has
         table_is_gone = not table.is_file() and found.made_from == (now[0], *found.made_from[1:]) and (
             found.made_from[1].startswith(f'{now[1]} '))
         if not stale and (found.made_from == now or table_is_gone):
             return found
     if not folder.is_dir():
         raise UserError(f'{folder}: no such data directory, and it is that of {run}; name it with --data')
-    made = _predict(read_checkpoint(model_file), flags, folder, split, device, workers, say, allow_hub)
+    made = _predict(read_checkpoint(model_file), settings, folder, split, device, workers, say, allow_hub)
     if checkpoint is None:
         replace(made, made_from=now).save(kept)
         say(f'predictions: {kept}')
@@ -108,49 +108,45 @@ def made_from(checkpoint: Path, table: Path) -> tuple[str, str]:
 
 def _predict(
         checkpoint: Checkpoint,
-        flags: argparse.Namespace,
+        settings: TrainSettings,
         folder: Path,
         split: str,
         device: torch.device,
         workers: int,
-        say: Callable[[str], None],
+        say: Say,
         allow_hub: bool,
 ) -> Predictions:
     """Run a checkpoint over a split; images that cannot be decoded are left out where the run does so."""
-    settings = argparse.Namespace(
-        data_dir=str(folder), split=split, image_column=None, separator=None, missing_value=None,
-        batch_size=_BATCH, workers=workers, skip_bad_images=flags.skip_bad_images)
-    rows = _read_rows(settings, checkpoint, say)
+    rows = _read_rows(folder, split, checkpoint, say)
     check_size(len(rows), checkpoint.label_space, checkpoint.path)
-    model = load_model(checkpoint, checkpoint.best_weights, load_registry(flags.head_module), allow_hub).to(device)
-    loader, part = build_loader(checkpoint, rows, settings, device)
+    registry = load_registry(settings.data.head_module)
+    model = load_model(checkpoint, checkpoint.best_weights, registry, allow_hub).to(device)
+    loader, dataset = create_scoring_loader(
+        checkpoint, rows, _BATCH, workers, settings.data.skip_bad_images, device)
     with ProgressBar(f'Predict {rows.source.name}', len(loader), visible=True) as progress:
         made = predict_rows(model, loader, rows, choose_precision(device, False, None, False), progress,
                             checkpoint.path)
-    if part.bad is None or not part.bad.any():
+    if dataset.bad is None or not dataset.bad.any():
         return made
-    say(BadImages([part]).news())
-    good = ~part.bad.numpy()
+    say(BadImages([dataset]).news())
+    good = ~dataset.bad.numpy()
     return replace(
         made, outputs={name: values[good] for name, values in made.outputs.items()},
         **{name: getattr(made, name)[good] for name in ('rows', 'images', 'targets', 'features')})
 
 
-def _read_rows(settings: argparse.Namespace, checkpoint: Checkpoint, say: Callable[[str], None]) -> Rows:
+def _read_rows(folder: Path, split: str, checkpoint: Checkpoint, say: Say) -> Rows:
     """The rows of a split; of a checkpoint without heads, whatever labels they have.
 
     Raises:
         UserError: They cannot be read, or lie in shards.
     """
     if checkpoint.label_space.heads:
-        rows = read_split(settings, checkpoint, say)
+        rows = read_split(folder, split, checkpoint, say)
     else:
-        folder, state = Path(settings.data_dir), checkpoint.state
         check_folder(folder)
-        splits = Splits(
-            read_stored(folder), checkpoint.label_space, say, state.get('image_column', 'image_path'),
-            state.get('separator'), state.get('missing_value'))
-        rows = encode(splits.read(settings.split), checkpoint.label_space)
+        splits = splits_of_checkpoint(read_stored(folder), checkpoint.label_space, checkpoint, say)
+        rows = encode(splits.read(split), checkpoint.label_space)
     if isinstance(rows, StreamedRows):
         raise UserError(
             f'{rows.source}: predictions of shards are not kept; write the split as a CSV, or score it with validate')

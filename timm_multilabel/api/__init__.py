@@ -1,0 +1,1 @@
+"""The Python API: a public function a file; the command line calls the same."""

@@ -1,0 +1,168 @@
+"""Train a timm backbone on several labels at once, together with SimCLR and with images that have no label."""
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from timm_multilabel.api.arguments import Data, api_function, train_values
+from timm_multilabel.api.processes import train_in_processes
+from timm_multilabel.api.training_run import TrainingRun
+from timm_multilabel.assembly.checks import check_phases
+from timm_multilabel.assembly.device import start_device
+from timm_multilabel.assembly.phases import (
+    BuiltPhase,
+    build_phase,
+    free_memory,
+    prepare_phase,
+    rehearse,
+    train_phase,
+)
+from timm_multilabel.assembly.resuming import find_checkpoint, find_folder, find_phase, settings_of_resumed
+from timm_multilabel.config.files import args_yaml, build
+from timm_multilabel.config.train import TrainSettings
+from timm_multilabel.data.streams import StreamedRows
+from timm_multilabel.distributed import all_objects, world
+from timm_multilabel.errors import UserError, escaped, is_utf8
+from timm_multilabel.log import say
+from timm_multilabel.reports.curves import CurvesTracker
+from timm_multilabel.training.checkpoint import of_task, read_checkpoint, set_aside_later
+from timm_multilabel.training.run_folder import RunFolder, RunLock, launcher, phase_folder
+from timm_multilabel.training.saver import WholeSaver
+from timm_multilabel.training.signals import StopSignals
+from timm_multilabel.training.trackers import TensorBoardTracker, Tracker, Trackers, WandbTracker, need
+
+
+@api_function(TrainSettings)
+def train(data: Data = None, *, devices: int = 1, **settings: Any) -> TrainingRun:
+    """Train a backbone on the labels of a folder of tables, or of pandas DataFrames.
+
+    `KeyboardInterrupt` leaves a run that `resume=run_folder` goes on with from its newest checkpoint.
+
+    Args:
+        data: The data directory; None where `train` and `val` are DataFrames, whose relative paths are relative to the
+            current directory.
+        devices: Processes to start, one a GPU; 1 trains in this process.
+        **settings: The settings, named as the flags; `config` may name a recipe.
+
+    Returns:
+        The run: its folder, metrics and checkpoints.
+
+    Raises:
+        UserError: Data or settings do not allow it.
+    """
+    given = train_values(data, settings)
+    if devices > 1:
+        return train_in_processes(given, devices)
+    run = run_training(build(TrainSettings, given))
+    assert run is not None  # only ranks other than the first have none
+    return run
+
+
+def run_training(settings: TrainSettings, signals: StopSignals | None = None) -> TrainingRun | None:
+    """Train as settings say, in this process and perhaps in others that run the same.
+
+    Args:
+        settings: Of the run.
+        signals: What may tell it to stop.
+
+    Returns:
+        The run; None on ranks other than the first.
+
+    Raises:
+        UserError: Data or settings do not allow it.
+        Stopped: It was told to stop, and the state is saved.
+    """
+    phases = check_phases(settings)
+    run = settings.run
+    for package in ('tensorboard', 'wandb'):
+        if {'tensorboard': run.log_tensorboard, 'wandb': run.log_wandb}[package]:
+            need(package, f'--log-{package}')
+            path = os.path.abspath(os.path.join(run.output, run.experiment or '', run.resume or ''))
+            if not is_utf8(path):  # else the tracker would fail once training has begun
+                raise UserError(f'--log-{package}: the path {escaped(path)} is not UTF-8, as {package} needs it; name '
+                                'another with --output and --experiment')
+    with ExitStack() as stack:
+        device = start_device(run.device)
+        lock = stack.enter_context(closing(RunLock()))
+        prepared = [prepare_phase(each, settings.config, device, say) for each in phases]
+        launchers = all_objects(launcher())
+        checkpoint = find_checkpoint(run, launchers, lock, say)
+        start = None
+        if settings.backbone.initial_checkpoint and checkpoint is None:
+            start = read_checkpoint(settings.backbone.initial_checkpoint)
+        names = [each.name for each in phases] if settings.phases else []
+        first = find_phase(checkpoint, names) if checkpoint is not None else 0
+        metrics = rehearse(prepared[first:], start, checkpoint) if len(phases) > 1 else []
+
+        folder: Path | None = None
+        writer: RunFolder | None = None
+        trackers: Trackers | None = None
+        finished: TrainingRun | None = None
+        for index in range(first, len(phases)):
+            built = build_phase(prepared[index], start, checkpoint, say)
+            built.task.metadata |= {'phase': index, 'phases': names}
+            start = None  # it holds the weights of the phase before
+            if folder is None:
+                folder = find_folder(settings, built.data_config['input_size'][-1], checkpoint, names, index)
+                if world()[0] == 0:
+                    lock.take(folder)
+                    if checkpoint is not None and (line := set_aside_later(folder, checkpoint)):
+                        say(line)
+                    values = args_yaml(_with_metrics(settings, first, metrics or [built.metric], built))
+                    if checkpoint is not None:
+                        values = settings_of_resumed(settings, values, folder, say)
+                    writer = RunFolder(folder, values, prepared[-1].data.label_space, names, launchers)
+                    trackers = stack.enter_context(closing(
+                        Trackers(_choose_trackers(settings, folder, checkpoint is not None), say)))
+            saver = train_phase(
+                built, phase_folder(folder, names, index), writer, trackers, checkpoint, signals, say)
+            start, checkpoint = of_task(built.task, f"phase '{built.prepared.name}'"), None
+            if saver is not None:
+                finished = _finished(folder, built, saver)
+            length = built.length
+            del built
+            free_memory(device)
+    say(f'{folder}: {"all phases" if names else length} done')
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return finished
+
+
+def _with_metrics(
+        settings: TrainSettings,
+        first: int,
+        metrics: Sequence[str],
+        built: BuiltPhase,
+) -> TrainSettings:
+    """Settings whose `eval_metric` is called as it is now; earlier versions may have called it otherwise."""
+    scored = built.prepared.data.eval_rows is not None
+    if not settings.phases:
+        return settings.replace(eval_metric=metrics[0]) if settings.run.eval_metric and scored else settings
+    phases = list(settings.phases)
+    for index, metric in enumerate(metrics, first):
+        of_phase = phases[index].settings
+        if of_phase.run.eval_metric and of_phase.objective.classification_loss_weight:
+            phases[index] = replace(phases[index], settings=of_phase.replace(eval_metric=metric))
+    return settings.replace(phases=tuple(phases))
+
+
+def _finished(folder: Path, built: BuiltPhase, saver: WholeSaver) -> TrainingRun:
+    best, scored = saver.best_metric, built.prepared.data.eval_rows
+    return TrainingRun(
+        folder, built.metric, best, None if best is None else saver.best_epoch,
+        Path(saver.last if best is None else saver.best), Path(saver.last),
+        bool(built.task.heads), isinstance(scored, StreamedRows))
+
+
+def _choose_trackers(settings: TrainSettings, folder: Path, goes_on: bool) -> list[Tracker]:
+    """What is told of the run beside its summary.csv: its curves, always, and the trackers that are asked for."""
+    trackers: list[Tracker] = [CurvesTracker(folder / 'curves.png')]
+    if settings.run.log_tensorboard:
+        trackers.append(TensorBoardTracker(folder, args_yaml(settings)))
+    if settings.run.log_wandb:
+        trackers.append(WandbTracker(folder, args_yaml(settings), goes_on))
+    return trackers

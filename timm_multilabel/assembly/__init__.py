@@ -1,0 +1,1 @@
+"""From settings to parts: data, splits, loaders, model and task, checks, phases, stored predictions."""

@@ -1,0 +1,255 @@
+"""From the flags of training to its rows: labelled, unlabelled, evaluation."""
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from timm_multilabel.assembly import head_options
+from timm_multilabel.assembly.pool import find_pool, read_split_table, wants_pool, with_unlabelled
+from timm_multilabel.assembly.splits import Splits, read_stored, stored_heads
+from timm_multilabel.cells import missing_texts
+from timm_multilabel.config.train import TrainSettings
+from timm_multilabel.data.columns import choose_columns
+from timm_multilabel.data.pool import keep_labels, split_labelled
+from timm_multilabel.data.remarks import how_read, useless_labels
+from timm_multilabel.data.split_names import check_folder
+from timm_multilabel.data.streams import Stored, StreamedRows, StreamedTable, encode
+from timm_multilabel.data.table import (
+    Rows,
+    Table,
+    check_single_class,
+    describe_unknown,
+    find_label_space,
+    unknown_labels,
+)
+from timm_multilabel.distributed import world
+from timm_multilabel.errors import UserError
+from timm_multilabel.heads import Head, load_registry
+from timm_multilabel.labels import LabelSet, LabelSpace, TagSet
+from timm_multilabel.log import Say
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run, or a phase of it, learns from.
+
+    Args:
+        label_space: The heads.
+        registry: The kinds of heads there are.
+        head: What `--head` says, by head.
+        train_rows: The rows of the (labelled) batches.
+        pool_rows: The rows of the unlabelled batches, or None.
+        eval_rows: The rows that are scored; None where no head is trained.
+        batch_size: Images of a batch of `train_rows`, on each rank.
+        pool_batch_size: Images of a batch of `pool_rows`, on each rank.
+        steps: Batches of an epoch.
+    """
+    label_space: LabelSpace
+    registry: Mapping[str, type[Head]]
+    head: head_options.Options
+    train_rows: Rows | StreamedRows
+    pool_rows: Rows | None
+    eval_rows: Rows | StreamedRows | None
+    batch_size: int
+    pool_batch_size: int
+    steps: int
+
+    def __str__(self) -> str:
+        pool = f' and {len(self.pool_rows)} without labels' if self.pool_rows is not None else ''
+        scored = f', {len(self.eval_rows)} to evaluate on' if self.eval_rows is not None else ''
+        return f'{len(self.train_rows)} images to train on{pool}{scored}'
+
+
+def read_data(settings: TrainSettings, say: Say) -> Data:
+    """Read what the flags name.
+
+    Raises:
+        UserError: Something is missing, cannot be read, or is too small for its batches.
+    """
+    folder = Path(settings.data.data_dir)
+    check_folder(folder)
+    registry = load_registry(settings.data.head_module)
+    dialect = head_options.dialect(settings.data)
+    splits = _splits(settings, folder, registry, say)
+    train = splits.read(settings.data.train_split)
+    streamed = isinstance(train, StreamedTable)
+    if streamed and (settings.pool.unlabelled or wants_pool(settings)):
+        raise UserError(
+            f'{train.path}: shards go without --unlabelled and the terms that learn from it; leave them out, or train '
+            'on a CSV')
+    if not settings.objective.classification_loss_weight:
+        splits.save(None)
+        return _without_heads(settings, train, registry, say)
+
+    all_path = folder / 'all.csv'
+    tables = [read_split_table(settings.data, all_path)] if all_path.is_file() else []
+    given = head_options.match_columns(settings.data.head, train.label_columns)
+    head_options.check_groups(given, train.label_columns)
+    label_space, heads = splits.label_space if streamed else None, settings.data.heads
+    if label_space is None:
+        heads = _choose_heads(settings, given, train, say)
+    head = head_options.expand(given, train.label_columns, heads)
+    if label_space is None:
+        label_space = find_label_space(
+            [*tables, train], heads, head_options.readers(head, registry), head_options.groups(head), dialect)
+    check_dialect(dialect, settings.data.missing_value, label_space, train.path)
+    if not label_space.heads:
+        raise UserError(
+            f"{train.path}: no label column beside '{settings.data.image_column}'; add one, or pass -wlc 0 for SimCLR "
+            'alone'
+        )
+    views = settings.augmentation
+    if (views.mixup or views.cutmix) and not all(isinstance(labels, LabelSet) for labels in label_space.heads):
+        raise UserError('--mixup and --cutmix mix classes, not tags or numbers; leave them out, or choose --heads')
+    for name, options in head.items():
+        if options.get('loss') == 'arcface' and name in label_space.names:
+            check_single_class(train, name)
+    # What is ignored is to be named, so the labels are read.
+    val = splits.read(settings.data.val_split, spare=settings.data.unknown_labels == 'error')
+    for labels in label_space.heads:
+        for column in labels.columns:
+            if column not in val.label_columns:
+                raise UserError(
+                    f"{val.path}: no column '{column}', which is a head; add it, or choose others with --heads")
+    way_out = f'add rows with them to {all_path}'
+    if label_space is splits.label_space:
+        way_out = f'remove {folder / Stored.LABEL_SPACE}, so that it is made anew'
+    train_rows = encode(train, label_space, way_out=f'{way_out}, or fix them')
+    eval_rows = encode(val, label_space, settings.data.unknown_labels == 'ignore')
+    if unknown := unknown_labels(val, label_space):
+        say(f'{val.path}: labels that training does not know, not scored: {describe_unknown(unknown)}')
+    splits.save(label_space if streamed and settings.data.heads is None else None)
+    if settings.pool.labelled_rows:
+        train_rows = _hide_labels(settings, train_rows, label_space, say)
+    pool_rows, pool_batch_size = None, 0
+    if wants_pool(settings):
+        train_rows, pool_rows = split_labelled(train_rows, label_space)
+        if not len(train_rows):
+            raise UserError(f'{train.path}: no row has a label; pass -wlc 0 for SimCLR alone')
+        pool_rows = find_pool(settings, label_space, pool_rows, train_rows, say)
+        pool_batch_size = settings.pool.unlabelled_batch_size or settings.run.batch_size
+    elif settings.pool.labelled_rows or not settings.objective.simclr_loss_weight and not streamed:
+        train_rows, without = split_labelled(train_rows, label_space)
+        if settings.pool.unlabelled or len(without) and not settings.pool.labelled_rows:
+            say(
+                f'{train.path}: with -wls 0 and without entropy or pseudo-labels nothing learns from images without '
+                'labels: left out'
+            )
+    for line in (
+        *how_read(train, label_space),
+        *useless_labels(label_space, train_rows.targets, str(train.path), scored=False),
+        *useless_labels(label_space, eval_rows.targets, str(val.path), scored=True),
+    ):
+        say(line)
+    steps = _count_steps(settings, train_rows, settings.run.batch_size, pool_rows, pool_batch_size)
+    return Data(
+        label_space, registry, head, train_rows, pool_rows, eval_rows, settings.run.batch_size, pool_batch_size, steps)
+
+
+def check_dialect(
+        dialect: Mapping[str, str],
+        missing_value: str | None,
+        label_space: LabelSpace,
+        source: Path,
+) -> None:
+    """Raise UserError where a flag says how tags in one column are written, and no head reads such tags."""
+    for name, value in dialect.items():
+        flag = {'separator': '--tag-separator', 'none': '--none-value'}[name]
+        if not any(isinstance(labels, TagSet) and not labels.group for labels in label_space.heads):
+            raise UserError(f"{flag} '{value}': no head of {source} reads tags in one column; leave it out, or pass "
+                            '--head COLUMN:loss=tags')
+        if name == 'none' and value in missing_texts(missing_value):
+            raise UserError(f"{flag} '{value}': --missing-value is the same text; leave one of them out")
+
+
+def _hide_labels(
+        settings: TrainSettings,
+        rows: Rows | StreamedRows,
+        label_space: LabelSpace,
+        say: Say,
+) -> Rows:
+    """The labels of `--labelled-rows` rows alone.
+
+    Raises:
+        UserError: There are not so many, or they are in shards.
+    """
+    asked, seed = settings.pool.labelled_rows, settings.run.seed
+    if isinstance(rows, StreamedRows):
+        raise UserError(f'--labelled-rows {asked}: {rows.source} are shards; train on a CSV')
+    labelled = int(label_space.labelled(rows.targets).any(dim=1).sum())
+    if labelled < asked:
+        raise UserError(f'--labelled-rows {asked}: {rows.source} has {labelled} rows with labels; ask for as many at '
+                        'most')
+    say(f'{rows.source}: the labels of {asked} of {labelled} rows, drawn by --seed {seed}')
+    return keep_labels(rows, label_space, asked, seed)
+
+
+def _choose_heads(
+        settings: TrainSettings,
+        given: head_options.Options,
+        train: Table,
+        say: Say,
+) -> list[str]:
+    """The heads to learn, after a look at the columns, which is told.
+
+    Raises:
+        UserError: A column looks like a number, and no flag says what it is.
+    """
+    columns = choose_columns(train, settings.data.heads, given, head_options.groups(given), settings.data.tag_separator)
+    for line in columns.lines():
+        say(f'{train.path}: {line}')
+    for name in columns.asked:
+        raise UserError(f'{train.path}: {columns.question(name)}')
+    return columns.heads
+
+
+def _without_heads(
+        settings: TrainSettings,
+        train: Table,
+        registry: Mapping[str, type[Head]],
+        say: Say,
+) -> Data:
+    """SimCLR alone: no image has a label that counts, so all of them are one set, and both batches of it."""
+    label_space = LabelSpace(())
+    rows = with_unlabelled(settings, encode(train, label_space), label_space, say)
+    batch_size = settings.run.batch_size + (settings.pool.unlabelled_batch_size or 0)
+    return Data(label_space, registry, {}, rows, None, None, batch_size, 0, _count_steps(settings, rows, batch_size))
+
+
+def _splits(settings: TrainSettings, folder: Path, registry: Mapping[str, type[Head]], say: Say) -> Splits:
+    data, stored, columns = settings.data, read_stored(folder), settings.data.heads
+    if columns is not None:
+        columns = [*columns, *(column for group in head_options.groups(data.head).values() for column in group)]
+        columns = None if any(map(head_options.is_pattern, columns)) else columns  # which need the names of all
+    known: LabelSpace | None = LabelSpace(())
+    if settings.objective.classification_loss_weight:
+        known = stored_heads(stored, data.head, data.heads, registry, head_options.dialect(data))
+    return Splits(stored, known, say, data.image_column, data.separator, data.missing_value, columns)
+
+
+def _count_steps(
+        settings: TrainSettings,
+        rows: Rows | StreamedRows,
+        batch_size: int,
+        pool: Rows | None = None,
+        pool_batch_size: int = 0,
+) -> int:
+    """The batches of an epoch.
+
+    Raises:
+        UserError: Rows do not fill a batch.
+    """
+    ranks = world()[1]
+    steps = labelled = len(rows) // ranks // batch_size
+    if not labelled:
+        raise UserError(
+            f'{rows.source}: {len(rows)} rows do not fill a batch of {batch_size} on each of {ranks} processes; '
+            'lower -b')
+    if pool is not None:
+        unlabelled = len(pool) // ranks // pool_batch_size
+        if not unlabelled:
+            raise UserError(
+                f'{pool.source}: {len(pool)} unlabelled images do not fill a batch of {pool_batch_size} on each of '
+                f'{ranks} processes; lower --unlabelled-batch-size')
+        by = {'labelled': labelled, 'unlabelled': unlabelled, 'larger': max(labelled, unlabelled)}
+        steps = by[settings.pool.epoch_by]
+    return settings.run.epoch_steps or steps

@@ -1,0 +1,187 @@
+"""From the flags of training to its batches: view recipes, caches, loaders."""
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from timm_multilabel.assembly.data import Data
+from timm_multilabel.assembly.device import loader_workers
+from timm_multilabel.assembly.views import make_mixup, train_views, weak_first
+from timm_multilabel.config.train import DataSettings, TrainSettings
+from timm_multilabel.data.images import FilePhotos, Photos
+from timm_multilabel.data.streams import StreamedRows
+from timm_multilabel.data.table import Rows
+from timm_multilabel.distributed import world
+from timm_multilabel.errors import UserError
+from timm_multilabel.labels import missing_row
+from timm_multilabel.loading.batches import BadImages, ImageDataset, Views
+from timm_multilabel.loading.cache import CachedPhotos, open_cache
+from timm_multilabel.loading.device import DeviceDataset, DeviceEvalLoader, DeviceTrainLoader, fits
+from timm_multilabel.loading.loaders import MixedBatches, create_eval_loader, create_train_loader
+from timm_multilabel.loading.shared import format_size
+from timm_multilabel.loading.streaming import create_stream_loader
+from timm_multilabel.log import Say
+from timm_multilabel.views.opencv import OpenCVViews
+from timm_multilabel.views.pillow import eval_views
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The batches of a run, or of a phase of it.
+
+    Args:
+        train: Training batches.
+        eval: Evaluation batches; None where nothing is scored.
+        bad: The bad images that were left out; None where one ends the run.
+    """
+    train: Any
+    eval: Any
+    bad: BadImages | None
+
+
+def create_loaders(
+        settings: TrainSettings,
+        data: Data,
+        data_config: dict[str, Any],
+        views: int,
+        device: torch.device,
+        say: Say,
+        cache: bool = True,
+) -> Loaders:
+    """Make the loaders, and the cache that the settings ask for.
+
+    Args:
+        settings: Of the run, or of a phase.
+        data: The rows.
+        data_config: timm's.
+        views: Training views of an image.
+        device: Where the batches go.
+        say: Tells a line.
+        cache: Open the cache; without it nothing is read, and no process is started.
+
+    Raises:
+        UserError: A cache that cannot be had.
+    """
+    of_data, augmentation, run = settings.data, settings.augmentation, settings.run
+    workers, (rank, ranks) = loader_workers(of_data.workers), world()
+    normalised = {'mean': tuple(data_config['mean']), 'std': tuple(data_config['std']), 'rank': rank, 'ranks': ranks}
+    of_train = {
+        'views': views,
+        'seed': run.seed,
+        'steps': data.steps,
+        're_prob': augmentation.reprob,
+        're_mode': augmentation.remode,
+        're_count': augmentation.recount,
+        're_num_splits': 2 if views == 2 and weak_first(settings) else 0,  # the first, weak views stay whole
+    }
+    streamed = [isinstance(rows, StreamedRows) for rows in (data.train_rows, data.eval_rows)]
+    if of_data.cache and any(streamed):
+        raise UserError(f'--cache {of_data.cache}: shards are streamed, and nothing of them is kept; leave it out')
+    of_stream = {'device': device, 'workers': workers, 'skip_bad': of_data.skip_bad_images, **normalised}
+    photos = _Photos(of_data, workers, device, say, of_data.cache if cache else None)
+    train: Any
+    evaluation: Any = None
+    on_device = None
+    if streamed[0]:
+        train = create_stream_loader(
+            data.train_rows, train_views(settings, data_config, views, augmentation.weak_first_view), data.batch_size,
+            **of_stream, **of_train)
+        datasets = [train.loader.dataset]
+    else:
+        sets = [(data.train_rows, train_views(settings, data_config, views, augmentation.weak_first_view))]
+        sizes = [data.batch_size]
+        if data.pool_rows is not None:
+            sets.append((data.pool_rows, train_views(settings, data_config, views, weak_first(settings))))
+            sizes.append(data.pool_batch_size)
+        evaluated = 0 if data.eval_rows is None else -(-len(data.eval_rows) // ranks)
+        datasets, on_device = photos.datasets(sets, further=evaluated * math.prod(data_config['input_size']))
+        if on_device is not None:
+            train = DeviceTrainLoader(list(zip(on_device, sizes)), **normalised, **of_train)
+        else:
+            train = create_train_loader(
+                list(zip(datasets, sizes)), device=device, workers=workers, **normalised, **of_train)
+    if augmentation.mixup or augmentation.cutmix:
+        mixup = make_mixup(augmentation, sum(data.label_space.sizes))
+        train = MixedBatches(train, mixup, data.label_space, run.seed, rank)
+    if data.eval_rows is not None:
+        resized = eval_views(
+            tuple(data_config['input_size'][-2:]), data_config['interpolation'], data_config['crop_pct'],
+            data_config['crop_mode'])
+        size = run.validation_batch_size or run.micro_batch or run.batch_size
+        if streamed[1]:
+            evaluation = create_stream_loader(data.eval_rows, resized, size, **of_stream)
+            datasets.append(evaluation.loader.dataset)
+        else:
+            kind = None if photos.kind == 'device' else photos.kind
+            dataset = ImageDataset(data.eval_rows, photos.open(data.eval_rows, resized, kind), resized)
+            if of_data.skip_bad_images:
+                dataset.skip_bad(stand_in=missing_row(data.label_space))
+            datasets.append(dataset)
+            evaluation = create_eval_loader(dataset, size, device=device, workers=workers, **normalised)
+            if cache:
+                evaluation.loader.start()
+        if on_device is not None:
+            evaluation = DeviceEvalLoader(evaluation, normalised['mean'], normalised['std'])
+    return Loaders(train, evaluation, BadImages(datasets) if of_data.skip_bad_images else None)
+
+
+@dataclass(frozen=True)
+class _Photos:
+    """Opens photos, from a cache where one is asked for; `kind` is the cache."""
+    settings: DataSettings
+    workers: int
+    device: torch.device
+    say: Say
+    kind: str | None
+
+    def open(self, rows: Rows, views: Views, kind: str | None) -> Photos:
+        """The photos of rows."""
+        files = FilePhotos(rows)
+        if kind is None:
+            return files
+        return open_cache(
+            kind, files, views, folder=Path(self.settings.cache_dir).expanduser(), workers=self.workers,
+            skip_bad=self.settings.skip_bad_images, say=self.say, flag=self.settings.cache)
+
+    def datasets(
+            self,
+            sets: Sequence[tuple[Rows, Views]],
+            further: int,
+    ) -> tuple[list[Any], list[DeviceDataset] | None]:
+        """The datasets of training, and those on the device, if they are there.
+
+        Args:
+            sets: Rows with their views.
+            further: Bytes that the device must hold beside them.
+        """
+        photos = [self.open(rows, views, 'ram' if self.kind == 'device' else self.kind) for rows, views in sets]
+        on_device = None
+        if self.kind == 'device' and all(isinstance(each, CachedPhotos) for each in photos):
+            on_device = self._copy(photos, [views for _, views in sets], further)
+        datasets = [ImageDataset(rows, each, views) for (rows, views), each in zip(sets, photos)]
+        if self.settings.skip_bad_images:
+            for dataset in datasets:
+                dataset.skip_bad()
+                if isinstance(dataset.photos, CachedPhotos):
+                    dataset.bad |= torch.from_numpy(dataset.photos.contents.bad)
+                    # On the device, the memory of the copy on the host is given back.
+                    dataset.photos = dataset.photos if on_device is None else dataset.photos.files
+        return datasets, on_device
+
+    def _copy(
+            self,
+            photos: Sequence[CachedPhotos],
+            views: Sequence[OpenCVViews],
+            further: int,
+    ) -> list[DeviceDataset] | None:
+        """The photos on the device; None if they, and so many further bytes, would not fit."""
+        size, free = fits(photos, further, self.device)
+        if size > free:
+            self.say(f'--cache device: {format_size(size)} (every image takes the room of the largest) would not '
+                     f'fit into the {format_size(free)} of {self.device} that may be used; goes on with --cache ram')
+            return None
+        self.say(f'--cache device: {format_size(size)} on {self.device}, where the views are made')
+        return [DeviceDataset.copy(each, its.recipes, self.device) for each, its in zip(photos, views)]

@@ -1,0 +1,93 @@
+"""From settings to the task: the model with its objective, EMA and compilation."""
+from typing import Any
+
+import torch
+from timm.layers import convert_sync_batchnorm
+
+from timm_multilabel.assembly.data import Data
+from timm_multilabel.assembly.model import has_one_view
+from timm_multilabel.config.train import ModelSettings, TrainSettings
+from timm_multilabel.errors import UserError
+from timm_multilabel.model import MultiLabelModel
+from timm_multilabel.model_names import plain_model
+from timm_multilabel.task import JointTask, Pool
+
+
+def create_task(
+        settings: TrainSettings,
+        model: MultiLabelModel,
+        data: Data,
+        data_config: dict[str, Any],
+        head_weights: dict[str, float],
+        device: torch.device,
+) -> JointTask:
+    """The task on its device."""
+    backbone, objective, pool, of_data = settings.backbone, settings.objective, settings.pool, settings.data
+    if backbone.sync_bn:
+        if device.type != 'cuda':
+            raise UserError(f'--sync-bn needs CUDA, and the device is {device}; leave it out')
+        model = convert_sync_batchnorm(model)
+    _check_micro_batch(settings, model, data)
+    arch, model_kwargs = plain_model(backbone.model, backbone.model_kwargs)
+    model.to(device=device, memory_format=torch.channels_last if backbone.channels_last else torch.preserve_format)
+    return JointTask(
+        model,
+        simclr_weight=objective.simclr_loss_weight,
+        classification_weight=objective.classification_loss_weight,
+        temperature=objective.temperature,
+        projection_dim=objective.projection_dim,
+        head_weights=head_weights,
+        first_view_only=objective.classify_views == 'first',
+        pool=Pool(
+            data.pool_batch_size,
+            pool.entropy_weight,
+            pool.entropy_ramp_up,
+            pool.marginal_entropy_weight,
+            pool.pseudo_label_weight,
+            pool.pseudo_label_threshold,
+        ) if data.pool_rows is not None else Pool(),
+        freeze_backbone=backbone.freeze_backbone,
+        micro_batch=settings.run.micro_batch,
+        metadata={
+            'arch': arch,
+            'model_kwargs': model_kwargs,
+            'head_module': of_data.head_module,
+            'opt': settings.optimizer.opt,
+            'data_config': data_config,
+            'best_weights': 'plain',
+            'head_weights': head_weights,
+            'head_options': model.head_options,
+            'projection_dim': objective.projection_dim,
+            'train_split': of_data.train_split,
+            'val_split': of_data.val_split,
+            'image_column': of_data.image_column,
+            'separator': of_data.separator,
+            'missing_value': of_data.missing_value,
+        },
+        device=device,
+    )
+
+
+def _check_micro_batch(settings: TrainSettings, model: MultiLabelModel, data: Data) -> None:
+    """Raise UserError where batch norm would have to take its statistics from one input."""
+    images, micro_batch = data.batch_size + data.pool_batch_size, settings.run.micro_batch
+    if micro_batch is None or micro_batch >= images or settings.backbone.freeze_backbone or not has_one_view(settings):
+        return
+    least = images // -(-images // micro_batch)
+    if least == 1 and any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise UserError(
+            f'--micro-batch {micro_batch}: {settings.backbone.model} has batch norm, whose statistics are over 2 '
+            f'images or more, and of {images} images a step some would go through it alone; choose another')
+
+
+def setup_ema_and_compile(backbone: ModelSettings, made: JointTask) -> None:
+    """EMA and compilation of a task that has its first weights."""
+    if backbone.model_ema:
+        made.setup_ema(decay=backbone.model_ema_decay, use_warmup=backbone.model_ema_warmup)
+    if backbone.torchcompile:
+        try:
+            made.compile(backend=backbone.torchcompile)
+            if backbone.model_ema:
+                made.compile_ema(backend=backbone.torchcompile)
+        except RuntimeError as error:
+            raise UserError(f'--torchcompile {backbone.torchcompile}: {" ".join(str(error).split())[:200]}') from error
