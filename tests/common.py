@@ -13,8 +13,10 @@ import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
-from timm_multilabel.cli import train
 from timm_multilabel.cli.main import run_command
+from timm_multilabel.cli.parser import parse
+from timm_multilabel.config.files import build
+from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.labels import LabelSet, LabelSpace
 from timm_multilabel.model import MultiLabelModel
 from timm_multilabel.task import JointTask
@@ -62,11 +64,16 @@ def write_data(folder: Path, train: int = 12, val: int = 6, size: int = 32) -> P
     return folder
 
 
+def train_settings(*words: str) -> TrainSettings:
+    """The settings that a command line of training means."""
+    return build(TrainSettings, parse(TrainSettings, 'train.py', words))
+
+
 def run_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
     """Call `function(rank, *args)` in `ranks` processes that form a gloo group; their results in rank order."""
     # A server forks the processes, so that they start at once and without the state of this one.
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['timm_multilabel.cli.train'])
+    context.set_forkserver_preload(['timm_multilabel.api.train'])
     queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -102,7 +109,7 @@ def _rank_main(function, rank: int, ranks: int, store: str, queue, args) -> None
 
 def train_run(data_dir, output, *flags, epochs=2):
     """Train with a tiny model in this process; the run folder."""
-    run_command(train, 'train.py', [
+    run_command('train', 'train.py', [
         str(data_dir), *TINY, '--epochs', str(epochs), '--output', str(output), '--experiment', 'run', *flags])
     return output / 'run'
 

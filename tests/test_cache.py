@@ -17,7 +17,6 @@ from test_loading import PLAIN, spoil
 from test_views import WAITS, Operations, picture
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from timm_multilabel.cli import train, validate
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.images import FilePhotos
 from timm_multilabel.data.table import encode_rows, read_table
@@ -306,7 +305,7 @@ def test_evaluation_stays_on_the_device(photos_dir):
 
 
 def run(folder, output, *flags):
-    run_command(train, 'train.py', [
+    run_command('train', 'train.py', [
         str(folder), '--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0', '--device', 'cpu', '--lr',
         '0.01', '--epochs', '2', '--warmup-epochs', '0', '--cooldown-epochs', '0', '--output', str(output), *flags])
     folder = next(output.iterdir())
@@ -348,9 +347,9 @@ def test_validation_leaves_bad_images_out(photos_dir, tmp_path, capsys):
     checkpoint = next((tmp_path / 'run').glob('*/last.pth.tar'))
     flags = [str(photos_dir), '--checkpoint', str(checkpoint), '-j', '0', '--device', 'cpu']
     with pytest.raises(SystemExit):
-        run_command(validate, 'validate.py', flags)
+        run_command('validate', 'validate.py', flags)
     capsys.readouterr()
-    run_command(validate, 'validate.py', [*flags, '--skip-bad-images', '--results-file', str(tmp_path / 'r.json')])
+    run_command('validate', 'validate.py', [*flags, '--skip-bad-images', '--results-file', str(tmp_path / 'r.json')])
     assert '1 image that cannot be decoded, left out (1 so far): ' in capsys.readouterr().out
     assert json.loads((tmp_path / 'r.json').read_text())['heads']['color']['labels'] == 5
 

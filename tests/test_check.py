@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from timm_multilabel.cli import check
 from timm_multilabel.cli.main import main, run_command
 from timm_multilabel.data.images import read_photo
 from timm_multilabel.data.scan import read_contents, scan_images
@@ -68,7 +67,7 @@ def run(capsys, *argv):
     """Exit status, standard output and standard error of the command."""
     status = 0
     try:
-        run_command(check, 'check', [str(word) for word in argv])
+        run_command('check', 'check', [str(word) for word in argv])
     except SystemExit as stop:
         status = stop.code
     out, err = capsys.readouterr()

@@ -6,10 +6,9 @@ import pytest
 from PIL import Image
 
 from tests.common import TINY, train_run, write_data
+from timm_multilabel.assembly.stored import predictions_path
 from timm_multilabel.cells import list_cell
-from timm_multilabel.cli import check, compare, export, predict, report, split, train, validate
 from timm_multilabel.cli.main import run_command
-from timm_multilabel.cli.stored import predictions_path
 from timm_multilabel.data.columns import look_at
 from timm_multilabel.data.table import read_table
 from timm_multilabel.errors import UserError
@@ -43,7 +42,7 @@ def named(tmp_path_factory):
 @pytest.mark.parametrize('split', [[], ['--split', 'extra.csv'], ['--split', 'extra'],
                                    ['--split', 'validation/metadata.csv']])
 def test_validate_finds_splits_as_training_does(capsys, named, split):
-    status, out, err = run(capsys, validate, named / 'data', '--checkpoint', named / 'a' / 'model_best.pth.tar', '-j',
+    status, out, err = run(capsys, 'validate', named / 'data', '--checkpoint', named / 'a' / 'model_best.pth.tar', '-j',
                            '0', '--device', 'cpu', '--knn', '2', *split)
     assert (status, err.count('error')) == (0, 0)
     assert f'knn_top1: what the 2 nearest of 8 images of {named / "data" / "most.csv"} vote for' in out
@@ -51,26 +50,26 @@ def test_validate_finds_splits_as_training_does(capsys, named, split):
 
 
 def test_no_row_finds_itself_whatever_its_table_is_called(capsys, named):
-    status, _, err = run(capsys, validate, named / 'data', '--checkpoint', named / 'a' / 'model_best.pth.tar', '-j',
+    status, _, err = run(capsys, 'validate', named / 'data', '--checkpoint', named / 'a' / 'model_best.pth.tar', '-j',
                          '0', '--device', 'cpu', '--knn', '2', '--split', 'most.csv')
     assert (status, '--knn: each row of most would find itself; score another split' in err) == (2, True)
 
 
 def test_another_data_directory_has_the_usual_names(capsys, named, tmp_path):
     data = write_data(tmp_path / 'other', 8, 6)
-    status, out, _ = run(capsys, validate, data, '--checkpoint', named / 'a' / 'model_best.pth.tar', '-j', '0',
+    status, out, _ = run(capsys, 'validate', data, '--checkpoint', named / 'a' / 'model_best.pth.tar', '-j', '0',
                          '--device', 'cpu')
     assert (status, '\n6 images, ' in out) == (0, True)
     assert f"{data}: there is no 'extra.csv' here, which was the val split of the run; 'val' is used instead" in out
 
 
 def test_report_compare_and_export_take_the_splits_of_the_run(capsys, named):
-    assert run(capsys, report, named / 'b', '-j', '0', '--device', 'cpu')[0] == 0
-    status, out, _ = run(capsys, compare, named / 'a', named / 'b', '-j', '0', '--device', 'cpu')
+    assert run(capsys, 'report', named / 'b', '-j', '0', '--device', 'cpu')[0] == 0
+    status, out, _ = run(capsys, 'compare', named / 'a', named / 'b', '-j', '0', '--device', 'cpu')
     assert (status, 'on 4 images of val' in out) == (0, True)
     assert [path.name for run in 'ab' for path in (named / run).glob('predictions-*')] == [
         'predictions-extra.npz', 'predictions-validation-metadata.npz']
-    status, out, _ = run(capsys, export, named / 'b' / 'model_best.pth.tar', '--out', named / 'exported', '--formats',
+    status, out, _ = run(capsys, 'export', named / 'b' / 'model_best.pth.tar', '--out', named / 'exported', '--formats',
                          'safetensors')
     assert (status, f'images such as {named / "data" / "validation"}' in out) == (0, True)
 
@@ -105,7 +104,7 @@ def test_split_reads_what_training_reads(capsys, tmp_path, mark, flags):
         (tmp_path / 'images' / f'{number}.png').touch()
     separator = flags[1] if flags else None
     assert read_table(path, separator=separator).frame.to_numpy().tolist() == TABLE[1:]
-    status, out, err = run(capsys, split, path, '--image', '{image_path}', '--heads', 'a b', 'c', *flags)
+    status, out, err = run(capsys, 'split', path, '--image', '{image_path}', '--heads', 'a b', 'c', *flags)
     assert (status, err) == (0, '')
     assert (tmp_path / 'all.csv').read_text() == (
         'image_path,a b,c\nimages/0.png,x y,u\nimages/1.png,z,v\nimages/2.png,x y,u\n')
@@ -132,9 +131,10 @@ def test_whitespace_from_training_to_prediction(capsys, tmp_path):
         path = data / f'{name}.csv'
         path.write_text(path.read_text().replace(',', '   \t'))
     trained = train_run(data, tmp_path, '--separator', 'whitespace', epochs=1) / 'model_best.pth.tar'
-    status, out, _ = run(capsys, validate, data, '--checkpoint', trained, '-j', '0', '--device', 'cpu')
+    status, out, _ = run(capsys, 'validate', data, '--checkpoint', trained, '-j', '0', '--device', 'cpu')
     assert (status, '\n4 images, ' in out) == (0, True)
-    status, _, _ = run(capsys, predict, trained, data / 'val.csv', '--out', tmp_path / 'out.csv', '-j', '0', '--device',
+    status, _, _ = run(
+        capsys, 'predict', trained, data / 'val.csv', '--out', tmp_path / 'out.csv', '-j', '0', '--device',
                        'cpu')
     assert (status, len((tmp_path / 'out.csv').read_text().splitlines())) == (0, 5)
 
@@ -183,7 +183,7 @@ LOOKS = ('columns look like: color classes (3), shape classes (2), price number 
 
 
 def test_training_asks_what_a_number_is(capsys, shop, tmp_path):
-    status, out, err = run(capsys, train, shop, *TINY, '--epochs', '1', '--output', tmp_path, '--experiment', 'run')
+    status, out, err = run(capsys, 'train', shop, *TINY, '--epochs', '1', '--output', tmp_path, '--experiment', 'run')
     assert (status, f'{shop / "train.csv"}: {LOOKS}' in out) == (2, True)
     assert ("train.csv: column 'price' looks like a number (40 different in 40 labels); learn it as one with --head "
             'price:loss=numeric, as classes with --head price:loss=softmax, or choose others with --heads') in err
@@ -203,7 +203,7 @@ def test_training_asks_what_a_number_is(capsys, shop, tmp_path):
         "'price' looks like a number and is learnt as 40 classes; change that with --head price:loss=numeric"]),
 ])
 def test_identifiers_are_left_out_unless_they_are_named(capsys, shop, tmp_path, flags, heads, told):
-    status, out, _ = run(capsys, train, shop, *TINY, '--epochs', '1', '--output', tmp_path, '--eval-metric', 'loss',
+    status, out, _ = run(capsys, 'train', shop, *TINY, '--epochs', '1', '--output', tmp_path, '--eval-metric', 'loss',
                          '--unknown-labels', 'ignore', '-wls', '0', *flags)
     found = [line.removeprefix(f'{shop / "train.csv"}: ') for line in out.splitlines() if 'train.csv: ' in line]
     assert (found, f'test_resnet, 1 epoch, heads: {heads}' in out) == (told, True)
@@ -212,14 +212,14 @@ def test_identifiers_are_left_out_unless_they_are_named(capsys, shop, tmp_path, 
 def test_neighbours_do_not_vote_for_identifiers(capsys, shop, tmp_path):
     trained = train_run(shop, tmp_path, '-wlc', '0', epochs=1) / 'model_best.pth.tar'
     capsys.readouterr()
-    status, out, _ = run(capsys, validate, shop, '--checkpoint', trained, '-j', '0', '--device', 'cpu', '--knn', '2')
+    status, out, _ = run(capsys, 'validate', shop, '--checkpoint', trained, '-j', '0', '--device', 'cpu', '--knn', '2')
     assert (status, f'{shop / "train.csv"}: no classes, so left out of --knn: price (number), sku (identifier), title '
             '(free text)' in out) == (0, True)
 
 
 def check_shop(capsys, shop, *flags):
     """Exit status, the report, and of its findings those that are on columns or labels of heads."""
-    status, out, err = run(capsys, check, shop, '--json', '-', '--examples', '1', *flags)
+    status, out, err = run(capsys, 'check', shop, '--json', '-', '--examples', '1', *flags)
     report = json.loads(out)
     return status, report, [(each['kind'], each['severity'], each['head']) for each in report['findings']
                             if each['kind'] not in ('same-image-across-splits', 'same-image-twice', 'two-labels')]
@@ -289,7 +289,7 @@ def test_check_reads_tags_in_the_dialect_of_the_flags_or_the_run(capsys, shop, t
     path.write_text(path.read_text().replace(',nil\n', ',nil;a\n', 1))
     _, report, found = check_shop(capsys, shop, *heads, *dialect)
     assert found == [('bad-cell', 'error', 'tags')]
-    status, _, err = run(capsys, check, shop, '--heads', 'color', '--none-value', 'nil')
+    status, _, err = run(capsys, 'check', shop, '--heads', 'color', '--none-value', 'nil')
     assert (status, "--none-value 'nil': no head of" in err) == (2, True)
 
 
@@ -309,5 +309,5 @@ def test_check_of_groups_and_wrong_heads(capsys, tmp_path):
     _, report, found = check_shop(capsys, folder, '--head', 'weather:columns=wet+cold')
     assert (report['heads']['weather']['counts']['train'], [each for each in found if each[0] != 'rare-classes']) == (
         {'wet': 3, 'cold': 2}, [])
-    status, _, err = run(capsys, check, folder, '--head', 'wether:loss=tags')
+    status, _, err = run(capsys, 'check', folder, '--head', 'wether:loss=tags')
     assert (status, '--head wether: there is no such head (there are: color, shape, wet, cold)' in err) == (2, True)

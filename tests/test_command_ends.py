@@ -10,7 +10,6 @@ import pytest
 from common import train_run
 
 from timm_multilabel import Predictor, __version__
-from timm_multilabel.cli import predict, split, train, validate
 from timm_multilabel.cli.main import main, run_command
 from timm_multilabel.data.packing import pack
 from timm_multilabel.data.split import split_csv
@@ -24,7 +23,7 @@ PATTERN = 'images/{id}.jpg'
 def ends(capsys, command, *argv):
     """The error of a command that ends with status 2."""
     with pytest.raises(SystemExit) as end:
-        run_command(command, f'timm-multilabel {command.NAME}', [str(word) for word in argv])
+        run_command(command, f'timm-multilabel {command}', [str(word) for word in argv])
     assert end.value.code == 2
     return capsys.readouterr().err
 
@@ -53,9 +52,9 @@ def test_predict_says_what_it_wrote(data_dir, tmp_path, capsys):
     run = train_run(data_dir, tmp_path, epochs=1)
     capsys.readouterr()
     argv = [str(run / 'last.pth.tar'), str(data_dir / 'val.csv'), '--device', 'cpu', '-j', '0']
-    run_command(predict, 'predict', [*argv, '--out', str(tmp_path / 'p.jsonl')])
+    run_command('predict', 'predict', [*argv, '--out', str(tmp_path / 'p.jsonl')])
     assert capsys.readouterr().out == f'{tmp_path}/p.jsonl: the labels of 6 images, as jsonl\n'
-    run_command(predict, 'predict', [*argv, '--format', 'jsonl'])
+    run_command('predict', 'predict', [*argv, '--format', 'jsonl'])
     assert capsys.readouterr().out == (tmp_path / 'p.jsonl').read_text()  # nothing else where data goes to a pipe
 
 
@@ -74,10 +73,10 @@ def test_versions_and_the_list_of_commands(monkeypatch, capsys):
         'check']
 
 
-@pytest.mark.parametrize('command, words', [(train, ['{}', '--model', 'test_resnet']),
-                                            (validate, ['{}', '--checkpoint', '{run}'])])
+@pytest.mark.parametrize('command, words', [('train', ['{}', '--model', 'test_resnet']),
+                                            ('validate', ['{}', '--checkpoint', '{run}'])])
 def test_a_file_where_a_data_directory_is_expected(data_dir, tmp_path, capsys, command, words):
-    run = train_run(data_dir, tmp_path, epochs=1) / 'last.pth.tar' if command is validate else None
+    run = train_run(data_dir, tmp_path, epochs=1) / 'last.pth.tar' if command == 'validate' else None
     capsys.readouterr()
     (data_dir / 'my labels.csv').write_bytes((data_dir / 'train.csv').read_bytes())
     line = ends(capsys, command, *(word.format(data_dir / 'my labels.csv', run=run) for word in words))
@@ -88,15 +87,21 @@ def test_a_file_where_a_data_directory_is_expected(data_dir, tmp_path, capsys, c
 def test_the_command_that_is_named_makes_a_data_directory(data_dir, capsys):
     (data_dir / 'train.csv').rename(data_dir / 'labels.csv')
     (data_dir / 'val.csv').unlink()
-    line = ends(capsys, train, data_dir, '--model', 'test_resnet')
+    line = ends(capsys, 'train', data_dir, '--model', 'test_resnet')
     assert f'{data_dir}/train.csv: no such file' in line
     words = line.split('timm-multilabel split ')[1].split()
     assert words == [str(data_dir / 'labels.csv'), '--image', "'{IMAGE_COLUMN}'", '--heads', 'COLUMN', '...']
-    run_command(split, 'split', [words[0], '--image', '{image_path}', '--heads', 'color', 'shape'])
+    run_command('split', 'split', [words[0], '--image', '{image_path}', '--heads', 'color', 'shape'])
     assert {path.name for path in data_dir.glob('*.csv')} == {
-        'labels.csv', 'all.csv', 'train.csv', 'val.csv', 'test.csv'}
+        'labels.csv',
+        'all.csv',
+        'train.csv',
+        'val.csv',
+        'test.csv',
+    }
     (data_dir / 'empty').mkdir()
-    assert 'split it with: timm-multilabel split\n' in ends(capsys, train, data_dir / 'empty', '--model', 'test_resnet')
+    line = ends(capsys, 'train', data_dir / 'empty', '--model', 'test_resnet')
+    assert 'split it with: timm-multilabel split\n' in line
 
 
 def test_errors_of_the_predictor_speak_of_images(data_dir, tmp_path):
@@ -200,17 +205,17 @@ def test_a_label_in_few_groups_is_in_training(tmp_path):
 def test_split_says_what_it_removes(tmp_path, capsys):
     source = write_source(tmp_path, [(number, 'a', number) for number in range(10)])
     words = [str(source), '--image', PATTERN, '--heads', 'kind', '--force']
-    run_command(split, 'split', words)
+    run_command('split', 'split', words)
     assert 'Removed' not in capsys.readouterr().out
-    run_command(split, 'split', [*words, '--ratios', '0', '0', '1'])
+    run_command('split', 'split', [*words, '--ratios', '0', '0', '1'])
     assert f'Removed {tmp_path}/train.csv, {tmp_path}/val.csv, whose ratio is 0\n' in capsys.readouterr().out
 
 
 def test_hints_at_what_there_is(data_dir, tmp_path, capsys):
     (data_dir / 'train.csv').unlink()
-    assert 'split it with: timm-multilabel split\n' in ends(capsys, train, data_dir, '--model', 'test_resnet')
+    assert 'split it with: timm-multilabel split\n' in ends(capsys, 'train', data_dir, '--model', 'test_resnet')
     (data_dir / 'recipe.yaml').write_text('epochs: 1\n')
-    line = ends(capsys, train, data_dir / 'recipe.yaml', '--model', 'test_resnet')
+    line = ends(capsys, 'train', data_dir / 'recipe.yaml', '--model', 'test_resnet')
     assert 'a data directory is expected; pass a recipe or the args.yaml of a run with -c' in line
 
 

@@ -13,9 +13,8 @@ from common import SPACE, train_run, write_data
 from sklearn.metrics import average_precision_score
 from test_cli import fails
 
-from timm_multilabel.cli import compare
+from timm_multilabel.assembly.stored import made_from
 from timm_multilabel.cli.main import run_command
-from timm_multilabel.cli.stored import made_from
 from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.labels import LabelSet, LabelSpace, Quantity, TagSet
 from timm_multilabel.reports.experiments import (
@@ -79,7 +78,7 @@ def table(text):
 
 
 def compare_runs(*argv):
-    run_command(compare, 'compare', [str(word) for word in (*argv, *FLAGS)])
+    run_command('compare', 'compare', [str(word) for word in (*argv, *FLAGS)])
 
 
 RIGHT = {
@@ -189,15 +188,15 @@ def test_figures_are_those_of_training(tmp_path, data_dir, capsys):
 def test_bad_input(make_run, tmp_path, capsys):
     a, b = make_run('a', **RIGHT['a0']), make_run('b', **RIGHT['b0'])
     (tmp_path / 'empty').mkdir()
-    line = fails(capsys, compare, [a, tmp_path / 'empty'])
+    line = fails(capsys, 'compare', [a, tmp_path / 'empty'])
     assert f'{tmp_path}/empty: is no run folder (there is no args.yaml in it); name one such as' in line
-    line = fails(capsys, compare, [a / 'model_best.pth.tar'])
+    line = fails(capsys, 'compare', [a / 'model_best.pth.tar'])
     assert f'model_best.pth.tar: is no run folder (there is no args.yaml in it); name its folder, {a}' in line
-    assert f'{tmp_path}/a/../a: is named twice' in fails(capsys, compare, [a, tmp_path / 'a' / '..' / 'a'])
-    assert f'--baseline {b}: is none of the runs to compare ({a})' in fails(capsys, compare, [a, '--baseline', b])
+    assert f'{tmp_path}/a/../a: is named twice' in fails(capsys, 'compare', [a, tmp_path / 'a' / '..' / 'a'])
+    assert f'--baseline {b}: is none of the runs to compare ({a})' in fails(capsys, 'compare', [a, '--baseline', b])
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out' / 'experiments.md').write_text('mine')
-    line = fails(capsys, compare, [a, b, '--out', tmp_path / 'out'])
+    line = fails(capsys, 'compare', [a, b, '--out', tmp_path / 'out'])
     assert 'experiments.md: exists already; overwrite it with --force' in line
     assert [path.name for path in (tmp_path / 'out').iterdir()] == ['experiments.md']
     compare_runs(a, b, '--out', tmp_path / 'out', '--force')
@@ -205,18 +204,18 @@ def test_bad_input(make_run, tmp_path, capsys):
     assert capsys.readouterr().err.startswith('Wrote ')
     for name in ('summary.csv', 'model_best.pth.tar'):
         shutil.copytree(a, tmp_path / f'without {name}', ignore=shutil.ignore_patterns(name))
-        line = fails(capsys, compare, [b, tmp_path / f'without {name}'])
+        line = fails(capsys, 'compare', [b, tmp_path / f'without {name}'])
         assert f'without {name}: no epoch of this run (with phases, of its last one) is finished' in line
     (b / 'summary.csv').write_text('')
-    assert f'{b}/summary.csv: cannot be read' in fails(capsys, compare, [a, b])
+    assert f'{b}/summary.csv: cannot be read' in fails(capsys, 'compare', [a, b])
     (b / 'args.yaml').write_text('- x')
-    assert f'{b}/args.yaml: expected a mapping' in fails(capsys, compare, [a, b])
+    assert f'{b}/args.yaml: expected a mapping' in fails(capsys, 'compare', [a, b])
 
 
 def test_data_that_is_gone(make_run, tmp_path, capsys):
     a = make_run('a', settings={'data_dir': str(tmp_path / 'gone')}, **RIGHT['a0'])
     (a / 'predictions-val.npz').unlink()
-    assert 'a: its data directory has no val (any more); name one with --data DIR' in fails(capsys, compare, [a])
+    assert 'a: its data directory has no val (any more); name one with --data DIR' in fails(capsys, 'compare', [a])
     write_data(tmp_path / 'other')
     compare_runs(a, '--data', tmp_path / 'other')
     assert table(capsys.readouterr().out)['runs'].tolist() == ['a']
@@ -369,7 +368,7 @@ def test_other_label_spaces(make_run, capsys):
     Predictions(space, stored.rows, stored.images, stored.targets * 0, {
         'size': np.ones((6, 1), np.float32), 'shape': np.ones((6, 3), np.float32)}, stored.features,
         stored.made_from).save(b / 'predictions-val.npz')
-    assert 'val: the runs (a, b) share no head of the same classes' in fails(capsys, compare, [a, b])
+    assert 'val: the runs (a, b) share no head of the same classes' in fails(capsys, 'compare', [a, b])
 
 
 def test_markdown_lines_up():

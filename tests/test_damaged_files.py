@@ -11,8 +11,8 @@ from test_cli import fails
 from benchmarks.damaged_files import make_kinds, try_kind
 from timm_multilabel import arrays
 from timm_multilabel.arrays import read_arrays, write_arrays
-from timm_multilabel.cli import compare, grid, report, train
-from timm_multilabel.cli.grid_file import read_grid
+from timm_multilabel.assembly import experiment
+from timm_multilabel.assembly.grid_file import read_grid
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import reading
 from timm_multilabel.inference.embeddings import Embeddings
@@ -233,9 +233,9 @@ def test_summaries_that_are_none(trained, tmp_path, capsys, what):
     path, before = run / 'summary.csv', (run / 'summary.csv').read_bytes()
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     try:
-        for command, words in ((report, [run, '--force', '-j', 0, '--device', 'cpu']),
-                               (compare, [run, '-j', 0, '--device', 'cpu']),
-                               (train, [data, '-c', run / 'args.yaml', '--epochs', '3', '--resume', run])):
+        for command, words in (('report', [run, '--force', '-j', 0, '--device', 'cpu']),
+                               ('compare', [run, '-j', 0, '--device', 'cpu']),
+                               ('train', [data, '-c', run / 'args.yaml', '--epochs', '3', '--resume', run])):
             line = fails(capsys, command, words)
             assert 'summary.csv: cannot be read as the summary of ' in line and reason in line
         assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
@@ -272,7 +272,7 @@ def test_records_of_runs_that_are_none(tmp_path, content):
     run = read_grid(tmp_path / 'grid.yaml').runs[0]
     (tmp_path / f'{run.name}.json').write_text(content)
     with pytest.raises(UserError, match=f'{run.name}.json: cannot be read as the record of a run .+; remove it'):
-        grid.read_record(run, tmp_path)
+        experiment.read_record(run, tmp_path)
 
 
 RESULTS = 'setting,seed,color,mean,minutes,cpu_minutes,commit,machine,torch,command\n'
@@ -291,9 +291,9 @@ def test_results_that_are_none(tmp_path, capsys, runs, differences):
     (tmp_path / 'results.csv').write_text(RESULTS + ROW + ROW.replace('a,0', 'b,0'))
     (tmp_path / 'differences.csv').write_text('')
     if not runs and not differences:
-        grid.read_results(tmp_path, 'val', read_grid(tmp_path / 'grid.yaml'))
+        experiment.read_results(tmp_path, 'val', read_grid(tmp_path / 'grid.yaml'))
     (tmp_path / 'results.csv').write_text(runs)
     (tmp_path / 'differences.csv').write_text(differences)
-    line = fails(capsys, grid, [tmp_path, '--tables'])
+    line = fails(capsys, 'grid', [tmp_path, '--tables'])
     assert '.csv: cannot be read as results of an experiment (' in line and 'run the experiment again' in line
     assert not (tmp_path / 'results.md').exists()

@@ -11,7 +11,6 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from test_cli import fails
 
-from timm_multilabel.cli import embed, search, validate
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.errors import UserError
 from timm_multilabel.inference import neighbours
@@ -43,7 +42,7 @@ def trained(tmp_path_factory):
 def run(command, *argv):
     """Run a command; its exit status."""
     try:
-        run_command(command, command.NAME, [*map(str, argv), '--device', 'cpu'])
+        run_command(command, command, [*map(str, argv), '--device', 'cpu'])
     except SystemExit as stop:
         return stop.code
     return 0
@@ -58,7 +57,7 @@ def plain_picture(path, color='red'):
 def test_features_are_the_models(trained, tmp_path, suffix, capsys):
     pictures = [plain_picture(tmp_path / f'{color}.png', color) for color in COLORS]
     out = tmp_path / f'e.{suffix}'
-    assert run(embed, trained.both, *pictures, '--out', out) == 0
+    assert run('embed', trained.both, *pictures, '--out', out) == 0
     assert 'features of 3 images, ' in capsys.readouterr().out
     found, checkpoint = Embeddings.load(out), read_checkpoint(trained.both)
     assert found.images.tolist() == [str(path) for path in pictures]
@@ -70,7 +69,7 @@ def test_features_are_the_models(trained, tmp_path, suffix, capsys):
     assert found.made_by['arch'] == 'test_resnet' and found.made_by['what'] == 'features'
 
     out = tmp_path / f'p.{suffix}'
-    assert run(embed, trained.simclr, *pictures, '--out', out, '--what', 'projections') == 0
+    assert run('embed', trained.simclr, *pictures, '--out', out, '--what', 'projections') == 0
     state = torch.load(trained.simclr, weights_only=True)['task_state']['projector']
     with torch.no_grad():
         features = load_model(read_checkpoint(trained.simclr), 'plain').backbone(images)
@@ -81,8 +80,8 @@ def test_features_are_the_models(trained, tmp_path, suffix, capsys):
 def test_projector_of_a_head(trained, tmp_path):
     flags = ['-wls', '0', '-wlc', '1', '--head', 'color:input=projection']
     checkpoint = train_run(trained.data, tmp_path, *flags, epochs=1) / 'last.pth.tar'
-    assert run(embed, checkpoint, trained.images, '--out', tmp_path / 'p.npz', '--what', 'projections') == 0
-    assert run(embed, checkpoint, trained.images, '--out', tmp_path / 'f.npz') == 0
+    assert run('embed', checkpoint, trained.images, '--out', tmp_path / 'p.npz', '--what', 'projections') == 0
+    assert run('embed', checkpoint, trained.images, '--out', tmp_path / 'f.npz') == 0
     state = torch.load(checkpoint, weights_only=True)['state_dict']
     features = torch.from_numpy(Embeddings.load(tmp_path / 'f.npz').vectors)
     projections = (features @ state['projector.0.weight'].T).relu() @ state['projector.2.weight'].T
@@ -93,14 +92,14 @@ def test_projector_of_a_head(trained, tmp_path):
 def test_bad_images_are_left_out_and_named(trained, tmp_path, capsys):
     (tmp_path / 'broken.png').write_bytes((trained.images / '1.png').read_bytes()[:200])
     words = [trained.images / '0.png', tmp_path / 'broken.png', trained.images / '2.png', tmp_path / 'gone.png']
-    assert run(embed, trained.both, *words, '--out', tmp_path / 'e.npz', '-b', 3, '-j', 1) == 1
+    assert run('embed', trained.both, *words, '--out', tmp_path / 'e.npz', '-b', 3, '-j', 1) == 1
     error = capsys.readouterr().err
     assert 'broken.png' in error and 'gone.png' in error and '2 of 4 images could not be read' in error
-    assert run(embed, trained.both, words[0], words[2], '--out', tmp_path / 'f.npz') == 0
+    assert run('embed', trained.both, words[0], words[2], '--out', tmp_path / 'f.npz') == 0
     found, alone = (Embeddings.load(tmp_path / name) for name in ('e.npz', 'f.npz'))
     assert found.images.tolist() == [str(words[0]), str(words[2])] == alone.images.tolist()
     np.testing.assert_allclose(found.vectors, alone.vectors, rtol=1e-5)
-    line = fails(capsys, embed, [trained.both, words[1], '--out', tmp_path / 'g.npz'])
+    line = fails(capsys, 'embed', [trained.both, words[1], '--out', tmp_path / 'g.npz'])
     assert 'none of 1 images can be read; the first: ' in line and not (tmp_path / 'g.npz').exists()
 
 
@@ -148,7 +147,7 @@ def test_knn_is_sklearns():
 @pytest.mark.parametrize('name', ['both', 'simclr'])
 def test_validate_prints_knn(trained, tmp_path, name, capsys):
     results = tmp_path / 'r.json'
-    assert run(validate, trained.data, '--checkpoint', getattr(trained, name), '--knn', 5, '-j', 0, '--results-file',
+    assert run('validate', trained.data, '--checkpoint', getattr(trained, name), '--knn', 5, '-j', 0, '--results-file',
                results) == 0
     out = capsys.readouterr().out
     assert 'knn_top1' in out and f'the 5 nearest of 24 images of {trained.data}/train.csv' in out
@@ -156,7 +155,7 @@ def test_validate_prints_knn(trained, tmp_path, name, capsys):
     points = {}
     for split in ('train', 'val'):
         path = tmp_path / f'{split}.npz'
-        run(embed, getattr(trained, name), trained.data / f'{split}.csv', '--out', path)
+        run('embed', getattr(trained, name), trained.data / f'{split}.csv', '--out', path)
         cells = [line.split(',')[1:] for line in (trained.data / f'{split}.csv').read_text().splitlines()[1:]]
         points[split] = Embeddings.load(path).vectors, np.array(cells)
     heads = json.loads(results.read_text())['heads']
@@ -176,9 +175,9 @@ def test_validate_prints_knn(trained, tmp_path, name, capsys):
 def test_knn_and_bad_images(trained, tmp_path, capsys):
     data = write_data(tmp_path / 'data')
     (data / 'images' / '0.png').write_bytes(b'')
-    line = fails(capsys, validate, [data, '--checkpoint', trained.simclr, '--knn', 3, '-j', 0, '--device', 'cpu'])
+    line = fails(capsys, 'validate', [data, '--checkpoint', trained.simclr, '--knn', 3, '-j', 0, '--device', 'cpu'])
     assert '0.png' in line and 'cannot be decoded' in line
-    assert run(validate, data, '--checkpoint', trained.simclr, '--knn', 3, '-j', 0, '--skip-bad-images',
+    assert run('validate', data, '--checkpoint', trained.simclr, '--knn', 3, '-j', 0, '--skip-bad-images',
                '--results-file', tmp_path / 'r.csv') == 0
     assert '1 image that cannot be decoded, left out' in capsys.readouterr().out
     head, *rows = (tmp_path / 'r.csv').read_text().splitlines()
@@ -188,25 +187,25 @@ def test_knn_and_bad_images(trained, tmp_path, capsys):
 def test_knn_bad_input(trained, tmp_path, capsys):
     data = write_data(tmp_path / 'data')
     words = [data, '--checkpoint', trained.simclr, '-j', 0]
-    assert 'score its features with --knn 20' in fails(capsys, validate, words)
-    assert 'has no heads; leave it out' in fails(capsys, validate, [*words, '--knn', 3, '--confusion'])
+    assert 'score its features with --knn 20' in fails(capsys, 'validate', words)
+    assert 'has no heads; leave it out' in fails(capsys, 'validate', [*words, '--knn', 3, '--confusion'])
     for split in ('train', data / 'train.csv', data / '..' / 'data' / 'train.csv'):
-        assert 'would find itself' in fails(capsys, validate, [*words, '--knn', 3, '--split', split])
-    assert '0 is out of range' in fails(capsys, validate, [*words, '--knn', 0])
+        assert 'would find itself' in fails(capsys, 'validate', [*words, '--knn', 3, '--split', split])
+    assert '0 is out of range' in fails(capsys, 'validate', [*words, '--knn', 0])
     (data / 'train.csv').write_text('image_path,color\nimages/0.png,\n')
-    assert 'no column has a class' in fails(capsys, validate, [*words, '--knn', 3])
+    assert 'no column has a class' in fails(capsys, 'validate', [*words, '--knn', 3])
     (data / 'train.csv').unlink()
-    assert 'train.csv: no such file' in fails(capsys, validate, [*words, '--knn', 3])
+    assert 'train.csv: no such file' in fails(capsys, 'validate', [*words, '--knn', 3])
 
 
 @pytest.mark.parametrize('suffix', ['npz', 'parquet'])
 def test_search_finds_numpys_nearest(trained, tmp_path, suffix, capsys):
     out = tmp_path / f'e.{suffix}'
-    run(embed, trained.both, trained.data / 'train.csv', '--out', out)
-    run(embed, trained.both, trained.data / 'val.csv', '--out', tmp_path / 'q.npz')
+    run('embed', trained.both, trained.data / 'train.csv', '--out', out)
+    run('embed', trained.both, trained.data / 'val.csv', '--out', tmp_path / 'q.npz')
     bank, queries = Embeddings.load(out), Embeddings.load(tmp_path / 'q.npz')
     capsys.readouterr()
-    assert run(search, out, trained.data / 'val.csv', '--checkpoint', trained.both, '-k', 4) == 0
+    assert run('search', out, trained.data / 'val.csv', '--checkpoint', trained.both, '-k', 4) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ['query', 'rank', 'similarity', 'image'] and len(lines) == 1 + 12 * 4
     units = [points.vectors / np.linalg.norm(points.vectors, axis=1, keepdims=True) for points in (queries, bank)]
@@ -219,22 +218,22 @@ def test_search_finds_numpys_nearest(trained, tmp_path, suffix, capsys):
 
 
 def test_search_of_an_image_finds_itself(trained, tmp_path, capsys):
-    run(embed, trained.both, trained.images, '--out', tmp_path / 'e.npz', '--what', 'projections')
+    run('embed', trained.both, trained.images, '--out', tmp_path / 'e.npz', '--what', 'projections')
     capsys.readouterr()
     image = trained.images / '5.png'
-    assert run(search, tmp_path / 'e.npz', image, '--checkpoint', trained.both, '-k', 1) == 0
+    assert run('search', tmp_path / 'e.npz', image, '--checkpoint', trained.both, '-k', 1) == 0
     assert capsys.readouterr().out.splitlines()[1].split() == [str(image), '1', '1.0000', str(image)]
-    assert run(search, tmp_path / 'e.npz', 'no.png', image, '--checkpoint', trained.both, '-k', 1) == 1
+    assert run('search', tmp_path / 'e.npz', 'no.png', image, '--checkpoint', trained.both, '-k', 1) == 1
     out, errors = capsys.readouterr()
     assert out.splitlines()[1].split()[0] == str(image) and 'no.png' in errors and '1 of 2 images' in errors
 
 
 def test_contact_sheet(trained, tmp_path, capsys):
     pictures = [plain_picture(tmp_path / f'{color}.png', color) for color in COLORS]
-    run(embed, trained.both, *pictures, '--out', tmp_path / 'e.npz')
+    run('embed', trained.both, *pictures, '--out', tmp_path / 'e.npz')
     pictures[2].unlink()
     for name, tolerance in (('s.png', 0), ('s.jpg', 6)):
-        assert run(search, tmp_path / 'e.npz', *pictures[:2], '--checkpoint', trained.both, '--sheet',
+        assert run('search', tmp_path / 'e.npz', *pictures[:2], '--checkpoint', trained.both, '--sheet',
                    tmp_path / name) == 0
         with Image.open(tmp_path / name) as sheet:
             assert sheet.size == (12 + 4 * 140, 12 + 2 * (128 + 18 + 12))
@@ -253,7 +252,7 @@ def test_contact_sheet(trained, tmp_path, capsys):
 
 def test_bad_input_is_one_line(trained, tmp_path, capsys):
     image, out = trained.images / '0.png', tmp_path / 'e.npz'
-    assert run(embed, trained.both, trained.images, '--out', out) == 0
+    assert run('embed', trained.both, trained.images, '--out', out) == 0
     before = out.read_bytes()
     for words, message in [
         ([trained.both, image, '--out', out], 'e.npz: is there already'),
@@ -261,7 +260,7 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys):
         ([trained.heads, image, '--out', tmp_path / 'f.npz', '--what', 'projections'], 'holds no projector'),
         ([trained.both, image], 'required: --out'),
     ]:
-        assert message in fails(capsys, embed, words)
+        assert message in fails(capsys, 'embed', words)
     (tmp_path / 'x.npz').write_bytes(b'PK\x03\x04')
     (tmp_path / 'x.parquet').write_bytes(b'PAR1')
     (tmp_path / 's.png').write_bytes(b'kept')
@@ -276,7 +275,7 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys):
         ([out, image, '--checkpoint', trained.both, '--sheet', tmp_path / 's.png'], 's.png: is there already'),
         ([out, *[image] * 500, '--checkpoint', trained.both, '--sheet', tmp_path / 't.png'], 'is the most'),
     ]:
-        assert message in fails(capsys, search, words)
+        assert message in fails(capsys, 'search', words)
     assert out.read_bytes() == before and (tmp_path / 's.png').read_bytes() == b'kept'
     assert not list(tmp_path.glob('t.png')) and not list(tmp_path.glob('f.npz'))
 
@@ -296,16 +295,16 @@ def test_files_of_others(tmp_path):
 
 
 def test_another_width_than_the_models(trained, tmp_path, capsys):
-    run(embed, trained.both, trained.images, '--out', tmp_path / 'e.npz')
+    run('embed', trained.both, trained.images, '--out', tmp_path / 'e.npz')
     found = Embeddings.load(tmp_path / 'e.npz')
     Embeddings(found.images, found.vectors[:, :5], found.made_by).save(tmp_path / 'f.npz')
     words = [tmp_path / 'f.npz', trained.images / '0.png', '--checkpoint', trained.both]
-    assert 'its 5 numbers an image are not what the checkpoint makes' in fails(capsys, search, words)
+    assert 'its 5 numbers an image are not what the checkpoint makes' in fails(capsys, 'search', words)
 
 
 def test_without_pyarrow(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, 'pyarrow', None)
-    line = fails(capsys, embed, [trained.both, trained.images, '--out', tmp_path / 'e.parquet'])
+    line = fails(capsys, 'embed', [trained.both, trained.images, '--out', tmp_path / 'e.parquet'])
     assert "pip install 'timm-multilabel[parquet]', or name a .npz file" in line
 
 
@@ -315,15 +314,15 @@ def test_the_digest_tells_weights_and_input_apart(trained, tmp_path):
     for number, change in enumerate(({}, {'mean': (0.25, 0.5, 0.5)}, {'crop_pct': 0.5})):
         path = tmp_path / f'{number}.pth.tar'
         torch.save({**state, 'data_config': {**state['data_config'], **change}, 'epoch': number}, path)
-        run(embed, path, trained.images / '0.png', '--out', tmp_path / f'{number}.npz')
+        run('embed', path, trained.images / '0.png', '--out', tmp_path / f'{number}.npz')
         digests.add(Embeddings.load(tmp_path / f'{number}.npz').made_by['digest'])
     name = next(iter(state['state_dict']))
     state['state_dict'][name] = state['state_dict'][name] * 1.001
     torch.save(state, tmp_path / '3.pth.tar')
-    run(embed, tmp_path / '3.pth.tar', trained.images / '0.png', '--out', tmp_path / '3.npz')
+    run('embed', tmp_path / '3.pth.tar', trained.images / '0.png', '--out', tmp_path / '3.npz')
     digests.add(Embeddings.load(tmp_path / '3.npz').made_by['digest'])
     assert len(digests) == 4
-    run(embed, trained.both, trained.images / '0.png', '--out', tmp_path / '4.npz')
+    run('embed', trained.both, trained.images / '0.png', '--out', tmp_path / '4.npz')
     assert Embeddings.load(tmp_path / '4.npz').made_by['digest'] in digests  # the epoch does not matter
 
 
@@ -331,10 +330,10 @@ def test_knn_is_of_heads_of_classes(tmp_path, capsys):
     data = write_data(tmp_path / 'data')
     checkpoint = train_run(data, tmp_path, '--head', 'shape:loss=tags', epochs=1) / 'last.pth.tar'
     results = tmp_path / 'r.json'
-    assert run(validate, data, '--checkpoint', checkpoint, '--knn', 3, '-j', 0, '--results-file', results) == 0
+    assert run('validate', data, '--checkpoint', checkpoint, '--knn', 3, '-j', 0, '--results-file', results) == 0
     results = json.loads(results.read_text())
     assert results['heads']['color']['knn_top1'] == results['mean']['knn_top1'] == 100  # plain pictures: each has twins
     assert 'knn_top1' not in results['heads']['shape'] and 'map' in results['heads']['shape']
     checkpoint = train_run(data, tmp_path / 'tags', '--heads', 'shape', '--head', 'shape:loss=tags', epochs=1)
     words = [data, '--checkpoint', checkpoint / 'last.pth.tar', '--knn', 3]
-    assert 'has classes to vote for; leave it out' in fails(capsys, validate, words)
+    assert 'has classes to vote for; leave it out' in fails(capsys, 'validate', words)

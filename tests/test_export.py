@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_cli import fails
 
-from timm_multilabel.cli import export
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.errors import UserError
 from timm_multilabel.escaping import markdown_text
@@ -72,7 +71,7 @@ def run_of(data_dir, tmp_path):
 
 
 def run_export(checkpoint, *flags):
-    run_command(export, 'export.py', [str(word) for word in (checkpoint, *flags)])
+    run_command('export', 'export.py', [str(word) for word in (checkpoint, *flags)])
 
 
 def names_in(folder: Path) -> list[str]:
@@ -301,18 +300,18 @@ def test_a_format_that_fails_leaves_nothing(capsys, run_of, monkeypatch):
     monkeypatch.setattr(weights, 'write_tensors', lambda path, tensors: write(
         path, {name: tensor + 0.5 if name.endswith('fc.bias') and 'heads.0' in name else tensor * 1.0
                for name, tensor in tensors.items() if name != 'heads.1.fc.bias'}))
-    line = fails(capsys, export, [run_of, '--formats', 'pt2', 'safetensors', 'backbone'])
+    line = fails(capsys, 'export', [run_of, '--formats', 'pt2', 'safetensors', 'backbone'])
     assert 'multilabel.safetensors: test_resnet cannot be exported so (' in line
     assert 'its plain weights do not fit its model and heads' in line and '-export-' not in line
     assert names_in(folder) == ['backbone.json', 'backbone.safetensors', 'multilabel.pt2']
     monkeypatch.setattr(weights, 'write_tensors', lambda path, tensors: write(
         path, {name: tensor * 1.5 if 'heads.0' in name else tensor for name, tensor in tensors.items()}))
     (folder / 'multilabel.json').write_text('before')
-    line = fails(capsys, export, [run_of, '--formats', 'safetensors', '--force'])
+    line = fails(capsys, 'export', [run_of, '--formats', 'safetensors', '--force'])
     assert 'multilabel.safetensors: differs from the checkpoint by ' in line and 'more than 1e-04; not kept' in line
     assert (folder / 'multilabel.json').read_text() == 'before' and len(names_in(folder)) == 4
     hub = run_of.parent / 'hub'
-    assert 'not kept' in fails(capsys, export, [run_of, '--hub', hub])
+    assert 'not kept' in fails(capsys, 'export', [run_of, '--hub', hub])
     assert names_in(hub) == []
 
 
@@ -320,7 +319,7 @@ def test_weights_that_are_no_numbers(capsys, run_of):
     state = torch.load(run_of, weights_only=True)
     state['state_dict']['heads.0.fc.bias'][0] = float('nan')
     torch.save(state, run_of)
-    assert f'{run_of}: its outputs are not finite' in fails(capsys, export, [run_of])
+    assert f'{run_of}: its outputs are not finite' in fails(capsys, 'export', [run_of])
     assert not (run_of.parent / 'export').exists()
 
 
@@ -331,23 +330,23 @@ def test_outputs_that_exist(capsys, run_of, tmp_path):
     before = (folder / 'backbone.safetensors').read_bytes()
     assert capsys.readouterr().out.count('largest difference 0.0e+00 (at most 1e-04)') == 1
     (folder / 'backbone.safetensors').write_bytes(b'before')
-    line = fails(capsys, export, flags)
+    line = fails(capsys, 'export', flags)
     assert f'{folder}/backbone.safetensors: exists; replace it with --force' in line
     run_export(*flags, '--force')
     assert (folder / 'backbone.safetensors').read_bytes() == before
-    assert 'is a file; name a folder' in fails(capsys, export, [run_of, '--out', run_of])
+    assert 'is a file; name a folder' in fails(capsys, 'export', [run_of, '--out', run_of])
     (tmp_path / 'hub').mkdir()
     (tmp_path / 'hub' / 'README.md').write_text('mine')
-    assert 'README.md: exists' in fails(capsys, export, [run_of, '--hub', tmp_path / 'hub'])
+    assert 'README.md: exists' in fails(capsys, 'export', [run_of, '--hub', tmp_path / 'hub'])
     (folder / 'backbone.json').unlink()
     (folder / 'backbone.json').mkdir()
-    assert 'backbone.json: is no file' in fails(capsys, export, [*flags, '--force'])
+    assert 'backbone.json: is no file' in fails(capsys, 'export', [*flags, '--force'])
 
 
 def test_a_missing_extra(capsys, run_of, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'onnxscript' else find(name))
-    line = fails(capsys, export, [run_of, '--formats', 'onnx'])
+    line = fails(capsys, 'export', [run_of, '--formats', 'onnx'])
     assert "--formats onnx: onnxscript not installed; pip install 'timm-multilabel[export]'" in line
     run_export(run_of)
     assert "onnx: left out, onnxscript not installed; pip install 'timm-multilabel[export]'" in capsys.readouterr().out
@@ -356,7 +355,7 @@ def test_a_missing_extra(capsys, run_of, monkeypatch):
 
 def test_a_checkpoint_without_heads(capsys, data_dir, tmp_path):
     run = train_run(data_dir, tmp_path, '-wlc', '0', epochs=1)
-    line = fails(capsys, export, [run / 'last.pth.tar', '--formats', 'backbone', 'pt2'])
+    line = fails(capsys, 'export', [run / 'last.pth.tar', '--formats', 'backbone', 'pt2'])
     assert '--formats pt2: ' in line and 'it has no heads; it can be written as backbone' in line
     run_export(run / 'last.pth.tar')
     assert names_in(run / 'export') == ['backbone.json', 'backbone.safetensors']
@@ -370,19 +369,19 @@ def test_a_checkpoint_without_heads(capsys, data_dir, tmp_path):
 def test_images_from_elsewhere(capsys, run_of, data_dir, tmp_path):
     flags = [run_of, '--formats', 'backbone', '--force']
     moved = data_dir.rename(tmp_path / 'moved')
-    line = fails(capsys, export, flags)
+    line = fails(capsys, 'export', flags)
     assert f'of its data directory {data_dir} no CSV is here; name images to compare with: --images DIR' in line
     run_export(*flags, '--images', moved / 'images')
     assert f'compared on 16 images such as {moved}/images/0.png, one and 16 at a time' in capsys.readouterr().out
     run_export(*flags, '--images', moved / 'images' / '3.png')
     assert f'compared on 1 image such as {moved}/images/3.png, one and 2 at a time' in capsys.readouterr().out
-    assert 'nowhere: no such file or folder' in fails(capsys, export, [*flags, '--images', tmp_path / 'nowhere'])
+    assert 'nowhere: no such file or folder' in fails(capsys, 'export', [*flags, '--images', tmp_path / 'nowhere'])
     (moved / 'bad.png').write_text('x')
-    assert 'bad.png' in fails(capsys, export, [*flags, '--images', moved / 'bad.png'])
+    assert 'bad.png' in fails(capsys, 'export', [*flags, '--images', moved / 'bad.png'])
     (run_of.parent / 'args.yaml').write_text('- x')
-    assert 'args.yaml: cannot be read as the settings of a run' in fails(capsys, export, flags)
+    assert 'args.yaml: cannot be read as the settings of a run' in fails(capsys, 'export', flags)
     (run_of.parent / 'args.yaml').unlink()
-    assert 'no args.yaml beside it tells of its data' in fails(capsys, export, flags)
+    assert 'no args.yaml beside it tells of its data' in fails(capsys, 'export', flags)
 
 
 def test_images_are_spread():
@@ -391,8 +390,8 @@ def test_images_are_spread():
 
 
 def test_bad_checkpoints_and_weights(capsys, run_of, tmp_path):
-    assert 'nowhere.pth.tar: no such checkpoint' in fails(capsys, export, [tmp_path / 'nowhere.pth.tar'])
-    assert 'holds no ema weights' in fails(capsys, export, [run_of, '--weights', 'ema'])
+    assert 'nowhere.pth.tar: no such checkpoint' in fails(capsys, 'export', [tmp_path / 'nowhere.pth.tar'])
+    assert 'holds no ema weights' in fails(capsys, 'export', [run_of, '--weights', 'ema'])
     with pytest.raises(SystemExit):
         run_export(run_of, '--formats', 'tflite')
     assert 'invalid choice' in capsys.readouterr().err
@@ -448,8 +447,8 @@ def test_only_push_uploads(capsys, run_of, tmp_path, fake_hub):
 
 
 def test_pushes_that_cannot_be(capsys, run_of, tmp_path, fake_hub, monkeypatch):
-    assert '--push me/colors: uploads the folder of --hub' in fails(capsys, export, [run_of, '--push', 'me/colors'])
-    line = fails(capsys, export, [run_of, '--hub', tmp_path / 'hub', '--push', 'me/my colors'])
+    assert '--push me/colors: uploads the folder of --hub' in fails(capsys, 'export', [run_of, '--push', 'me/colors'])
+    line = fails(capsys, 'export', [run_of, '--hub', tmp_path / 'hub', '--push', 'me/my colors'])
     assert '--push me/my colors: is no name of a repository' in line
     assert not (tmp_path / 'hub').exists() and fake_hub.calls == []
 
@@ -457,7 +456,7 @@ def test_pushes_that_cannot_be(capsys, run_of, tmp_path, fake_hub, monkeypatch):
         raise OSError('403 Forbidden')
 
     monkeypatch.setattr(FakeHub, 'upload_folder', refuse)
-    line = fails(capsys, export, [run_of, '--hub', tmp_path / 'hub', '--push', 'me/colors'])
+    line = fails(capsys, 'export', [run_of, '--hub', tmp_path / 'hub', '--push', 'me/colors'])
     assert 'cannot be uploaded (403 Forbidden)' in line and f'`hf upload me/colors {tmp_path}/hub`' in line
     assert names_in(tmp_path / 'hub') == HUB_FILES
 
@@ -476,7 +475,7 @@ def test_a_phase(data_dir, tmp_path):
 def test_a_summary_that_is_none(capsys, run_of, tmp_path):
     (run_of.parent / 'summary.csv').write_text('epoch,eval/color/top1\n0,good\n')
     assert 'summary.csv: cannot be read as the summary of a run' in fails(
-        capsys, export, [run_of, '--hub', tmp_path / 'hub'])
+        capsys, 'export', [run_of, '--hub', tmp_path / 'hub'])
     assert names_in(tmp_path / 'hub') == []
     (run_of.parent / 'summary.csv').unlink()
     run_export(run_of, '--hub', tmp_path / 'hub')
@@ -497,7 +496,7 @@ class Doubled(SoftmaxHead):
         return 2 * super().forward(features)
 ''')
     run = train_run(data_dir, tmp_path, '--head-module', str(module), '--head', 'color:loss=doubled', epochs=1)
-    assert "'doubled'" in fails(capsys, export, [run / 'last.pth.tar'])
+    assert "'doubled'" in fails(capsys, 'export', [run / 'last.pth.tar'])
     run_export(run / 'last.pth.tar', '--head-module', module, '--formats', 'pt2', 'safetensors')
     assert names_in(run / 'export') == ['multilabel.json', 'multilabel.pt2', 'multilabel.safetensors']
 

@@ -12,14 +12,14 @@ from unittest.mock import patch
 
 import pytest
 import yaml
-from common import TinyBackbone, write_data
+from common import TinyBackbone, train_settings, write_data
 from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
 from test_hostile import ramp, saved
 
-from timm_multilabel.cli import head_options, train_flags
-from timm_multilabel.cli.checks import check_phases
-from timm_multilabel.cli.flags import Parser, parse_with_config
+from timm_multilabel.assembly import head_options
+from timm_multilabel.assembly.checks import check_phases
+from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.data.images import EncodedPhoto
 from timm_multilabel.data.split import split_csv
 from timm_multilabel.data.table import encode_rows, find_label_space, read_table
@@ -146,7 +146,7 @@ def test_head_options(folder, given_options):
         options, _ = head_options.resolve(head, REGISTRY, space, targets)
         try:
             return MultiLabelModel(TinyBackbone(), space, head_options=options)
-        except ValueError as error:  # as cli/build.py takes it
+        except ValueError as error:  # as assembly/model.py takes it
             assert str(error)
 
     named = {*given_options, *(('color', 'shape') if '*' in given_options else ())}
@@ -157,12 +157,10 @@ def test_head_options(folder, given_options):
 
 def parsed(path, *argv):
     """What a recipe comes to; the parser's own line, with which it ends the program with status 2, as an error."""
-    parser = Parser(prog='train.py')
-    train_flags.add_flags(parser)
     errors = StringIO()
     with patch.object(sys, 'stderr', errors):
         try:
-            return check_phases(parse_with_config(parser, [*argv, '-c', str(path)]))
+            return check_phases(train_settings(*argv, '-c', str(path)))
         except SystemExit as stop:
             line = errors.getvalue()
             assert stop.code == 2 and line.startswith('train.py: error: ') and line.count('\n') == 1
@@ -170,9 +168,7 @@ def parsed(path, *argv):
 
 
 def flag_names():
-    parser = Parser(prog='train.py')
-    train_flags.add_flags(parser)
-    return sorted({action.dest for action in parser._actions} - {'help', 'config'})
+    return sorted({*TrainSettings.settings()} - {'config'})
 
 
 VALUES = st.recursive(

@@ -14,10 +14,9 @@ import yaml
 from common import write_data
 from test_cli import fails
 
-from timm_multilabel.cli import grid
-from timm_multilabel.cli.grid import read_results
-from timm_multilabel.cli.grid_file import read_grid
-from timm_multilabel.cli.jobs import Job, Jobs
+from timm_multilabel.assembly.experiment import read_results
+from timm_multilabel.assembly.grid_file import read_grid
+from timm_multilabel.assembly.jobs import Job, Jobs
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.errors import UserError
 from timm_multilabel.reports.grid import GridResults, draw_grid, grid_markdown
@@ -86,7 +85,7 @@ def test_an_experiment_is_run_once_and_its_tables_come_from_its_csvs(tmp_path, m
     data = write_data(tmp_path / 'data')
     out = tmp_path / 'out'
     command = [str(folder), str(data), '--jobs', '2', '--output', str(out), '--flags', '--checkpoint-hist', '1']
-    run_command(grid, 'grid', command)
+    run_command('grid', 'grid', command)
     runs = pd.read_csv(folder / 'results.csv')
     assert runs['setting'].tolist() == list(SETTINGS) and runs['seed'].tolist() == [3, 3]
     np.testing.assert_allclose(runs['mean'], runs[['color', 'shape']].mean(axis=1), rtol=1e-5)
@@ -107,36 +106,36 @@ def test_an_experiment_is_run_once_and_its_tables_come_from_its_csvs(tmp_path, m
     # Nothing is trained again; tables come from the CSVs.
     monkeypatch.setattr(Jobs, '_start', lambda self, job: pytest.fail(f'starts {job.name}'))
     (folder / 'results.md').unlink()
-    run_command(grid, 'grid', command)
+    run_command('grid', 'grid', command)
     (folder / 'results.png').unlink()
-    run_command(grid, 'grid', [str(folder), '--tables'])
+    run_command('grid', 'grid', [str(folder), '--tables'])
     assert (folder / 'results.md').read_text() == tables and (folder / 'results.png').stat().st_size > 5000
     capsys.readouterr()
 
     # What a run took that was resumed is not known.
     record = json.loads((out / 'supervised-s3.json').read_text())
     (out / 'supervised-s3.json').write_text(json.dumps({**record, 'seconds': None, 'cpu_seconds': None}))
-    run_command(grid, 'grid', command)
+    run_command('grid', 'grid', command)
     assert pd.read_csv(folder / 'results.csv')['cpu_minutes'].isna().tolist() == [True, False]
     assert re.search(r'supervised .*\|  +\|$', (folder / 'results.md').read_text(), re.MULTILINE)
     capsys.readouterr()
 
     # What was trained with other flags is not taken for this, and what cannot be trained shows before anything is.
-    assert f'{out / "simclr-s3"}: a run of other flags' in fails(capsys, grid, command[:-1] + ['2'])
+    assert f'{out / "simclr-s3"}: a run of other flags' in fails(capsys, 'grid', command[:-1] + ['2'])
     for settings, text in (
         ({**SETTINGS, 'wrong': {'lr': 'abc'}}, "setting 'wrong': "),
         ({**SETTINGS, 'wrong': {'classification_loss_weight': 0}}, "setting 'wrong': trains no heads"),
     ):
         write_grid(folder, settings=settings)
-        assert text in fails(capsys, grid, command)
+        assert text in fails(capsys, 'grid', command)
     write_grid(folder)
-    assert '--flags --seed: set by the grid itself' in fails(capsys, grid, [*command, '--seed', '5'])
-    assert 'test.csv: no such file' in fails(capsys, grid, [str(folder), str(data), '--split', 'test'])
-    assert 'name the data directory too' in fails(capsys, grid, [str(folder)])
+    assert '--flags --seed: set by the grid itself' in fails(capsys, 'grid', [*command, '--seed', '5'])
+    assert 'test.csv: no such file' in fails(capsys, 'grid', [str(folder), str(data), '--split', 'test'])
+    assert 'name the data directory too' in fails(capsys, 'grid', [str(folder)])
     # Another start makes other runs of those that start from it, even where the start itself is gone.
     write_grid(folder, starts={'simclr': {'classification_loss_weight': 0, 'temperature': 0.1}})
     (out / 'simclr-s3.json').unlink()
-    assert f'{out / "SimCLR-then-joint-s3"}: a run of other flags' in fails(capsys, grid, command)
+    assert f'{out / "SimCLR-then-joint-s3"}: a run of other flags' in fails(capsys, 'grid', command)
 
 
 def make_jobs(tmp_path, *jobs):

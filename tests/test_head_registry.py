@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_multilabel.cli import train, validate
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.heads import load_registry
 from timm_multilabel.labels import LabelSet, LabelSpace
@@ -50,7 +49,7 @@ def test_kinds_train_resume_and_are_validated(data, module, tmp_path, capsys):
     flags = ['--model', 'test_resnet', '--img-size', '32', '-b', '6', '-j', '0', '--device', 'cpu', '--lr', '0.02',
              '--warmup-epochs', '0', '--cooldown-epochs', '0', '--head-module', str(module), *HEADS,
              'size:loss=ordinal,order=S+M+L', '--output', str(tmp_path)]
-    run_command(train, 'train.py', [str(data), *flags, '--epochs', '2', '--experiment', 'run'])
+    run_command('train', 'train.py', [str(data), *flags, '--epochs', '2', '--experiment', 'run'])
     folder = tmp_path / 'run'
     out = capsys.readouterr().out
     assert 'heads: color (2), style (3 tags), price (number), season (2 tags), size (3)' in out
@@ -71,7 +70,7 @@ def test_kinds_train_resume_and_are_validated(data, module, tmp_path, capsys):
         'loss': 'ordinal', 'input': 'features', 'drop': 0.0, 'order': ['S', 'M', 'L']}
     assert len(best['head_options']['color']['class_weights']) == 2
     results = tmp_path / 'r.json'
-    run_command(validate, 'validate.py', [
+    run_command('validate', 'validate.py', [
         str(data), '--checkpoint', str(folder / 'model_best.pth.tar'), '-j', '0', '--device', 'cpu', '--results-file',
         str(results), '--confusion', str(tmp_path / 'c'), '--head-module', str(module)])
     row, results = summary.iloc[summary['eval_score'].argmax()], json.loads(results.read_text())
@@ -88,15 +87,15 @@ def test_kinds_train_resume_and_are_validated(data, module, tmp_path, capsys):
     assert all((tmp_path / 'c' / f'confusion-{head}.png').read_bytes().startswith(b'\x89PNG') for head in names)
 
     with pytest.raises(SystemExit):
-        run_command(validate, 'validate.py', [
+        run_command('validate', 'validate.py', [
             str(data), '--checkpoint', str(folder / 'last.pth.tar'), '-j', '0', '--device', 'cpu'])
     assert "is of the kind 'ordinal', which training had from" in capsys.readouterr().err
 
-    run_command(train, 'train.py', [str(data), *flags, '--epochs', '2', '--experiment', 'part', '--epoch-steps', '4'])
+    run_command('train', 'train.py', [str(data), *flags, '--epochs', '2', '--experiment', 'part', '--epoch-steps', '4'])
     part = tmp_path / 'part'
     (part / 'last.pth.tar').unlink()
     (part / 'checkpoint-0.pth.tar').rename(part / 'last.pth.tar')
-    run_command(train, 'train.py', [
+    run_command('train', 'train.py', [
         '-c', str(part / 'args.yaml'), '--resume', str(part / 'last.pth.tar'), '--head-module', str(module)])
     a, b = (torch.load(path / 'last.pth.tar', weights_only=True)['state_dict'] for path in (folder, part))
     assert all(torch.equal(value, b[name]) for name, value in a.items())
@@ -110,17 +109,17 @@ def test_a_figure_that_the_labels_do_not_allow_stays_out_of_the_score(data, tmp_
     flags = ['--model', 'test_resnet', '--img-size', '32', '-b', '6', '-j', '0', '--device', 'cpu', '--epochs', '1',
              '--cooldown-epochs', '0', '--heads', 'color', 'price', '--head', 'price:loss=numeric', '--output',
              str(tmp_path)]
-    run_command(train, 'train.py', [str(data), *flags, '--experiment', 'run'])
+    run_command('train', 'train.py', [str(data), *flags, '--experiment', 'run'])
     row = pd.read_csv(tmp_path / 'run' / 'summary.csv').iloc[0]
     assert math.isnan(row['eval/price/r2']) and row['eval_score'] == row['eval/color/top1']
     with pytest.raises(SystemExit):
-        run_command(train, 'train.py', [str(data), *flags, '--eval-metric', 'price/r2'])
+        run_command('train', 'train.py', [str(data), *flags, '--eval-metric', 'price/r2'])
     assert f"--eval-metric price/r2: 'price' has no weight, or no labels in {data / 'val.csv'} that allow it" in (
         capsys.readouterr().err)
 
 
 def test_checkpoints_are_ranked_by_the_least_error(data, tmp_path):
-    run_command(train, 'train.py', [
+    run_command('train', 'train.py', [
         str(data), '--model', 'test_resnet', '--img-size', '32', '-b', '6', '-j', '0', '--device', 'cpu',
         '--epochs', '4', '--cooldown-epochs', '0', '--warmup-epochs', '0', '--heads', 'price', '--head',
         'price:loss=numeric', '--eval-metric', 'price/mae', '--output', str(tmp_path), '--experiment', 'run'])
@@ -148,7 +147,7 @@ def test_the_kind_of_the_readme(module):
 
 
 def test_smoothing_asked_for_with_arcface_is_warned_about(data, tmp_path, capsys):
-    run_command(train, 'train.py', [
+    run_command('train', 'train.py', [
         str(data), '--model', 'test_resnet', '--img-size', '32', '-b', '6', '-j', '0', '--device', 'cpu',
         '--epochs', '1', '--cooldown-epochs', '0', '--heads', 'color', '--head',
         'color:loss=arcface,smoothing=0.1', '--output', str(tmp_path)])

@@ -16,7 +16,6 @@ from common import TINY, train_run, write_data
 from PIL import Image
 from test_cli import fails
 
-from timm_multilabel.cli import train, validate
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.images import MAX_PIXELS, EncodedPhoto, read_photo
 from timm_multilabel.data.pool import rows_of_folder
@@ -151,7 +150,7 @@ def test_links_out_of_the_data_directory_are_followed(data_dir, tmp_path):
 @pytest.mark.parametrize('content', [b'', b'nothing', huge_png(40000, 25000)], ids=['empty', 'text', 'huge'])
 def test_a_bad_image_stops_a_run_or_is_left_out(data_dir, tmp_path, capsys, content):
     (data_dir / 'images' / '3.png').write_bytes(content)
-    line = fails(capsys, train, [data_dir, *TINY, '--epochs', '1', '--output', tmp_path])
+    line = fails(capsys, 'train', [data_dir, *TINY, '--epochs', '1', '--output', tmp_path])
     assert '3.png (' in line and 'train.csv row 5): cannot be decoded' in line and 'replace it' in line
     folder = train_run(data_dir, tmp_path, '--skip-bad-images', epochs=1)
     assert pd.read_csv(folder / 'summary.csv')['bad_images'].tolist() == [1]
@@ -254,7 +253,7 @@ def test_reports_show_labels_and_compute_nothing(tmp_path):
 def test_a_table_that_speaks_to_a_terminal_does_not(data_dir, tmp_path, capsys):
     folder = train_run(data_dir, tmp_path, epochs=1)
     (data_dir / 'odd.csv').write_text('image_path,color\nimages/0.png,\x1b[31mred\nimages/1.png,blue\n')
-    run_command(validate, 'validate.py', [
+    run_command('validate', 'validate.py', [
         str(data_dir), '--checkpoint', str(folder / 'last.pth.tar'), '--split', 'odd', '-j', '0', '--device', 'cpu'])
     out = capsys.readouterr().out
     assert '\x1b' not in out and "color ' [31mred' in 1 row (2)" in out
@@ -342,12 +341,12 @@ BOMB = 'a: &a [x, x, x, x, x, x, x, x, x]\n' + ''.join(
 def test_recipes_that_are_refused_in_one_line(capsys, data_dir, tmp_path, monkeypatch, content, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'recipe.yaml').write_text(content)
-    line = fails(capsys, train, [data_dir, '-c', tmp_path / 'recipe.yaml'])
+    line = fails(capsys, 'train', [data_dir, '-c', tmp_path / 'recipe.yaml'])
     assert message in line and len(line) < 1000 and not (tmp_path / 'harm').exists()
 
 
 def test_json_of_a_data_directory_that_is_none(data_dir, capsys, tmp_path):
     for content in ('[' * 100_000, '{"train": -1}', 'x'):
         (data_dir / 'rows.json').write_text(content)
-        assert 'rows.json: ' in fails(capsys, train, [data_dir, *TINY, '--output', tmp_path / 'out'])
+        assert 'rows.json: ' in fails(capsys, 'train', [data_dir, *TINY, '--output', tmp_path / 'out'])
     (data_dir / 'rows.json').write_text(json.dumps({'train': 3}))

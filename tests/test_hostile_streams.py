@@ -21,7 +21,6 @@ from PIL import Image
 from pyarrow import parquet
 
 from timm_multilabel import labels
-from timm_multilabel.cli import check, train, validate
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.data import shards as shards_module
 from timm_multilabel.data.images import EncodedPhoto
@@ -83,9 +82,9 @@ def test_names_that_are_addresses_or_commands_are_files(data_dir, tmp_path, kind
     for folder in ('pipe:touch X;', 'my:photos', 's3:', '[ab]*?', 'hf:{0..9}::x'):
         found = find_shards(Path(folder), 'train', 'image_path')
         assert len(list(found.samples())) == 12 and len(list(found.samples(seed=1))) == 12
-    run_command(train, 'train.py', ['pipe:touch X;', *TINY, '--epochs', '1', '--output', 'out', '--experiment', 'run',
+    run_command('train', 'train.py', ['pipe:touch X;', *TINY, '--epochs', '1', '--output', 'out', '--experiment', 'run',
                                     '-wls', '0', '--val-split', f'pipe:touch X;/*.{ending}'])
-    run_command(validate, 'validate.py', [
+    run_command('validate', 'validate.py', [
         'my:photos', '--checkpoint', 'out/run/last.pth.tar', '--split', f'my:photos/pipe:touch X;cat *.{ending}',
         '-j', '0', '--device', 'cpu', '--results-file', 'out.json'])
     assert not (tmp_path / 'here' / 'X').exists() and json.loads(Path('out.json').read_text())
@@ -305,11 +304,11 @@ def test_a_count_that_shards_cannot_hold_is_refused(data_dir, tmp_path, kind, ca
     find_label_space([read_table(data_dir / 'train.csv')], None).save(tmp_path / 'label_space.json')
     for count in (10 ** 12, 10 ** 400):
         (tmp_path / 'rows.json').write_text(f'{{"train": {count}, "val": 6}}')
-        error = stopped(capsys, train, tmp_path, *TINY, '--epochs', '1', '--output', tmp_path / 'out')
+        error = stopped(capsys, 'train', tmp_path, *TINY, '--epochs', '1', '--output', tmp_path / 'out')
         assert 'rows.json' in error and 'remove' in error
     assert not (tmp_path / 'out').exists()
     (tmp_path / 'rows.json').write_bytes(b' ' * 2 ** 21)
-    assert 'more than 1,048,576 bytes' in stopped(capsys, train, tmp_path, *TINY, '--output', tmp_path / 'out')
+    assert 'more than 1,048,576 bytes' in stopped(capsys, 'train', tmp_path, *TINY, '--output', tmp_path / 'out')
 
 
 @pytest.mark.parametrize('head, message', [
@@ -419,7 +418,7 @@ def test_check_takes_time_in_proportion_to_columns(tmp_path, capsys):
                 + ''.join('0.png,' + ','.join([text] * columns) + '\n' for text in 'ab'))
         started = resource.getrusage(resource.RUSAGE_SELF).ru_utime
         with pytest.raises(SystemExit):  # a picture is in both splits
-            run_command(check, 'check', [str(folder), '--missing-value', 'none'])
+            run_command('check', 'check', [str(folder), '--missing-value', 'none'])
         assert f'column {columns - 1} ' in capsys.readouterr().out
         table = read_table(folder / 'train.csv')
         assert encode_targets(table, find_label_space([table], None), False, '').shape == (2, columns)
@@ -464,15 +463,15 @@ def test_class_indices_up_to_the_limit_are_exact():
 def test_a_label_of_megabytes_is_shortened_in_messages(data_dir, capsys, tmp_path):
     path = data_dir / 'val.csv'
     path.write_text(path.read_text().replace('red', 'x' * 10 ** 7, 1))
-    error = stopped(capsys, train, data_dir, *TINY, '--epochs', '1', '--output', tmp_path / 'out')
+    error = stopped(capsys, 'train', data_dir, *TINY, '--epochs', '1', '--output', tmp_path / 'out')
     assert f"color '{'x' * 79}\u2026' in 1 row" in error
     with pytest.raises(SystemExit) as stop:
-        run_command(check, 'check', [str(data_dir)])
+        run_command('check', 'check', [str(data_dir)])
     assert stop.value.code == 1 and max(map(len, capsys.readouterr().out.splitlines())) < 500
     for options in (['--head', 'color:loss=numeric'], ['--head', 'color:loss=arcface']):
         cell = 'y|' * 10 ** 6
         (data_dir / 'train.csv').write_text(f'image_path,color\nimages/0.png,{cell}\n')
-        assert 'row 2' in stopped(capsys, train, data_dir, *TINY, *options, '--output', tmp_path / 'out')
+        assert 'row 2' in stopped(capsys, 'train', data_dir, *TINY, *options, '--output', tmp_path / 'out')
 
 
 def test_shortened_and_listed():

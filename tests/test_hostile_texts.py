@@ -16,7 +16,6 @@ from common import train_run, write_data
 from PIL import Image
 from test_cli import fails
 
-from timm_multilabel.cli import compare, embed, export, predict, report, validate
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.cli.output import PrintedStream, print_traceback
 from timm_multilabel.errors import UserError, shortened
@@ -102,7 +101,7 @@ class Elements(HTMLParser):
 
 def test_the_report_holds_no_element_but_its_own(hostile, tmp_path, capsys):
     run, _ = hostile
-    out = printed(capsys, report, run, '--out', tmp_path / 'r.html', '-j', 0, '--device', 'cpu')
+    out = printed(capsys, 'report', run, '--out', tmp_path / 'r.html', '-j', 0, '--device', 'cpu')
     assert out.count('\n') <= 3
     page = (tmp_path / 'r.html').read_text(encoding='utf-8')
     found = Elements(page)
@@ -121,7 +120,7 @@ def test_the_report_holds_no_element_but_its_own(hostile, tmp_path, capsys):
 
 def test_the_comparison_shows_names_as_they_are(hostile, tmp_path, capsys):
     run, _ = hostile
-    printed(capsys, compare, run, '--out', tmp_path, '-j', 0, '--device', 'cpu')
+    printed(capsys, 'compare', run, '--out', tmp_path, '-j', 0, '--device', 'cpu')
     found = Elements((tmp_path / 'experiments.html').read_text(encoding='utf-8'))
     assert found.tags == {'html', 'head', 'meta', 'title', 'style', 'body', 'h1', 'div', 'table', 'thead', 'tbody',
                           'tr', 'th', 'td', 'span', 'ul', 'li'}
@@ -149,7 +148,7 @@ def test_settings_and_remarks_of_runs(tmp_path):
 
 def test_validation_prints_and_writes_names_as_they_are(hostile, tmp_path, capsys):
     run, data = hostile
-    out = printed(capsys, validate, data, '--checkpoint', run / 'last.pth.tar', '-j', 0, '--device', 'cpu',
+    out = printed(capsys, 'validate', data, '--checkpoint', run / 'last.pth.tar', '-j', 0, '--device', 'cpu',
                   '--confusion', tmp_path / 'c', '--results-file', tmp_path / 'r.csv')
     assert all(name in out for name in HEADS) and 'fake' not in out
     assert sorted(os.listdir(tmp_path / 'c'))[0] == 'confusion-_HYPERLINK_http_a_.csv' and len(
@@ -164,12 +163,12 @@ def test_validation_prints_and_writes_names_as_they_are(hostile, tmp_path, capsy
 def test_predictions_are_data_in_a_pipe_and_printable_for_people(hostile, tmp_path, capsys):
     run, data = hostile
     words = [run / 'last.pth.tar', data / 'images/0.png', '--top-k', 9, '-j', 0, '--device', 'cpu']
-    out = printed(capsys, predict, *words)
+    out = printed(capsys, 'predict', *words)
     assert out.count('\n') == 2
     for form in ('csv', 'jsonl'):
-        run_command(predict, 'x', [*map(str, words), '--out', str(tmp_path / f'p.{form}')])
+        run_command('predict', 'x', [*map(str, words), '--out', str(tmp_path / f'p.{form}')])
         capsys.readouterr()
-        run_command(predict, 'x', [*map(str, words), '--format', form])
+        run_command('predict', 'x', [*map(str, words), '--format', form])
         assert capsys.readouterr().out.encode() == (tmp_path / f'p.{form}').read_bytes()
     _, row = csv.reader(io.StringIO((tmp_path / 'p.csv').read_bytes().decode(), newline=''))
     assert {spreadsheet_text_back(cell) for cell in row[2:16:2]} == set(CLASSES)
@@ -336,13 +335,13 @@ def test_outputs_that_are_not_finite_are_one_line(diverged, tmp_path, capsys, na
     line = f'{path}: its outputs are not finite (did training diverge?); take another checkpoint'
     common = ['--device', 'cpu', '-j', 0]
     for command, words in [
-            (predict, [path, image, '--out', tmp_path / 'p.csv']), (predict, [path, image, '--format', 'jsonl']),
-            (embed, [path, image, '--out', tmp_path / 'e.npz']),
-            (validate, [data, '--checkpoint', path, '--results-file', tmp_path / 'r.json']),
-            (validate, [data, '--checkpoint', path, '--knn', 2]),
-            (report, [folder / 'run', '--checkpoint', path, '--out', tmp_path / 'r.html']),
-            (export, [path, '--images', image, '--out', tmp_path / 'x'])]:
-        assert line in fails(capsys, command, [*words, *(common if command is not export else [])])
+            ('predict', [path, image, '--out', tmp_path / 'p.csv']), ('predict', [path, image, '--format', 'jsonl']),
+            ('embed', [path, image, '--out', tmp_path / 'e.npz']),
+            ('validate', [data, '--checkpoint', path, '--results-file', tmp_path / 'r.json']),
+            ('validate', [data, '--checkpoint', path, '--knn', 2]),
+            ('report', [folder / 'run', '--checkpoint', path, '--out', tmp_path / 'r.html']),
+            ('export', [path, '--images', image, '--out', tmp_path / 'x'])]:
+        assert line in fails(capsys, command, [*words, *(common if command != 'export' else [])])
     assert not [path for path in tmp_path.rglob('*') if path.is_file()]
 
 

@@ -10,7 +10,6 @@ import pytest
 from common import COLORS, TINY, train_run, write_data
 from PIL import Image
 
-from timm_multilabel.cli import check, compare, embed, export, predict, report, search, split, train, validate
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.arguments import rows_of_arguments
 from timm_multilabel.data.images import ENDINGS, EncodedPhoto
@@ -124,17 +123,17 @@ def run(tmp_path_factory):
 def test_commands_take_the_same_images(run, photos, tmp_path, capsys):
     line = f'{photos}: 14 images; {PASSED}\n'
     checkpoint, common = str(run / 'model_best.pth.tar'), ['--device', 'cpu', '-j', '0']
-    run_command(predict, 'predict', [checkpoint, str(photos), '--out', str(tmp_path / 'p.csv'), *common])
+    run_command('predict', 'predict', [checkpoint, str(photos), '--out', str(tmp_path / 'p.csv'), *common])
     assert capsys.readouterr().err.count(line) == 1
     assert [row.split(',')[0] for row in (tmp_path / 'p.csv').read_text().splitlines()[1:]] == expected(photos)
     made = str(tmp_path / 'e.npz')
-    run_command(embed, 'embed', [checkpoint, str(photos), '--out', made, *common])
+    run_command('embed', 'embed', [checkpoint, str(photos), '--out', made, *common])
     assert capsys.readouterr().err.count(line) == 1
     assert Embeddings.load(made).images.tolist() == expected(photos)
-    run_command(search, 'search', [made, str(photos), '--checkpoint', checkpoint, '-k', '1', *common])
+    run_command('search', 'search', [made, str(photos), '--checkpoint', checkpoint, '-k', '1', *common])
     printed = capsys.readouterr()
     assert printed.err.count(line) == 1 and len(printed.out.splitlines()) == 1 + 14
-    run_command(export, 'export', [checkpoint, '--formats', 'safetensors', '--images', str(photos), '--out',
+    run_command('export', 'export', [checkpoint, '--formats', 'safetensors', '--images', str(photos), '--out',
                                    str(tmp_path / 'x')])
     assert capsys.readouterr().out.count(line) == 1
 
@@ -174,43 +173,44 @@ def refused(command, argv, capsys) -> str:
 def test_names_in_what_predict_writes(run, named, tmp_path, capsys, monkeypatch):
     checkpoint, out = str(run / 'model_best.pth.tar'), tmp_path / 'p.jsonl'
     everything = sorted(str(named / name) for name in (FOREIGN, *UTF_8))
-    run_command(predict, 'x', [checkpoint, str(named), '--out', str(out), *COMMON])
+    run_command('predict', 'x', [checkpoint, str(named), '--out', str(out), *COMMON])
     assert [json.loads(line)['image'] for line in out.read_text('ascii').splitlines()] == everything
-    run_command(predict, 'x', [checkpoint, str(named), '--format', 'table', '--out', str(tmp_path / 'table'), *COMMON])
+    run_command(
+        'predict', 'x', [checkpoint, str(named), '--format', 'table', '--out', str(tmp_path / 'table'), *COMMON])
     assert len((tmp_path / 'table').read_text('utf-8').split('\n')) == 1 + 7 + 1
 
     out = tmp_path / 'p.csv'
     monkeypatch.setattr('timm_multilabel.inference.predictor.Predictor.answer', None)  # refused before any work
     for where in (['--out', str(out)], ['--format', 'csv']):
-        said = refused(predict, [checkpoint, str(named), *where, *COMMON], capsys)
+        said = refused('predict', [checkpoint, str(named), *where, *COMMON], capsys)
         assert r'a\udcff.png: this name is not UTF-8, as a CSV needs it; rename it, or pass --format jsonl' in said
     assert not out.exists()
     monkeypatch.undo()
     (named / FOREIGN).unlink()
-    run_command(predict, 'x', [checkpoint, str(named), '--out', str(out), *COMMON])
+    run_command('predict', 'x', [checkpoint, str(named), '--out', str(out), *COMMON])
     assert pd.read_csv(out)['image'].tolist() == [path for path in everything if FOREIGN not in path]
 
 
 def test_names_in_embeddings_and_in_what_search_shows(run, named, tmp_path, capsys, monkeypatch):
     checkpoint, everything = str(run / 'model_best.pth.tar'), sorted(str(named / name) for name in (FOREIGN, *UTF_8))
     made = str(tmp_path / 'e.npz')
-    run_command(embed, 'x', [checkpoint, str(named), '--out', made, *COMMON])
+    run_command('embed', 'x', [checkpoint, str(named), '--out', made, *COMMON])
     assert Embeddings.load(made).images.tolist() == everything
     capsys.readouterr()
-    run_command(search, 'x', [made, str(named), '--checkpoint', checkpoint, '-k', '7', *COMMON])
+    run_command('search', 'x', [made, str(named), '--checkpoint', checkpoint, '-k', '7', *COMMON])
     assert len(capsys.readouterr().out.splitlines()) == 1 + 7 * 7
     sheet = ['--checkpoint', checkpoint, '--sheet', str(tmp_path / 's.png')]
-    run_command(search, 'x', [made, str(named), *sheet, *COMMON])
+    run_command('search', 'x', [made, str(named), *sheet, *COMMON])
     assert Image.open(tmp_path / 's.png').width == 12 + 8 * 140  # the query and 7 that were found
     pytest.importorskip('pyarrow')
     made = str(tmp_path / 'e.parquet')
     with monkeypatch.context() as patch:
         patch.setattr('timm_multilabel.cli.embed.embed_part', None)
-        said = refused(embed, [checkpoint, str(named), '--out', made, *COMMON], capsys)
+        said = refused('embed', [checkpoint, str(named), '--out', made, *COMMON], capsys)
     assert r'a\udcff.png: this name is not UTF-8, as' in said and 'name a .npz file' in said
     assert not Path(made).exists()
     (named / FOREIGN).unlink()
-    run_command(embed, 'x', [checkpoint, str(named), '--out', made, *COMMON])
+    run_command('embed', 'x', [checkpoint, str(named), '--out', made, *COMMON])
     assert Embeddings.load(made).images.tolist() == [path for path in everything if FOREIGN not in path]
 
 
@@ -233,12 +233,12 @@ def test_names_in_tables(tmp_path, capsys):
     data = write_named(tmp_path / 'data')
     made = train_run(data, tmp_path, epochs=1)
     with pytest.raises(SystemExit):  # images that are alike
-        run_command(check, 'x', [str(data), '--json', str(tmp_path / 'c.json')])
+        run_command('check', 'x', [str(data), '--json', str(tmp_path / 'c.json')])
     assert json.loads((tmp_path / 'c.json').read_text())['images']['files'] == 18
-    run_command(validate, 'x', [str(data), '--checkpoint', str(made / 'model_best.pth.tar'), *COMMON])
-    run_command(report, 'x', [str(made), '--device', 'cpu', '-j', '0'])
+    run_command('validate', 'x', [str(data), '--checkpoint', str(made / 'model_best.pth.tar'), *COMMON])
+    run_command('report', 'x', [str(made), '--device', 'cpu', '-j', '0'])
     assert (made / 'report.html').is_file()
-    run_command(split, 'x', [str(data / 'train.csv'), '--image', '{image_path}', '--heads', 'color', '--out',
+    run_command('split', 'x', [str(data / 'train.csv'), '--image', '{image_path}', '--heads', 'color', '--out',
                              str(tmp_path / 'elsewhere')])
     with open(data / 'train.csv', newline='') as file:
         expected = [os.path.join('..', 'data', row[0]) for row in csv.reader(file)][1:]
@@ -251,19 +251,23 @@ def test_folders_that_are_not_utf_8(tmp_path, capsys):
     data = write_data(base / 'data')
     first = train_run(data, base, epochs=1)
     second = train_run(data, base, '--lr', '0.01', '--experiment', '\udcfe', epochs=1).parent / '\udcfe'
-    run_command(train, 'x', [str(data), *TINY, '--epochs', '2', '--output', str(base), '--resume',
-                             str(first / 'last.pth.tar')])
+    run_command(
+        'train',
+        'x',
+        [str(data), *TINY, '--epochs', '2', '--output', str(base), '--resume', str(first / 'last.pth.tar')],
+    )
     checkpoint = str(first / 'model_best.pth.tar')
     out = tmp_path / 'compared'
-    run_command(compare, 'x', [str(first), str(second), '--out', str(out), '--device', 'cpu', '-j', '0'])
+    run_command('compare', 'x', [str(first), str(second), '--out', str(out), '--device', 'cpu', '-j', '0'])
     assert set(pd.read_csv(out / 'experiments.csv')['runs']) == {'run', r'\udcfe'}
-    run_command(report, 'x', [str(first), '--device', 'cpu', '-j', '0'])
-    run_command(validate, 'x', [str(data), '--checkpoint', checkpoint, *COMMON, '--results-file', str(base / 'r.json')])
+    run_command('report', 'x', [str(first), '--device', 'cpu', '-j', '0'])
+    run_command(
+        'validate', 'x', [str(data), '--checkpoint', checkpoint, *COMMON, '--results-file', str(base / 'r.json')])
     assert json.loads((base / 'r.json').read_text())['checkpoint'] == checkpoint
-    run_command(export, 'x', [checkpoint, '--formats', 'safetensors', '--out', str(tmp_path / 'exported')])
-    said = refused(export, [checkpoint, '--formats', 'safetensors', '--out', str(base / 'exported')], capsys)
+    run_command('export', 'x', [checkpoint, '--formats', 'safetensors', '--out', str(tmp_path / 'exported')])
+    said = refused('export', [checkpoint, '--formats', 'safetensors', '--out', str(base / 'exported')], capsys)
     assert r'd\udcff/exported: this path is not UTF-8' in said and not (base / 'exported').exists()
-    said = refused(split, [str(data / 'train.csv'), '--image', '{image_path}', '--heads', 'color', '--out',
+    said = refused('split', [str(data / 'train.csv'), '--image', '{image_path}', '--heads', 'color', '--out',
                            str(tmp_path / 'split')], capsys)
     assert r'd\udcff/data/images/0.png: this path to an image is not UTF-8' in said
     assert not (tmp_path / 'split').exists()
@@ -272,7 +276,7 @@ def test_folders_that_are_not_utf_8(tmp_path, capsys):
 def test_trackers_that_need_utf_8(tmp_path, capsys):
     pytest.importorskip('tensorboard')
     data = write_data(tmp_path / 'data')
-    said = refused(train, [str(data), *TINY, '--output', str(tmp_path), '--experiment', 'a\udcff',
+    said = refused('train', [str(data), *TINY, '--output', str(tmp_path), '--experiment', 'a\udcff',
                            '--log-tensorboard'], capsys)
     assert r'a\udcff is not UTF-8, as tensorboard needs it' in said and not (tmp_path / 'a\udcff').exists()
 

@@ -199,8 +199,8 @@ def test_a_full_disk_leaves_the_old_file(data_dir, tmp_path):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     limited = ('import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); '
                'resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000)); '
-               'from timm_multilabel.cli import train; from timm_multilabel.cli.main import run_command; '
-               'run_command(train, "train.py", sys.argv[1:])')
+               'from timm_multilabel.cli.main import run_command; '
+               'run_command("train", "train.py", sys.argv[1:])')
     done = subprocess.run([
         sys.executable, '-c', limited, str(data_dir), *TINY, '--epochs', '2', '--output', str(tmp_path),
         '--experiment', 'run', '--resume', 'auto'], cwd=ROOT, capture_output=True, text=True)

@@ -15,7 +15,6 @@ from PIL import Image
 from pyarrow import parquet
 
 from timm_multilabel.cells import LIST, list_cell, missing_texts, tags_of
-from timm_multilabel.cli import train, validate
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.remarks import can_be_scored, how_read, useless_labels
 from timm_multilabel.data.shards import find_shards
@@ -279,7 +278,7 @@ def test_training_and_validation_read_one_dialect(tmp_path, capsys):
     model = ['--checkpoint', str(run / 'model_best.pth.tar'), '-j', '0', '--device', 'cpu']
 
     def scores(*more):
-        run_command(validate, 'validate.py', [
+        run_command('validate', 'validate.py', [
             str(data), *model, '--results-file', str(tmp_path / 'r.json'), *more])
         return json.loads((tmp_path / 'r.json').read_text())['heads']['tags']
 
@@ -325,7 +324,7 @@ def test_heads_that_cannot_be_scored_are_named_and_do_not_rank(tmp_path, capsys)
     assert row['eval_score'] == row['eval/color/top1'] and math.isnan(row['eval/tags/map'])
     assert f'(color {row["eval/color/top1"]:.1f}%  brand -  tags - map)' in out and 'nan' not in out
 
-    run_command(train, 'train.py', [str(data), *TINY, *flags, '--heads', 'tags', '--epochs', '1', '--output',
+    run_command('train', 'train.py', [str(data), *TINY, *flags, '--heads', 'tags', '--epochs', '1', '--output',
                                     str(tmp_path), '--experiment', 'alone'])
     line = f'{val}: its labels allow no score of any head, so checkpoints are ranked by loss\n'
     assert line in capsys.readouterr().out
@@ -333,7 +332,7 @@ def test_heads_that_cannot_be_scored_are_named_and_do_not_rank(tmp_path, capsys)
     assert best['metric'] == pd.read_csv(tmp_path / 'alone' / 'summary.csv')['eval_loss'][0]
     for metric in ('score', 'tags/map'):
         with pytest.raises(SystemExit):
-            run_command(train, 'train.py', [str(data), *TINY, *flags, '--heads', 'tags', '--eval-metric', metric])
+            run_command('train', 'train.py', [str(data), *TINY, *flags, '--heads', 'tags', '--eval-metric', metric])
         assert f'--eval-metric {metric}: ' in capsys.readouterr().err
 
 

@@ -6,7 +6,6 @@ import torch
 from common import train_run, write_data
 from test_cli import fails
 
-from timm_multilabel.cli import report
 from timm_multilabel.errors import UserError
 from timm_multilabel.export.card import model_card
 from timm_multilabel.export.exportable import Exportable, describe
@@ -118,7 +117,7 @@ def test_predictions_that_would_not_fit_are_refused_before_the_work(labels, tmp_
     data = write_data(tmp_path / 'data')
     run = train_run(data, tmp_path, epochs=1)
     monkeypatch.setattr(predictions, '_CELLS', 29)  # of 6 rows and 5 classes
-    line = fails(capsys, report, [run, '-j', 0, '--device', 'cpu'])
+    line = fails(capsys, 'report', [run, '-j', 0, '--device', 'cpu'])
     assert 'predictions of 6 rows x 5 classes' in line and 'a split of at most 5 rows' in line
     assert not (run / 'report.html').exists() and not list(run.glob('predictions*'))
 

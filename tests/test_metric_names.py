@@ -10,8 +10,7 @@ from common import TINY, tiny_task, train_run
 from PIL import Image
 from test_curves import legend, panels, summary_of
 
-from timm_multilabel.cli import check, train, validate
-from timm_multilabel.cli.head_options import match_columns
+from timm_multilabel.assembly.head_options import match_columns
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.errors import UserError, abbreviated
 from timm_multilabel.heads import TagsHead
@@ -118,7 +117,7 @@ def test_a_run_whose_heads_are_named_like_metrics(data, tmp_path, capsys):
     summary.drop(columns=lost).rename(
         columns=lambda name: name if '/ema_x/' in name else name.replace('/', '_')
     ).to_csv(folder / 'summary.csv', index=False)
-    run_command(train, 'train.py', [
+    run_command('train', 'train.py', [
         str(data), *TINY, *HEADS, '-wls', '0', '--model-ema', '--eval-metric', 'x/micro_f1', '--epochs', '2',
         '--output', str(tmp_path), '--resume', str(folder)])
     again = pd.read_csv(folder / 'summary.csv')
@@ -129,7 +128,7 @@ def test_a_run_whose_heads_are_named_like_metrics(data, tmp_path, capsys):
     # What validation says of the same weights is the same.
     capsys.readouterr()
     for suffix in ('json', 'csv'):
-        run_command(validate, 'validate.py', [
+        run_command('validate', 'validate.py', [
             str(data), '--checkpoint', str(folder / 'last.pth.tar'), '-j', '0', '--device', 'cpu', '--weights', 'ema',
             '--results-file', str(tmp_path / f'results.{suffix}')])
     assert all(len(line) <= 100 for line in capsys.readouterr().out.splitlines() if str(tmp_path) not in line)
@@ -358,8 +357,8 @@ def test_train_and_check_take_patterns(tmp_path, capsys):
     space = LabelSpace.load(folder / 'label_space.json')
     assert [(labels.name, labels.columns) for labels in space.heads] == [
         ('attrs', ('attr_a', 'attr_b')), ('color', ('color',))]
-    run_command(check, 'check', [str(data), '--head', 'attrs:columns=attr_*'])
+    run_command('check', 'check', [str(data), '--head', 'attrs:columns=attr_*'])
     assert 'attrs' in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        run_command(check, 'check', [str(data), '--head', 'attrs:columns=atr_*'])
+        run_command('check', 'check', [str(data), '--head', 'attrs:columns=atr_*'])
     assert "no label column matches 'atr_*'" in capsys.readouterr().err

@@ -6,13 +6,12 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from common import SPACE, tiny_task, train_run
+from common import SPACE, tiny_task, train_run, train_settings
 from timm.utils import NativeScaler
 from torch import nn
 
-from timm_multilabel.cli import build, train, train_flags
-from timm_multilabel.cli.compare import _read_settings
-from timm_multilabel.cli.flags import Parser, parse_with_config
+from timm_multilabel.api.compare import _read_settings
+from timm_multilabel.assembly.optimization import cooldown_epochs
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.model import MultiLabelModel
 from timm_multilabel.task import JointTask
@@ -26,9 +25,7 @@ BY_DEFAULT = ['--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0'
 
 
 def parsed(*words):
-    parser = Parser(prog='train.py')
-    train_flags.add_flags(parser)
-    return parse_with_config(parser, ['data', *words])
+    return train_settings('data', *words).schedule
 
 
 @pytest.mark.parametrize('flags, cooldown', [
@@ -37,7 +34,7 @@ def parsed(*words):
     (['--epochs', '3', '--cooldown-epochs', '10'], 10), (['--epochs', '100', '--cooldown-epochs', '0'], 0),
 ])
 def test_the_cooldown_is_a_tenth_of_the_epochs_and_10_at_most(flags, cooldown):
-    assert build.cooldown_epochs(parsed(*flags)) == cooldown
+    assert cooldown_epochs(parsed(*flags)) == cooldown
 
 
 @pytest.mark.parametrize('epoch, title', [
@@ -49,7 +46,7 @@ def test_titles_of_epochs(epoch, title):
 
 
 def test_3_epochs_are_3_epochs(data_dir, tmp_path, capsys):
-    run_command(train, 'train.py', [
+    run_command('train', 'train.py', [
         str(data_dir), *BY_DEFAULT, '--epochs', '3', '--output', str(tmp_path), '--experiment', 'run'])
     out = capsys.readouterr().out
     assert '\ntest_resnet, 3 epochs, heads: ' in out and f'{tmp_path}/run: 3 epochs done' in out
@@ -61,7 +58,7 @@ def test_3_epochs_are_3_epochs(data_dir, tmp_path, capsys):
 @pytest.mark.parametrize('on_updates', [[], ['--sched-on-updates']])
 def test_the_cooldown_is_said_and_trained(data_dir, tmp_path, capsys, on_updates):
     """10 epochs and their tenth, at the least rate; args.yaml repeats the default, not its number."""
-    run_command(train, 'train.py', [
+    run_command('train', 'train.py', [
         str(data_dir), *BY_DEFAULT, '-wls', '0', '--epoch-steps', '1', '--epochs', '10', '--warmup-epochs', '0',
         '--output', str(tmp_path), '--experiment', 'run', *on_updates])
     lines = capsys.readouterr().out.splitlines()
@@ -74,10 +71,10 @@ def test_the_cooldown_is_said_and_trained(data_dir, tmp_path, capsys, on_updates
     rates = pd.read_csv(tmp_path / 'run' / 'summary.csv')['lr']
     assert len(rates) == 11 and rates[10] == pytest.approx(1e-5) and rates[9] > 1e-3
     path = tmp_path / 'run' / 'args.yaml'
-    assert build.cooldown_epochs(parsed('-c', str(path), '--epochs', '3')) == 0
+    assert cooldown_epochs(parsed('-c', str(path), '--epochs', '3')) == 0
     # A run of before the default was a tenth holds its number, and goes on with it.
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), 'cooldown_epochs': 4}))
-    assert build.cooldown_epochs(parsed('-c', str(path))) == 4
+    assert cooldown_epochs(parsed('-c', str(path))) == 4
 
 
 def test_the_default_cooldown_and_the_same_number_are_one_setting(tmp_path):

@@ -26,7 +26,6 @@ END = 60
 STAGES = '''
 import os, sys, time
 from pathlib import Path
-from timm_multilabel.cli import train
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.loading.cache import CachedPhotos
 from timm_multilabel.metrics import MultiLabelEvaluator

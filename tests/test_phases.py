@@ -1,17 +1,16 @@
 """Recipes of phases: one run folder, what each starts from, killed and resumed, and the recipes that are there."""
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 import yaml
-from common import write_data
+from common import train_settings, write_data
 
-from timm_multilabel.cli import train, train_flags, validate
-from timm_multilabel.cli.checks import check_phases
-from timm_multilabel.cli.flags import Parser, parse_with_config
-from timm_multilabel.cli.grid_file import read_grid
+from timm_multilabel.assembly.checks import check_phases
+from timm_multilabel.assembly.grid_file import read_grid
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.sample import write_sample
 from timm_multilabel.errors import UserError
@@ -47,7 +46,7 @@ def recipe(tmp_path):
 
 
 def go(*argv):
-    run_command(train, 'train.py', [str(word) for word in argv])
+    run_command('train', 'train.py', [str(word) for word in argv])
 
 
 def state(path):
@@ -84,7 +83,7 @@ def test_phases_run_in_order_in_one_folder(recipe, tmp_path, capsys):
         if name.startswith('backbone'):
             assert torch.equal(last['state_dict'][name], value)
     assert not torch.equal(last['state_dict']['heads.0.fc.weight'], joint[kind]['heads.0.fc.weight'])
-    run_command(validate, 'validate.py', [
+    run_command('validate', 'validate.py', [
         str(tmp_path / 'data'), '--checkpoint', str(folder / '2-joint' / 'model_best.pth.tar'), '-j', '0'])
     assert 'weighted mean' in capsys.readouterr().out
 
@@ -131,9 +130,12 @@ def test_args_yaml_of_phases_repeats_the_run(recipe, tmp_path):
 
 
 def parse(path, *argv):
-    parser = Parser(prog='train.py')
-    train_flags.add_flags(parser)
-    return parse_with_config(parser, [*argv, '-c', str(path)])
+    return train_settings(*argv, '-c', str(path))
+
+
+def values_of(phases):
+    """The values of the settings of phases, by name."""
+    return [SimpleNamespace(phase=phase.name, **phase.settings.flat()) for phase in phases]
 
 
 def test_what_goes_first(tmp_path):
@@ -141,13 +143,13 @@ def test_what_goes_first(tmp_path):
     path.write_text(yaml.safe_dump({
         'data_dir': 'd', 'lr': 0.1, 'aa': 'rand-m5', 'head': {'a': {'scale': 3}, 'b': {'weight': 1}},
         'phases': [{'epochs': 5}, {'name': 'x', 'epochs': 6, 'lr': 0.2, 'aa': None, 'head': {'b': {'weight': 2}}}]}))
-    first, second = parse(path, '--momentum', '0.5').phases
+    first, second = values_of(parse(path, '--momentum', '0.5').phases)
     assert (first.phase, second.phase) == ('1', 'x') and (first.epochs, second.epochs) == (5, 6)
     assert (first.lr, second.lr, first.momentum, second.momentum) == (0.1, 0.2, 0.5, 0.5)
     assert (first.aa, second.aa) == ('rand-m5', None)
     assert first.head == {'a': {'scale': 3}, 'b': {'weight': 1}}
     assert second.head == {'a': {'scale': 3}, 'b': {'weight': 2}}
-    assert [phase.epochs for phase in parse(path, '--epochs', '1').phases] == [1, 1]
+    assert [phase.epochs for phase in values_of(parse(path, '--epochs', '1').phases)] == [1, 1]
 
 
 @pytest.mark.parametrize('phases, message', [
@@ -267,7 +269,8 @@ def test_flags_of_heads_over_all_phases_leave_the_one_without_heads_alone(tmp_pa
     path = tmp_path / 'r.yaml'
     phases = [{'name': 'a', 'epochs': 1, 'wlc': 0}, {'name': 'b', 'epochs': 1}]
     path.write_text(yaml.safe_dump({'data_dir': 'd', 'phases': phases}))
-    flags = check_phases(parse(path, '--heads', 'color', '--head', 'color:weight=2', '--eval-metric', 'color/top1'))
+    flags = values_of(check_phases(
+        parse(path, '--heads', 'color', '--head', 'color:weight=2', '--eval-metric', 'color/top1')))
     assert [(each.heads, each.head, each.eval_metric) for each in flags] == [
         (None, {}, None), (['color'], {'color': {'weight': '2'}}, 'color/top1')]
     path.write_text(yaml.safe_dump({'data_dir': 'd', 'phases': [{**phases[0], 'heads': ['color']}]}))
@@ -277,7 +280,7 @@ def test_flags_of_heads_over_all_phases_leave_the_one_without_heads_alone(tmp_pa
 
 @pytest.mark.parametrize('name', sorted(path.name for path in RECIPES.glob('*.yaml')))
 def test_recipes_are_read(name):
-    flags = check_phases(parse(RECIPES / name, 'data'))
+    flags = values_of(check_phases(parse(RECIPES / name, 'data')))
     assert all(each.data_dir == 'data' for each in flags)
     weights = {'fashion.yaml': [(0.1, 0.9)], 'cs492.yaml': [(1, 0), (1, 100)], 'cs492-arcface.yaml': [(1, 0), (1, 100)],
                'sample.yaml': [(0.5, 0), (0.2, 0.8), (0, 1)], 'recommended.yaml': [(1, 0), (0, 1)]}
@@ -295,7 +298,7 @@ def test_the_recommended_recipe_is_a_setting_of_the_experiment_that_recommends_i
 
 @pytest.mark.parametrize('name', ['cs492.yaml', 'cs492-arcface.yaml'])
 def test_the_recipes_of_cs492_say_what_the_method_says(name):
-    pretrain, joint = check_phases(parse(RECIPES / name, 'data'))
+    pretrain, joint = values_of(check_phases(parse(RECIPES / name, 'data')))
     for each in (pretrain, joint):
         assert (each.projection_dim, each.temperature, each.missing_value) == (128, 1.0, '-1')
         assert (each.img_size, each.scale, each.hflip, each.rotation) == (224, [0.8, 1.0], 0.5, 10)
@@ -312,11 +315,8 @@ def test_the_recipes_of_cs492_say_what_the_method_says(name):
 
 def test_the_recipe_of_the_main_job_is_its_command():
     from test_scripts import TRAIN
-    parser = Parser(prog='train.py')
-    train_flags.add_flags(parser)
-    by_hand = vars(parser.parse_args(TRAIN.split()[2:]))
-    by_recipe = vars(parse(RECIPES / 'fashion.yaml', './fashion-product-images/'))
-    assert {**by_recipe, 'config': None} == by_hand
+    by_recipe = parse(RECIPES / 'fashion.yaml', './fashion-product-images/')
+    assert by_recipe.replace(config=None) == train_settings(*TRAIN.split()[2:])
 
 
 def test_the_recipe_for_the_sample_data(tmp_path):
@@ -341,7 +341,7 @@ def test_the_arcface_recipe_on_a_list_like_theirs(tmp_path, capsys):
     summary = pd.read_csv(tmp_path / 'run' / 'summary.csv')
     assert summary['phase'].tolist() == ['simclr', 'joint'] and summary['entropy_loss'][1] > 0
     joint = state(tmp_path / 'run' / 'last.pth.tar')
-    run_command(validate, 'validate.py', [
+    run_command('validate', 'validate.py', [
         str(data), '--split', 'train_list.txt', '--checkpoint', str(tmp_path / 'run' / 'last.pth.tar'), '-j', '0'])
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('label '))
     assert row.split()[-1] == '6'  # of its rows have a label

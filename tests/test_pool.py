@@ -1,17 +1,15 @@
 """Unlabelled images: where they come from, their batches, their terms of the objective."""
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import run_ranks, tiny_task
+from common import run_ranks, tiny_task, train_settings
 
-from timm_multilabel.cli.batches import Loaders, train_views, view_recipe
-from timm_multilabel.cli.data import read_data
-from timm_multilabel.cli.flags import Parser
-from timm_multilabel.cli.train_flags import add_flags
+from timm_multilabel.assembly.data import read_data
+from timm_multilabel.assembly.loaders import create_loaders
+from timm_multilabel.assembly.views import train_views, view_recipe
 from timm_multilabel.data.images import FilePhotos
 from timm_multilabel.data.pool import (
     join_rows,
@@ -74,38 +72,32 @@ def test_fewer_labels_are_a_part_of_more_and_another_seed_draws_others(data_dir)
     (['-wls', '0', '--epoch-steps', '1'], 8, None, 1),
 ])
 def test_labels_of_some_rows_and_steps_of_an_epoch(data_dir, flags, train, pool, steps):
-    parser = Parser()
-    add_flags(parser)
-    args = parser.parse_args([str(data_dir), '-b', '4', '--unlabelled-batch-size', '2', '--labelled-rows', '8', *flags]
-                             if pool else [str(data_dir), '-b', '4', '--labelled-rows', '8', *flags])
-    data = read_data(args, lambda line: None)
+    of_pool = ['--unlabelled-batch-size', '2'] if pool else []
+    settings = train_settings(str(data_dir), '-b', '4', *of_pool, '--labelled-rows', '8', *flags)
+    data = read_data(settings, lambda line: None)
     assert (len(data.train_rows), data.pool_rows and len(data.pool_rows), data.steps) == (train, pool, steps)
 
 
 def test_the_first_view_of_a_pair_is_a_weak_one_on_demand(data_dir):
-    parser = Parser()
-    add_flags(parser)
     config = {'input_size': (3, 32, 32), 'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5), 'interpolation': 'bilinear',
               'crop_pct': 1.0, 'crop_mode': 'center'}
     for flags, weak in (([], [False, False]), (['--weak-first-view'], [True, False])):
-        args = parser.parse_args([str(data_dir), '-b', '4', '-j', '0', *flags])
-        task = SimpleNamespace(views=2, label_space=SPACE)
-        loaders = Loaders(args, task, read_data(args, print), config, torch.device('cpu'), print)
+        args = train_settings(str(data_dir), '-b', '4', '-j', '0', *flags)
+        loaders = create_loaders(args, read_data(args, print), config, 2, torch.device('cpu'), print)
         recipes = loaders.train.loader.dataset.parts[0].views.recipes
         assert [recipe.scale == (0.8, 1.0) and not recipe.jitter_prob for recipe in recipes] == weak
     strong = recipes[1]
     assert (strong.scale, strong.jitter, strong.grayscale_prob) == ((0.2, 1.0), (0.4, 0.4, 0.4, 0.1), 0.1)
     assert (strong.jitter_prob, strong.blur_prob) == (0.8, 0.5)
     flags = ['--scale', '0.08', '1', '--color-jitter', '0.8', '0.8', '0.8', '0.2', '--grayscale-prob', '0.2']
-    assert view_recipe(parser.parse_args([str(data_dir), *flags]), config) == ViewRecipe((32, 32))  # SimCLR's own
+    augmentation = train_settings(str(data_dir), *flags).augmentation
+    assert view_recipe(augmentation, config) == ViewRecipe((32, 32))  # SimCLR's own
     assert train_views(args, config, 1, weak_first=True).recipes[0].scale == (0.2, 1.0)  # alone it is a strong one
 
 
 def test_more_labels_than_there_are(data_dir):
-    parser = Parser()
-    add_flags(parser)
     with pytest.raises(UserError, match='--labelled-rows 13: .*train.csv has 12 rows with labels'):
-        read_data(parser.parse_args([str(data_dir), '--labelled-rows', '13']), lambda line: None)
+        read_data(train_settings(str(data_dir), '--labelled-rows', '13'), lambda line: None)
 
 
 def test_a_folder_without_images(tmp_path):

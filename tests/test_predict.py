@@ -15,7 +15,6 @@ from PIL import Image
 from test_cli import fails
 
 from timm_multilabel import Predictor
-from timm_multilabel.cli import predict
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.arguments import rows_of_arguments
 from timm_multilabel.errors import UserError
@@ -46,7 +45,7 @@ def trained(tmp_path_factory):
 def command(*argv):
     """Run the command; its exit status."""
     try:
-        run_command(predict, 'predict', [*map(str, argv), '--device', 'cpu'])
+        run_command('predict', 'predict', [*map(str, argv), '--device', 'cpu'])
     except SystemExit as stop:
         return stop.code
     return 0
@@ -269,7 +268,7 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys):
         ([trained.checkpoint, image, '--device', 'toaster'], '--device toaster'),
         ([trained.checkpoint], 'required: IMAGES...'),
     ]:
-        assert message in fails(capsys, predict, words)
+        assert message in fails(capsys, 'predict', words)
     assert out.read_text() == 'kept' and sorted(os.listdir(tmp_path)) == ['p.csv']
     assert command(trained.checkpoint, image, '--out', out, '--force') == 0
     assert out.read_text().startswith('image,error,color')
@@ -277,7 +276,7 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys):
 
 def test_a_checkpoint_without_heads(trained, tmp_path, capsys):
     run = train_run(trained.data, tmp_path, '-wlc', '0', epochs=1)
-    assert 'no heads to predict with' in fails(capsys, predict, [run / 'last.pth.tar', trained.images / '0.png'])
+    assert 'no heads to predict with' in fails(capsys, 'predict', [run / 'last.pth.tar', trained.images / '0.png'])
 
 
 def test_a_reader_that_leaves(trained):

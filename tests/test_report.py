@@ -12,17 +12,16 @@ import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, browser
-from common import train_run, write_data
+from common import train_run, train_settings, write_data
 from PIL import Image
 from sklearn.metrics import average_precision_score
 from test_cli import fails
 
-from timm_multilabel.cli import report, validate
-from timm_multilabel.cli.flags import Parser
+import timm_multilabel
+from timm_multilabel.assembly.run_settings import read_run_settings
+from timm_multilabel.assembly.stored import stored_predictions
 from timm_multilabel.cli.main import run_command
-from timm_multilabel.cli.run_flags import command_line, read_run_flags
-from timm_multilabel.cli.stored import stored_predictions
-from timm_multilabel.cli.train_flags import add_flags
+from timm_multilabel.config.files import command_line
 from timm_multilabel.errors import UserError
 from timm_multilabel.heads import NumericHead, TagsHead
 from timm_multilabel.inference.predictions import Predictions
@@ -49,7 +48,7 @@ in_browser = pytest.mark.skipif(CHROMIUM is None, reason='no Chromium here; apt-
 
 
 def write_report(run, *flags) -> str:
-    run_command(report, 'report.py', [str(run), '-j', '0', '--device', 'cpu', *map(str, flags)])
+    run_command('report', 'report.py', [str(run), '-j', '0', '--device', 'cpu', *map(str, flags)])
     return (run / 'report.html').read_text(encoding='utf-8')
 
 
@@ -287,20 +286,14 @@ def test_numbers_that_are_all_equal():
 # Commands and stored predictions
 
 
-def parsed(*words):
-    parser = Parser()
-    add_flags(parser)
-    return parser.parse_args(list(words))
-
-
 def test_the_command_line_of_a_run_means_its_flags():
-    args = parsed(
+    args = train_settings(
         "my data's", '--heads', 'a b', 'c', '--head', 'a b:loss=arcface,scale=20', '-wls', '0.25', '--head-weights',
         'a b=2', '--no-gradient-centralization', '--scale', '0.5', '1', '--opt-kwargs', 'x=1', '--cache', 'ram',
         '--missing-value=-', '--amp')
     line = command_line(args)
     assert line.startswith("timm-multilabel train 'my data'\"'\"'s' \\\n    --missing-value=- \\\n")
-    assert parsed(*shlex.split(line.replace('\\\n', ''))[2:]) == args
+    assert train_settings(*shlex.split(line.replace('\\\n', ''))[2:]) == args
 
 
 @pytest.fixture(scope='module')
@@ -367,7 +360,7 @@ def test_the_page_escapes_all_that_is_the_users(trained):
 
 def test_the_figures_are_those_of_validation(trained, tmp_path):
     data, run = trained
-    run_command(validate, 'validate.py', [
+    run_command('validate', 'validate.py', [
         str(data), '--checkpoint', str(run / 'model_best.pth.tar'), '-j', '0', '--device', 'cpu', '--results-file',
         str(tmp_path / 'x.json')])
     heads = json.loads((tmp_path / 'x.json').read_text())['heads']
@@ -479,28 +472,28 @@ def test_bad_images_are_left_out_where_the_run_left_them_out(tmp_path, data_dir)
 
 
 def test_what_is_no_run(tmp_path, data_dir, capsys):
-    assert 'not a run folder (no such folder)' in fails(capsys, report, [tmp_path / 'none'])
-    assert 'not a run folder (holds no args.yaml)' in fails(capsys, report, [data_dir])
+    assert 'not a run folder (no such folder)' in fails(capsys, 'report', [tmp_path / 'none'])
+    assert 'not a run folder (holds no args.yaml)' in fails(capsys, 'report', [data_dir])
 
 
 def test_a_run_without_a_finished_epoch(tmp_path, data_dir, capsys):
     run = train_run(data_dir, tmp_path, epochs=1)
     summary = (run / 'summary.csv').read_text()
     (run / 'summary.csv').write_text(summary.split('\n')[0] + '\n')
-    assert 'no epoch has been finished' in fails(capsys, report, [run])
+    assert 'no epoch has been finished' in fails(capsys, 'report', [run])
     (run / 'summary.csv').unlink()
-    assert 'no epoch has been finished' in fails(capsys, report, [run])
+    assert 'no epoch has been finished' in fails(capsys, 'report', [run])
     (run / 'summary.csv').write_text(summary)
     (run / 'model_best.pth.tar').unlink()
-    assert 'no model_best.pth.tar' in fails(capsys, report, [run])
+    assert 'no model_best.pth.tar' in fails(capsys, 'report', [run])
     assert not [*run.glob('*.npz'), *run.glob('*.html')]
 
 
 def test_a_page_that_is_there(tmp_path, data_dir, capsys):
     run = train_run(data_dir, tmp_path, epochs=1)
     (run / 'report.html').write_text('mine')
-    assert 'is there already; write over it with --force' in fails(capsys, report, [run])
-    assert 'is a folder; name a file' in fails(capsys, report, [run, '--out', tmp_path])
+    assert 'is there already; write over it with --force' in fails(capsys, 'report', [run])
+    assert 'is a folder; name a file' in fails(capsys, 'report', [run, '--out', tmp_path])
     assert (run / 'report.html').read_text() == 'mine'
     assert '<h2>Metrics' in write_report(run, '--force')
 
@@ -515,29 +508,21 @@ def test_shards_are_told_of(tmp_path, data_dir, capsys):
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
-    assert 'predictions of shards are not kept' in fails(capsys, report, [run, '--device', 'cpu'])
+    assert 'predictions of shards are not kept' in fails(capsys, 'report', [run, '--device', 'cpu'])
 
 
 def test_a_split_that_is_none(tmp_path, data_dir, capsys):
     run = train_run(data_dir, tmp_path, epochs=1)
-    assert 'test.csv' in fails(capsys, report, [run, '--split', 'test', '--device', 'cpu'])
-    assert 'no such data directory' in fails(capsys, report, [run, '--data', tmp_path / 'x', '--device', 'cpu'])
+    assert 'test.csv' in fails(capsys, 'report', [run, '--split', 'test', '--device', 'cpu'])
+    assert 'no such data directory' in fails(capsys, 'report', [run, '--data', tmp_path / 'x', '--device', 'cpu'])
     with pytest.raises(UserError, match='no such checkpoint'):
-        report.run(_namespace(run, checkpoint=str(tmp_path / 'x')))
-
-
-def _namespace(run, **others):
-    parser = Parser()
-    report.add_flags(parser)
-    args = parser.parse_args([str(run), '--device', 'cpu'])
-    vars(args).update(others)
-    return args
+        timm_multilabel.report(run, checkpoint=tmp_path / 'x', device='cpu')
 
 
 def test_args_that_are_changed_by_hand(tmp_path, data_dir, capsys):
     run = train_run(data_dir, tmp_path, epochs=1)
     with open(run / 'args.yaml', 'a') as file:
         file.write('no_such_flag: 1\n')
-    assert "args.yaml: there is no flag 'no_such_flag'" in fails(capsys, report, [run])
+    assert "args.yaml: there is no flag 'no_such_flag'" in fails(capsys, 'report', [run])
     with pytest.raises(UserError):
-        read_run_flags(run)
+        read_run_settings(run)

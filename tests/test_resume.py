@@ -8,7 +8,6 @@ import pytest
 import torch
 from common import TINY, assert_same_summary, assert_same_weights, train_run, write_data
 
-from timm_multilabel.cli import train
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.sample import write_sample
 from timm_multilabel.errors import UserError
@@ -109,7 +108,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_offered(data_dir, t
     assert newest.name == 'recovery-1-2.pth.tar'
     newest.write_bytes(newest.read_bytes()[:5000])
     with pytest.raises(SystemExit) as stop:
-        run_command(train, 'train.py', [str(data_dir), *TINY, '--epochs', '3', '--resume', str(newest)])
+        run_command('train', 'train.py', [str(data_dir), *TINY, '--epochs', '3', '--resume', str(newest)])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count('\n') == 1
     assert f'{newest}: cannot be loaded as a checkpoint' in error
@@ -131,7 +130,7 @@ def test_nothing_whole_to_resume_from(data_dir, tmp_path, capsys):
             train_run(data_dir, tmp_path, *flags)
         assert 'no whole checkpoint in this run folder' in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        run_command(train, 'train.py', [str(data_dir), *TINY, '--resume', 'auto'])
+        run_command('train', 'train.py', [str(data_dir), *TINY, '--resume', 'auto'])
     assert 'add --experiment NAME' in capsys.readouterr().err
     (tmp_path / 'run' / 'last.pth.tar').unlink()
     train_run(data_dir, tmp_path, '--resume', 'auto', epochs=1)  # there is nothing yet, so it starts
@@ -211,7 +210,7 @@ def test_a_signal_while_it_prepares_is_status_75_too(data_dir, tmp_path, monkeyp
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
 
-    monkeypatch.setattr(train, 'read_data', read_data)
+    monkeypatch.setattr('train', 'read_data', read_data)
     with pytest.raises(SystemExit) as stop:
         train_run(data_dir, tmp_path)
     assert stop.value.code == 75 and 'train.py: stopped before it began' in capsys.readouterr().err

@@ -5,12 +5,12 @@ import shutil
 import pytest
 import torch
 import yaml
-from common import SPACE, TINY, assert_same_weights, tiny_task, train_run, write_data
+from common import SPACE, TINY, assert_same_weights, tiny_task, train_run, train_settings, write_data
 from timm.scheduler import PlateauLRScheduler
 
-from timm_multilabel.cli import train, train_flags
-from timm_multilabel.cli.flags import Parser
 from timm_multilabel.cli.main import run_command
+from timm_multilabel.cli.parser import make_parser
+from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.metrics import TrainingMeter
 from timm_multilabel.training.optimizer_state import load_plateau
 from timm_multilabel.training.training_progress import TrainingProgress
@@ -78,15 +78,13 @@ def made(tmp_path_factory):
 
 
 def parser():
-    made = Parser()
-    train_flags.add_flags(made)
-    return made
+    return make_parser(TrainSettings, 'train.py')
 
 
 def goes_on(made, output, base, *flags, epochs=1):
     """Resume a copy of a finished run; its folder."""
     shutil.copytree(made / base / 'run', output / 'run')
-    run_command(train, 'train.py', [str(made / 'data'), *TINY, '--epochs', str(epochs), *BASES[base], *flags,
+    run_command('train', 'train.py', [str(made / 'data'), *TINY, '--epochs', str(epochs), *BASES[base], *flags,
                                     '--resume', str(output / 'run')])
     return output / 'run'
 
@@ -119,7 +117,7 @@ def test_each_flag_of_a_run_that_goes_on(made, tmp_path, monkeypatch, capsys, ba
         assert line in said.out and now == before and 'other flags' not in said.out
         return
     words = ['data', *TINY, '--epochs', '1', *BASES[base], *words.split()]
-    asked = {name: value for name, value in vars(parser().parse_args(words)).items() if name in before}
+    asked = {name: value for name, value in train_settings(*words).flat().items() if name in before}
     asked = yaml.safe_load(yaml.safe_dump({**asked, **{
         name: before[name] for name in ('data_dir', 'output', 'experiment')}}))
     assert now == asked

@@ -3,8 +3,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from timm_multilabel.cli import sample
-from timm_multilabel.cli.flags import Parser
+from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.sample import HEADS, write_sample
 from timm_multilabel.errors import UserError
 
@@ -106,10 +105,9 @@ def test_folder_that_cannot_be_made(tmp_path):
 
 
 def test_command(tmp_path, capsys):
-    parser = Parser(prog='sample')
-    sample.add_flags(parser)
     folder = tmp_path / 'drawn'
-    sample.run(parser.parse_args([str(folder), *'--train 8 --val 4 --test 4 --unlabelled 2 --size 16'.split()]))
+    words = '--train 8 --val 4 --test 4 --unlabelled 2 --size 16'.split()
+    run_command('sample', 'sample', [str(folder), *words])
     assert capsys.readouterr().out.splitlines() == [
         f'Wrote 18 pictures (8 train, 4 val, 4 test, 2 unlabelled) to {folder}, see preview.png there; '
         'the color NA is gray',

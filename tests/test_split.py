@@ -3,8 +3,7 @@ import re
 
 import pytest
 
-from timm_multilabel.cli import split
-from timm_multilabel.cli.flags import Parser
+from timm_multilabel.cli import main
 from timm_multilabel.data.split import split_csv
 from timm_multilabel.data.table import find_images, read_table
 from timm_multilabel.errors import UserError
@@ -172,9 +171,7 @@ def test_source_is_never_overwritten(tmp_path):
 
 
 def run_command(*arguments):
-    parser = Parser(prog='split')
-    split.add_flags(parser)
-    split.run(parser.parse_args([str(argument) for argument in arguments]))
+    main.run_command('split', 'split', [str(argument) for argument in arguments])
 
 
 def test_command(tmp_path, capsys):

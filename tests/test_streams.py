@@ -16,10 +16,9 @@ from PIL import Image
 from pyarrow import parquet
 from test_training import TINY, validated
 
+from timm_multilabel.assembly.splits import Splits
 from timm_multilabel.cells import list_cell
-from timm_multilabel.cli import sample, train
 from timm_multilabel.cli.main import run_command
-from timm_multilabel.cli.splits import Splits
 from timm_multilabel.data.packing import FORMATS, pack
 from timm_multilabel.data.shards import find_shards
 from timm_multilabel.data.streams import Stored, encode, read_labels, table_of_labels
@@ -244,7 +243,7 @@ def test_two_processes_share_the_pass_over_the_labels(shards, tmp_path):
 
 
 def run(data_dir, output, *flags):
-    run_command(train, 'train.py', [
+    run_command('train', 'train.py', [
         str(data_dir), *TINY, '--epochs', '1', '--output', str(output), '--experiment', 'run', *flags])
     return output / 'run'
 
@@ -355,7 +354,7 @@ def test_what_is_refused(data_dir, packed, tmp_path, capsys):
 def test_sample_in_shards_has_the_labels_of_the_sample_in_csvs(tmp_path, kind, capsys):
     flags = '--train 40 --val 8 --test 8 --unlabelled 4 --size 16'.split()
     for name, form in (('csv', 'csv'), ('packed', kind), ('again', kind)):
-        run_command(sample, 'sample', [str(tmp_path / name), *flags, '--format', form])
+        run_command('sample', 'sample', [str(tmp_path / name), *flags, '--format', form])
     packed = tmp_path / 'packed'
     assert {path.name.split('-')[0] for path in packed.iterdir()} == {
         'preview.png', 'train', 'val', 'test', 'unlabelled'}
@@ -369,8 +368,8 @@ def test_sample_in_shards_has_the_labels_of_the_sample_in_csvs(tmp_path, kind, c
     folder = run(packed, tmp_path, '--img-size', '16')
     assert LabelSpace.load(folder / 'label_space.json') == find_label_space([table], None)
     with pytest.raises(SystemExit):
-        run_command(sample, 'sample', [str(packed), *flags])
+        run_command('sample', 'sample', [str(packed), *flags])
     assert 'already holds' in capsys.readouterr().err
-    run_command(sample, 'sample', [str(packed), *flags, '--force'])
+    run_command('sample', 'sample', [str(packed), *flags, '--force'])
     assert not list(packed.glob('train-*')) and not (packed / 'label_space.json').exists()
 

@@ -13,7 +13,6 @@ from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver
 
 from timm_multilabel import JointTask, MultiLabelModel, create_backbone
-from timm_multilabel.cli import validate
 from timm_multilabel.cli.main import run_command
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +30,7 @@ def test_the_script_with_a_loop_of_ones_own(data_dir, tmp_path, capsys):
     first, second = done.stdout.splitlines()
     assert first.startswith('epoch 1/2, train loss ') and second.startswith('epoch 2/2, train loss ')
     for checkpoint in ('last.pth.tar', 'model_best.pth.tar'):
-        run_command(validate, 'validate.py', [
+        run_command('validate', 'validate.py', [
             str(data_dir), '--checkpoint', str(tmp_path / 'own' / checkpoint), '-j', '0', '--device', 'cpu'])
         assert 'weighted mean' in capsys.readouterr().out
     state = torch.load(tmp_path / 'own' / 'last.pth.tar', weights_only=False)

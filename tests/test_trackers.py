@@ -15,7 +15,6 @@ from test_cli import fails
 from test_phases import recipe  # noqa: F401 (a fixture)
 from wandb.proto import wandb_internal_pb2
 
-from timm_multilabel.cli import train
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.training import trackers
 from timm_multilabel.training.trackers import Tracker, Trackers
@@ -34,7 +33,7 @@ def resumed_after_first_epoch(data_dir, tmp_path, *flags):
     for name in ('checkpoint-1.pth.tar', 'checkpoint-2.pth.tar', 'model_best.pth.tar', 'last.pth.tar'):
         (folder / name).unlink(missing_ok=True)
     os.link(folder / 'checkpoint-0.pth.tar', folder / 'last.pth.tar')
-    run_command(train, 'train.py', ['-c', str(folder / 'args.yaml'), '--resume', str(folder / 'last.pth.tar')])
+    run_command('train', 'train.py', ['-c', str(folder / 'args.yaml'), '--resume', str(folder / 'last.pth.tar')])
     return folder
 
 
@@ -152,7 +151,7 @@ def test_wandb_row_that_is_told_again_is_left_out(tmp_path, offline):
 def test_wandb_json_that_is_damaged_does_not_end_a_run(data_dir, tmp_path, offline, capsys):
     folder = train_run(data_dir, tmp_path, '--log-wandb', epochs=1)
     (folder / 'wandb.json').write_text('{"id": ')
-    run_command(train, 'train.py', [
+    run_command('train', 'train.py', [
         '-c', str(folder / 'args.yaml'), '--epochs', '2', '--resume', str(folder / 'last.pth.tar')])
     assert len(pd.read_csv(folder / 'summary.csv')) == 2
     assert 'Weights & Biases: left out from here on, and the run goes on (' + str(
@@ -160,7 +159,7 @@ def test_wandb_json_that_is_damaged_does_not_end_a_run(data_dir, tmp_path, offli
 
 
 def test_phases(recipe, offline, capsys):  # noqa: F811
-    run_command(train, 'train.py', [
+    run_command('train', 'train.py', [
         '-c', str(recipe), '--log-tensorboard', '--log-wandb', '--log-interval', '100'])
     assert 'left out from here on' not in capsys.readouterr().out
     folder = recipe.parent / 'run'
@@ -181,13 +180,13 @@ def test_flags_of_trackers_are_of_the_whole_run(recipe, capsys):  # noqa: F811
     settings = yaml.safe_load(recipe.read_text())
     settings['phases'][1]['log_wandb'] = True
     recipe.write_text(yaml.safe_dump(settings))
-    assert "'log_wandb' applies to the whole run" in fails(capsys, train, ['-c', recipe])
+    assert "'log_wandb' applies to the whole run" in fails(capsys, 'train', ['-c', recipe])
 
 
 @pytest.mark.parametrize('package', ['tensorboard', 'wandb'])
 def test_extra_that_is_missing(data_dir, tmp_path, monkeypatch, capsys, package):
     monkeypatch.setitem(sys.modules, package, None)
-    error = fails(capsys, train, [data_dir, *TINY, '--output', tmp_path, '--experiment', 'run', f'--log-{package}'])
+    error = fails(capsys, 'train', [data_dir, *TINY, '--output', tmp_path, '--experiment', 'run', f'--log-{package}'])
     assert f"--log-{package}: {package} is not installed (pip install 'timm-multilabel[{package}]')" in error
     assert not (tmp_path / 'run').exists()
 

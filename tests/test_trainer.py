@@ -1,18 +1,15 @@
 """What happens between a loss and the weights: accumulation, clipping, precision, EMA, batch norm, ranking."""
 import math
-from argparse import Namespace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
-from common import SPACE, run_ranks, tiny_task
+from common import SPACE, run_ranks, tiny_task, train_settings
 from torch import nn
 
-from timm_multilabel.cli import train as train_command
-from timm_multilabel.cli import train_flags
-from timm_multilabel.cli.build import model as build_model
-from timm_multilabel.cli.flags import Parser
+from timm_multilabel.assembly.model import create_model
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.errors import UserError
 from timm_multilabel.heads import REGISTRY
@@ -118,7 +115,7 @@ def test_the_better_of_plain_and_ema_ranks_an_epoch(metric, best):
 
 
 def test_lower_losses_are_better_checkpoints(data_dir, tmp_path):
-    run_command(train_command, 'train.py', [
+    run_command('train', 'train.py', [
         str(data_dir), '--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0', '--device', 'cpu',
         '--epochs', '3', '--cooldown-epochs', '0', '--warmup-epochs', '0', '--eval-metric', 'loss', '--lr', '0.2',
         '--output', str(tmp_path), '--experiment', 'run', '--mean', '0.1', '--std', '0.3', '--crop-pct', '0.5',
@@ -168,11 +165,9 @@ def test_ranks_end_an_epoch_with_the_same_weights_and_batch_norm_statistics():
 
 
 def test_gradient_checkpointing_and_image_sizes_reach_the_backbone():
-    parser = Parser()
-    train_flags.add_flags(parser)
-    args = parser.parse_args('data --model test_vit --img-size 64 --grad-checkpointing --drop 0.4'.split())
-    data = Namespace(label_space=SPACE, registry=REGISTRY)
-    model, config = build_model(args, data, {})
+    settings = train_settings(*'data --model test_vit --img-size 64 --grad-checkpointing --drop 0.4'.split())
+    data = SimpleNamespace(label_space=SPACE, registry=REGISTRY, batch_size=4, pool_batch_size=0)
+    model, config = create_model(settings, data, {}, True, print)
     assert model.backbone.grad_checkpointing and model.heads[0].drop.p == 0.4
     assert config['input_size'] == [3, 64, 64] and model(torch.zeros(1, 3, 64, 64))['color'].shape == (1, 3)
 

@@ -10,7 +10,7 @@ import yaml
 from common import TINY, assert_same_summary, assert_same_weights, weights, write_data
 from common import train_run as run
 
-from timm_multilabel.cli import batches, train, validate
+from timm_multilabel.assembly import loaders
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.errors import UserError
 from timm_multilabel.labels import LabelSpace
@@ -60,7 +60,7 @@ def test_resumed_run_is_the_run_that_never_stopped(data_dir, tmp_path, flags):
     for name in ('checkpoint-1.pth.tar', 'checkpoint-2.pth.tar', 'model_best.pth.tar', 'last.pth.tar'):
         (part / name).unlink(missing_ok=True)
     os.link(part / 'checkpoint-0.pth.tar', part / 'last.pth.tar')
-    run_command(train, 'train.py', ['-c', str(part / 'args.yaml'), '--resume', str(part / 'last.pth.tar')])
+    run_command('train', 'train.py', ['-c', str(part / 'args.yaml'), '--resume', str(part / 'last.pth.tar')])
     assert_same_weights(whole / 'last.pth.tar', part / 'last.pth.tar')
     assert_same_summary(whole, part)
 
@@ -98,7 +98,7 @@ def test_initial_checkpoint_takes_what_fits(data_dir, tmp_path, capsys):
 
 def test_args_yaml_repeats_the_run(data_dir, tmp_path):
     first = run(data_dir, tmp_path / 'a', '--aa', 'rand-m5', '--head-weights', 'color=0.7', 'shape=0.1', epochs=1)
-    run_command(train, 'train.py', ['-c', str(first / 'args.yaml'), '--output', str(tmp_path / 'b')])
+    run_command('train', 'train.py', ['-c', str(first / 'args.yaml'), '--output', str(tmp_path / 'b')])
     assert_same_weights(first / 'last.pth.tar', tmp_path / 'b' / 'run' / 'last.pth.tar')
 
 
@@ -137,8 +137,8 @@ def test_micro_batches_train_as_whole_batches(data_dir, tmp_path):
 
 @pytest.mark.parametrize('flags, size', [([], 4), (['--micro-batch', '3'], 3), (['--micro-batch', '3', '-vb', '2'], 2)])
 def test_evaluation_takes_micro_batches_too(data_dir, tmp_path, monkeypatch, flags, size):
-    sizes, create = [], batches.create_eval_loader
-    monkeypatch.setattr(batches, 'create_eval_loader', lambda rows, batch_size, **kwargs: (
+    sizes, create = [], loaders.create_eval_loader
+    monkeypatch.setattr(loaders, 'create_eval_loader', lambda rows, batch_size, **kwargs: (
         sizes.append(batch_size), create(rows, batch_size, **kwargs))[1])
     run(data_dir, tmp_path, *flags, epochs=1)
     assert sizes == [size]
@@ -148,7 +148,7 @@ def test_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint
     folder = run(data_dir, tmp_path, epochs=1)
     before = (folder / 'last.pth.tar').read_bytes()
     with pytest.raises(SystemExit) as stop:
-        run_command(train, 'train.py', [
+        run_command('train', 'train.py', [
             str(data_dir), *TINY, '--epochs', '3', '--lr', '1e30', '--opt', 'sgd', '--sched', 'constant',
             '--resume', str(folder / 'last.pth.tar')])
     error = capsys.readouterr().err
@@ -159,7 +159,7 @@ def test_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint
 
 def validated(data_dir, folder, *flags):
     results = folder / 'results.json'
-    run_command(validate, 'validate.py', [
+    run_command('validate', 'validate.py', [
         str(data_dir), '--checkpoint', str(folder / 'model_best.pth.tar'), '-b', '4', '-j', '0', '--device', 'cpu',
         '--results-file', str(results), *flags])
     return json.loads(results.read_text())

@@ -15,7 +15,6 @@ from common import SPACE, TINY, train_run, write_data
 from PIL import Image
 from test_cli import fails
 
-from timm_multilabel.cli import compare, embed, export, grid, predict, report, search, train, validate
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.images import DecodedPhoto
 from timm_multilabel.errors import UserError
@@ -57,13 +56,13 @@ def commands(run, data_dir, images):
     """Each command that reads a run or its checkpoint, with its arguments."""
     best = run / 'model_best.pth.tar'
     return {
-        'report': (report, [run]), 'compare': (compare, [run]),
-        'validate': (validate, [data_dir, '--checkpoint', best, '-j', '0', '--device', 'cpu']),
-        'predict': (predict, [best, images, '-j', '0', '--device', 'cpu']),
-        'embed': (embed, [best, images, '--out', run / 'e.npz', '-j', '0', '--device', 'cpu']),
-        'export': (export, [best, '--images', images, '--formats', 'backbone']),
-        'resume': (train, [data_dir, '-c', run / 'args.yaml', '--resume', run, '--device', 'cpu']),
-        'start': (train, [data_dir, '-c', run / 'args.yaml', '--experiment', 'new', '--device', 'cpu']),
+        'report': ('report', [run]), 'compare': ('compare', [run]),
+        'validate': ('validate', [data_dir, '--checkpoint', best, '-j', '0', '--device', 'cpu']),
+        'predict': ('predict', [best, images, '-j', '0', '--device', 'cpu']),
+        'embed': ('embed', [best, images, '--out', run / 'e.npz', '-j', '0', '--device', 'cpu']),
+        'export': ('export', [best, '--images', images, '--formats', 'backbone']),
+        'resume': ('train', [data_dir, '-c', run / 'args.yaml', '--resume', run, '--device', 'cpu']),
+        'start': ('train', [data_dir, '-c', run / 'args.yaml', '--experiment', 'new', '--device', 'cpu']),
     }
 
 
@@ -87,10 +86,10 @@ def test_a_file_of_heads_that_a_recipe_or_a_grid_names_is_not_run(data_dir, tmp_
         'recipe': flags, 'phase': {'phases': [{'epochs': 1, **flags}]}, 'grid': {'settings': {'a': flags}},
         'grid start': {'starts': {'b': flags}, 'settings': {'a': {'start': 'b'}}}}[name]))
     if name.startswith('grid'):
-        line = fails(capsys, grid, [tmp_path, data_dir, '--output', tmp_path / 'out'])
+        line = fails(capsys, 'grid', [tmp_path, data_dir, '--output', tmp_path / 'out'])
         assert "'head_module' counts on the command line only" in line and '--flags --head-module' in line
     else:
-        line = fails(capsys, train, [data_dir, '-c', path, '--output', tmp_path / 'out', *TINY])
+        line = fails(capsys, 'train', [data_dir, '-c', path, '--output', tmp_path / 'out', *TINY])
         assert f'pass --head-module {module}' in line
     assert not mark.exists()
 
@@ -109,7 +108,7 @@ def test_a_checkpoint_of_custom_heads_asks_for_their_file_and_names_it(data_dir,
     for name in ('validate', 'predict', 'embed', 'export', 'report', 'compare'):
         command, words = every[name]
         run_command(command, name, [*map(str, words), '--head-module', str(module)])
-    line = fails(capsys, search, [run / 'e.npz', data_dir / 'images' / '0.png', '--checkpoint',
+    line = fails(capsys, 'search', [run / 'e.npz', data_dir / 'images' / '0.png', '--checkpoint',
                                   run / 'model_best.pth.tar', '--device', 'cpu'])
     assert str(module) in line
     assert yaml.safe_load((run / 'args.yaml').read_text())['head_module'] == str(module)
@@ -141,7 +140,7 @@ def test_a_model_that_a_file_names_is_looked_up_only_if_asked(plain, tmp_path, c
         Predictor.load(path, 'cpu')
     data_dir = plain.parent / 'data'
     (tmp_path / 'recipe.yaml').write_text(f'model: {arch!r}\nimg_size: 32\n')
-    line = fails(capsys, train, [
+    line = fails(capsys, 'train', [
         data_dir, '-c', tmp_path / 'recipe.yaml', '--output', tmp_path / 'out', '--device', 'cpu'])
     assert ('pass --allow-hub if you trust it' in line) == (':' in arch)
     description = {'arch': arch, 'label_space': {'heads': []}, 'preprocessing': read_checkpoint(path).data_config}
@@ -155,7 +154,7 @@ def test_a_model_that_a_file_names_is_looked_up_only_if_asked(plain, tmp_path, c
 def test_allow_hub_counts_on_the_command_line_only(data_dir, tmp_path, capsys, no_network):
     (tmp_path / 'recipe.yaml').write_text('model: hf-hub:somebody/x\nallow_hub: true\n')
     words = [data_dir, '-c', tmp_path / 'recipe.yaml', '--output', tmp_path / 'out', '--device', 'cpu']
-    assert "'allow_hub' counts on the command line only" in fails(capsys, train, words)
+    assert "'allow_hub' counts on the command line only" in fails(capsys, 'train', words)
 
 
 def test_a_model_of_a_folder_is_kept_under_the_name_that_timm_has_for_it(data_dir, tmp_path):
@@ -164,7 +163,7 @@ def test_a_model_of_a_folder_is_kept_under_the_name_that_timm_has_for_it(data_di
     model = timm.create_model('test_resnet', num_classes=0)
     timm.models.save_for_hf(model, tmp_path / 'mine', safe_serialization=True)
     run = tmp_path / 'out' / 'run'
-    run_command(train, 'train.py', [
+    run_command('train', 'train.py', [
         str(data_dir), *TINY, '--model', f'local-dir:{tmp_path / "mine"}', '--epochs', '1', '--output', str(run.parent),
         '--experiment', run.name])
     shutil.rmtree(tmp_path / 'mine')
@@ -196,7 +195,7 @@ def test_settings_that_this_program_does_not_write(plain, tmp_path, settings):
 @pytest.mark.parametrize('ranks', [[], [3], [{'meter': {'x': 1}}], [{'buffers': [[1]]}], [{'meter': []}]])
 def test_a_place_in_an_epoch_that_this_program_does_not_write(plain, tmp_path, capsys, ranks):
     path = changed(plain, tmp_path / 'x.pth.tar', within={'step': 1, 'steps': 3, 'lr': 0.1, 'ranks': ranks})
-    line = fails(capsys, train, [plain.parent / 'data', '-c', plain / 'args.yaml', '--resume', path])
+    line = fails(capsys, 'train', [plain.parent / 'data', '-c', plain / 'args.yaml', '--resume', path])
     assert 'x.pth.tar: ' in line
 
 
@@ -300,7 +299,7 @@ def test_arguments_of_a_model_in_a_recipe_ask_no_other_host(plain, tmp_path, cap
     recipe = {'model': 'test_resnet', 'pretrained': True,
               'model_kwargs': {'pretrained_cfg_overlay': {'url': 'http://x/y.pth', 'hf_hub_id': None}}}
     (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
-    line = fails(capsys, train, [
+    line = fails(capsys, 'train', [
         plain.parent / 'data', '-c', tmp_path / 'recipe.yaml', '-b', '4', '--output', tmp_path / 'out'])
     assert "--model-kwargs: model argument 'pretrained_cfg_overlay' is not among" in line
 

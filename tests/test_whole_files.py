@@ -21,7 +21,7 @@ from common import SPACE, run_ranks
 from test_cache import VIEWS, _open_in_a_rank, batch, files, opened, photos_dir  # noqa: F401
 
 from timm_multilabel.arrays import write_arrays
-from timm_multilabel.cli.jobs import Job, Jobs
+from timm_multilabel.assembly.jobs import Job, Jobs
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import atomic_write, link_whole, write_atomic
 from timm_multilabel.loading import shared

@@ -9,7 +9,6 @@ import pytest
 from common import TINY, write_data
 
 from timm_multilabel import Predictor
-from timm_multilabel.cli import export, predict, report, train
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.errors import UserError
 from timm_multilabel.export.exportable import describe
@@ -27,7 +26,7 @@ def trained(tmp_path_factory):
     module = folder / 'my_heads.py'
     module.write_text(re.search(r'<!-- custom head -->\n```python\n(.*?)```', README, re.S)[1])
     data = write_data(folder / 'data')
-    run_command(train, 'train.py', [
+    run_command('train', 'train.py', [
         str(data), *TINY, '--epochs', '1', '--output', str(folder), '--experiment', 'run', '--head-module', str(module),
         '--head', 'color:loss=ordinal,order=blue+green+red'])
     return folder / 'run', module
@@ -36,7 +35,7 @@ def trained(tmp_path_factory):
 def printed(capsys, trained, *flags):
     run, module = trained
     capsys.readouterr()
-    run_command(predict, 'predict', [
+    run_command('predict', 'predict', [
         str(run / 'last.pth.tar'), str(run.parent / 'data' / 'val.csv'), '--head-module', str(module), '--device',
         'cpu', '-j', '0', *flags])
     return capsys.readouterr().out
@@ -69,7 +68,7 @@ def test_a_threshold_is_refused_and_one_of_all_heads_leaves_the_label(trained, c
 def test_the_report_has_its_own_metrics_and_no_calibration(trained, capsys):
     run, module = trained
     words = [str(run), '--head-module', str(module), '--device', 'cpu', '-j', '0', '--force']
-    run_command(report, 'report', words)
+    run_command('report', 'report', words)
     of_color, of_shape = re.findall(r'<section id="head\d">.*?</section>', (run / 'report.html').read_text(), re.S)
     assert 'sure' not in of_color and 'Calibration' not in of_color and 'Worst' not in of_color
     assert 'Calibration' in of_shape
@@ -87,7 +86,7 @@ def test_the_report_has_its_own_metrics_and_no_calibration(trained, capsys):
     found = Predictions.load(stored)
     assert found.own_metrics['color'] == pytest.approx({'exact': exact, 'within_one': near})
     replace(found, own_metrics=None).save(stored)
-    run_command(report, 'report', words)
+    run_command('report', 'report', words)
     assert Predictions.load(stored).own_metrics == found.own_metrics
 
 
@@ -97,14 +96,14 @@ def test_an_export_says_what_its_output_is(trained, tmp_path):
     model = load_model(checkpoint, 'plain', load_registry(str(module)))
     assert [output['values'] for output in describe(checkpoint, 'plain', model)['outputs']] == [
         '1 of the predicted class, 0 of others', 'probabilities']
-    run_command(export, 'export', [
+    run_command('export', 'export', [
         str(run / 'last.pth.tar'), '--head-module', str(module), '--formats', 'safetensors', '--out', str(tmp_path)])
 
 
 @pytest.mark.parametrize('metrics', [{'size': {'exact': 1.0}}, {'color': {'exact': '<b>'}}, {'color': 1.0}, [1]])
 def test_metrics_in_a_file_that_are_none(trained, tmp_path, metrics):
     run, module = trained
-    run_command(report, 'report', [str(run), '--head-module', str(module), '--device', 'cpu', '-j', '0', '--force'])
+    run_command('report', 'report', [str(run), '--head-module', str(module), '--device', 'cpu', '-j', '0', '--force'])
     replace(Predictions.load(run / 'predictions-val.npz'), own_metrics=metrics).save(tmp_path / 'p.npz')
     with pytest.raises(UserError, match='metrics that are not numbers of its heads'):
         Predictions.load(tmp_path / 'p.npz')

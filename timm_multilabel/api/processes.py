@@ -3,6 +3,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -30,13 +31,13 @@ def train_in_processes(given: Mapping[str, Any], devices: int) -> TrainingRun:
         RuntimeError: A process failed.
         KeyboardInterrupt: Also where it came from outside; the run is saved, and goes on with `resume`.
     """
-    with temporary_folder('timm-multilabel-train-', None) as folder:
+    with temporary_folder('timm-multilabel-train-', Path(tempfile.gettempdir())) as folder:
         (folder / 'settings.json').write_text(json.dumps(given), encoding='utf-8')
         # A process of its own, since the launcher takes signals, and a session of its own, since a Ctrl-C in a terminal
         # would reach it twice.
         launcher = subprocess.Popen(
             [sys.executable, '-m', 'timm_multilabel.cli.launch', '--nproc_per_node', str(devices), '-m',
-             'timm_multilabel.api.worker', str(folder)],
+             'timm_multilabel.cli.worker', str(folder)],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
         errors: list[str] = []
         readers = [threading.Thread(target=_tell, args=(launcher.stdout, None), daemon=True),

@@ -1,7 +1,8 @@
 """Settings as a command line: argparse, generated from their fields."""
 import argparse
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from timm_multilabel.config.settings import REMAINDER, Setting, Settings, put
@@ -45,6 +46,8 @@ class _Put(argparse.Action):
                 value = [made.parse(words[0])] if made.repeats else made.of_words(words)
         except ValueError as error:
             raise argparse.ArgumentError(self, str(error)) from error
+        if option_string in made.hidden_flags and not int(os.environ.get('RANK', 0)):
+            print(made.hidden_note)
         put(vars(namespace), made, value)
 
 
@@ -90,3 +93,15 @@ def _help(made: Setting) -> str:
 def parse(cls: type[Settings], prog: str, argv: Sequence[str]) -> Mapping[str, Any]:
     """What a command line says, as checked values by name."""
     return vars(make_parser(cls, prog).parse_args(list(argv)))
+
+
+def argument_type(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """What reads one word, as the type of an argument of argparse, whose errors say what is wrong."""
+
+    def parse_word(text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse_word

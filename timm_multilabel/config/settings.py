@@ -42,10 +42,11 @@ class Setting:
         repeats: Whether the flag may be given several times, each with one word.
         required: Whether it has no default.
         positional: Whether it is an argument without a flag.
-        hidden: Whether help texts leave it out.
         hidden_flags: Old flags that mean `true`, read and not shown.
+        hidden_note: What is said where one is given.
         switch: Of a truth value: 'on' has `--name` alone, 'both' `--no-name` too.
-        default_text: The default as help texts show it, where they do not show the value.
+        name: Set by the dataclass that it is a field of.
+        default: Its value where nothing is given.
     """
     help: str
     parse: Callable[[str], Any] = str
@@ -61,6 +62,7 @@ class Setting:
     required: bool = False
     positional: bool = False
     hidden_flags: tuple[str, ...] = ()
+    hidden_note: str = ''
     switch: Literal['on', 'both'] | None = None
     name: str = ''
     default: Any = None

@@ -226,7 +226,9 @@ class RunSettings(Settings):
     validation_batch_size: int | None = setting(
         None, 'the same in evaluation (default: as --micro-batch, else as -b)', positive, flags=('-vb',), metavar='N')
     device: str | None = shared.device('cpu, cuda, cuda:1, mps (default: cuda where there is one)')
-    amp: bool = switch('mixed precision', hidden_flags=('--apex-amp', '--native-amp'))
+    amp: bool = switch(
+        'mixed precision', hidden_flags=('--apex-amp', '--native-amp'),
+        hidden_note='--apex-amp and --native-amp are read as --amp: PyTorch has mixed precision of its own')
     amp_dtype: str | None = setting(
         None, 'its lower precision (default: float16 on CUDA, bfloat16 elsewhere)', choices=('float16', 'bfloat16'))
     seed: int = setting(42, 'makes a run repeatable', number(int, least=0, most=2 ** 31), metavar='N')
