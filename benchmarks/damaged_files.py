@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from timm_multilabel.cli import export, grid, train
-from timm_multilabel.cli.flags import positive
-from timm_multilabel.cli.grid_file import read_grid
+from benchmarks.program import positive, run_benchmark
+from timm_multilabel.assembly import experiment
+from timm_multilabel.assembly.grid_file import read_grid
+from timm_multilabel.assembly.run_settings import read_run_settings
+from timm_multilabel.assembly.stored import stored_predictions
 from timm_multilabel.cli.main import run_command
-from timm_multilabel.cli.run_flags import read_run_flags
-from timm_multilabel.cli.stored import stored_predictions
+from timm_multilabel.config.commands import GridSettings
 from timm_multilabel.data.images import FilePhotos, read_photo
 from timm_multilabel.data.sample import write_sample
 from timm_multilabel.data.shards import find_shards
@@ -57,8 +58,9 @@ def make_kinds(folder: Path) -> Kinds:
     """Make a file of each kind."""
     data, run = folder / 'data', folder / 'run'
     write_sample(data, train=16, val=8, test=1, unlabelled=0, size=32)
-    run_command(train, 'train', [str(data), *RUN, '--output', str(folder), '--experiment', 'run'])
-    run_command(export, 'export', [str(run / 'last.pth.tar'), '--formats', 'safetensors', '--out', str(folder / 'out')])
+    run_command('train', 'train', [str(data), *RUN, '--output', str(folder), '--experiment', 'run'])
+    run_command('export', 'export', [
+        str(run / 'last.pth.tar'), '--formats', 'safetensors', '--out', str(folder / 'out')])
     return _of_runs(folder, run) | _of_models(folder, data, run) | _of_grids(folder) | _of_data(folder, data)
 
 
@@ -79,7 +81,7 @@ def _of_runs(folder: Path, run: Path) -> Kinds:
     (run / '.launch').write_text('host 1\nhost 2')
     return {
         'summary.csv': (other.path / 'summary.csv', go_on),
-        'args.yaml': (run / 'args.yaml', lambda path: read_run_flags(path.parent)),
+        'args.yaml': (run / 'args.yaml', lambda path: read_run_settings(path.parent)),
         'args.yaml, by export': (run / 'args.yaml', lambda path: images_of_run(checkpoint)),
         'label_space.json': (run / 'label_space.json', LabelSpace.load),
         'wandb.json': (tracker, _start_tracker),
@@ -123,17 +125,17 @@ def _of_grids(folder: Path) -> Kinds:
     for name in ('grid.yaml', 'results.csv', 'differences.csv'):
         (place / name).write_bytes((EXPERIMENT / name).read_bytes())
     whole = read_grid(place / 'grid.yaml')
-    args = Namespace(flags=[], data_dir='data')
-    grid.write_record(whole.runs[0], place, {
-        'run': grid.record_of(whole.runs[0], args), 'where': grid.where(), 'seconds': 1.5, 'cpu_seconds': 1.5})
+    experiment.write_record(whole.runs[0], place, {
+        'run': experiment.record_of(whole.runs[0], GridSettings(data_dir='data')), 'where': experiment.where(),
+        'seconds': 1.5, 'cpu_seconds': 1.5})
 
     def tables(path: Path) -> None:
-        grid_markdown(grid.read_results(place, 'val', whole))
+        grid_markdown(experiment.read_results(place, 'val', whole))
 
     return {
         'grid.yaml': (place / 'grid.yaml', read_grid),
         'record of a run': (place / f'{whole.runs[0].name}.json',
-                            lambda path: grid.read_record(whole.runs[0], place)['run'] == {}),
+                            lambda path: experiment.read_record(whole.runs[0], place)['run'] == {}),
         'results.csv': (place / 'results.csv', tables),
         'differences.csv': (place / 'differences.csv', tables),
     }
@@ -246,4 +248,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-    run_command(sys.modules[__name__], 'benchmarks.damaged_files', sys.argv[1:])
+    run_benchmark(sys.modules[__name__], sys.argv[1:])

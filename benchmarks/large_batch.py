@@ -17,9 +17,9 @@ import torch
 
 from benchmarks.nt_xent import loss_function
 from benchmarks.processes import MEBIBYTE, Figures, measure
+from benchmarks.program import positive, run_benchmark
 from benchmarks.step import machine
-from timm_multilabel.cli.flags import Parser, positive
-from timm_multilabel.cli.main import run_command
+from timm_multilabel.cli.parser import Parser
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.model import MultiLabelModel, create_backbone
 from timm_multilabel.task import JointTask
@@ -99,4 +99,4 @@ def run(args: Namespace) -> None:
 
 
 if __name__ == '__main__':
-    run_command(sys.modules[__name__], 'benchmarks.large_batch', sys.argv[1:])
+    run_benchmark(sys.modules[__name__], sys.argv[1:])

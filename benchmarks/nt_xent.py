@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.processes import MEBIBYTE, Figures, measure
+from benchmarks.program import above_0, positive, run_benchmark
 from benchmarks.step import machine
-from timm_multilabel.cli.flags import Parser, above_0, positive
-from timm_multilabel.cli.main import run_command
+from timm_multilabel.cli.parser import Parser
 from timm_multilabel.losses import nt_xent_loss
 
 PEERS = ('dense', 'lightly', 'pml')
@@ -149,4 +149,4 @@ def run(args: Namespace) -> None:
 
 
 if __name__ == '__main__':
-    run_command(sys.modules[__name__], 'benchmarks.nt_xent', sys.argv[1:])
+    run_benchmark(sys.modules[__name__], sys.argv[1:])

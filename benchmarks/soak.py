@@ -22,9 +22,10 @@ import pandas as pd
 import psutil
 import torch
 
-from timm_multilabel.cli import train_flags
-from timm_multilabel.cli.flags import Parser, count, parse_with_config, positive
-from timm_multilabel.cli.main import run_command
+from benchmarks.program import count, positive, run_benchmark
+from timm_multilabel.cli.parser import Parser
+from timm_multilabel.config.files import build
+from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.data.images import read_photo
 from timm_multilabel.data.sample import write_sample
 from timm_multilabel.data.table import encode_rows, find_label_space, read_table
@@ -170,12 +171,7 @@ def read_data(path: Path) -> None:
 
 def read_recipe(path: Path) -> None:
     """Read a YAML file of flags as training does."""
-    parser = Parser(prog='train.py')
-    train_flags.add_flags(parser)
-    try:
-        parse_with_config(parser, ['-c', str(path)])
-    except SystemExit as error:
-        assert error.code == 2
+    build(TrainSettings, {'config': str(path)})
 
 
 def bad_inputs(folder: Path, tries: int, seed: int) -> bool:
@@ -245,4 +241,4 @@ def run(args: Namespace) -> None:
 
 
 if __name__ == '__main__':
-    run_command(sys.modules[__name__], 'benchmarks.soak', sys.argv[1:])
+    run_benchmark(sys.modules[__name__], sys.argv[1:])

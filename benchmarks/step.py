@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from timm.optim import AdamP
 from timm.utils import random_seed
 
-from timm_multilabel.cli.device import choose_precision, start_device
-from timm_multilabel.cli.flags import Parser, count, positive
-from timm_multilabel.cli.main import run_command
+from benchmarks.program import count, positive, run_benchmark
+from timm_multilabel.assembly.device import choose_precision, start_device
+from timm_multilabel.cli.parser import Parser
 from timm_multilabel.labels import MISSING, LabelSpace
 from timm_multilabel.metrics import TrainingMeter
 from timm_multilabel.model import MultiLabelModel, create_backbone
@@ -224,4 +224,4 @@ def run(args: Namespace) -> None:
 
 
 if __name__ == '__main__':
-    run_command(sys.modules[__name__], 'benchmarks.step', sys.argv[1:])
+    run_benchmark(sys.modules[__name__], sys.argv[1:])

@@ -15,15 +15,17 @@ from typing import Any
 
 import torch
 
+from benchmarks.program import count, positive, run_benchmark
 from benchmarks.step import HEADS, machine
 from benchmarks.views import read_photos
-from timm_multilabel.cli import train_flags
-from timm_multilabel.cli.batches import Loaders
-from timm_multilabel.cli.checks import check_phases
-from timm_multilabel.cli.device import start_device
-from timm_multilabel.cli.flags import Parser, count, positive
-from timm_multilabel.cli.main import run_command
-from timm_multilabel.cli.train import Phase
+from timm_multilabel.assembly.checks import check_phases
+from timm_multilabel.assembly.device import loader_workers, start_device
+from timm_multilabel.assembly.loaders import create_loaders
+from timm_multilabel.assembly.phases import BuiltPhase, build_phase, prepare_phase
+from timm_multilabel.cli.parser import Parser, parse
+from timm_multilabel.config.files import build
+from timm_multilabel.config.train import TrainSettings
+from timm_multilabel.log import silent
 from timm_multilabel.training.progress_bar import ProgressBar
 from timm_multilabel.training.trainer import Trainer
 from timm_multilabel.training.training_progress import TrainingProgress
@@ -65,13 +67,15 @@ def write_photos(folder: Path, args: Namespace) -> None:
         (folder / f'{split}.csv').write_text('\n'.join(lines) + '\n')
 
 
-def seconds(phase: Phase, loader: Any, device: torch.device) -> float:
+def seconds(built: BuiltPhase, loader: Any, device: torch.device) -> float:
     """Seconds of an epoch."""
     started = time.perf_counter()
-    fit = Trainer(
-        phase.optimizer_step, phase.precision, loader, None, phase.images_per_step, seed=0, log_interval=len(loader))
+    prepared = built.prepared
+    trainer = Trainer(
+        built.optimizer_step, prepared.precision, loader, None, prepared.images_per_step, seed=0,
+        log_interval=len(loader))
     with ProgressBar('', len(loader), visible=False) as progress:
-        fit.train(TrainingProgress(0), 0.0, progress)
+        trainer.train(TrainingProgress(0), 0.0, progress)
     if device.type == 'cuda':
         torch.cuda.synchronize()
     return time.perf_counter() - started
@@ -79,27 +83,26 @@ def seconds(phase: Phase, loader: Any, device: torch.device) -> float:
 
 def measure(args: Namespace, flags: list[str], device: torch.device) -> None:
     """Print the table."""
-    parser = Parser()
-    train_flags.add_flags(parser)
-    say = lambda line: None  # noqa: E731
-    phase = Phase(check_phases(parser.parse_args(flags))[0], device, say)
-    phase.make(None, None, say, cache=False)
+    settings = build(TrainSettings, parse(TrainSettings, 'train.py', flags))
+    prepared = prepare_phase(check_phases(settings)[0], None, device, silent)
+    built = build_phase(prepared, None, None, silent, cache=False)
     print(f'{"loader processes":<18}{"images/s":>10}{"ms a step":>11}{"waiting":>9}', flush=True)
     enough = None
-    for workers in args.workers:
-        phase.args.workers = workers
-        loaders = Loaders(phase.args, phase.task, phase.data, phase.data_config, device, print)
-        seconds(phase, loaders.train, device)  # starts the processes
-        one = OneBatch(loaders.train)
-        pairs = [(seconds(phase, loaders.train, device), seconds(phase, one, device)) for _ in range(args.rounds)]
+    for asked in args.workers:
+        workers = loader_workers(asked)
+        train = create_loaders(
+            settings.replace(workers=asked), prepared.data, built.data_config, built.task.views, device, print).train
+        seconds(built, train, device)  # starts the processes
+        one = OneBatch(train)
+        pairs = [(seconds(built, train, device), seconds(built, one, device)) for _ in range(args.rounds)]
         share = statistics.median(1 - idle / real for real, idle in pairs)
-        taken = statistics.median(real for real, _ in pairs) / len(loaders.train)
-        print(f'{loaders.workers:<18}{args.batch_size / taken:>10.0f}{1000 * taken:>11.1f}{share:>8.1%}', flush=True)
+        taken = statistics.median(real for real, _ in pairs) / len(train)
+        print(f'{workers:<18}{args.batch_size / taken:>10.0f}{1000 * taken:>11.1f}{share:>8.1%}', flush=True)
         if enough is None and share < GOAL:
-            enough = loaders.workers
-        del loaders
+            enough = workers
+        del train
     which = 'none of these' if enough is None else f'{enough} loader process{"es" * (enough != 1)}'
-    print(f'under {GOAL:.0%} of a step is spent waiting with {which}, {phase.args.model} on {device}')
+    print(f'under {GOAL:.0%} of a step is spent waiting with {which}, {settings.backbone.model} on {device}')
 
 
 def add_flags(parser: Parser) -> None:
@@ -142,4 +145,4 @@ def run(args: Namespace) -> None:
 
 
 if __name__ == '__main__':
-    run_command(sys.modules[__name__], 'benchmarks.train', sys.argv[1:])
+    run_benchmark(sys.modules[__name__], sys.argv[1:])

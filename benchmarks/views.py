@@ -25,9 +25,9 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import v2
 
+from benchmarks.program import positive, run_benchmark
 from benchmarks.step import machine
-from timm_multilabel.cli.flags import Parser, positive
-from timm_multilabel.cli.main import run_command
+from timm_multilabel.cli.parser import Parser
 from timm_multilabel.data.images import DecodedPhoto, EncodedPhoto, Photo
 from timm_multilabel.errors import UserError
 from timm_multilabel.views.device import make_views
@@ -266,4 +266,4 @@ def run(args: Namespace) -> None:
 
 
 if __name__ == '__main__':
-    run_command(sys.modules[__name__], 'benchmarks.views', sys.argv[1:])
+    run_benchmark(sys.modules[__name__], sys.argv[1:])
