@@ -36,7 +36,8 @@ def images_of_folder(folder: str | Path, say: Callable[[str], None], needed: boo
 
 def _find(folder: str | Path) -> tuple[list[str], Counter[str]]:
     """The images, and how many files and folders were passed over by their kind."""
-    images, passed = [], Counter()
+    images: list[str] = []
+    passed: Counter[str] = Counter()
     for parent, names in walk(folder, passed):
         for name in names:
             ending = os.path.splitext(name)[1].lower()

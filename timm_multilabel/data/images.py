@@ -7,7 +7,7 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from timm_multilabel.data.expensive import check_bytes, check_opened, check_scans
 from timm_multilabel.data.table import Rows
@@ -45,9 +45,14 @@ class Photo(Protocol):
 
     `height` and `width` are of the upright image. `reductions` are the divisors that `decode` takes.
     """
-    height: int
-    width: int
-    reductions: Sequence[int]
+    @property
+    def height(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def reductions(self) -> Sequence[int]: ...
 
     def decode(self, reduction: int = 1) -> np.ndarray:
         """The pixels (ceil(height / reduction), ceil(width / reduction), 3), RGB, uint8."""
@@ -99,7 +104,8 @@ class EncodedPhoto:
 
     def __init__(self, data: bytes, name: str):
         self.data, self.name = data, name
-        self.reductions, self.orientation = REDUCTIONS[:1], 1
+        self.reductions: tuple[int, ...] = REDUCTIONS[:1]
+        self.orientation = 1
         if data[:2] == b'\xff\xd8':
             try:
                 self.height, self.width, colors, _ = simplejpeg.decode_jpeg_header(data)
@@ -171,7 +177,7 @@ class EncodedPhoto:
         return UserError(f'{self.name}: cannot be decoded as an image ({reason}); replace it or leave it out')
 
 
-def open_image(file: BinaryIO | str) -> Image.Image:
+def open_image(file: BinaryIO | str) -> ImageFile.ImageFile:
     """Pillow's `Image.open`, of photos only.
 
     Raises:

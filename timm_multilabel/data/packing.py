@@ -40,7 +40,7 @@ def pack(table: Table, folder: Path, name: str, kind: str, size: int = 1000) -> 
     return paths
 
 
-def _write_tar(path: Path, images: list[Path], labels: list[dict]) -> None:
+def _write_tar(path: Path, images: list[Path], labels: list[dict[str, str | None]]) -> None:
     # Opened here: the library would take a path such as pipe:... for a command.
     with atomic_write(path) as file, find_library('webdataset').TarWriter(file, mtime=0) as writer:
         for image, cells in zip(images, labels):
@@ -49,7 +49,7 @@ def _write_tar(path: Path, images: list[Path], labels: list[dict]) -> None:
                 'json': json.dumps(cells, ensure_ascii=False).encode()})
 
 
-def _write_parquet(path: Path, images: list[Path], labels: list[dict]) -> None:
+def _write_parquet(path: Path, images: list[Path], labels: list[dict[str, str | None]]) -> None:
     datasets, pyarrow = find_library('datasets'), find_library('pyarrow')
     texts = {column: datasets.Value('string') for column in labels[0]}
     schema = datasets.Features({'image': datasets.Image(), **texts}).arrow_schema

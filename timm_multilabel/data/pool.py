@@ -86,9 +86,9 @@ def join_rows(parts: list[Rows], label_space: LabelSpace) -> Rows:
         sources=sum((part.sources for part in parts), ()),
         which=np.concatenate([part.which + offset for part, offset in zip(parts, offsets)]),
     )
-    seen: set[str] = set()
-    first = [not (path in seen or seen.add(path)) for path in real_paths(joined.images)]
-    return joined.select(np.array(first))
+    first: dict[str, int] = {}
+    kept = [first.setdefault(path, place) == place for place, path in enumerate(real_paths(joined.images))]
+    return joined.select(np.array(kept, dtype=bool))
 
 
 def without_images(rows: Rows, taken: set[str]) -> Rows:

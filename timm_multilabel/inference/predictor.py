@@ -1,5 +1,5 @@
 """A checkpoint as a Python call: images -> each head's labels with their probabilities."""
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,8 +94,12 @@ class Predictor:
             UserError: An image cannot be read.
         """
         alone = isinstance(images, ImageLike)
-        photos = _Given([images] if alone else images)
-        thresholds = threshold if isinstance(threshold, dict) else {} if threshold is None else {'': threshold}
+        photos = _Given([images] if isinstance(images, ImageLike) else images)
+        thresholds: Thresholds
+        if isinstance(threshold, Mapping):
+            thresholds = threshold
+        else:
+            thresholds = {} if threshold is None else {'': threshold}
         check_thresholds(thresholds, self.label_space, self.without_probabilities)
         if top_k < 1:
             raise UserError(f'top_k is {top_k}, expected 1 or more')

@@ -226,8 +226,8 @@ def open_cache(
         opened, wrong = _attempt(shared.open)
         made = CachedPhotos(files, contents, opened) if wrong is None else None
     try:
-        todo = range(place, 0 if ready or made is None else len(files), len(here))
-        bad = made.fill(todo, workers, skip_bad, title, visible) if todo else []
+        todo = range(place, 0 if ready else len(files), len(here))
+        bad = made.fill(todo, workers, skip_bad, title, visible) if todo and made is not None else []
         # From here on all ranks of all machines, since some may have a cache, and some no room for one.
         everyone = all_objects((bad, wrong))
         everyone = [everyone[rank] for rank in here]
@@ -240,7 +240,7 @@ def open_cache(
         if not place and not ready and indices:
             Path(shared.path).unlink(missing_ok=True)  # it has another name by now, if all went well
     theirs, wrong = all_objects((finished, wrong))[leader]
-    if wrong is None and theirs is not None:
+    if wrong is None and theirs is not None and made is not None:
         made.shared, wrong = _attempt((finished or theirs).open)  # without it the batches are the same
     if wrong is not None:
         say(f'{title}: cannot be used ({wrong}); goes on without it')
@@ -373,6 +373,7 @@ def _finish(indices: Sequence[Path], shared: SharedBytes, contents: Contents) ->
     Raises:
         OSError: The system does not let it be done.
     """
+    assert shared.descriptor is not None  # it was made by `in_file`
     os.fchmod(shared.descriptor, os.fstat(shared.descriptor).st_mode & 0o444)
     os.fsync(shared.descriptor)
     path = Path(shared.path)

@@ -1,7 +1,6 @@
 """Batches of images that lie on the device: no loader process, no decoding, no copy in the step."""
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +9,7 @@ from timm.data.random_erasing import RandomErasing
 from timm_multilabel.data.images import REDUCTIONS
 from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import UserError
+from timm_multilabel.loading.batches import Batch, EvalBatches
 from timm_multilabel.loading.cache import CachedPhotos
 from timm_multilabel.loading.loaders import RepeatableErasing, names_of, shuffled_batches
 from timm_multilabel.loading.sampling import ShuffledBatches, other_rows
@@ -62,7 +62,8 @@ class DeviceImages:
 def _shapes(photos: CachedPhotos) -> np.ndarray:
     """Height and width of the largest scale that is kept of each photo (N, 2)."""
     reductions = np.array(REDUCTIONS)[photos.contents.first]
-    return -(-photos.contents.sizes // reductions[:, None])
+    shapes: np.ndarray = -(-photos.contents.sizes // reductions[:, None])
+    return shapes
 
 
 def fits(parts: Sequence[CachedPhotos], further: int, device: torch.device) -> tuple[int, float]:
@@ -180,7 +181,7 @@ class DeviceTrainLoader:
     def __len__(self) -> int:
         return len(self.samplers)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         passes = [self._draws(*each) for each in zip(self.parts, self.samplers.samplers)]
         for draws in zip(*passes):
             images = torch.cat([
@@ -208,14 +209,15 @@ class DeviceEvalLoader:
         std: What they are normalised with.
     """
 
-    def __init__(self, loader: Any, mean: tuple[float, ...], std: tuple[float, ...]):
-        self.loader, self.kept = loader, []
+    def __init__(self, loader: EvalBatches, mean: tuple[float, ...], std: tuple[float, ...]):
+        self.loader = loader
+        self.kept: list[Batch] = []
         self.mean, self.std = _of_bytes(mean), _of_bytes(std)
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         if self.kept:
             for images, targets in self.kept:
                 yield images.float().sub_(self.mean).div_(self.std), targets

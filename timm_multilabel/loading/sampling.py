@@ -8,7 +8,7 @@ from torch.utils.data import Sampler
 
 class Draw(NamedTuple):
     """A row of a data set, the seed of its random views in this epoch, and which data set: labelled 0, pool 1."""
-    index: int
+    row: int
     seed: int
     part: int = 0
 

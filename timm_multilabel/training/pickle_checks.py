@@ -19,7 +19,7 @@ def check_pickle(data: bytes) -> None:
         data: The pickle.
     """
     stack: list[Any] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
 
     def to_mark() -> list[Any]:
         items = []
