@@ -1,6 +1,6 @@
 """The private names of PyTorch and timm that the program needs, each with the reason and with what could replace it.
 
-Nothing else in the package uses a private name of theirs, but for `WholeSaver`, which overrides methods of timm's saver.
+No other module uses such a name, but for the methods of timm's saver that `WholeSaver` overrides.
 """
 import math
 from collections.abc import Callable

@@ -34,12 +34,12 @@ def rows_of_arguments(
     A file need not be there or be an image: that is found out when it is read, and is the row's own matter.
 
     Args:
-        arguments: The words.
+        arguments: Files, folders, globs, CSVs, or - for standard input.
         label_space: The heads, which say how wide the empty targets are.
-        image_column: Of CSVs.
+        image_column: The column of the image paths in CSVs.
         stdin: What '-' stands for: paths, one a line, or with a zero byte between them as `find -print0` writes them;
             standard input when None.
-        separator: Of CSVs, see `read_table`.
+        separator: What is between the cells of CSVs, see `read_table`.
         say: Told what was passed over in folders, see `images_of_folder`.
 
     Raises:

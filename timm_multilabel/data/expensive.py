@@ -59,7 +59,7 @@ def check_opened(image: ImageFile.ImageFile, size: int) -> None:
     """Check an image whose header has been read, before its pixels are.
 
     Args:
-        image: The image.
+        image: As Pillow opened it, not yet decoded.
         size: Bytes of its file.
 
     Raises:

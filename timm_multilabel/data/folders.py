@@ -18,7 +18,7 @@ def images_of_folder(folder: str | Path, say: Callable[[str], None], needed: boo
     followed, and what they lead to a second time is left out, as are hidden files and folders.
 
     Args:
-        folder: It.
+        folder: Where to look, with all folders below it.
         say: Told how many files of which kind were passed over, if any were.
         needed: Whether there must be an image.
 

@@ -70,7 +70,7 @@ class DecodedPhoto:
     Args:
         levels: Pixels (H, W, 3) at full scale, or by their reduction.
         height: Of the whole image; that of the pixels when None.
-        width: Of the whole image.
+        width: Of the whole image; that of the pixels when None.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class EncodedPhoto:
     first picture. EXIF that cannot be read says nothing.
 
     Args:
-        data: The file's bytes.
+        data: The whole content of the image file.
         name: What messages call it: the file, and where the file is named.
 
     Raises:
@@ -200,7 +200,7 @@ def read_photo(path: str, where: str) -> EncodedPhoto:
     """Read an image file, not yet decoded.
 
     Args:
-        path: The file.
+        path: The image file.
         where: Where the file is named ("train.csv row 7"), for the message.
 
     Raises:

@@ -18,11 +18,11 @@ def pack(table: Table, folder: Path, name: str, kind: str, size: int = 1000) -> 
     """Write a table and its images as the shards of a split; what was written.
 
     Args:
-        table: The table.
-        folder: Where to.
-        name: The split.
+        table: The rows, whose images must be on disk.
+        folder: Where the shards go.
+        name: The split, with which the names of the shards begin.
         kind: One of `FORMATS`.
-        size: Rows of a shard.
+        size: Rows of a shard; the last one may have fewer.
 
     Raises:
         UserError: An image or a library is missing.

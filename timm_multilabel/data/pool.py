@@ -64,9 +64,9 @@ def keep_labels(rows: Rows, label_space: LabelSpace, count: int, seed: int) -> R
 
     Args:
         rows: At least `count` of them have a label.
-        label_space: Of their labels.
+        label_space: The heads that the targets are of.
         count: Rows that keep their labels.
-        seed: Of the draw.
+        seed: Decides which rows keep their labels.
     """
     labelled = label_space.labelled(rows.targets).any(dim=1).nonzero()[:, 0].numpy()
     kept = np.random.default_rng(seed).permutation(labelled)[:count]

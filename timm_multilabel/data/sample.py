@@ -61,7 +61,7 @@ def write_sample(
         size: Width and height of the pictures.
         seed: The same seed gives the same bytes.
         kind: 'csv', or a format of `packing`.
-        force: Overwrite what is there.
+        force: Overwrite files of these names.
 
     Raises:
         UserError: The folder holds such files already, or cannot be made, or a library is missing.

@@ -35,8 +35,8 @@ class Split:
     """A CSV of N rows with the files of its images.
 
     Args:
-        name: train, val, test or unlabelled.
-        table: Its rows.
+        name: One of train, val, test and unlabelled.
+        table: The CSV as text.
         paths: Where the images are looked for (N,).
         files: The real paths of those that are there, None of the others (N,).
     """
@@ -103,8 +103,8 @@ class Contents:
     """The tables of a data directory.
 
     Args:
-        folder: The directory.
-        splits: By name; those that have a CSV.
+        folder: The data directory.
+        splits: The splits that have a CSV, by name.
         classes: The table that names the classes: all.csv, else train.csv; None where there is neither.
         columns: What the label columns look like, and which of them training takes.
         label_space: The heads, each with its classes.
@@ -173,10 +173,10 @@ def read_contents(
     """Read the CSVs of a data directory, and look where their images are.
 
     Args:
-        folder: The directory.
+        folder: The data directory.
         image_column: See `read_table`, as the next two.
-        separator: It is between cells.
-        missing_value: A label that is missing.
+        separator: What is between cells.
+        missing_value: A further text that means a missing label.
         heads: The label columns to look at; all that training takes when None.
         given: The options of heads that the user names.
         groups: The 0/1 columns of a head of tags, by its name, of the label columns.
@@ -251,7 +251,7 @@ def scan_images(files: Mapping[str, str], workers: int, progress: Callable[[int]
 
     Args:
         files: Where each file is named, by its path.
-        workers: Threads.
+        workers: Threads that decode.
         progress: Told how many more files are done.
     """
     items = list(files.items())

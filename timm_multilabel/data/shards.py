@@ -57,7 +57,7 @@ class Shards:
 
     Args:
         source: What messages call them: their pattern.
-        files: The shards.
+        files: The paths of the shards, in order.
         image_column: The column of the images in Parquet; `image` where there is none of this name.
         missing_value: A text that means a missing label, beside the empty one; see `missing_texts`.
         columns: The label columns to read; all when None.
@@ -97,10 +97,10 @@ class Shards:
         """The share of a rank, and of the loader process that this is called in: each sample once over all of them.
 
         Args:
-            rank: This process.
-            ranks: Number of processes.
+            rank: The number of this process, from 0.
+            ranks: How many processes share the samples.
             seed: Seed of the order, the same on all ranks; as they lie there when None.
-            images: Read images too.
+            images: Read the images too, not the labels alone.
 
         Raises:
             UserError: A shard or a sample cannot be read, or a library is missing.
@@ -152,8 +152,8 @@ def find_shards(folder: Path, name: str, image_column: str, missing_value: str |
     Args:
         folder: The data directory.
         name: NAME for NAME-000000.tar and so on, NAME/*.tar, NAME.tar, or the same of Parquet; a path that ends so.
-        image_column: See `Shards`.
-        missing_value: See `Shards`.
+        image_column: Of Parquet files, see `Shards`.
+        missing_value: A further text that means a missing label, see `Shards`.
     """
     place = Path(escape(str(folder)))
     for ending in ('.tar', '.parquet'):

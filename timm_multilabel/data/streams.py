@@ -27,8 +27,8 @@ class StreamedTable(Table):
     """The label columns of shards, by the names of their samples, images left where they are.
 
     Args:
-        shards: The shards.
-        count: Their samples.
+        shards: Where the samples lie.
+        count: How many samples there are, whether their labels were read or not.
         spared: The pass over the labels was spared: `frame` has columns and no rows.
     """
     shards: Shards
@@ -41,10 +41,10 @@ class StreamedRows:
     """Samples of shards, ready to stream; to what only counts and scores the like of `Rows`.
 
     Args:
-        shards: The shards.
-        label_space: The heads.
+        shards: Where the samples lie.
+        label_space: The heads that targets are made for.
         targets: The targets (N, W) of all samples; (0, W) where the pass over them was spared.
-        count: N.
+        count: N, the number of samples.
         ignore_unknown: Take a label that is no class as missing.
         seen: Targets by texts, since pandas takes its time for a batch, and most labels come again.
     """
@@ -171,7 +171,7 @@ class Stored:
     Args:
         folder: The data directory.
         label_space: The heads of all label columns, or None.
-        rows: Samples by split.
+        rows: The number of samples by split.
     """
     folder: Path
     label_space: LabelSpace | None
@@ -216,7 +216,7 @@ class Stored:
 
         Args:
             label_space: The heads of all label columns; None where they were not asked for.
-            rows: Samples by split.
+            rows: The number of samples by split.
         """
         written = []
         try:

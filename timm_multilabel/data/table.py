@@ -108,7 +108,7 @@ def read_table(
     """Read a CSV as text, so that `NA` stays a label; only an empty (or blank) cell is a missing one.
 
     Args:
-        path: The file.
+        path: The CSV.
         image_column: The column of the image paths.
         separator: The character between cells, or `WHITESPACE`; by default a comma if the header has one outside of
             quotes, else a tab, `;` or `|` that it has.
@@ -138,8 +138,8 @@ def read_cells(path: Path, separator: str | None = None, join_surplus: bool = Fa
     """The cells of a CSV as text without blanks around them: the one reader of all commands.
 
     Args:
-        path: The file.
-        separator: See `read_table`.
+        path: The CSV.
+        separator: What is between cells, see `read_table`.
         join_surplus: Take cells beyond the last column as parts of it, as in Kaggle's styles.csv, where it has commas
             without quotes; and refuse a row with fewer cells than columns.
 
@@ -255,7 +255,7 @@ def find_images(table: Table, passing_over: bool = False) -> list[str]:
     all.
 
     Args:
-        table: The table.
+        table: A CSV whose image column names the files.
         passing_over: Pass over images that are missing.
 
     Raises:
@@ -426,8 +426,8 @@ def encode_targets(table: Table, label_space: LabelSpace, ignore_unknown: bool, 
     A head that the table has no column for is missing in every row.
 
     Args:
-        table: The table.
-        label_space: Heads and classes.
+        table: A CSV with columns of labels.
+        label_space: The heads, and the classes that they know.
         ignore_unknown: Take a label that is no class as missing; a tag that is none is passed over.
         way_out: What to advise where such a label is an error.
 

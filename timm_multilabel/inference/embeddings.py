@@ -26,7 +26,7 @@ class Embeddings:
     """Points of N images.
 
     Args:
-        images: Their files (N,).
+        images: The image files (N,).
         vectors: The points (N, D), float32.
         made_by: What `LoadedModel.maker` says of the model.
     """
@@ -145,11 +145,11 @@ def embed_part(
     """The points of a part's images, in order, without those of bad ones.
 
     Args:
-        loaded: The model.
-        part: Of `LoadedModel.part`.
+        loaded: The model that makes the points.
+        part: The images, as `LoadedModel.part` gives them.
         what: 'features' or 'projections'.
         batch_size: Images of a batch.
-        workers: Loader processes.
+        workers: Loader processes; none for a single batch.
         progress: Told of each batch.
 
     Returns:

@@ -48,7 +48,7 @@ class LoadedModel:
         checkpoint: Where the model comes from.
         weights: 'plain' or 'ema', those of the model.
         model: In evaluation mode, on the device.
-        precision: How it computes.
+        precision: The device of the model, and the precision of its computations.
     """
     checkpoint: Checkpoint
     weights: str
@@ -77,8 +77,8 @@ class LoadedModel:
         """Rows with their photos (by default those of their files), resized as in training's evaluation.
 
         Args:
-            rows: The rows.
-            photos: A photo for each of them.
+            rows: The images, whose targets do not matter.
+            photos: A photo for each row; those of their files when None.
             keep_bad: Let a black picture stand in for an image that cannot be decoded, and note it in
                 `ImageDataset.bad`; else the first such image raises UserError.
         """

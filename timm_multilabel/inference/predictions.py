@@ -29,7 +29,7 @@ class Predictions:
     """Outputs of a model for the N rows of a split.
 
     Args:
-        label_space: The heads.
+        label_space: The heads that targets and outputs are of.
         rows: Each row as messages name it, such as "val.csv row 17" (N,).
         images: The image files, by their real paths (N,).
         targets: Labels, as `LabelSpace.split` takes them (N, W).
@@ -148,8 +148,8 @@ def predict_rows(
     Args:
         model: In evaluation mode, on the device of the loader's batches.
         loader: Of `create_eval_loader`, over these rows.
-        rows: The rows.
-        precision: How the model computes.
+        rows: The rows of these batches.
+        precision: The device of the model, and the precision of its computations.
         progress: Told of each batch.
         path: The checkpoint, for messages.
 

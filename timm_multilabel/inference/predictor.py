@@ -29,7 +29,7 @@ class Predictor:
         predictor('photo.jpg')['color'][0]  # Guess(label='Blue', probability=0.93)
 
     Args:
-        loaded: The model.
+        loaded: The model of a checkpoint, ready to look at images; `load` makes it.
 
     Raises:
         UserError: It has no heads.
@@ -54,7 +54,7 @@ class Predictor:
         """Read a checkpoint.
 
         Args:
-            path: The file.
+            path: The checkpoint file.
             device: Where to compute; CUDA where there is one when None.
             weights: 'best' (those that made the checkpoint what it is), 'plain' or 'ema'.
             head_module: Python file with the kinds of heads of your own.
@@ -87,7 +87,7 @@ class Predictor:
 
         Args:
             images: A path, a PIL image or pixels (H, W, 3) or (H, W), uint8, RGB or grey; or a list of them.
-            top_k: Classes of a head at most.
+            top_k: How many classes of a head to name at most.
             threshold: The least probability of a label, or {head: probability}, see `answers.guess`.
 
         Raises:
@@ -120,9 +120,9 @@ class Predictor:
         Args:
             part: Of `LoadedModel.part`; where it keeps bad images, they have answers with an error.
             batch_size: Images of a batch.
-            workers: Loader processes.
+            workers: Loader processes; none for a single batch.
             top_k: See `answers.guess`, as the next.
-            thresholds: Checked already.
+            thresholds: Those that `check_thresholds` has let pass.
         """
         first = 0
         for images in self.loaded.batches(part, batch_size, workers):
@@ -144,7 +144,7 @@ class _Given:
     """The photos of a list of paths, PIL images and arrays.
 
     Args:
-        images: The list.
+        images: Paths, PIL images or arrays, in any mixture.
 
     Raises:
         UserError: One of them is nothing of the kind.

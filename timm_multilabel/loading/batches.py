@@ -61,9 +61,9 @@ class ImageDataset:
     """A data set: rows, their photos, and what makes the photos' views.
 
     Args:
-        rows: Images and targets.
+        rows: The image paths, and the targets that belong to them.
         photos: A photo for each row.
-        views: Their views.
+        views: Makes the photos' views.
         bad: Rows (N,) whose image turned out bad, where such rows are to be left out; None where one ends the run. It
             lies in memory that the workers of a loader share.
         stand_in: Targets (W,) of the black picture that takes the place of a bad image; when None, another row does.

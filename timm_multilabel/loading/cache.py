@@ -48,7 +48,7 @@ class Contents:
     Args:
         sizes: Height and width of the whole images (N, 2); 0 where the header cannot be read.
         first: Least reduction that is kept, as an index into `REDUCTIONS` (N,).
-        last: Largest one (N,).
+        last: Largest reduction that is kept, likewise (N,).
         bad: Whether the image cannot be decoded (N,).
         stamps: What changes when a file does (N, 3): its length, and when its content and its entry last changed.
     """
@@ -123,8 +123,8 @@ class CachedPhotos:
 
     Args:
         files: The same from their files; an image that the cache has not is asked for there.
-        contents: What the cache holds.
-        shared: Where.
+        contents: Which images and scales the cache holds.
+        shared: The bytes of their pixels.
     """
 
     def __init__(self, files: FilePhotos, contents: Contents, shared: SharedBytes):
@@ -200,12 +200,12 @@ def open_cache(
     not let it be made (no room, no permission, a limit), they go on without it, with a line.
 
     Args:
-        kind: 'ram' or 'disk'.
-        files: The images.
-        views: The views that it is for.
-        folder: Where on disk.
+        kind: 'ram' or 'disk', where the pixels are to lie.
+        files: The images, as they lie in their files.
+        views: The views that it is for, which decide on the scales that are kept.
+        folder: Where a cache on disk goes.
         workers: Threads that decode.
-        skip_bad: Leave out images that are bad.
+        skip_bad: Leave out images that cannot be decoded.
         say: Prints a line.
         flag: The kind that was asked for, where this one is a step to it.
 

@@ -15,8 +15,8 @@ class MultiLabelDataset(Dataset[tuple[torch.Tensor | tuple[torch.Tensor, ...], t
     For `timm.data.create_loader`, which sets the transform. Our own loaders make whole batches, see `batches.py`.
 
     Args:
-        rows: Images and targets.
-        transform: PIL image -> view.
+        rows: Image paths with their targets.
+        transform: Makes a view of a PIL image.
         views: Views of each image; one gives a tensor, more give a tuple.
     """
 

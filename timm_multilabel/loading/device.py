@@ -77,11 +77,11 @@ class DeviceDataset:
     """A data set on a device.
 
     Args:
-        images: Its images.
+        images: The images, decoded.
         targets: Their targets (N, W), on the device.
         recipes: The recipe of each view.
         bad: Rows whose image is bad (N,), on the host; another row takes the place of each.
-        rows: The rows.
+        rows: The same rows on the host, which messages name.
     """
     images: DeviceImages
     targets: torch.Tensor
@@ -132,11 +132,11 @@ class DeviceTrainLoader:
     Args:
         parts: The (labelled) images and how many of them a batch has on each rank; the same of the pool, if any.
         views: V, the number of views of each image.
-        seed: Seed of the run.
-        mean: To normalise with.
-        std: To normalise with.
-        rank: This process.
-        ranks: Number of processes.
+        seed: Of the run; with the epoch it decides on the order of rows and on what is random of a view.
+        mean: Of each channel, for pixels of 0 to 1, to normalise with.
+        std: Likewise the standard deviation.
+        rank: The number of this process, from 0.
+        ranks: How many processes share the epoch.
         steps: Batches of an epoch; those of one pass over the images when None.
         random_erasing: `re_prob`, `re_mode`, `re_count` and `re_num_splits` as in timm.
     """
@@ -205,8 +205,8 @@ class DeviceEvalLoader:
 
     Args:
         loader: Makes them: normalised images, targets.
-        mean: What they are normalised with.
-        std: What they are normalised with.
+        mean: Of each channel, for pixels of 0 to 1, that they are normalised with.
+        std: Likewise the standard deviation.
     """
 
     def __init__(self, loader: EvalBatches, mean: tuple[float, ...], std: tuple[float, ...]):

@@ -53,9 +53,9 @@ class RepeatableErasing:
     """Random erasing whose randomness in a batch depends on (seed, rank, epoch, number of the batch) alone.
 
     Args:
-        erase: timm's.
-        seed: Seed of the run.
-        rank: This process.
+        erase: timm's random erasing.
+        seed: Of the run.
+        rank: The number of this process, from 0.
     """
 
     def __init__(self, erase: RandomErasing, seed: int, rank: int):
@@ -78,8 +78,8 @@ class RepeatableLoader(PrefetchLoader):
 
     Args:
         loader: Makes the batches.
-        seed: Seed of the run.
-        rank: This process.
+        seed: Of the run, for random erasing.
+        rank: The number of this process, from 0.
         kwargs: Further arguments of timm's loader.
     """
 
@@ -102,9 +102,9 @@ class TrainLoader(RepeatableLoader):
     """timm's loader over draws of an epoch.
 
     Args:
-        draws: The batches of an epoch.
+        draws: Which rows an epoch draws, batch by batch.
         parts: The data sets that they are drawn from.
-        loader: Makes the batches.
+        loader: Makes the batches of those draws.
         kwargs: Further arguments of `RepeatableLoader`.
     """
 

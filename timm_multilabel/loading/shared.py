@@ -17,8 +17,8 @@ class SharedBytes:
     """A file that processes map into their memory; pickled, it is its path, and mapped anew where it is needed.
 
     Args:
-        path: The file.
-        length: Its bytes, at least one.
+        path: The file, by a path under which other processes can open it too.
+        length: How many bytes it has, at least one.
         writable: Map it for writing.
         descriptor: The open file, where only that keeps it alive.
     """

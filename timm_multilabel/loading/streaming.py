@@ -31,13 +31,13 @@ class StreamedBatches(IterableDataset[Batch]):
     seed, the epoch, its name and how often its rank has begun the shards again in the epoch.
 
     Args:
-        rows: The samples.
-        make_views: Makes their views.
+        rows: The samples, with what encodes their labels.
+        make_views: Makes the views of their photos.
         views: V, the number of views of each image.
-        batch_size: Images of a batch.
-        seed: Seed of the run.
-        rank: This process.
-        ranks: Number of processes.
+        batch_size: Images of a batch on this rank.
+        seed: Of the run.
+        rank: The number of this process, from 0.
+        ranks: How many processes share the epoch.
         steps: Batches of an epoch; one pass in order when None.
         skip_bad: Leave out images that cannot be read.
     """
@@ -154,8 +154,8 @@ class StreamLoader(RepeatableLoader):
     """timm's loader over streamed batches.
 
     Args:
-        batches: What the loader streams.
-        loader: The loader.
+        batches: The data set, which runs in the loader processes.
+        loader: Brings the batches of those processes.
         kwargs: Further arguments of `RepeatableLoader`.
     """
 

@@ -78,7 +78,7 @@ def read_checkpoint(path: str | Path, mapped: bool = False) -> Checkpoint:
     """Read a checkpoint of this program without running anything that it contains.
 
     Args:
-        path: The file.
+        path: The checkpoint file.
         mapped: Leave the tensors in the file until they are asked for.
 
     Raises:
@@ -145,9 +145,9 @@ def load_model(
     """The model of a checkpoint with its 'plain' or 'ema' weights, in evaluation mode.
 
     Args:
-        checkpoint: It.
-        weights: Which of its weights.
-        registry: The kinds of heads by name.
+        checkpoint: What `read_checkpoint` gave.
+        weights: 'plain' or 'ema'.
+        registry: The kinds of heads by name, see `load_registry`.
         allow_hub: Look up a model that is none of timm's own (`hf-hub:...`).
 
     Raises:
@@ -286,10 +286,10 @@ def resume(
     """Bring a run back to where a checkpoint was written.
 
     Args:
-        checkpoint: It.
-        task: The task.
+        checkpoint: Where the run was saved.
+        task: The task, made with the same settings.
         optimizer_step: Its optimizer, schedule and loss scaler.
-        steps: Batches of an epoch.
+        steps: Batches of an epoch now.
 
     Returns:
         The place to go on from.
@@ -415,7 +415,7 @@ def what_differs(checkpoint: Checkpoint, **ours: int | None) -> str | None:
     """A line on what a run has other than the one that it goes on with, where its result will be another; else None.
 
     Args:
-        checkpoint: What it goes on from.
+        checkpoint: The checkpoint that the run goes on from.
         ours: Processes ('ranks'), 'images_per_step', batches an update ('accumulate'), 'seed', and of shards, whose
             order depends on it, 'loader_processes'.
     """

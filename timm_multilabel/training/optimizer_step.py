@@ -21,12 +21,12 @@ class OptimizerStep:
 
     Args:
         task: What is trained.
-        optimizer: Changes its weights.
+        optimizer: Changes its weights; `create_optimizer` makes it.
         scheduler: Learning rate schedule, or None.
         scaler: Loss scaler for float16, or None.
-        accumulate: Batches an update.
-        clip_grad: Clipping value, or None.
-        clip_mode: 'norm', 'value' or 'agc'.
+        accumulate: Batches whose gradients make one update.
+        clip_grad: The value to clip gradients at; no clipping when None.
+        clip_mode: How timm clips: by 'norm', by 'value', or 'agc'.
     """
     task: JointTask
     optimizer: torch.optim.Optimizer
@@ -59,10 +59,10 @@ class OptimizerStep:
         """Add the gradient of a loss, and change the weights if it is the update's last.
 
         Args:
-            loss: The loss.
-            update: Whether it is.
-            decisions: Tells the other ranks.
-            step: The number of the step.
+            loss: A step's loss, divided by the batches of its update.
+            update: Whether the step is the last of its update.
+            decisions: Has the ranks agree on whether the update is to be skipped.
+            step: The number of the step in its epoch, from 0.
             stop: Whether this rank was told to stop.
         """
         here = loss.detach().isfinite()

@@ -67,7 +67,7 @@ def find_launched(folders: Iterable[Path], launchers: Sequence[str]) -> Path | N
     Numbers of processes come again, so it must have been written to since torchrun, the parent of this one, started.
 
     Args:
-        folders: Where to look.
+        folders: The run folders to look into.
         launchers: Those of all ranks; one of them is enough, since a machine may have taken another's place.
     """
     started = psutil.Process(os.getppid()).create_time() - 1  # files have coarser times
@@ -138,10 +138,10 @@ class RunFolder:
 
     Args:
         path: The folder; made where there is none.
-        args: The settings of the run.
-        label_space: Its heads.
+        args: The settings of the run, written to args.yaml.
+        label_space: The heads, written to label_space.json.
         phases: The names of its phases, where it has some.
-        launchers: `launcher` of all ranks.
+        launchers: What `launcher` gives on each rank.
     """
 
     def __init__(

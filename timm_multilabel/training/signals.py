@@ -30,7 +30,7 @@ class Stopped(BaseException):  # as KeyboardInterrupt, which nobody takes for an
     """A run was told to stop, and has saved what it takes to go on, if it had begun.
 
     Args:
-        what: What happened.
+        what: What happened, in words for the user.
         resume: The checkpoint to go on from, if there is one and this is the process that says so.
     """
 

@@ -36,7 +36,7 @@ class Tracker:
         Args:
             phase: The phase, where the run has phases.
             step: Steps of the run, or of the phase.
-            figures: Its figures, of the first rank.
+            figures: Metrics of this epoch by name, of the first rank.
         """
 
     def add_epoch(self, summary: pd.DataFrame) -> None:
@@ -50,8 +50,8 @@ class Trackers:
     """Trackers that are told the same, and whose failure does not end the run.
 
     Args:
-        trackers: They, not started yet.
-        say: Prints a line.
+        trackers: Those to tell, not started yet.
+        say: Prints a line for the user.
     """
 
     def __init__(self, trackers: Sequence[Tracker], say: Callable[[str], None]):
@@ -92,7 +92,7 @@ class TensorBoardTracker(Tracker):
 
     Args:
         run: The run folder.
-        settings: The flags.
+        settings: The settings of the run, shown as hyperparameters.
 
     Raises:
         UserError: TensorBoard is not installed.
@@ -156,7 +156,7 @@ class WandbTracker(Tracker):
 
     Args:
         run: The run folder.
-        settings: The flags.
+        settings: The settings of the run, shown as its configuration.
         goes_on: Whether this run goes on from a checkpoint.
 
     Raises:

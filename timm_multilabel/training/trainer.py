@@ -39,9 +39,9 @@ class Precision:
     """How tensors are computed and laid out.
 
     Args:
-        device: Where.
+        device: The device of the model and of its batches.
         amp_dtype: The lower precision of autocast; none when None.
-        channels_last: Channels-last images.
+        channels_last: Lay images out with the channels last, which some GPUs compute faster.
     """
     device: torch.device
     amp_dtype: torch.dtype | None = None
@@ -100,18 +100,18 @@ class Trainer:
 
     Args:
         optimizer_step: What is trained, and how.
-        precision: How tensors are computed.
+        precision: The device, and the precision of its computations.
         train_loader: Training batches.
         eval_loader: Evaluation batches; None where no head is trained.
         images_per_step: Photos of a step, over all ranks.
-        seed: Seed of the run.
+        seed: Of the run; what is random in a step depends on it and on the place of the step.
         metric: The figure of the evaluation that makes a checkpoint the best.
         phase: Name of the phase, where the run has phases.
         run_folder: Where rows of figures go (first rank only, else None).
         trackers: What else is told of them (first rank only, else None).
         saver: Writes checkpoints (first rank only, else None).
         bad_images: Those that are left out, where they are; else None.
-        log_interval: Steps between figures.
+        log_interval: Steps between two readings of the metrics from the device.
         save_interval: Steps between checkpoints within an epoch; none when None.
         signals: What may tell this process to stop, if anything.
     """

@@ -24,7 +24,7 @@ def until_told(loader: EvalBatches, told: Callable[[], bool]) -> Iterator[Batch]
     batches where all are told, and else with the next vote.
 
     Args:
-        loader: The batches.
+        loader: Brings the batches.
         told: Whether this rank was told to stop.
 
     Raises:
@@ -65,7 +65,7 @@ class UpdateDecisions:
     later: until then the device has work, so nobody waits for anybody.
 
     Args:
-        device: Where the task is.
+        device: The device of the task.
     """
 
     def __init__(self, device: torch.device):
@@ -76,9 +76,9 @@ class UpdateDecisions:
         """Tell the others how an update went.
 
         Args:
-            step: The last step of the update.
+            step: The number of the update's last step in its epoch, from 0.
             finite: Whether this rank's loss and gradient are finite, a scalar on the device.
-            finite_here: The same of its loss alone.
+            finite_here: Whether this rank's loss alone is finite, likewise.
             stop: Whether this rank was told to stop.
 
         Returns:
