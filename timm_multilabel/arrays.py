@@ -25,7 +25,7 @@ def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray], compress: b
         compress: Compress them, unless they shrink so far that `read_arrays` would refuse the file.
         kwargs: Of `atomic_write`.
     """
-    named: dict[str, Any] = dict(arrays)  # any name is taken for an array's but those of its options
+    named: dict[str, Any] = dict(arrays)  # numpy's types would take any name for an option
     written = BytesIO()
     if compress:
         np.savez_compressed(written, **named)

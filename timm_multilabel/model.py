@@ -2,7 +2,7 @@
 import difflib
 import socket
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -86,7 +86,7 @@ class MultiLabelModel(nn.Module):
     @property
     def named_heads(self) -> dict[str, Head]:
         """The heads by name, in the order of the label space."""
-        heads = cast(Iterable[Head], self.heads)  # PyTorch's lists say no more than that they hold modules
+        heads: Iterable[Any] = self.heads  # whose type says no more than that it holds modules
         return dict(zip(self.label_space.names, heads, strict=True))
 
     @property
