@@ -92,7 +92,7 @@ def test_drawing_views_leaves_the_main_process_random_state_alone(data_dir):
 
 @pytest.mark.parametrize('ranks', [1, 2, 5])
 def test_sampler_shares_are_equal_and_disjoint(ranks):
-    shares = [[batch[0].index for batch in ShuffledBatches(12, 1, 0, rank, ranks)] for rank in range(ranks)]
+    shares = [[batch[0].row for batch in ShuffledBatches(12, 1, 0, rank, ranks)] for rank in range(ranks)]
     assert {len(share) for share in shares} == {12 // ranks}
     everything = sum(shares, [])
     assert len(set(everything)) == len(everything) == 12 // ranks * ranks

@@ -115,7 +115,7 @@ def test_the_smaller_part_starts_again_reshuffled_and_no_image_comes_twice_in_a_
         per_pass = 13 // ranks // 2
         passes.append([sum(batches[at:at + per_pass], []) for at in range(0, 7, per_pass)])
     for of_ranks in zip(*passes, strict=True):
-        seen = [draw.index for draws in of_ranks for draw in draws]
+        seen = [draw.row for draws in of_ranks for draw in draws]
         assert len(seen) == len(set(seen))
     first, second = passes[0][:2]
     assert first[:len(second)] != second[:len(first)] and {d.seed for d in first}.isdisjoint(d.seed for d in second)
@@ -127,7 +127,7 @@ def test_parts_draw_apart_and_an_epoch_is_as_long_as_the_shorter():
     joined.set_epoch(4)
     batches = list(joined)
     assert len(joined) == len(batches) == 3 and all([d.part for d in batch] == [0, 0, 1, 1] for batch in batches)
-    assert [d.index for b in batches for d in b[:2]] != [d.index for b in batches for d in b[2:]]
+    assert [d.row for b in batches for d in b[:2]] != [d.row for b in batches for d in b[2:]]
     assert labelled.epoch == pool.epoch == 4
 
 

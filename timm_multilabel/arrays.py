@@ -25,13 +25,14 @@ def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray], compress: b
         compress: Compress them, unless they shrink so far that `read_arrays` would refuse the file.
         kwargs: Of `atomic_write`.
     """
+    named: dict[str, Any] = dict(arrays)  # numpy's types would take any name for an option
     written = BytesIO()
     if compress:
-        np.savez_compressed(written, **arrays)
+        np.savez_compressed(written, **named)
         compress = sum(array.nbytes for array in arrays.values()) < _limit(len(written.getbuffer()))
     if not compress:
         written = BytesIO()
-        np.savez(written, **arrays)
+        np.savez(written, **named)
     with atomic_write(path, **kwargs) as file:
         file.write(written.getbuffer())
 
@@ -70,7 +71,8 @@ def _read_member(stored: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray
         left = member.file_size - file.tell()
         if kind.hasobject or not kind.itemsize or math.prod(shape) * kind.itemsize != left:
             raise ValueError(f'{member.filename}: {left} bytes are no array of shape {shape} and type {kind}')
-        return np.ndarray(shape, kind, bytearray(file.read()), order='F' if by_columns else 'C')
+        array: np.ndarray = np.ndarray(shape, kind, bytearray(file.read()), order='F' if by_columns else 'C')
+        return array
 
 
 def check_array(name: str, array: np.ndarray, kind: Any, *shape: int | None) -> None:

@@ -4,6 +4,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from timm_multilabel.compat import assert_on_device
+
 
 def world() -> tuple[int, int]:
     """(rank, number of ranks) of this process."""
@@ -20,7 +22,8 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     """
     if world()[1] == 1:
         return tensor
-    return _Gather.apply(tensor)
+    gathered: torch.Tensor = _Gather.apply(tensor)
+    return gathered
 
 
 class _Gather(torch.autograd.Function):
@@ -58,4 +61,4 @@ def all_objects(item: Any) -> list[Any]:
 def assert_same_on_all_ranks(number: int, device: torch.device, what: str) -> None:
     """Raise RuntimeError unless all ranks have the same number; on CUDA the device stops, and the host never waits."""
     numbers = gather(torch.full((1,), number, device=device))
-    torch._assert_async((numbers == number).all(), f'{what}; rank {world()[0]} has {number}')
+    assert_on_device((numbers == number).all(), f'{what}; rank {world()[0]} has {number}')

@@ -46,9 +46,10 @@ def spreadsheet_csv(table: pd.DataFrame, **options: Any) -> str:
         options: Further ones of `DataFrame.to_csv`.
     """
     table = table.map(_spreadsheet_cell).rename(index=_spreadsheet_cell, columns=_spreadsheet_cell)
-    text = table.to_csv(**options)
-    # The module csv does not quote a carriage return, which ends a row for those that read it.
-    return table.to_csv(quoting=csv.QUOTE_NONNUMERIC, **options) if '\r' in text else text
+    text: str = table.to_csv(**options)
+    if '\r' in text:  # the module csv does not quote a carriage return, which ends a row for those that read it
+        text = table.to_csv(quoting=csv.QUOTE_NONNUMERIC, **options)
+    return text
 
 
 def _spreadsheet_cell(value: Any) -> Any:

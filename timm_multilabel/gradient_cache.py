@@ -2,11 +2,14 @@
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from timm_multilabel.compat import after_backward
 
 Outputs = tuple[dict[str, torch.Tensor], torch.Tensor | None]
 
@@ -90,15 +93,15 @@ class _BuffersKept(torch.autograd.Function):
     """Outputs whose backward pass, from here to its end, leaves buffers as they were when it came here."""
 
     @staticmethod
-    def forward(ctx: Any, buffers: list[torch.Tensor], *outputs: torch.Tensor):
+    def forward(ctx: Any, buffers: list[torch.Tensor], *outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.buffers = buffers
         ctx.set_materialize_grads(False)
         return tuple(output.view_as(output) for output in outputs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None):
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         before = [buffer.clone() for buffer in ctx.buffers]
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: _restore(ctx.buffers, before))
+        after_backward(lambda: _restore(ctx.buffers, before))
         return None, *gradients
 
 
@@ -106,12 +109,17 @@ class _Cached(torch.autograd.Function):
     """Outputs that are there already, and whose gradient is taken on by a replay."""
 
     @staticmethod
-    def forward(ctx: Any, replay: '_Replay', requires_grad: torch.Tensor, *outputs: torch.Tensor):
+    def forward(
+            ctx: Any,
+            replay: '_Replay',
+            requires_grad: torch.Tensor,
+            *outputs: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
         ctx.replay = replay
         return tuple(output.view_as(output) for output in outputs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor):
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError('a batch in pieces has no second derivative: call backward without create_graph=True')
         ctx.replay.run(gradients)
@@ -125,8 +133,8 @@ class _Replay:
                  states: list['_RandomState']):
         self.module, self.images, self.parts, self.states = module, images, parts, states
         device = images.device.type
-        self.autocast = {'device_type': device, 'enabled': torch.is_autocast_enabled(device),
-                         'dtype': torch.get_autocast_dtype(device)}
+        self.autocast = partial(
+            torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
     def run(self, gradients: tuple[torch.Tensor, ...]) -> None:
         """Add the gradient of the parameters."""
@@ -137,11 +145,11 @@ class _Replay:
                 if index < last:
                     stack.enter_context(no_sync())
                 stack.enter_context(torch.enable_grad())
-                with state.again(), torch.autocast(**self.autocast):
+                with state.again(), self.autocast():
                     outputs = _flat(_with_buffers_kept(self.module, self.module(self.images[part])))
                 pairs = [(output, gradient.index_select(0, part))
                          for output, gradient in zip(outputs, gradients, strict=True) if output.requires_grad]
-                torch.autograd.backward(*zip(*pairs))
+                torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
             del outputs, pairs
 
 
@@ -170,7 +178,7 @@ class _RandomState:
             self._write(present)
 
 
-def _random_numbers(device: torch.device) -> tuple[Any, tuple]:
+def _random_numbers(device: torch.device) -> tuple[Any, tuple[torch.device, ...]]:
     """What knows the state of a device's random numbers, and how to name the device to it."""
     if device.type == 'cpu':
         return torch, ()

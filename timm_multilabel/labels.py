@@ -5,7 +5,7 @@ of targets holds the columns of all heads side by side, in float32, which holds 
 """
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -178,12 +178,14 @@ class TagSet:
     def _truths(self, name: str, texts: pd.Series) -> np.ndarray:
         """0, 1 or MISSING for each cell (N,) of a column of a group."""
         zero = -1 if name in self.minus else 0
-        values = {text: {1: 1, zero: 0}.get(truth(text)) if text else MISSING for text in set(texts)}
+        meanings = {1: 1, zero: 0, None: None}
+        values = {text: meanings.get(truth(text)) if text else MISSING for text in set(texts)}
         if None in values.values():
             row, text = next((row, text) for row, text in texts.items() if values[text] is None)
             hint = '; where it is a missing label, --missing-value -1' if truth(text) == -1 else ''
             raise BadCell(f"'{shortened(text)}' is neither {zero} nor 1{hint}", name, row)
-        return texts.map(values).to_numpy(dtype=np.float32)
+        encoded: np.ndarray = texts.map(values).to_numpy(dtype=np.float32)
+        return encoded
 
     def _tags(self, cells: pd.DataFrame) -> Iterator[tuple[Any, list[str] | None]]:
         """Each row with its tags, None where it has no label."""
@@ -285,7 +287,8 @@ def _sorted_texts(name: str, texts: Iterable[str]) -> tuple[str, ...]:
 
 def _numbers(name: str, texts: pd.Series) -> np.ndarray:
     """Numbers (N,) in float64, NaN for an empty text."""
-    numbers = pd.to_numeric(texts.replace('', '0'), errors='coerce').to_numpy(dtype=np.float64, copy=True)
+    filled = texts.replace('', '0')
+    numbers: np.ndarray = pd.to_numeric(filled, errors='coerce').to_numpy(dtype=np.float64, copy=True)
     wrong = ~np.isfinite(numbers)
     if wrong.any():
         row = texts.index[wrong][0]
@@ -422,8 +425,10 @@ def _tag_set_from_dict(name: str, data: dict[str, Any]) -> TagSet:
 
 def _labels_from_dict(data: dict[str, Any]) -> Labels:
     kind, name = data.get('kind', LabelSet.kind), data['name']
+    made: Labels
+    texts: Sequence[Any] = ()
     if kind == Quantity.kind:
-        made, texts = Quantity(name, float(data['mean']), float(data['std'])), ()
+        made = Quantity(name, float(data['mean']), float(data['std']))
         if not math.isfinite(made.mean) or not 0 < made.std < math.inf:
             raise ValueError(f"head '{name}' has no mean and standard deviation")
     elif kind in (TagSet.kind, LabelSet.kind):

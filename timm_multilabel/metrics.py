@@ -113,7 +113,7 @@ class MultiLabelEvaluator:
             figures[name] = dict.fromkeys(('loss', *head.figures), np.nan)
             if len(target):
                 if np.isfinite(measured).all():  # else the loss tells
-                    found = head.metrics(target, measured)
+                    found: dict[str, Any] = head.metrics(target, measured)
                     self.of_tags |= {name: found['tags']} if 'tags' in found else {}
                     figures[name] |= {figure: found[figure] for figure in head.figures}
                 figures[name]['loss'] = loss[column] / count[column]
@@ -145,7 +145,8 @@ class MultiLabelEvaluator:
         found = {}
         for name in mine:  # a rank may have had no row, and then knows no K
             pairs = [part[name] for part in parts if len(part[name][0])] or [mine[name]]
-            found[name] = tuple(np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
+            targets, measured = zip(*pairs, strict=True)
+            found[name] = np.concatenate(targets), np.concatenate(measured)
         return found
 
     def _predictions(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -227,7 +228,7 @@ class TrainingMeter:
     @staticmethod
     def join(states: list[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """The sums of several ranks as one."""
-        return {name: sum(state[name] for state in states) for name in states[0]}
+        return {name: torch.stack([state[name] for state in states]).sum(dim=0) for name in states[0]}
 
     def compute(self, distributed: bool = False) -> dict[str, float]:
         """'train_loss', its weighted terms '<term>_loss', 'train/<head>/loss', of classes 'train/<head>/top1', and with

@@ -1,7 +1,7 @@
 """A timm backbone with a head for each label, and the projector."""
 import difflib
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -62,7 +62,7 @@ class MultiLabelModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.label_space = label_space
-        self.num_features = backbone.head_hidden_size
+        self.num_features = _width(backbone)
         given = dict(head_options or {})
         for name in given:
             if name not in label_space.names:
@@ -86,7 +86,8 @@ class MultiLabelModel(nn.Module):
     @property
     def named_heads(self) -> dict[str, Head]:
         """The heads by name, in the order of the label space."""
-        return dict(zip(self.label_space.names, self.heads, strict=True))
+        heads: Iterable[Any] = self.heads  # whose type says no more than that it holds modules
+        return dict(zip(self.label_space.names, heads, strict=True))
 
     @property
     def without_probabilities(self) -> frozenset[str]:
@@ -110,7 +111,9 @@ class MultiLabelModel(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the backbone's activations in the backward pass, or not."""
-        self.backbone.set_grad_checkpointing(enable=enable)
+        switch = self.backbone.set_grad_checkpointing
+        assert callable(switch)  # as timm's models have it
+        switch(enable=enable)
 
     def forward_heads(self, features: torch.Tensor, projections: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Features (B, F) and, where they are known already, their projections (B, D) -> {head: output}."""
@@ -124,6 +127,12 @@ class MultiLabelModel(nn.Module):
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Images (B, 3, H, W) -> {head: output}: logits (B, C), or (B,) of a number."""
         return self.forward_heads(self.backbone(images))
+
+
+def _width(backbone: nn.Module) -> int:
+    width = backbone.head_hidden_size
+    assert isinstance(width, int)  # as timm's models have it
+    return width
 
 
 def create_backbone(

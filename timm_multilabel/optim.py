@@ -1,9 +1,9 @@
 """timm's optimizers over backbone, heads and projector, and gradient centralization as the fork had it."""
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.optim import AdamP, create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
-from timm.utils import unwrap_model
 from torch import nn
 
 from timm_multilabel.task import JointModule, JointTask
@@ -36,8 +36,7 @@ def create_optimizer(
     """
     if gradient_centralization is None:
         gradient_centralization = opt.lower() == 'adamp'
-    module = unwrap_model(task.get_trainable_module())
-    groups = _parameter_groups(module, weight_decay, layer_decay)
+    groups = _parameter_groups(task.joint_module, weight_decay, layer_decay)
     optimizer = create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=weight_decay, **kwargs)
     if opt.lower() == 'adamp' and not kwargs.get('caution'):
         return CentralizedAdamP(optimizer.param_groups, gradient_centralization)
@@ -49,15 +48,17 @@ def create_optimizer(
 def _parameter_groups(module: JointModule, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:
     """timm's groups for the backbone, and plain ones for heads and projector, which no layer of it contains."""
     backbone = module.model.backbone
-    exempt = getattr(backbone, 'no_weight_decay', set)()
+    exempt: set[str] = getattr(backbone, 'no_weight_decay', set)()
     projectors = (module.projector, module.model.projector)
     others = nn.ModuleList([module.model.heads, *(each for each in projectors if each is not None)])
+    groups: list[dict[str, Any]]
     if layer_decay is None:
         groups = param_groups_weight_decay(backbone, weight_decay, no_weight_decay_list=exempt)
     else:
         groups = param_groups_layer_decay(
             backbone, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
-    return groups + param_groups_weight_decay(others, weight_decay)
+    groups += param_groups_weight_decay(others, weight_decay)
+    return groups
 
 
 def centralize_(update: torch.Tensor) -> torch.Tensor:
@@ -83,11 +84,11 @@ class CentralizedAdamP(AdamP):
     """
 
     def __init__(self, param_groups: list[dict[str, Any]], centralize: bool):
-        super().__init__(param_groups)
+        super().__init__(param_groups)  # type: ignore[no-untyped-call]  # timm's has no types
         self.centralize = centralize
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step."""
         loss = None
         if closure is not None:
@@ -96,23 +97,23 @@ class CentralizedAdamP(AdamP):
         for group in self.param_groups:
             for p in group['params']:
                 if p.grad is not None:
-                    self._step_one(p, group)
+                    self._step_one(p, p.grad, group)
         return loss
 
-    def _step_one(self, p: torch.Tensor, group: dict[str, Any]) -> None:
+    def _step_one(self, p: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         if not state:
             state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         state['step'] += 1
         beta1, beta2 = group['betas']
-        mean = state['exp_avg'].lerp_(p.grad, 1 - beta1)
-        square = state['exp_avg_sq'].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+        mean = state['exp_avg'].lerp_(grad, 1 - beta1)
+        square = state['exp_avg_sq'].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
 
         denominator = (square / (1 - beta2 ** state['step'])).sqrt_().add_(group['eps'])
-        update = (mean.lerp(p.grad, 1 - beta1) if group['nesterov'] else mean) / denominator
+        update = (mean.lerp(grad, 1 - beta1) if group['nesterov'] else mean) / denominator
         decay = group['lr'] * group['weight_decay']
         if p.ndim > 1:
-            update, projected = project(update, p, p.grad, group['delta'], group['eps'])
+            update, projected = project(update, p, grad, group['delta'], group['eps'])
             decay = torch.where(projected, decay * group['wd_ratio'], decay)
         if group['weight_decay']:
             p.mul_(1 - decay)

@@ -1,4 +1,5 @@
 """The joint objective as a `timm.task.TrainingTask`."""
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ class Pool:
     pseudo_label_weight: float = 0.0
     pseudo_label_threshold: float = 0.95
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         weights = (self.entropy_weight, self.marginal_entropy_weight, self.pseudo_label_weight)
         if any(weights) and not self.batch_size:
             raise ValueError('entropy and pseudo-labels are of unlabelled images, and there are none')
@@ -123,6 +124,8 @@ class JointTask(TrainingTask):
     Raises:
         ValueError: Nothing is left to train, a head weight is missing, unknown or negative, or a micro-batch is empty.
     """
+    trainable_module: nn.Module
+    _weights: torch.Tensor
 
     def __init__(
             self,
@@ -186,9 +189,14 @@ class JointTask(TrainingTask):
         return 'simclr', 'classification', *(name for name, weight in weights.items() if weight)
 
     @property
+    def joint_module(self) -> JointModule:
+        """What is trained, without what `compile` and `prepare_distributed` wrap around it."""
+        return _unwrapped(self.trainable_module)
+
+    @property
     def heads(self) -> dict[str, Head]:
         """The heads by name."""
-        return unwrap_model(self.trainable_module).model.named_heads
+        return self.joint_module.model.named_heads
 
     def start_epoch(self, epoch: int) -> None:
         """Set what changes with the epoch (from 0): the ramp of the entropies."""
@@ -196,9 +204,10 @@ class JointTask(TrainingTask):
 
     def train(self, mode: bool = True) -> 'JointTask':
         super().train(mode)
-        unwrap_model(self.trainable_module).train(mode)  # a compiled model is a second child with the same backbone
-        if self.has_ema():
-            self.get_trainable_module(ema=True).eval()  # it only teaches
+        self.joint_module.train(mode)  # a compiled model is a second child with the same backbone
+        teacher = self.get_trainable_module(ema=True)
+        if teacher is not None:
+            teacher.eval()  # it only teaches
         return self
 
     def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> 'JointTask':
@@ -206,10 +215,20 @@ class JointTask(TrainingTask):
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 
-    def compile(self, backend: str = 'inductor', mode: str | None = None, **kwargs: Any) -> nn.Module:
+    def compile(  # type: ignore[override]  # timm's tasks give the compiled model, PyTorch's modules nothing
+            self,
+            backend: str = 'inductor',
+            mode: str | None = None,
+            **kwargs: Any,
+    ) -> nn.Module:
         """Compile the training and the evaluation forward; call it before `prepare_distributed`."""
-        self.eval_model = torch.compile(self.trainable_module.model, backend=backend, mode=mode, **kwargs)
-        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **kwargs)
+        def compiled(module: nn.Module) -> nn.Module:
+            made = torch.compile(module, backend=backend, mode=mode, **kwargs)
+            assert isinstance(made, nn.Module)  # its types say no more than that it can be called
+            return made
+
+        self.eval_model = compiled(self.joint_module.model)
+        self.trainable_module = compiled(self.trainable_module)
         return self.eval_model
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
@@ -217,11 +236,11 @@ class JointTask(TrainingTask):
         if module is None and hasattr(self, 'eval_model_ema' if ema else 'eval_model'):
             return super().get_eval_model(ema=ema)
         module = module if module is not None else self.get_trainable_module(ema=ema)
-        return None if module is None else unwrap_model(module).model
+        return None if module is None else _unwrapped(module).model
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
         """All that is trained; for adaptive clipping (`exclude_head`) not the heads, of which there are several."""
-        trainable = unwrap_model(self.trainable_module)
+        trainable = self.joint_module
         rest = [trainable.model.backbone, trainable.projector, trainable.model.projector]
         modules = rest if exclude_head else [trainable]
         return [parameter for module in modules if module is not None for parameter in module.parameters()]
@@ -229,7 +248,7 @@ class JointTask(TrainingTask):
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """The projector, which lives beside the model in a checkpoint."""
         module = module if module is not None else self.get_trainable_module(ema=ema)
-        projector = None if module is None else unwrap_model(module).projector
+        projector = None if module is None else _unwrapped(module).projector
         return {} if projector is None else {'projector': projector.state_dict()}
 
     def load_task_state(
@@ -241,13 +260,17 @@ class JointTask(TrainingTask):
     ) -> None:
         """Bring the projector back; a checkpoint without one leaves it as it is."""
         module = module if module is not None else self.get_trainable_module(ema=ema)
-        projector = unwrap_model(module).projector
+        projector = None if module is None else _unwrapped(module).projector
         if projector is not None and state and 'projector' in state:
             projector.load_state_dict(state['projector'], strict=strict)
 
-    def get_checkpoint_state(self, ema: bool = False, **kwargs: Any) -> dict[str, Any]:
+    def get_checkpoint_state(
+            self,
+            ema: bool = False,
+            unwrap_fn: Callable[[nn.Module], nn.Module] = unwrap_model,
+    ) -> dict[str, Any]:
         """The weights and, once, the label space and further metadata that make the file usable by itself."""
-        state = super().get_checkpoint_state(ema=ema, **kwargs)
+        state = super().get_checkpoint_state(ema=ema, unwrap_fn=unwrap_fn)
         return state if ema else {**self.metadata, **state}
 
     def create_evaluator(self, **kwargs: Any) -> MultiLabelEvaluator:
@@ -323,7 +346,7 @@ class JointTask(TrainingTask):
         teacher = self.get_trainable_module(ema=True)
         taught = {}
         if teacher is not None:
-            model, weak_views = unwrap_model(teacher).model, self._unlabelled(images)[0]
+            model, weak_views = _unwrapped(teacher).model, self._unlabelled(images)[0]
             with torch.no_grad():
                 parts = [model(part) for part in weak_views.split(self.micro_batch or len(weak_views))]
             taught = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -337,6 +360,12 @@ class JointTask(TrainingTask):
                 total = total + weight * loss / self.pool.batch_size
             shares.append(passed.to(total.dtype) / self.pool.batch_size)
         return self.pool.pseudo_label_weight * total, torch.stack(shares)
+
+
+def _unwrapped(module: nn.Module) -> JointModule:
+    found = unwrap_model(module)
+    assert isinstance(found, JointModule)  # DDP, torch.compile and the EMA wrap nothing else
+    return found
 
 
 def resolve_head_weights(names: tuple[str, ...], weights: dict[str, float] | None) -> dict[str, float]:

@@ -57,13 +57,15 @@ def create_from_file(kwargs: dict[str, Any], path: str, say: Callable[[str], Non
 
 def _create(kwargs: dict[str, Any], state: dict[str, torch.Tensor]) -> nn.Module:
     model = timm.create_model(**kwargs, pretrained=True, pretrained_cfg_overlay={'state_dict': state})
-    model.pretrained_cfg.pop('state_dict', None)  # else the model, and each copy of it, would hold the file
+    config = model.pretrained_cfg
+    assert isinstance(config, dict)  # as timm's models have it
+    config.pop('state_dict', None)  # else the model, and each copy of it, would hold the file
     return model
 
 
 def _flat(values: Mapping[str, Any], before: str = '') -> dict[str, torch.Tensor]:
     """The tensors of nested mappings, under their names with dots between."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
             found.update(_flat(value, f'{before}{name}.'))
@@ -85,7 +87,8 @@ def _without_prefix(
     Raises:
         UserError: Two models of this kind are in the file.
     """
-    wanted, found = set(names), Counter()
+    wanted = set(names)
+    found: Counter[str] = Counter()
     for name in state:
         parts = name.split('.')
         found.update('.'.join(parts[:place]) for place in range(len(parts)) if '.'.join(parts[place:]) in wanted)

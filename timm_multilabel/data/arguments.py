@@ -34,12 +34,12 @@ def rows_of_arguments(
     A file need not be there or be an image: that is found out when it is read, and is the row's own matter.
 
     Args:
-        arguments: The words.
+        arguments: Files, folders, globs, CSVs, or - for standard input.
         label_space: The heads, which say how wide the empty targets are.
-        image_column: Of CSVs.
+        image_column: The column of the image paths in CSVs.
         stdin: What '-' stands for: paths, one a line, or with a zero byte between them as `find -print0` writes them;
             standard input when None.
-        separator: Of CSVs, see `read_table`.
+        separator: What is between the cells of CSVs, see `read_table`.
         say: Told what was passed over in folders, see `images_of_folder`.
 
     Raises:
@@ -114,12 +114,13 @@ def _of_glob(pattern: str, say: Callable[[str], None]) -> list[str]:
 
 def _matches(pattern: str) -> set[str]:
     """What a pattern matches; unlike in `glob.glob`, `**` takes no way round a circle of links, of which many exist."""
-    before, recursive, after = re.fullmatch(r'(?:(.*?/)??(\*\*)(?:/+(.*))?|.*)', pattern, re.DOTALL).groups()
-    if not recursive:
+    parts = re.fullmatch(r'(.*?/)??\*\*(?:/+(.*))?', pattern, re.DOTALL)
+    if parts is None:
         return set(glob.glob(pattern))
+    before, after = parts.groups()
     starts = glob.glob(before) if before else [os.curdir]
     folders = [folder for start in starts for folder, _ in walk(start, Counter())]
-    found = set().union(*(_matches(os.path.join(glob.escape(folder), after or '*')) for folder in folders))
+    found = {match for folder in folders for match in _matches(os.path.join(glob.escape(folder), after or '*'))}
     if '**' in (after or ''):  # so that one folder was walked from several
         places = {(os.path.realpath(os.path.dirname(path)), os.path.basename(path)): path
                   for path in sorted(found, key=lambda path: (len(path), path), reverse=True)}

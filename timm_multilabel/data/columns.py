@@ -41,7 +41,7 @@ class Columns:
 
     Args:
         looks: What each column looks like that is in no group of 0/1 columns, by name.
-        heads: The heads to learn.
+        heads: The columns, and groups of columns, that become heads.
         left_out: Columns that are left out for what they look like.
         asked: Columns that look like numbers, of which nobody said what they are.
         as_classes: Columns that look like tags, or numbers that the user names as heads, without a word on their kind.

@@ -2,7 +2,7 @@
 import re
 import struct
 
-from PIL import Image
+from PIL import Image, ImageFile, TiffImagePlugin
 
 MAX_SCANS = 2 ** 32
 """Scans of a progressive JPEG times its pixels at most, about two seconds; the largest photo may have 23 scans."""
@@ -55,11 +55,11 @@ def check_scans(data: bytes, height: int, width: int) -> None:
         raise ValueError(f'more than {most:,} scans of {width}x{height} pixels')
 
 
-def check_opened(image: Image.Image, size: int) -> None:
+def check_opened(image: ImageFile.ImageFile, size: int) -> None:
     """Check an image whose header has been read, before its pixels are.
 
     Args:
-        image: The image.
+        image: As Pillow opened it, not yet decoded.
         size: Bytes of its file.
 
     Raises:
@@ -70,7 +70,7 @@ def check_opened(image: Image.Image, size: int) -> None:
             size > _MAX_SLOW_BYTES or width * height > _MAX_SLOW_PIXELS):
         raise ValueError(f'a {image.format} of a kind that is slow to decode, and larger than {_MAX_SLOW_BYTES:,} '
                          f'bytes or {_MAX_SLOW_PIXELS:,} pixels')
-    if image.format == 'TIFF':
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
         tile = [image.tag_v2.get(tag) or 1 for tag in _TILE]
         if tile[0] * tile[1] > 16 * max(2 ** 20, width * height):
             raise ValueError(f'{width}x{height} pixels in tiles of {tile[0]}x{tile[1]}')

@@ -18,7 +18,7 @@ def images_of_folder(folder: str | Path, say: Callable[[str], None], needed: boo
     followed, and what they lead to a second time is left out, as are hidden files and folders.
 
     Args:
-        folder: It.
+        folder: Where to look, with all folders below it.
         say: Told how many files of which kind were passed over, if any were.
         needed: Whether there must be an image.
 
@@ -36,7 +36,8 @@ def images_of_folder(folder: str | Path, say: Callable[[str], None], needed: boo
 
 def _find(folder: str | Path) -> tuple[list[str], Counter[str]]:
     """The images, and how many files and folders were passed over by their kind."""
-    images, passed = [], Counter()
+    images: list[str] = []
+    passed: Counter[str] = Counter()
     for parent, names in walk(folder, passed):
         for name in names:
             ending = os.path.splitext(name)[1].lower()

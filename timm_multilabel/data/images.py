@@ -7,7 +7,7 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from timm_multilabel.data.expensive import check_bytes, check_opened, check_scans
 from timm_multilabel.data.table import Rows
@@ -45,9 +45,14 @@ class Photo(Protocol):
 
     `height` and `width` are of the upright image. `reductions` are the divisors that `decode` takes.
     """
-    height: int
-    width: int
-    reductions: Sequence[int]
+    @property
+    def height(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def reductions(self) -> Sequence[int]: ...
 
     def decode(self, reduction: int = 1) -> np.ndarray:
         """The pixels (ceil(height / reduction), ceil(width / reduction), 3), RGB, uint8."""
@@ -65,7 +70,7 @@ class DecodedPhoto:
     Args:
         levels: Pixels (H, W, 3) at full scale, or by their reduction.
         height: Of the whole image; that of the pixels when None.
-        width: Of the whole image.
+        width: Of the whole image; that of the pixels when None.
     """
 
     def __init__(
@@ -90,7 +95,7 @@ class EncodedPhoto:
     first picture. EXIF that cannot be read says nothing.
 
     Args:
-        data: The file's bytes.
+        data: The whole content of the image file.
         name: What messages call it: the file, and where the file is named.
 
     Raises:
@@ -99,7 +104,8 @@ class EncodedPhoto:
 
     def __init__(self, data: bytes, name: str):
         self.data, self.name = data, name
-        self.reductions, self.orientation = REDUCTIONS[:1], 1
+        self.reductions: tuple[int, ...] = REDUCTIONS[:1]
+        self.orientation = 1
         if data[:2] == b'\xff\xd8':
             try:
                 self.height, self.width, colors, _ = simplejpeg.decode_jpeg_header(data)
@@ -171,7 +177,7 @@ class EncodedPhoto:
         return UserError(f'{self.name}: cannot be decoded as an image ({reason}); replace it or leave it out')
 
 
-def open_image(file: BinaryIO | str) -> Image.Image:
+def open_image(file: BinaryIO | str) -> ImageFile.ImageFile:
     """Pillow's `Image.open`, of photos only.
 
     Raises:
@@ -194,7 +200,7 @@ def read_photo(path: str, where: str) -> EncodedPhoto:
     """Read an image file, not yet decoded.
 
     Args:
-        path: The file.
+        path: The image file.
         where: Where the file is named ("train.csv row 7"), for the message.
 
     Raises:

@@ -18,11 +18,11 @@ def pack(table: Table, folder: Path, name: str, kind: str, size: int = 1000) -> 
     """Write a table and its images as the shards of a split; what was written.
 
     Args:
-        table: The table.
-        folder: Where to.
-        name: The split.
+        table: The rows, whose images must be on disk.
+        folder: Where the shards go.
+        name: The split, with which the names of the shards begin.
         kind: One of `FORMATS`.
-        size: Rows of a shard.
+        size: Rows of a shard; the last one may have fewer.
 
     Raises:
         UserError: An image or a library is missing.
@@ -40,7 +40,7 @@ def pack(table: Table, folder: Path, name: str, kind: str, size: int = 1000) -> 
     return paths
 
 
-def _write_tar(path: Path, images: list[Path], labels: list[dict]) -> None:
+def _write_tar(path: Path, images: list[Path], labels: list[dict[str, str | None]]) -> None:
     # Opened here: the library would take a path such as pipe:... for a command.
     with atomic_write(path) as file, find_library('webdataset').TarWriter(file, mtime=0) as writer:
         for image, cells in zip(images, labels):
@@ -49,7 +49,7 @@ def _write_tar(path: Path, images: list[Path], labels: list[dict]) -> None:
                 'json': json.dumps(cells, ensure_ascii=False).encode()})
 
 
-def _write_parquet(path: Path, images: list[Path], labels: list[dict]) -> None:
+def _write_parquet(path: Path, images: list[Path], labels: list[dict[str, str | None]]) -> None:
     datasets, pyarrow = find_library('datasets'), find_library('pyarrow')
     texts = {column: datasets.Value('string') for column in labels[0]}
     schema = datasets.Features({'image': datasets.Image(), **texts}).arrow_schema

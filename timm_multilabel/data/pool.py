@@ -64,9 +64,9 @@ def keep_labels(rows: Rows, label_space: LabelSpace, count: int, seed: int) -> R
 
     Args:
         rows: At least `count` of them have a label.
-        label_space: Of their labels.
+        label_space: The heads that the targets are of.
         count: Rows that keep their labels.
-        seed: Of the draw.
+        seed: Decides which rows keep their labels.
     """
     labelled = label_space.labelled(rows.targets).any(dim=1).nonzero()[:, 0].numpy()
     kept = np.random.default_rng(seed).permutation(labelled)[:count]
@@ -86,9 +86,9 @@ def join_rows(parts: list[Rows], label_space: LabelSpace) -> Rows:
         sources=sum((part.sources for part in parts), ()),
         which=np.concatenate([part.which + offset for part, offset in zip(parts, offsets)]),
     )
-    seen: set[str] = set()
-    first = [not (path in seen or seen.add(path)) for path in real_paths(joined.images)]
-    return joined.select(np.array(first))
+    first: dict[str, int] = {}
+    kept = [first.setdefault(path, place) == place for place, path in enumerate(real_paths(joined.images))]
+    return joined.select(np.array(kept, dtype=bool))
 
 
 def without_images(rows: Rows, taken: set[str]) -> Rows:

@@ -17,8 +17,8 @@ def how_read(table: Table, label_space: LabelSpace) -> list[str]:
     """Lines on labels that may mean something else than what they were read as: separators of tags, and -1 for 0.
 
     Args:
-        table: That of training.
-        label_space: The heads.
+        table: The training table.
+        label_space: The heads as they were read from it.
     """
     lines = []
     for head in label_space.heads:
@@ -53,9 +53,9 @@ def useless_labels(label_space: LabelSpace, targets: torch.Tensor, source: str, 
     """A line for each head whose labels in a split cannot teach anything, or cannot tell a good model from a bad one.
 
     Args:
-        label_space: The heads.
+        label_space: The heads that the targets are of.
         targets: The targets (N, W) of the split; none where the labels were not read.
-        source: The split, for people.
+        source: What the lines call the split.
         scored: The split is one to score, not to learn from.
     """
     if not len(targets):
@@ -96,7 +96,7 @@ def can_be_scored(head: Labels, target: torch.Tensor) -> bool:
     """Whether the main metric of a head has a value: two classes to tell apart, a tag with 0 and 1, or two numbers.
 
     Args:
-        head: The head's labels.
+        head: The labels of the head.
         target: Its targets in the evaluation, as `LabelSpace.split` gives them.
     """
     if isinstance(head, TagSet):

@@ -61,7 +61,7 @@ def write_sample(
         size: Width and height of the pictures.
         seed: The same seed gives the same bytes.
         kind: 'csv', or a format of `packing`.
-        force: Overwrite what is there.
+        force: Overwrite files of these names.
 
     Raises:
         UserError: The folder holds such files already, or cannot be made, or a library is missing.
@@ -233,13 +233,15 @@ def _pattern(texture: str, side: int, rng: np.random.Generator) -> np.ndarray:
     (cosine, sine), _ = _rotation(math.radians(rng.uniform(25, 65))).astype(np.float32)
     shift = rng.uniform(0, 2 * math.pi, 2).astype(np.float32)
     across = cosine * grid + sine * grid[:, None] + shift[0]
-    if texture == 'stripes':
-        return np.sign(np.sin(across))
     along = cosine * grid[:, None] - sine * grid + shift[1]
-    if texture == 'checks':
-        return np.sign(np.sin(across) * np.sin(along))
-    dots = np.cos(across) + np.cos(along) > 0.8
-    return np.where(dots, 1, -1) * rng.choice([-1, 1])
+    pattern: np.ndarray
+    if texture == 'stripes':
+        pattern = np.sign(np.sin(across))
+    elif texture == 'checks':
+        pattern = np.sign(np.sin(across) * np.sin(along))
+    else:  # dots
+        pattern = np.where(np.cos(across) + np.cos(along) > 0.8, 1, -1) * rng.choice([-1, 1])
+    return pattern
 
 
 def _pick_color(color: str, rng: np.random.Generator) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from timm_multilabel.cells import BadCell
 from timm_multilabel.data.columns import Columns, choose_columns
 from timm_multilabel.data.images import open_image, read_photo
 from timm_multilabel.data.pool import real_paths
@@ -19,7 +20,7 @@ from timm_multilabel.data.split import SPLITS
 from timm_multilabel.data.split_names import check_folder, find_split
 from timm_multilabel.data.table import Table, find_label_space, look_for_images, read_table
 from timm_multilabel.errors import UserError, shortened
-from timm_multilabel.labels import BadCell, Labels, LabelSet, LabelSpace, Quantity
+from timm_multilabel.labels import Labels, LabelSet, LabelSpace, Quantity
 
 UNLABELLED = 'unlabelled'
 """The split whose rows have images only."""
@@ -34,8 +35,8 @@ class Split:
     """A CSV of N rows with the files of its images.
 
     Args:
-        name: train, val, test or unlabelled.
-        table: Its rows.
+        name: One of train, val, test and unlabelled.
+        table: The CSV as text.
         paths: Where the images are looked for (N,).
         files: The real paths of those that are there, None of the others (N,).
     """
@@ -85,7 +86,8 @@ class Split:
             return None
         cells = self.table.cells(head.columns)
         if isinstance(head, LabelSet):
-            return cells.iloc[:, 0].to_numpy(dtype=object)
+            labels: np.ndarray = cells.iloc[:, 0].to_numpy(dtype=object)
+            return labels
         encoded = head.encode(cells).copy()  # what pandas gives may be read-only
         if isinstance(head, Quantity):
             known, values = head.known(torch.from_numpy(encoded[:, 0])), encoded[:, 0] * head.std + head.mean
@@ -101,8 +103,8 @@ class Contents:
     """The tables of a data directory.
 
     Args:
-        folder: The directory.
-        splits: By name; those that have a CSV.
+        folder: The data directory.
+        splits: The splits that have a CSV, by name.
         classes: The table that names the classes: all.csv, else train.csv; None where there is neither.
         columns: What the label columns look like, and which of them training takes.
         label_space: The heads, each with its classes.
@@ -171,10 +173,10 @@ def read_contents(
     """Read the CSVs of a data directory, and look where their images are.
 
     Args:
-        folder: The directory.
+        folder: The data directory.
         image_column: See `read_table`, as the next two.
-        separator: It is between cells.
-        missing_value: A label that is missing.
+        separator: What is between cells.
+        missing_value: A further text that means a missing label.
         heads: The label columns to look at; all that training takes when None.
         given: The options of heads that the user names.
         groups: The 0/1 columns of a head of tags, by its name, of the label columns.
@@ -230,7 +232,8 @@ def _find_heads(
     Raises:
         UserError: A head that was asked for is a column of no table at all.
     """
-    found, bad = [], {}
+    found: list[Labels] = []
+    bad: dict[str, str] = {}
     for name in dict.fromkeys(columns.heads):
         if name in columns.asked:
             continue
@@ -248,7 +251,7 @@ def scan_images(files: Mapping[str, str], workers: int, progress: Callable[[int]
 
     Args:
         files: Where each file is named, by its path.
-        workers: Threads.
+        workers: Threads that decode.
         progress: Told how many more files are done.
     """
     items = list(files.items())
@@ -258,7 +261,10 @@ def scan_images(files: Mapping[str, str], workers: int, progress: Callable[[int]
         try:
             for chunk, results in zip(chunks, pool.map(lambda chunk: [_scan(*item) for item in chunk], chunks)):
                 for (path, _), result in zip(chunk, results):
-                    (scans.good if isinstance(result, Scan) else scans.bad)[path] = result
+                    if isinstance(result, Scan):
+                        scans.good[path] = result
+                    else:
+                        scans.bad[path] = result
                 progress(len(chunk))
         finally:
             pool.shutdown(cancel_futures=True)
@@ -274,7 +280,7 @@ def _scan(path: str, where: str) -> Scan | str:
         reason = str(error).removeprefix(f'{path} ({where}): ')
         return reason.rpartition('; ')[0] or reason  # the finding tells the way out
     digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
-    digest.update(pixels.reshape(-1))
+    digest.update(pixels.reshape(-1).data)
     try:
         with open_image(BytesIO(photo.data)) as image:
             mode, kind = image.mode, image.format

@@ -35,6 +35,9 @@ _EXPANDED = 256 * 2 ** 20  # bytes of a Parquet row group that may come of a fil
 _EXPANSION = 100  # times the size of its file that a larger row group may take
 
 
+_Read = tuple[str, bytes | None, dict[str, Any]]  # of a sample: its name, image and cells
+
+
 class Sample(NamedTuple):
     """A sample as it lies in its shard.
 
@@ -54,7 +57,7 @@ class Shards:
 
     Args:
         source: What messages call them: their pattern.
-        files: The shards.
+        files: The paths of the shards, in order.
         image_column: The column of the images in Parquet; `image` where there is none of this name.
         missing_value: A text that means a missing label, beside the empty one; see `missing_texts`.
         columns: The label columns to read; all when None.
@@ -94,10 +97,10 @@ class Shards:
         """The share of a rank, and of the loader process that this is called in: each sample once over all of them.
 
         Args:
-            rank: This process.
-            ranks: Number of processes.
+            rank: The number of this process, from 0.
+            ranks: How many processes share the samples.
             seed: Seed of the order, the same on all ranks; as they lie there when None.
-            images: Read images too.
+            images: Read the images too, not the labels alone.
 
         Raises:
             UserError: A shard or a sample cannot be read, or a library is missing.
@@ -113,7 +116,7 @@ class Shards:
             yield Sample(name, image, {
                 column: '' if text in missing else text for column, text in texts.items()})
 
-    def _tar_samples(self, rank: int, ranks: int, seed: int | None, images: bool) -> Iterator[tuple]:
+    def _tar_samples(self, rank: int, ranks: int, seed: int | None, images: bool) -> Iterator[_Read]:
         webdataset = find_library(self.library)
         files = list(self.files)
         by_file = self._by_file(ranks)
@@ -129,7 +132,7 @@ class Shards:
         except ValueError as error:
             raise UserError(f'{self.source}: cannot be read as tars ({error.args[0]})') from error
 
-    def _parquet_samples(self, rank: int, ranks: int, seed: int | None, images: bool) -> Iterator[tuple]:
+    def _parquet_samples(self, rank: int, ranks: int, seed: int | None, images: bool) -> Iterator[_Read]:
         datasets = find_library(self.library)
         # Not load_dataset('parquet'), which does not tell the file and the row of a sample. The list is dealt out.
         stream = datasets.IterableDataset.from_generator(_read_parquet, gen_kwargs={
@@ -149,8 +152,8 @@ def find_shards(folder: Path, name: str, image_column: str, missing_value: str |
     Args:
         folder: The data directory.
         name: NAME for NAME-000000.tar and so on, NAME/*.tar, NAME.tar, or the same of Parquet; a path that ends so.
-        image_column: See `Shards`.
-        missing_value: See `Shards`.
+        image_column: Of Parquet files, see `Shards`.
+        missing_value: A further text that means a missing label, see `Shards`.
     """
     place = Path(escape(str(folder)))
     for ending in ('.tar', '.parquet'):
@@ -177,7 +180,8 @@ def _most_in_tar(path: str) -> int:
 
 def _rows_of_parquet(path: str) -> int:
     with _open_parquet(path) as (_, table):
-        return table.metadata.num_rows
+        rows: int = table.metadata.num_rows
+    return rows
 
 
 def _is_even(files: int, parts: int) -> bool:
@@ -237,7 +241,8 @@ def _members(file: BinaryIO, images: bool) -> Iterator[tuple[str, bytes]]:
         tarfile.TarError: It cannot be read, or a member of it is out of all proportion.
     """
     # 'r:' and not 'r': a compressed tar may hold more than fits into memory. Names in another encoding stay printable.
-    tar = tarfile.open(fileobj=_Headers(file), mode='r:', encoding='utf-8', errors='backslashreplace')
+    tar = tarfile.open(  # type: ignore[call-overload]  # it reads, seeks and tells, whatever else its types ask for
+        fileobj=_Headers(file), mode='r:', encoding='utf-8', errors='backslashreplace')
     key, taken, end = None, 0, 0
     while (member := tar.next()) is not None:
         tar.members.clear()
@@ -247,8 +252,9 @@ def _members(file: BinaryIO, images: bool) -> Iterator[tuple[str, bytes]]:
         # Members with names such as __url__ are metadata of the archive, or would pass for what webdataset notes.
         if not member.isreg() or re.search(r'^__[^/]*__($|/)|\.__[^/.]*__$', member.name):
             continue
-        stem, ending = re.fullmatch(r'((?:.*/)?[^/.]*)(.*)', member.name, re.DOTALL).groups()
-        ending = f".{ending.rpartition('.')[2].lower()}"
+        folder, slash, name = member.name.rpartition('/')
+        stem = folder + slash + name.partition('.')[0]
+        ending = f".{name.partition('.')[2].rpartition('.')[2].lower()}"
         if ending != '.json' and not (images and ending in ENDINGS):
             yield member.name, b''
             continue
@@ -265,7 +271,7 @@ def _members(file: BinaryIO, images: bool) -> Iterator[tuple[str, bytes]]:
         yield member.name, data
 
 
-def _from_tar(members: dict[str, Any], images: bool) -> tuple[str, bytes | None, dict[str, Any]]:
+def _from_tar(members: dict[str, Any], images: bool) -> _Read:
     """Name, image and cells of the files of one key."""
     name = f'{escaped(Path(members["__url__"]).name)} sample {shortened(members["__key__"], 200)}'
     image = next((data for ending, data in members.items() if f".{ending.rpartition('.')[2]}" in ENDINGS), None)

@@ -70,7 +70,7 @@ def split_csv(
     rows = _rows_with_image(source, frame, image, directory)
     labels, groups = (
         [row[column] for _, row in rows] if column is not None else [''] * len(rows)
-        for column in (dict(heads).get(stratify), group))
+        for column in (None if stratify is None else dict(heads).get(stratify), group))
     chosen = (_draw(len(rows), ratios, seed) if stratify is group is None
               else _draw_groups(labels, groups, ratios, seed))
     table = [[path, *(row[column] for _, column in heads)] for path, row in rows]
@@ -127,7 +127,8 @@ def _rows_with_image(
     # they are where that leads to the same images.
     homes = (directory.resolve(), directory.resolve().parent, Path.cwd())
     moved = base.resolve() not in homes
-    rows, seen = [], {}
+    rows: list[tuple[str, dict[str, str]]] = []
+    seen: dict[str, int] = {}
     for path, (number, row) in zip(paths, numbered):
         if not os.path.isfile(base / path):
             continue
@@ -194,7 +195,7 @@ def _draw_groups(
             done += len(rows)
             below = {name: (done * share - here[name] if by_label else 0.0,
                             (before + done) * share - len(chosen[name])) for name, share in shares.items()}
-            name = max(below, key=below.get)
+            name = max(below, key=below.__getitem__)
             chosen[name] += rows
             here[name] += len(rows)
         before += total

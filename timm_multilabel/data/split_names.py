@@ -28,8 +28,8 @@ def find_split(
     Args:
         folder: The data directory.
         name: See `split_path` and `find_shards`.
-        image_column: See `Shards`, as the next one.
-        missing_value: A label that is missing.
+        image_column: The column of the images in Parquet, see `Shards`.
+        missing_value: A further text that means a missing label.
     """
     path = split_path(folder, name)
     if path.is_file() and path.suffix not in ('.tar', '.parquet'):

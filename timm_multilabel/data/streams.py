@@ -10,7 +10,7 @@ import torch
 
 from timm_multilabel.cells import TAG_SEPARATOR
 from timm_multilabel.data.shards import Sample, Shards
-from timm_multilabel.data.table import Rows, Table, encode_rows, encode_targets
+from timm_multilabel.data.table import FIX_LABELS, Rows, Table, encode_rows, encode_targets
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import read_json, write_atomic
 from timm_multilabel.labels import Labels, LabelSet, LabelSpace, TagSet
@@ -27,8 +27,8 @@ class StreamedTable(Table):
     """The label columns of shards, by the names of their samples, images left where they are.
 
     Args:
-        shards: The shards.
-        count: Their samples.
+        shards: Where the samples lie.
+        count: How many samples there are, whether their labels were read or not.
         spared: The pass over the labels was spared: `frame` has columns and no rows.
     """
     shards: Shards
@@ -41,10 +41,10 @@ class StreamedRows:
     """Samples of shards, ready to stream; to what only counts and scores the like of `Rows`.
 
     Args:
-        shards: The shards.
-        label_space: The heads.
+        shards: Where the samples lie.
+        label_space: The heads that targets are made for.
         targets: The targets (N, W) of all samples; (0, W) where the pass over them was spared.
-        count: N.
+        count: N, the number of samples.
         ignore_unknown: Take a label that is no class as missing.
         seen: Targets by texts, since pandas takes its time for a batch, and most labels come again.
     """
@@ -71,6 +71,7 @@ class StreamedRows:
         if len(self.seen) > _SEEN:
             self.seen.clear()
         columns = self.shards.columns
+        assert columns is not None  # `encode_streamed` names them
         labels = [tuple(sample.cells.get(column, '') for column in columns) for sample in samples]
         new = {texts: sample.name for texts, sample in zip(labels, samples) if texts not in self.seen}
         if new:
@@ -90,7 +91,8 @@ def read_labels(samples: Iterable[Sample]) -> pd.DataFrame:
     # By parts, and equal texts as one object, which takes a tenth of the memory.
     texts: dict[str, str] = {}
     samples, frames = iter(samples), []
-    columns, rows, filled = set(), 0, 0
+    columns: set[str] = set()
+    rows = filled = 0
     while part := list(islice(samples, 10_000)):
         rows, filled = rows + len(part), filled + sum(len(each.cells) for each in part)
         columns.update(*(each.cells for each in part))
@@ -130,18 +132,23 @@ def table_without_labels(shards: Shards, label_space: LabelSpace, count: int) ->
     return StreamedTable(shards.source, frame, shards.image_column, shards, count, spared=True)
 
 
-def encode(table: Table, label_space: LabelSpace, *args, **kwargs) -> Rows | StreamedRows:
+def encode(
+        table: Table,
+        label_space: LabelSpace,
+        ignore_unknown: bool = False,
+        way_out: str = FIX_LABELS,
+) -> Rows | StreamedRows:
     """`encode_rows` of any table."""
     if not isinstance(table, StreamedTable):
-        return encode_rows(table, label_space, *args, **kwargs)
-    return encode_streamed(table, label_space, *args, **kwargs)
+        return encode_rows(table, label_space, ignore_unknown, way_out)
+    return encode_streamed(table, label_space, ignore_unknown, way_out)
 
 
 def encode_streamed(
         table: StreamedTable,
         label_space: LabelSpace,
         ignore_unknown: bool = False,
-        way_out: str = 'fix them, or take them as missing with --unknown-labels ignore',
+        way_out: str = FIX_LABELS,
 ) -> StreamedRows:
     """The rows of a streamed table; see `encode_rows`."""
     targets = encode_targets(table, label_space, ignore_unknown, way_out)
@@ -164,7 +171,7 @@ class Stored:
     Args:
         folder: The data directory.
         label_space: The heads of all label columns, or None.
-        rows: Samples by split.
+        rows: The number of samples by split.
     """
     folder: Path
     label_space: LabelSpace | None
@@ -209,7 +216,7 @@ class Stored:
 
         Args:
             label_space: The heads of all label columns; None where they were not asked for.
-            rows: Samples by split.
+            rows: The number of samples by split.
         """
         written = []
         try:

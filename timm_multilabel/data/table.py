@@ -14,13 +14,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from timm_multilabel.cells import csv_rows, missing_texts
+from timm_multilabel.cells import BadCell, csv_rows, missing_texts
 from timm_multilabel.errors import UserError, listed, printable, shortened
 from timm_multilabel.files import open_regular
 from timm_multilabel.labels import (
     MISSING,
     UNKNOWN,
-    BadCell,
     Labels,
     LabelSet,
     LabelSpace,
@@ -31,6 +30,9 @@ from timm_multilabel.labels import (
 
 WHITESPACE = 'whitespace'
 """The separator that stands for runs of blanks and tabs."""
+
+FIX_LABELS = 'fix them, or take them as missing with --unknown-labels ignore'
+"""What to advise where labels are unknown, unless told otherwise."""
 
 _EXAMPLES = 3  # rows, files or labels named in a message
 _PART = 2 ** 26  # bytes read at once
@@ -106,7 +108,7 @@ def read_table(
     """Read a CSV as text, so that `NA` stays a label; only an empty (or blank) cell is a missing one.
 
     Args:
-        path: The file.
+        path: The CSV.
         image_column: The column of the image paths.
         separator: The character between cells, or `WHITESPACE`; by default a comma if the header has one outside of
             quotes, else a tab, `;` or `|` that it has.
@@ -136,8 +138,8 @@ def read_cells(path: Path, separator: str | None = None, join_surplus: bool = Fa
     """The cells of a CSV as text without blanks around them: the one reader of all commands.
 
     Args:
-        path: The file.
-        separator: See `read_table`.
+        path: The CSV.
+        separator: What is between cells, see `read_table`.
         join_surplus: Take cells beyond the last column as parts of it, as in Kaggle's styles.csv, where it has commas
             without quotes; and refuse a row with fewer cells than columns.
 
@@ -253,7 +255,7 @@ def find_images(table: Table, passing_over: bool = False) -> list[str]:
     all.
 
     Args:
-        table: The table.
+        table: A CSV whose image column names the files.
         passing_over: Pass over images that are missing.
 
     Raises:
@@ -317,7 +319,8 @@ def find_label_space(
     names = heads
     if names is None:  # a group stands where its first column does
         names = list(dict.fromkeys(grouped.get(column, column) for column in train.label_columns))
-    found, counts = [], Counter(names)
+    found: list[Labels] = []
+    counts = Counter(names)
     for name in names:
         if counts[name] > 1:
             raise UserError(f"--heads: '{shortened(name)}' is named twice")
@@ -331,10 +334,14 @@ def find_label_space(
         reader = readers.get(name, LabelSet)
         # A mean over validation and test rows too would tell the model of them.
         source = train if reader is Quantity else tables[0]
-        read = reader.from_group if name in groups else reader.from_cells
-        options = (dialect or {}) if reader is TagSet and name not in groups else {}
+        cells = source.cells(columns)
         try:
-            found.append(read(name, source.cells(columns), **options))
+            if name in groups:
+                found.append(TagSet.from_group(name, cells))
+            elif reader is TagSet:
+                found.append(TagSet.from_cells(name, cells, **(dialect or {})))
+            else:
+                found.append(reader.from_cells(name, cells))
         except BadCell as error:
             raise _bad_cell(source, error) from error
         except ValueError as error:
@@ -396,7 +403,7 @@ def encode_rows(
         table: Table,
         label_space: LabelSpace,
         ignore_unknown: bool = False,
-        way_out: str = 'fix them, or take them as missing with --unknown-labels ignore',
+        way_out: str = FIX_LABELS,
 ) -> Rows:
     """Find a table's images and turn its labels into targets, see `encode_targets`.
 
@@ -419,8 +426,8 @@ def encode_targets(table: Table, label_space: LabelSpace, ignore_unknown: bool, 
     A head that the table has no column for is missing in every row.
 
     Args:
-        table: The table.
-        label_space: Heads and classes.
+        table: A CSV with columns of labels.
+        label_space: The heads, and the classes that they know.
         ignore_unknown: Take a label that is no class as missing; a tag that is none is passed over.
         way_out: What to advise where such a label is an error.
 

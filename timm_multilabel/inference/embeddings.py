@@ -10,7 +10,7 @@ import torch
 from timm_multilabel.arrays import check_array, check_expansion, read_arrays, write_arrays
 from timm_multilabel.errors import UserError, escaped, is_utf8
 from timm_multilabel.files import atomic_write, open_regular, reading
-from timm_multilabel.inference.loaded import WHAT, LoadedModel, check_finite, reason_of
+from timm_multilabel.inference.loaded import WHAT, LoadedModel, Progress, check_finite, reason_of
 from timm_multilabel.loading.batches import ImageDataset
 from timm_multilabel.training.checkpoint import WEIGHTS
 
@@ -26,7 +26,7 @@ class Embeddings:
     """Points of N images.
 
     Args:
-        images: Their files (N,).
+        images: The image files (N,).
         vectors: The points (N, D), float32.
         made_by: What `LoadedModel.maker` says of the model.
     """
@@ -140,17 +140,17 @@ def embed_part(
         what: str,
         batch_size: int,
         workers: int,
-        progress: Any,
+        progress: Progress,
 ) -> tuple[Embeddings, list[str]]:
     """The points of a part's images, in order, without those of bad ones.
 
     Args:
-        loaded: The model.
-        part: Of `LoadedModel.part`.
+        loaded: The model that makes the points.
+        part: The images, as `LoadedModel.part` gives them.
         what: 'features' or 'projections'.
         batch_size: Images of a batch.
-        workers: Loader processes.
-        progress: Has `advance()`, called after each batch.
+        workers: Loader processes; none for a single batch.
+        progress: Told of each batch.
 
     Returns:
         The embeddings, and a line for each bad image that the part keeps.
@@ -166,7 +166,7 @@ def embed_part(
             vectors.append(made.float().cpu())
             progress.advance()
     bad = np.zeros(len(part), dtype=bool) if part.bad is None else part.bad.numpy()
-    lines = [reason_of(part, index) for index in np.flatnonzero(bad)]
+    lines = [reason_of(part, index) for index in np.flatnonzero(bad).tolist()]
     if bad.all():
         raise UserError(f'none of {len(part)} images can be read; the first: {lines[0]}')
     points = torch.cat(vectors).numpy()[~bad]

@@ -39,8 +39,8 @@ def check_thresholds(
     """Raise UserError where a threshold is of a head that there is none of, or that has no probabilities.
 
     Args:
-        thresholds: The thresholds.
-        label_space: The heads.
+        thresholds: By head, or for all heads.
+        label_space: The heads of the checkpoint.
         without_probabilities: Names of the heads of classes that have none.
     """
     heads = dict(zip(label_space.names, label_space.heads))
@@ -72,10 +72,10 @@ def guess(
     number, in its column's unit.
 
     Args:
-        labels: The head's labels.
+        labels: The labels of the head.
         values: What `Head.probabilities` gives for the image: (C,), or (1,) of a number.
-        top_k: Classes at most.
-        thresholds: See `Thresholds`.
+        top_k: How many classes to name at most.
+        thresholds: The least probability of a label, by head.
         has_probabilities: False for a kind of classes of which only the predicted class is known.
 
     Raises:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,14 @@ from timm_multilabel.training.checkpoint import Checkpoint, load_model
 from timm_multilabel.training.trainer import Precision
 from timm_multilabel.views.pillow import eval_views
 
+
+class Progress(Protocol):
+    """What is told how far a pass over images is, such as a progress bar."""
+
+    def advance(self) -> None:
+        """One batch is done."""
+
+
 WHAT = ('features', 'projections')
 """What embeddings are made of: pooled features of the backbone, or what NT-Xent compares."""
 
@@ -37,10 +45,10 @@ class LoadedModel:
     """A checkpoint ready to look at images.
 
     Args:
-        checkpoint: It.
+        checkpoint: Where the model comes from.
         weights: 'plain' or 'ema', those of the model.
         model: In evaluation mode, on the device.
-        precision: How it computes.
+        precision: The device of the model, and the precision of its computations.
     """
     checkpoint: Checkpoint
     weights: str
@@ -69,6 +77,8 @@ class LoadedModel:
         """Rows with their photos (by default those of their files), resized as in training's evaluation.
 
         Args:
+            rows: The images, whose targets do not matter.
+            photos: A photo for each row; those of their files when None.
             keep_bad: Let a black picture stand in for an image that cannot be decoded, and note it in
                 `ImageDataset.bad`; else the first such image raises UserError.
         """

@@ -13,9 +13,9 @@ def nearest(queries: torch.Tensor, bank: torch.Tensor, k: int) -> tuple[torch.Te
     """The points nearest to each query by cosine, the nearest first; through tiles, so memory grows linearly.
 
     Args:
-        queries: (Q, D).
+        queries: The points whose neighbours are wanted (Q, D).
         bank: The points (N, D), on the same device.
-        k: How many; all where there are fewer.
+        k: How many neighbours a query has; all points where there are fewer.
 
     Returns:
         Cosines and indices of the points (Q, min(k, N)).
@@ -56,8 +56,8 @@ def vote(
     Votes are added up by neighbour, not by class, so memory is the same however many classes there are.
 
     Args:
-        cosines: Of the neighbours (Q, K).
-        labels: Their class indices (Q, K).
+        cosines: Cosines of the neighbours of each query (Q, K).
+        labels: Class indices of the same neighbours (Q, K).
         temperature: The less, the more the nearest count.
     """
     # The nearest weighs 1: the same order of classes, and nothing overflows.
@@ -79,10 +79,10 @@ def knn_predictions(
     """What the K nearest labelled points say each query is, for each of several heads.
 
     Args:
-        queries: (Q, D).
-        bank: The points (N, D).
+        queries: The points to classify (Q, D).
+        bank: The points to compare them with (N, D), on the same device.
         targets: By head the class indices of the points (N,), -1 where there is no label.
-        k: K.
+        k: How many neighbours vote; all labelled points where there are fewer.
 
     Returns:
         By head class indices (Q,), or None where no point has a label.

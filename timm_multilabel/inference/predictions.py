@@ -14,9 +14,11 @@ from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import reading
 from timm_multilabel.heads import Head
-from timm_multilabel.inference.loaded import check_finite
+from timm_multilabel.inference.loaded import Progress, check_finite
 from timm_multilabel.labels import LabelSpace, Quantity
+from timm_multilabel.loading.batches import Batch
 from timm_multilabel.model import MultiLabelModel
+from timm_multilabel.training.trainer import Precision
 
 _ROUNDING = 1e-3
 _CELLS = 2 ** 28  # numbers, of 4 bytes each, that the outputs of all rows are at most
@@ -27,7 +29,7 @@ class Predictions:
     """Outputs of a model for the N rows of a split.
 
     Args:
-        label_space: The heads.
+        label_space: The heads that targets and outputs are of.
         rows: Each row as messages name it, such as "val.csv row 17" (N,).
         images: The image files, by their real paths (N,).
         targets: Labels, as `LabelSpace.split` takes them (N, W).
@@ -87,8 +89,9 @@ class Predictions:
             check_array('made_from', stored['made_from'], str, 2)
             own_metrics = json.loads(str(stored['own_metrics'])) if 'own_metrics' in stored else None
             _check_metrics(own_metrics, label_space)
-            found = cls(label_space, *(stored[name] for name in ('rows', 'images', 'targets')), outputs,
-                        stored['features'], tuple(stored['made_from'].tolist()), own_metrics)
+            checkpoint, table = stored['made_from'].tolist()
+            found = cls(label_space, stored['rows'], stored['images'], stored['targets'], outputs, stored['features'],
+                        (checkpoint, table), own_metrics)
             found._check()
         return found
 
@@ -134,10 +137,10 @@ def check_size(rows: int, label_space: LabelSpace, path: str | Path) -> None:
 @torch.no_grad()
 def predict_rows(
         model: MultiLabelModel,
-        loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        loader: Iterable[Batch],
         rows: Rows,
-        precision: Any,
-        progress: Any,
+        precision: Precision,
+        progress: Progress,
         path: str | Path = 'the model',
 ) -> Predictions:
     """Run a model over all rows, in order, in one process.
@@ -145,17 +148,18 @@ def predict_rows(
     Args:
         model: In evaluation mode, on the device of the loader's batches.
         loader: Of `create_eval_loader`, over these rows.
-        rows: The rows.
-        precision: `training.trainer.Precision`.
-        progress: Has `advance()`, called after each batch.
+        rows: The rows of these batches.
+        precision: The device of the model, and the precision of its computations.
+        progress: Told of each batch.
         path: The checkpoint, for messages.
 
     Raises:
         UserError: What the model says is not finite, or takes too much memory.
     """
     check_size(len(rows), model.label_space, path)
-    features, outputs = [], {name: [] for name in model.named_heads}
-    measured = {name: [] for name in model.without_probabilities}
+    features: list[torch.Tensor] = []
+    outputs: dict[str, list[torch.Tensor]] = {name: [] for name in model.named_heads}
+    measured: dict[str, list[torch.Tensor]] = {name: [] for name in model.without_probabilities}
     for images, _ in loader:
         with precision.autocast():
             pooled = model.backbone(precision.layout(images))

@@ -1,5 +1,5 @@
 """A checkpoint as a Python call: images -> each head's labels with their probabilities."""
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ class Predictor:
         predictor('photo.jpg')['color'][0]  # Guess(label='Blue', probability=0.93)
 
     Args:
-        loaded: The model.
+        loaded: The model of a checkpoint, ready to look at images; `load` makes it.
 
     Raises:
         UserError: It has no heads.
@@ -54,7 +54,7 @@ class Predictor:
         """Read a checkpoint.
 
         Args:
-            path: The file.
+            path: The checkpoint file.
             device: Where to compute; CUDA where there is one when None.
             weights: 'best' (those that made the checkpoint what it is), 'plain' or 'ema'.
             head_module: Python file with the kinds of heads of your own.
@@ -87,15 +87,19 @@ class Predictor:
 
         Args:
             images: A path, a PIL image or pixels (H, W, 3) or (H, W), uint8, RGB or grey; or a list of them.
-            top_k: Classes of a head at most.
+            top_k: How many classes of a head to name at most.
             threshold: The least probability of a label, or {head: probability}, see `answers.guess`.
 
         Raises:
             UserError: An image cannot be read.
         """
         alone = isinstance(images, ImageLike)
-        photos = _Given([images] if alone else images)
-        thresholds = threshold if isinstance(threshold, dict) else {} if threshold is None else {'': threshold}
+        photos = _Given([images] if isinstance(images, ImageLike) else images)
+        thresholds: Thresholds
+        if isinstance(threshold, Mapping):
+            thresholds = threshold
+        else:
+            thresholds = {} if threshold is None else {'': threshold}
         check_thresholds(thresholds, self.label_space, self.without_probabilities)
         if top_k < 1:
             raise UserError(f'top_k is {top_k}, expected 1 or more')
@@ -116,9 +120,9 @@ class Predictor:
         Args:
             part: Of `LoadedModel.part`; where it keeps bad images, they have answers with an error.
             batch_size: Images of a batch.
-            workers: Loader processes.
+            workers: Loader processes; none for a single batch.
             top_k: See `answers.guess`, as the next.
-            thresholds: Checked already.
+            thresholds: Those that `check_thresholds` has let pass.
         """
         first = 0
         for images in self.loaded.batches(part, batch_size, workers):
@@ -140,7 +144,7 @@ class _Given:
     """The photos of a list of paths, PIL images and arrays.
 
     Args:
-        images: The list.
+        images: Paths, PIL images or arrays, in any mixture.
 
     Raises:
         UserError: One of them is nothing of the kind.

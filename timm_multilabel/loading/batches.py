@@ -1,22 +1,51 @@
 """Draws -> whole batches: images (V * B, 3, H, W) uint8, view-major, and targets (V * B, W)."""
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from timm_multilabel.compat import shared_bytes
 from timm_multilabel.data.images import DecodedPhoto, Photo, Photos
 from timm_multilabel.data.table import Rows
 from timm_multilabel.distributed import all_objects
 from timm_multilabel.errors import UserError
 from timm_multilabel.loading.sampling import Draw, other_rows
 
+T = TypeVar('T')
+
 _NAMED = 10  # bad images in a line
 _TRIES = 100  # at another image in place of a bad one
+
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Images and targets."""
+
+
+class EvalBatches(Protocol):
+    """The batches of an evaluation."""
+
+    def __len__(self) -> int:
+        """How many they are."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+class TrainBatches(EvalBatches, Protocol):
+    """The batches of training, epoch after epoch."""
+
+    @property
+    def order_depends_on(self) -> int | None:
+        """What the order of rows depends on beside seed, epoch and rank, if anything."""
+
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Set the epoch that the next pass draws, and the first of its batches."""
+
+    def rows_of(self, epoch: int, step: int) -> list[str]:
+        """The rows of a batch, as messages name them."""
 
 
 class Views(Protocol):
@@ -32,9 +61,9 @@ class ImageDataset:
     """A data set: rows, their photos, and what makes the photos' views.
 
     Args:
-        rows: Images and targets.
+        rows: The image paths, and the targets that belong to them.
         photos: A photo for each row.
-        views: Their views.
+        views: Makes the photos' views.
         bad: Rows (N,) whose image turned out bad, where such rows are to be left out; None where one ends the run. It
             lies in memory that the workers of a loader share.
         stand_in: Targets (W,) of the black picture that takes the place of a bad image; when None, another row does.
@@ -59,48 +88,49 @@ class ImageDataset:
         Raises:
             UserError: An image cannot be read, and bad ones are not left out.
         """
-        indices, seeds = [draw.index for draw in draws], [draw.seed for draw in draws]
+        rows, seeds = [draw.row for draw in draws], [draw.seed for draw in draws]
         if self.bad is None:
-            self.views([self.photos[index] for index in indices], seeds, out)
-            return self.rows.targets[indices]
-        good = [self._find_good(draw) for draw in draws]
+            self.views([self.photos[row] for row in rows], seeds, out)
+            return self.rows.targets[rows]
+        good = [self._find_good(draw, self.bad) for draw in draws]
         try:
-            self.views([photo for _, photo in good], seeds, out)
+            self.views([photo for _, photo, _ in good], seeds, out)
         except UserError:  # a header was well, and the rest is not
-            if not any([self._is_bad(index, photo) for index, photo in good if index is not None]):
+            found = [row for row, photo, _ in good if row is not None and not can_be_decoded(photo)]
+            if not found:
                 raise
+            self.bad[found] = True
             return self.write(draws, out)
-        return torch.stack([self.stand_in if index is None else self.rows.targets[index] for index, _ in good])
+        return torch.stack([target for *_, target in good])
 
-    def _find_good(self, draw: Draw) -> tuple[int | None, Photo]:
-        """The row and the photo of a draw; where that is bad, another one, the same for the same draw."""
-        for index in islice(chain([draw.index], other_rows(draw.seed, len(self))), _TRIES):
-            if not self.bad[index]:
+    def _find_good(self, draw: Draw, bad: torch.Tensor) -> tuple[int | None, Photo, torch.Tensor]:
+        """The row, photo and targets (W,) of a draw; where that is bad, of another one, the same for the same draw."""
+        for row in islice(chain([draw.row], other_rows(draw.seed, len(self))), _TRIES):
+            if not bad[row]:
                 try:
-                    return index, self.photos[index]
+                    return row, self.photos[row], self.rows.targets[row]
                 except UserError:
-                    self.bad[index] = True
+                    bad[row] = True
             if self.stand_in is not None:
-                return None, DecodedPhoto(np.zeros((1, 1, 3), np.uint8))
-        raise UserError(
-            f'{self.rows.source}: {int(self.bad.sum())} of {len(self)} images are bad, too many to leave out')
+                return None, DecodedPhoto(np.zeros((1, 1, 3), np.uint8)), self.stand_in
+        raise UserError(f'{self.rows.source}: {int(bad.sum())} of {len(self)} images are bad, too many to leave out')
 
     def bad_names(self) -> list[str]:
         """The bad images found so far, as messages name them."""
-        return [f'{self.rows.images[index]} ({self.rows.where(index)})'
-                for index in self.bad.nonzero().flatten().tolist()]
-
-    def _is_bad(self, index: int, photo: Photo) -> bool:
-        """Whether a photo is bad; kept in mind where it is."""
-        try:
-            photo.decode()
-            return False
-        except UserError:
-            self.bad[index] = True
-            return True
+        bad = [] if self.bad is None else self.bad.nonzero().flatten().tolist()
+        return [f'{self.rows.images[row]} ({self.rows.where(row)})' for row in bad]
 
 
-class Batches(Dataset):
+def can_be_decoded(photo: Photo) -> bool:
+    """Whether the pixels of a photo, whose header is well, can be had."""
+    try:
+        photo.decode()
+    except UserError:
+        return False
+    return True
+
+
+class Batches(Dataset[Batch]):
     """Whole batches by their draws, of several parts side by side.
 
     Args:
@@ -114,7 +144,7 @@ class Batches(Dataset):
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
-    def __getitems__(self, draws: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitems__(self, draws: Sequence[Draw]) -> Batch:
         images = empty_batch((self.views, len(draws), *self.parts[0].views.size, 3))
         targets, start = [], 0
         for number, part in enumerate(self.parts):
@@ -129,7 +159,7 @@ def empty_batch(shape: tuple[int, ...]) -> torch.Tensor:
     """Bytes for a batch: in a worker of the memory that goes to the main process without another copy."""
     if get_worker_info() is None:
         return torch.from_numpy(np.empty(shape, np.uint8))  # which takes large pages where there are some
-    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape)), 0, shape)
+    return shared_bytes(shape)
 
 
 class BadImages:
@@ -154,6 +184,6 @@ class BadImages:
                 + ', '.join(new[:_NAMED]) + (', ...' if len(new) > _NAMED else ''))
 
 
-def as_it_is(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def as_it_is(batch: T) -> T:
     """What a loader has to do with a batch that is one already."""
     return batch

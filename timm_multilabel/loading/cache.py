@@ -48,7 +48,7 @@ class Contents:
     Args:
         sizes: Height and width of the whole images (N, 2); 0 where the header cannot be read.
         first: Least reduction that is kept, as an index into `REDUCTIONS` (N,).
-        last: Largest one (N,).
+        last: Largest reduction that is kept, likewise (N,).
         bad: Whether the image cannot be decoded (N,).
         stamps: What changes when a file does (N, 3): its length, and when its content and its entry last changed.
     """
@@ -123,8 +123,8 @@ class CachedPhotos:
 
     Args:
         files: The same from their files; an image that the cache has not is asked for there.
-        contents: What the cache holds.
-        shared: Where.
+        contents: Which images and scales the cache holds.
+        shared: The bytes of their pixels.
     """
 
     def __init__(self, files: FilePhotos, contents: Contents, shared: SharedBytes):
@@ -200,12 +200,12 @@ def open_cache(
     not let it be made (no room, no permission, a limit), they go on without it, with a line.
 
     Args:
-        kind: 'ram' or 'disk'.
-        files: The images.
-        views: The views that it is for.
-        folder: Where on disk.
+        kind: 'ram' or 'disk', where the pixels are to lie.
+        files: The images, as they lie in their files.
+        views: The views that it is for, which decide on the scales that are kept.
+        folder: Where a cache on disk goes.
         workers: Threads that decode.
-        skip_bad: Leave out images that are bad.
+        skip_bad: Leave out images that cannot be decoded.
         say: Prints a line.
         flag: The kind that was asked for, where this one is a step to it.
 
@@ -226,8 +226,8 @@ def open_cache(
         opened, wrong = _attempt(shared.open)
         made = CachedPhotos(files, contents, opened) if wrong is None else None
     try:
-        todo = range(place, 0 if ready or made is None else len(files), len(here))
-        bad = made.fill(todo, workers, skip_bad, title, visible) if todo else []
+        todo = range(place, 0 if ready else len(files), len(here))
+        bad = made.fill(todo, workers, skip_bad, title, visible) if todo and made is not None else []
         # From here on all ranks of all machines, since some may have a cache, and some no room for one.
         everyone = all_objects((bad, wrong))
         everyone = [everyone[rank] for rank in here]
@@ -240,7 +240,7 @@ def open_cache(
         if not place and not ready and indices:
             Path(shared.path).unlink(missing_ok=True)  # it has another name by now, if all went well
     theirs, wrong = all_objects((finished, wrong))[leader]
-    if wrong is None and theirs is not None:
+    if wrong is None and theirs is not None and made is not None:
         made.shared, wrong = _attempt((finished or theirs).open)  # without it the batches are the same
     if wrong is not None:
         say(f'{title}: cannot be used ({wrong}); goes on without it')
@@ -373,6 +373,7 @@ def _finish(indices: Sequence[Path], shared: SharedBytes, contents: Contents) ->
     Raises:
         OSError: The system does not let it be done.
     """
+    assert shared.descriptor is not None  # it was made by `in_file`
     os.fchmod(shared.descriptor, os.fstat(shared.descriptor).st_mode & 0o444)
     os.fsync(shared.descriptor)
     path = Path(shared.path)

@@ -1,7 +1,6 @@
 """Batches of images that lie on the device: no loader process, no decoding, no copy in the step."""
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +9,7 @@ from timm.data.random_erasing import RandomErasing
 from timm_multilabel.data.images import REDUCTIONS
 from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import UserError
+from timm_multilabel.loading.batches import Batch, EvalBatches
 from timm_multilabel.loading.cache import CachedPhotos
 from timm_multilabel.loading.loaders import RepeatableErasing, names_of, shuffled_batches
 from timm_multilabel.loading.sampling import ShuffledBatches, other_rows
@@ -62,7 +62,8 @@ class DeviceImages:
 def _shapes(photos: CachedPhotos) -> np.ndarray:
     """Height and width of the largest scale that is kept of each photo (N, 2)."""
     reductions = np.array(REDUCTIONS)[photos.contents.first]
-    return -(-photos.contents.sizes // reductions[:, None])
+    shapes: np.ndarray = -(-photos.contents.sizes // reductions[:, None])
+    return shapes
 
 
 def fits(parts: Sequence[CachedPhotos], further: int, device: torch.device) -> tuple[int, float]:
@@ -76,11 +77,11 @@ class DeviceDataset:
     """A data set on a device.
 
     Args:
-        images: Its images.
+        images: The images, decoded.
         targets: Their targets (N, W), on the device.
         recipes: The recipe of each view.
         bad: Rows whose image is bad (N,), on the host; another row takes the place of each.
-        rows: The rows.
+        rows: The same rows on the host, which messages name.
     """
     images: DeviceImages
     targets: torch.Tensor
@@ -131,11 +132,11 @@ class DeviceTrainLoader:
     Args:
         parts: The (labelled) images and how many of them a batch has on each rank; the same of the pool, if any.
         views: V, the number of views of each image.
-        seed: Seed of the run.
-        mean: To normalise with.
-        std: To normalise with.
-        rank: This process.
-        ranks: Number of processes.
+        seed: Of the run; with the epoch it decides on the order of rows and on what is random of a view.
+        mean: Of each channel, for pixels of 0 to 1, to normalise with.
+        std: Likewise the standard deviation.
+        rank: The number of this process, from 0.
+        ranks: How many processes share the epoch.
         steps: Batches of an epoch; those of one pass over the images when None.
         random_erasing: `re_prob`, `re_mode`, `re_count` and `re_num_splits` as in timm.
     """
@@ -180,7 +181,7 @@ class DeviceTrainLoader:
     def __len__(self) -> int:
         return len(self.samplers)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         passes = [self._draws(*each) for each in zip(self.parts, self.samplers.samplers)]
         for draws in zip(*passes):
             images = torch.cat([
@@ -204,18 +205,19 @@ class DeviceEvalLoader:
 
     Args:
         loader: Makes them: normalised images, targets.
-        mean: What they are normalised with.
-        std: What they are normalised with.
+        mean: Of each channel, for pixels of 0 to 1, that they are normalised with.
+        std: Likewise the standard deviation.
     """
 
-    def __init__(self, loader: Any, mean: tuple[float, ...], std: tuple[float, ...]):
-        self.loader, self.kept = loader, []
+    def __init__(self, loader: EvalBatches, mean: tuple[float, ...], std: tuple[float, ...]):
+        self.loader = loader
+        self.kept: list[Batch] = []
         self.mean, self.std = _of_bytes(mean), _of_bytes(std)
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         if self.kept:
             for images, targets in self.kept:
                 yield images.float().sub_(self.mean).div_(self.std), targets

@@ -8,7 +8,7 @@ from torch.utils.data import Sampler
 
 class Draw(NamedTuple):
     """A row of a data set, the seed of its random views in this epoch, and which data set: labelled 0, pool 1."""
-    index: int
+    row: int
     seed: int
     part: int = 0
 
@@ -21,10 +21,10 @@ class ShuffledBatches(Sampler[list[Draw]]):
 
     Args:
         length: Rows of the data set.
-        batch_size: Rows of a batch.
-        seed: Seed of the run.
-        rank: This process.
-        ranks: Number of processes.
+        batch_size: Rows of a batch on this rank.
+        seed: Of the run.
+        rank: The number of this process, from 0.
+        ranks: How many processes share the epoch.
         steps: Batches of an epoch; those of one pass when None.
         part: The data set that the draws are of.
     """

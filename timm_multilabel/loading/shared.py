@@ -17,8 +17,8 @@ class SharedBytes:
     """A file that processes map into their memory; pickled, it is its path, and mapped anew where it is needed.
 
     Args:
-        path: The file.
-        length: Its bytes, at least one.
+        path: The file, by a path under which other processes can open it too.
+        length: How many bytes it has, at least one.
         writable: Map it for writing.
         descriptor: The open file, where only that keeps it alive.
     """
@@ -91,7 +91,7 @@ class SharedBytes:
     def __reduce__(self) -> tuple[Any, ...]:
         return SharedBytes, (self.path, self.length, self.writable)
 
-    def __del__(self):
+    def __del__(self) -> None:
         if self.descriptor is not None:
             os.close(self.descriptor)
             if os.path.basename(self.path).startswith('timm-multilabel-'):  # the file that stands for memory
@@ -105,7 +105,8 @@ def _path_of(descriptor: int) -> str:
 
 def free_memory() -> int:
     """Bytes of memory that this process may still take, its container's limit included."""
-    return max(0, min([psutil.virtual_memory().available, *_container_memory()]))
+    of_machine: int = psutil.virtual_memory().available
+    return max(0, min([of_machine, *_container_memory()]))
 
 
 def _container_memory() -> Iterator[int]:

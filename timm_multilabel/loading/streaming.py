@@ -13,8 +13,8 @@ from timm_multilabel.data.images import EncodedPhoto
 from timm_multilabel.data.shards import Sample
 from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.errors import UserError
-from timm_multilabel.loading.batches import Views, as_it_is, empty_batch
-from timm_multilabel.loading.loaders import TrainLoader, WatchedLoader, worker_options
+from timm_multilabel.loading.batches import Batch, Views, as_it_is, can_be_decoded, empty_batch
+from timm_multilabel.loading.loaders import RepeatableLoader, WatchedLoader, worker_options
 
 
 class _Drawn(NamedTuple):
@@ -24,20 +24,20 @@ class _Drawn(NamedTuple):
     seed: int
 
 
-class StreamedBatches(IterableDataset):
+class StreamedBatches(IterableDataset[Batch]):
     """The batches of one rank, in training as many as asked for, in evaluation those of one pass.
 
     In training the order depends on the seed, the epoch and the number of loader processes, and a sample's views on the
     seed, the epoch, its name and how often its rank has begun the shards again in the epoch.
 
     Args:
-        rows: The samples.
-        make_views: Makes their views.
+        rows: The samples, with what encodes their labels.
+        make_views: Makes the views of their photos.
         views: V, the number of views of each image.
-        batch_size: Images of a batch.
-        seed: Seed of the run.
-        rank: This process.
-        ranks: Number of processes.
+        batch_size: Images of a batch on this rank.
+        seed: Of the run.
+        rank: The number of this process, from 0.
+        ranks: How many processes share the epoch.
         steps: Batches of an epoch; one pass in order when None.
         skip_bad: Leave out images that cannot be read.
     """
@@ -59,9 +59,10 @@ class StreamedBatches(IterableDataset):
         self.seed, self.rank, self.ranks, self.steps, self.skip_bad = seed, rank, ranks, steps, skip_bad
         # Shared, since loader processes that stay have this data set as it was when they started.
         self.epoch, self.first = (torch.zeros((), dtype=torch.int64).share_memory_() for _ in range(2))
-        self.left_out, self.left_out_here = Queue(), []  # by loader processes, and by this one
+        self.left_out: Queue[str] = Queue()  # by loader processes
+        self.left_out_here: list[str] = []  # and by this one
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         if worker is None:
             return islice(self._batches(int(self.first)), self.steps)
@@ -69,13 +70,14 @@ class StreamedBatches(IterableDataset):
         share = None if self.steps is None else len(range(worker.id, self.steps, worker.num_workers))
         return islice(self._batches(len(range(worker.id, int(self.first), worker.num_workers))), share)
 
-    def _batches(self, skipped: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _batches(self, skipped: int) -> Iterator[Batch]:
         """The batches of this process.
 
         Args:
             skipped: So many of the first ones were trained on already: they come without images.
         """
-        draws, drawn, bad = self._draws(), [], 0
+        draws, bad = self._draws(), 0
+        drawn: list[_Drawn] = []
         while True:
             drawn += islice(draws, self.batch_size - len(drawn))
             if not drawn:
@@ -88,7 +90,7 @@ class StreamedBatches(IterableDataset):
             try:
                 images = self._images(drawn)
             except UserError:
-                good = [each for each in drawn if _is_good(each.photo)]
+                good = [each for each in drawn if can_be_decoded(each.photo)]
                 bad += len(drawn) - len(good)
                 if not self.skip_bad or len(good) == len(drawn) or bad > len(self.rows):
                     raise
@@ -106,6 +108,7 @@ class StreamedBatches(IterableDataset):
             seed = self._hash(number) if self.steps is not None else None
             found = False
             for sample in self.rows.shards.samples(self.rank, self.ranks, seed):
+                assert sample.image is not None  # images were asked for
                 try:
                     photo = EncodedPhoto(sample.image, f'{folder}/{sample.name}')
                 except UserError:
@@ -147,19 +150,21 @@ class StreamedBatches(IterableDataset):
         return int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), 'big')
 
 
-def _is_good(photo: EncodedPhoto) -> bool:
-    try:
-        photo.decode()
-    except UserError:
-        return False
-    return True
+class StreamLoader(RepeatableLoader):
+    """timm's loader over streamed batches.
 
+    Args:
+        batches: The data set, which runs in the loader processes.
+        loader: Brings the batches of those processes.
+        kwargs: Further arguments of `RepeatableLoader`.
+    """
 
-class StreamLoader(TrainLoader):
-    """timm's loader over streamed batches."""
+    def __init__(self, batches: StreamedBatches, loader: WatchedLoader, **kwargs: Any):
+        super().__init__(loader, **kwargs)
+        self.batches = batches
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return islice(super().__iter__(), int(self.loader.dataset.first), None)
+    def __iter__(self) -> Iterator[Batch]:
+        return islice(super().__iter__(), int(self.batches.first), None)
 
     @property
     def order_depends_on(self) -> int:
@@ -168,21 +173,21 @@ class StreamLoader(TrainLoader):
 
     def __len__(self) -> int:
         """The batches of an epoch; in evaluation, where each process has a last one, about as many."""
-        batches = self.loader.dataset
+        batches = self.batches
         if batches.steps is not None:
             return batches.steps
         return -(-len(batches.rows) // batches.ranks // batches.batch_size)
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
         """Set the epoch that the next pass draws, and the first of its batches that is wanted."""
-        self.loader.dataset.epoch.fill_(epoch)
-        self.loader.dataset.first.fill_(first)
-        if self.random_erasing is not None:
-            self.random_erasing.set_epoch(epoch, 0)  # those before it come too
+        self.batches.epoch.fill_(epoch)
+        self.batches.first.fill_(first)
+        if self.erasing is not None:
+            self.erasing.set_epoch(epoch, 0)  # those before it come too
 
     def rows_of(self, epoch: int, step: int) -> list[str]:
         """Streamed rows have no numbers; the batch is named by its place."""
-        return [f'batch {step + 1} of epoch {epoch + 1} of the shards {self.loader.dataset.rows.source}']
+        return [f'batch {step + 1} of epoch {epoch + 1} of the shards {self.batches.rows.source}']
 
 
 def create_stream_loader(
@@ -210,4 +215,5 @@ def create_stream_loader(
     batches = StreamedBatches(
         rows, make_views, views, batch_size, seed=seed, rank=rank, ranks=ranks, steps=steps, skip_bad=skip_bad)
     loader = WatchedLoader(batches, batch_size=None, collate_fn=as_it_is, **worker_options(device, workers))
-    return StreamLoader(loader, mean, std, device=device, seed=seed, rank=rank, **random_erasing)
+    return StreamLoader(
+        batches, loader, mean=mean, std=std, device=device, seed=seed, rank=rank, **random_erasing)

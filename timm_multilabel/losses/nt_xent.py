@@ -15,7 +15,8 @@ _LARGEST_EXPONENT = 50
 """exp(50) times any batch, and exp(-50) by itself, are normal numbers of float32."""
 
 
-@torch.compiler.disable  # a loop over tiles is nothing to compile: the graph would grow with the batch
+# A loop over tiles is nothing to compile: the graph would grow with the batch.
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch's has no types
 def nt_xent_loss(view_a: torch.Tensor, view_b: torch.Tensor, temperature: float = 0.5) -> torch.Tensor:
     """Normalised temperature-scaled cross-entropy over all pairs of the global batch.
 
@@ -54,7 +55,8 @@ def nt_xent_loss(view_a: torch.Tensor, view_b: torch.Tensor, temperature: float 
     with_gradient = torch.is_grad_enabled() and (view_a.requires_grad or view_b.requires_grad)
     autocast = torch.is_autocast_enabled(view_a.device.type)
     with torch.autocast(view_a.device.type, enabled=False) if autocast else nullcontext():
-        return _NTXent.apply(view_a, view_b, temperature, with_gradient)
+        loss: torch.Tensor = _NTXent.apply(view_a, view_b, temperature, with_gradient)
+    return loss
 
 
 class _NTXent(torch.autograd.Function):
@@ -147,7 +149,8 @@ class _Tiles:
 
     def is_mirrored(self, row: slice, column: slice) -> bool:
         """Whether a tile stands for that of its columns and rows too."""
-        return row.start < column.start < self.rows
+        mirrored: bool = row.start < column.start < self.rows
+        return mirrored
 
     def __iter__(self) -> Iterator[tuple[slice, slice, torch.Tensor]]:
         kept, memory = iter(list(self._kept)), None
@@ -186,7 +189,7 @@ class _Tiles:
             tile.view(images, 2, images, 2).diagonal(dim1=0, dim2=2).fill_(0 if self.plain else -math.inf)
 
 
-def _part(memory: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+def _part(memory: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """The beginning of some memory, in a shape."""
     return memory[:shape[0] * shape[1]].view(shape)
 
@@ -211,13 +214,13 @@ def _gradient(tiles: _Tiles, log_sums: torch.Tensor, towards_positive: torch.Ten
         towards_positive: P_ij + P_ji - 2 for the two views of each of this rank's images (rows / 2,).
     """
     columns = tiles.columns
-    positives = columns[:tiles.rows].unflatten(0, (-1, 2)).flip(1)
+    positives: torch.Tensor = columns[:tiles.rows].unflatten(0, (-1, 2)).flip(1)
     gradient = positives.mul_(towards_positive[:, None, None]).flatten(0, 1)
     shares = log_sums.neg().exp_() if tiles.plain else None
     memory = tiles.memory()
     for row, column, tile in tiles:
         factors = _part(memory, tile.shape)
-        if tiles.plain:
+        if shares is not None:
             tile.mul_(torch.add(shares[row, None], shares[column], out=factors))
         else:
             torch.sub(tile, log_sums[column], out=factors).exp_()

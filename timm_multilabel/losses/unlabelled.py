@@ -50,7 +50,8 @@ def _mean_over_ranks(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _entropy(p: torch.Tensor) -> torch.Tensor:
-    return -torch.special.xlogy(p, p.clamp(min=torch.finfo(p.dtype).tiny)).sum()
+    information: torch.Tensor = torch.special.xlogy(p, p.clamp(min=torch.finfo(p.dtype).tiny))
+    return -information.sum()
 
 
 def pseudo_label_loss(

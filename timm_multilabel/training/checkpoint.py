@@ -12,6 +12,8 @@ import timm
 import torch
 from timm.data import resolve_data_config
 from timm.models import clean_state_dict
+from timm.scheduler import PlateauLRScheduler
+from torch import nn
 
 from timm_multilabel.errors import UserError, is_utf8
 from timm_multilabel.heads import REGISTRY, Head, default_kind
@@ -41,17 +43,20 @@ class Checkpoint:
     @property
     def arch(self) -> str:
         """timm's name of the backbone."""
-        return self.state['arch']
+        arch: str = self.state['arch']
+        return arch
 
     @property
     def data_config(self) -> dict[str, Any]:
         """Input size, normalisation and evaluation's resizing, as timm's `resolve_data_config` gives them."""
-        return self.state['data_config']
+        config: dict[str, Any] = self.state['data_config']
+        return config
 
     def batch_size(self, asked: int) -> int:
         """Images of a batch in evaluation: as asked, but fewer where the file says that they are very large."""
         _, height, width = self.data_config['input_size']
-        return max(1, min(asked, _PIXELS // (height * width)))
+        most: int = _PIXELS // (height * width)
+        return max(1, min(asked, most))
 
     @property
     def best_weights(self) -> str:
@@ -73,7 +78,7 @@ def read_checkpoint(path: str | Path, mapped: bool = False) -> Checkpoint:
     """Read a checkpoint of this program without running anything that it contains.
 
     Args:
-        path: The file.
+        path: The checkpoint file.
         mapped: Leave the tensors in the file until they are asked for.
 
     Raises:
@@ -122,8 +127,11 @@ def checkpoint_of(path: Path, state: Any) -> Checkpoint:
 def _data_config_of_flags(state: Mapping[str, Any]) -> dict[str, Any] | None:
     """The `data_config` that the flags of timm's own training script make; None where they make none."""
     try:
-        known = timm.get_pretrained_cfg(state['arch']).to_dict()
-        return resolve_data_config(vars(state.get('args', Namespace())), pretrained_cfg=known)
+        known = timm.get_pretrained_cfg(state['arch'])
+        flags = vars(state.get('args', Namespace()))
+        made: dict[str, Any] | None
+        made = None if known is None else resolve_data_config(flags, pretrained_cfg=known.to_dict())
+        return made
     except Exception:  # whatever timm makes of a name and of flags that anyone may have written
         return None
 
@@ -137,9 +145,9 @@ def load_model(
     """The model of a checkpoint with its 'plain' or 'ema' weights, in evaluation mode.
 
     Args:
-        checkpoint: It.
-        weights: Which of its weights.
-        registry: The kinds of heads by name.
+        checkpoint: What `read_checkpoint` gave.
+        weights: 'plain' or 'ema'.
+        registry: The kinds of heads by name, see `load_registry`.
         allow_hub: Look up a model that is none of timm's own (`hf-hub:...`).
 
     Raises:
@@ -178,7 +186,7 @@ def _make_model(checkpoint: Checkpoint, registry: Mapping[str, type[Head]]) -> M
     )
 
 
-def _expected_shapes(checkpoint: Checkpoint) -> dict[str, torch.Size]:
+def _expected_shapes(checkpoint: Checkpoint) -> dict[str, torch.Size | None]:
     """The shapes of the weights that a checkpoint's settings ask for, found out without taking memory for them.
 
     Heads of a user's own kind are left out: their code may not run without real tensors.
@@ -216,14 +224,14 @@ def start_from(task: JointTask, checkpoint: Checkpoint, weights: str) -> str:
     Raises:
         UserError: The checkpoint is of another backbone.
     """
-    module = task.get_trainable_module()
+    module = task.joint_module
     state = checkpoint.weights(weights)
     try:
         module.model.backbone.load_state_dict(_below(state, 'backbone.'))
     except RuntimeError as error:
         raise UserError(
             f'{checkpoint.path}: a checkpoint of {checkpoint.arch}, whose backbone does not fit the model') from error
-    parts = {}
+    parts: dict[str, tuple[nn.Module, dict[str, torch.Tensor]]] = {}
     for name, head in module.model.named_heads.items():
         theirs = {}
         options = (checkpoint.state.get('head_options') or {}).get(name, {})
@@ -259,7 +267,7 @@ def _below(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tenso
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size | None]:
     return {name: getattr(value, 'shape', None) for name, value in state.items()}
 
 
@@ -278,10 +286,10 @@ def resume(
     """Bring a run back to where a checkpoint was written.
 
     Args:
-        checkpoint: It.
-        task: The task.
+        checkpoint: Where the run was saved.
+        task: The task, made with the same settings.
         optimizer_step: Its optimizer, schedule and loss scaler.
-        steps: Batches of an epoch.
+        steps: Batches of an epoch now.
 
     Returns:
         The place to go on from.
@@ -319,7 +327,7 @@ def resume(
             scaler.load_state_dict(state[scaler.state_dict_key])
         place = TrainingProgress.of(state, steps)
         plateau = state.get('run', {}).get('plateau')
-        if plateau is not None and hasattr(scheduler, 'lr_scheduler'):
+        if plateau is not None and isinstance(scheduler, PlateauLRScheduler):
             load_plateau(scheduler, plateau, state['optimizer']['param_groups'])
         fits = place.fits(task)
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
@@ -407,7 +415,7 @@ def what_differs(checkpoint: Checkpoint, **ours: int | None) -> str | None:
     """A line on what a run has other than the one that it goes on with, where its result will be another; else None.
 
     Args:
-        checkpoint: What it goes on from.
+        checkpoint: The checkpoint that the run goes on from.
         ours: Processes ('ranks'), 'images_per_step', batches an update ('accumulate'), 'seed', and of shards, whose
             order depends on it, 'loader_processes'.
     """

@@ -133,8 +133,8 @@ def wrong_tensors(state: Mapping[str, Any], size: int) -> str | None:
     A tensor may be a view that repeats a few stored numbers endlessly, sparse, or without any content.
 
     Args:
-        state: What the file holds.
-        size: Its bytes.
+        state: What the checkpoint file holds.
+        size: The bytes of that file.
     """
     if not all(_is_plain(tensor) for tensor in _tensors(state)):
         return 'a tensor that is not plainly stored'

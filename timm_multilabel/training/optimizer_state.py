@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from timm.scheduler import PlateauLRScheduler
 
 _COUNTERS = ('step', 'lookahead_step')  # what optimizers of timm count in a group, beside its settings
 
@@ -71,11 +72,11 @@ def _names_of_state(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, set[
                 p.grad = gradient
 
 
-def load_plateau(scheduler: Any, saved: Mapping[str, Any], groups: list[Mapping[str, Any]]) -> None:
+def load_plateau(scheduler: PlateauLRScheduler, saved: Mapping[str, Any], groups: list[Mapping[str, Any]]) -> None:
     """Bring back what a plateau schedule has seen and how far it has lowered the rate; its settings stay as they are.
 
     Args:
-        scheduler: timm's `PlateauLRScheduler` of an optimizer whose groups have their settings.
+        scheduler: Of an optimizer whose groups have their settings.
         saved: The state of torch's `ReduceLROnPlateau`.
         groups: The saved groups of the optimizer.
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 
 import torch
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import NativeScaler, dispatch_clip_grad, unwrap_model
+from timm.utils import NativeScaler, dispatch_clip_grad
 
+from timm_multilabel.compat import all_finite, grad_scaler
 from timm_multilabel.task import JointTask
 from timm_multilabel.training.update_decisions import UpdateDecisions
 
@@ -20,12 +21,12 @@ class OptimizerStep:
 
     Args:
         task: What is trained.
-        optimizer: Changes its weights.
+        optimizer: Changes its weights; `create_optimizer` makes it.
         scheduler: Learning rate schedule, or None.
         scaler: Loss scaler for float16, or None.
-        accumulate: Batches an update.
-        clip_grad: Clipping value, or None.
-        clip_mode: 'norm', 'value' or 'agc'.
+        accumulate: Batches whose gradients make one update.
+        clip_grad: The value to clip gradients at; no clipping when None.
+        clip_mode: How timm clips: by 'norm', by 'value', or 'agc'.
     """
     task: JointTask
     optimizer: torch.optim.Optimizer
@@ -52,30 +53,28 @@ class OptimizerStep:
     def begin(self) -> None:
         """Before the forward pass of a step: keep what a skipped update must leave as it was."""
         if self.finite is None:
-            module = unwrap_model(self.task.get_trainable_module())
-            self.buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+            self.buffers = [(buffer, buffer.clone()) for buffer in self.task.joint_module.buffers()]
 
     def backward(self, loss: torch.Tensor, update: bool, decisions: UpdateDecisions, step: int, stop: bool) -> None:
         """Add the gradient of a loss, and change the weights if it is the update's last.
 
         Args:
-            loss: The loss.
-            update: Whether it is.
-            decisions: Tells the other ranks.
-            step: The number of the step.
+            loss: A step's loss, divided by the batches of its update.
+            update: Whether the step is the last of its update.
+            decisions: Has the ranks agree on whether the update is to be skipped.
+            step: The number of the step in its epoch, from 0.
             stop: Whether this rank was told to stop.
         """
         here = loss.detach().isfinite()
         here = self.finite = here if self.finite is None else self.finite & here
         if self.scaler is not None:
-            self.scaler._scaler.scale(loss).backward()
+            grad_scaler(self.scaler).scale(loss).backward()
         else:
             loss.backward()
         if not update:
             return
         gradients = [p.grad for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
-        finite = here & torch.stack(torch._foreach_norm(gradients, math.inf)).isfinite().all()
-        finite = decisions.reach(step, finite, here, stop)
+        finite = decisions.reach(step, here & all_finite(gradients), here, stop)
         self._update(gradients, finite)
         self.finite = None
 
@@ -86,7 +85,7 @@ class OptimizerStep:
         parameters = self.task.get_clip_parameters(exclude_head=self.clip_mode == 'agc') if self.clip_grad else None
         if self.scaler is not None:
             # It looks at the gradient too, lowers the scale and leaves the optimizer out.
-            scaler = self.scaler._scaler
+            scaler = grad_scaler(self.scaler)
             if self.clip_grad is not None:
                 scaler.unscale_(self.optimizer)
                 dispatch_clip_grad(parameters, self.clip_grad, self.clip_mode)

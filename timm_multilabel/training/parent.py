@@ -49,7 +49,9 @@ def _watch(launcher: int) -> None:
     if signals is not None:
         signals.orphaned = True
     if signals is None or signals.received is None:  # a second signal would stop it at once
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+        main = threading.main_thread().ident
+        assert main is not None  # it was started
+        signal.pthread_kill(main, signal.SIGTERM)
 
 
 def _is_gone(launcher: int) -> bool:

@@ -16,10 +16,10 @@ def check_pickle(data: bytes) -> None:
     memory. The pickle is followed on a stack of depths of tuples and names of callables.
 
     Args:
-        data: The pickle.
+        data: The pickle as bytes.
     """
     stack: list[Any] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
 
     def to_mark() -> list[Any]:
         items = []

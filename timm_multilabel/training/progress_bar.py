@@ -73,10 +73,10 @@ class ProgressBar:
 
     Args:
         title: What is going on, e.g. 'Epoch 3/100 + 10 of cooldown'.
-        steps: Number of steps.
-        visible: Show anything.
+        steps: Steps of the whole epoch.
+        visible: Whether to show anything; only one rank should.
         images_per_step: Images of a step, over all ranks.
-        first: Steps that are done already.
+        first: Steps that an earlier run has done.
     """
 
     def __init__(self, title: str, steps: int, visible: bool, images_per_step: int = 0, first: int = 0):
@@ -108,7 +108,7 @@ class ProgressBar:
         """Show metrics and speed after a step: beside the bar, or as a line of their own.
 
         Args:
-            step: Steps that are done.
+            step: Steps that are done, those of an earlier run included.
             metrics: Texts such as 'color 33.3%', the most important ones first; those that do not fit are counted.
         """
         elapsed = time.perf_counter() - self.started

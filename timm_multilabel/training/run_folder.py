@@ -67,18 +67,18 @@ def find_launched(folders: Iterable[Path], launchers: Sequence[str]) -> Path | N
     Numbers of processes come again, so it must have been written to since torchrun, the parent of this one, started.
 
     Args:
-        folders: Where to look.
+        folders: The run folders to look into.
         launchers: Those of all ranks; one of them is enough, since a machine may have taken another's place.
     """
     started = psutil.Process(os.getppid()).create_time() - 1  # files have coarser times
-    found = {}
+    found: dict[Path, float] = {}
     for folder in folders:
         path = folder / _LAUNCH
         with suppress(OSError):  # one that cannot be read is none of this launch
             if path.is_file() and path.stat().st_mtime >= started:
                 if set(path.read_bytes().split(b'\n')) & {each.encode() for each in launchers if each}:
                     found[folder] = path.stat().st_mtime
-    return max(found, key=found.get, default=None)
+    return max(found, key=found.__getitem__, default=None)
 
 
 def read_summary(path: Path) -> pd.DataFrame:
@@ -118,7 +118,8 @@ def _as_numbers(texts: pd.DataFrame) -> pd.DataFrame:
 
 def running_epochs(summary: pd.DataFrame) -> list[int]:
     """The number of each row's epoch, from 1, over all phases: in summary.csv each phase counts its own, from 0."""
-    numbers, before, last = [], 0, None
+    numbers: list[int] = []
+    before, last = 0, None
     phases = summary['phase'] if 'phase' in summary else [None] * len(summary)
     for phase, epoch in zip(phases, summary['epoch'], strict=True):
         if phase != last:
@@ -137,10 +138,10 @@ class RunFolder:
 
     Args:
         path: The folder; made where there is none.
-        args: The settings of the run.
-        label_space: Its heads.
+        args: The settings of the run, written to args.yaml.
+        label_space: The heads, written to label_space.json.
         phases: The names of its phases, where it has some.
-        launchers: `launcher` of all ranks.
+        launchers: What `launcher` gives on each rank.
     """
 
     def __init__(
@@ -174,7 +175,7 @@ class RunFolder:
         with reading(path, 'the summary of this run', 'correct it, or remove it to begin a new one'):
             texts = _texts(path.read_text(encoding='utf-8-sig'))
             _as_numbers(texts)
-            wrong = [name for name in texts.get('phase', [None] * len(texts)) if name not in (self.phases or [None])]
+            wrong = [name for name in texts.get('phase', [None] * len(texts)) if name not in self._names()]
             if wrong:
                 raise ValueError(f"its phase '{wrong[0]}' is none of {', '.join(self.phases)}" if self.phases and
                                  wrong[0] is not None else 'the run has phases, or the summary has, and not both')
@@ -219,21 +220,27 @@ class RunFolder:
             UserError: It is damaged, or that of other phases.
         """
         path = self.path / _TAGS
-        return read_json(
+        found: list[dict[str, Any]] = read_json(
             path, 'the metrics of the tags of this run', 'correct it, or remove it to begin a new one',
             lambda rows: all(type(row['epoch']) is int and self._order(row.get('phase'), 0) for row in rows),
         ) if path.is_file() else []
+        return found
 
     def _order(self, phase: str | None, epoch: int) -> tuple[int, int]:
         """What epochs are in the order of; raises ValueError where there is no such phase."""
-        return (self.phases or [None]).index(phase), epoch
+        return self._names().index(phase), epoch
+
+    def _names(self) -> Sequence[str | None]:
+        """What epochs name as their phase."""
+        return self.phases or [None]
 
 
 class RunLock:
     """Keeps other runs out of a run folder, where the file system has locks, until it is closed or its process ends."""
 
-    def __init__(self):
-        self.path, self.descriptor = None, None
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.descriptor: int | None = None
 
     def take(self, path: Path) -> None:
         """Take the folder, which is made where there is none; once is enough.

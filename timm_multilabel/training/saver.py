@@ -19,7 +19,7 @@ class WholeSaver(CheckpointSaver):
     progress: dict[str, Any]
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]  # timm's has no types
         self.progress = {}
         self.is_saved = False
 
@@ -60,7 +60,8 @@ class WholeSaver(CheckpointSaver):
 
     def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
         """Save the end of an epoch as timm does; what was saved within epochs is then of no more use."""
-        best = super().save_checkpoint(epoch, metric)
+        best: tuple[float | None, int | None]
+        best = super().save_checkpoint(epoch, metric)  # type: ignore[no-untyped-call]  # timm's has no types
         for path in self.folder.glob(f'{self.recovery_prefix}-*{self.extension}'):
             path.unlink()
         return best

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 SAVED = 75
 """The exit status of a run that was told to stop, and goes on with --resume: sysexits' EX_TEMPFAIL, try again."""
@@ -30,7 +30,7 @@ class Stopped(BaseException):  # as KeyboardInterrupt, which nobody takes for an
     """A run was told to stop, and has saved what it takes to go on, if it had begun.
 
     Args:
-        what: What happened.
+        what: What happened, in words for the user.
         resume: The checkpoint to go on from, if there is one and this is the process that says so.
     """
 
@@ -39,9 +39,10 @@ class Stopped(BaseException):  # as KeyboardInterrupt, which nobody takes for an
         self.resume = resume
 
     def __str__(self) -> str:
+        what = super().__str__()
         if self.resume is None:
-            return self.args[0]
-        return f'{self.args[0]}; to continue, repeat the command with --resume {shlex.quote(str(self.resume))}'
+            return what
+        return f'{what}; to continue, repeat the command with --resume {shlex.quote(str(self.resume))}'
 
 
 def exit_when_stopped() -> NoReturn:
@@ -54,9 +55,10 @@ def exit_when_stopped() -> NoReturn:
 
 def say_received(number: int, why: str = '') -> None:
     """Say what a first signal does; by the system call, since print may be what the signal has interrupted."""
-    with suppress(OSError, AttributeError, ValueError):  # nobody reads it, perhaps
+    with suppress(OSError, ValueError):  # nobody reads it, perhaps
         line = f'\n{signal.Signals(number).name}{why}: ends the step and saves; once more to stop at once\n'
-        os.write(sys.__stderr__.fileno(), line.encode())
+        if sys.__stderr__ is not None:
+            os.write(sys.__stderr__.fileno(), line.encode())
 
 
 class StopSignals:
@@ -75,9 +77,10 @@ class StopSignals:
 
     def __init__(self, visible: bool):
         self.launched = SAVED_FILE in os.environ
-        self.visible, self.received, self.since, self.noting = visible, None, 0.0, False
+        self.visible, self.since, self.noting = visible, 0.0, False
+        self.received: int | None = None
         self.orphaned = False
-        self.before = {}
+        self.before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> 'StopSignals':
         try:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import pandas as pd
@@ -18,6 +18,9 @@ import pandas as pd
 from timm_multilabel.errors import UserError, printable
 from timm_multilabel.files import read_json, write_atomic
 from timm_multilabel.training.run_folder import running_epochs
+
+if TYPE_CHECKING:  # which may not be installed
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Tracker:
@@ -33,7 +36,7 @@ class Tracker:
         Args:
             phase: The phase, where the run has phases.
             step: Steps of the run, or of the phase.
-            figures: Its figures, of the first rank.
+            figures: Metrics of this epoch by name, of the first rank.
         """
 
     def add_epoch(self, summary: pd.DataFrame) -> None:
@@ -47,8 +50,8 @@ class Trackers:
     """Trackers that are told the same, and whose failure does not end the run.
 
     Args:
-        trackers: They, not started yet.
-        say: Prints a line.
+        trackers: Those to tell, not started yet.
+        say: Prints a line for the user.
     """
 
     def __init__(self, trackers: Sequence[Tracker], say: Callable[[str], None]):
@@ -89,7 +92,7 @@ class TensorBoardTracker(Tracker):
 
     Args:
         run: The run folder.
-        settings: The flags.
+        settings: The settings of the run, shown as hyperparameters.
 
     Raises:
         UserError: TensorBoard is not installed.
@@ -99,7 +102,7 @@ class TensorBoardTracker(Tracker):
     def __init__(self, run: Path, settings: dict[str, Any]):
         need('tensorboard', '--log-tensorboard')
         self.folder, self.settings = run / 'tensorboard', settings
-        self.writers = {}
+        self.writers: dict[str, SummaryWriter] = {}
 
     def start(self) -> str:
         return f'{self.name}: tensorboard --logdir {self.folder}'
@@ -117,7 +120,7 @@ class TensorBoardTracker(Tracker):
         for writer in self.writers.values():
             writer.close()
 
-    def _writer(self, part: str, step: int) -> Any:
+    def _writer(self, part: str, step: int) -> 'SummaryWriter':
         """The writer of a part; at its first step it takes back what an earlier try wrote of this step and later."""
         from torch.utils.tensorboard import SummaryWriter
 
@@ -139,8 +142,10 @@ class TensorBoardTracker(Tracker):
                  for name, value in self.settings.items() if value is not None}
         shown = [f'{prefix}{mean}' for prefix in ('eval_', 'eval_ema_') for mean in ('loss', 'score', 'top1')]
         metrics = {name: row[name] for name in ('train_loss', *shown) if name in row}
+        file = self._writer('', step).file_writer
+        assert file is not None  # until it is closed
         for part in hparams(plain, metrics):
-            self._writer('', step).file_writer.add_summary(part)
+            file.add_summary(part)
 
 
 class WandbTracker(Tracker):
@@ -151,7 +156,7 @@ class WandbTracker(Tracker):
 
     Args:
         run: The run folder.
-        settings: The flags.
+        settings: The settings of the run, shown as its configuration.
         goes_on: Whether this run goes on from a checkpoint.
 
     Raises:
@@ -163,8 +168,9 @@ class WandbTracker(Tracker):
         self.wandb = need('wandb', '--log-wandb')
         self.folder, self.settings, self.goes_on = run, settings, goes_on
         self.path = run / 'wandb.json'
-        self.known = {'id': uuid4().hex[:8], 'epochs': 0, 'steps': {}}
-        self.run, self.defined = None, set()
+        self.known: dict[str, Any] = {'id': uuid4().hex[:8], 'epochs': 0, 'steps': {}}
+        self.run: Any = None  # which `start` begins
+        self.defined: set[str] = set()
 
     def start(self) -> str:
         wandb = self.wandb

@@ -1,9 +1,10 @@
 """The training loop: an epoch of steps, its evaluation, and the epochs of a run."""
 import math
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from timm.utils import NativeScaler, distribute_bn
@@ -13,7 +14,7 @@ from tqdm.utils import disp_len
 from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import UserError, abbreviated
 from timm_multilabel.heads import Head
-from timm_multilabel.loading.batches import BadImages
+from timm_multilabel.loading.batches import BadImages, Batch, EvalBatches, TrainBatches
 from timm_multilabel.metric_names import in_summary, of_head
 from timm_multilabel.metrics import MultiLabelEvaluator, TrainingMeter, default_metric, less_is_better
 from timm_multilabel.seeds import MODEL, seed_step
@@ -38,15 +39,15 @@ class Precision:
     """How tensors are computed and laid out.
 
     Args:
-        device: Where.
+        device: The device of the model and of its batches.
         amp_dtype: The lower precision of autocast; none when None.
-        channels_last: Channels-last images.
+        channels_last: Lay images out with the channels last, which some GPUs compute faster.
     """
     device: torch.device
     amp_dtype: torch.dtype | None = None
     channels_last: bool = False
 
-    def autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, self.amp_dtype) if self.amp_dtype is not None else nullcontext()
 
     def layout(self, images: torch.Tensor) -> torch.Tensor:
@@ -78,7 +79,7 @@ def training_metrics(figures: dict[str, float], task: JointTask) -> list[str]:
 @torch.no_grad()
 def evaluate(
         model: nn.Module,
-        loader: Any,
+        loader: Iterable[Batch],
         evaluator: MultiLabelEvaluator,
         precision: Precision,
         progress: ProgressBar,
@@ -99,25 +100,25 @@ class Trainer:
 
     Args:
         optimizer_step: What is trained, and how.
-        precision: How tensors are computed.
+        precision: The device, and the precision of its computations.
         train_loader: Training batches.
         eval_loader: Evaluation batches; None where no head is trained.
         images_per_step: Photos of a step, over all ranks.
-        seed: Seed of the run.
+        seed: Of the run; what is random in a step depends on it and on the place of the step.
         metric: The figure of the evaluation that makes a checkpoint the best.
         phase: Name of the phase, where the run has phases.
         run_folder: Where rows of figures go (first rank only, else None).
         trackers: What else is told of them (first rank only, else None).
         saver: Writes checkpoints (first rank only, else None).
         bad_images: Those that are left out, where they are; else None.
-        log_interval: Steps between figures.
+        log_interval: Steps between two readings of the metrics from the device.
         save_interval: Steps between checkpoints within an epoch; none when None.
         signals: What may tell this process to stop, if anything.
     """
     optimizer_step: OptimizerStep
     precision: Precision
-    train_loader: Any
-    eval_loader: Any | None
+    train_loader: TrainBatches
+    eval_loader: EvalBatches | None
     images_per_step: int
     seed: int
     metric: str = 'top1'
@@ -134,7 +135,7 @@ class Trainer:
     # The end of an epoch's training, before its evaluation.
     trained: TrainingProgress | None = field(default=None, init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.task = self.optimizer_step.task
 
     def run(self, start: TrainingProgress, length: RunLength) -> None:
@@ -158,7 +159,7 @@ class Trainer:
         epoch, lr = start.epoch, start.lr if start.step else self._mean_lr()
         started = time.perf_counter()
         with ProgressBar(title, len(self.train_loader), rank == 0, self.images_per_step, start.step) as progress:
-            row = self.train(start, lr, progress)
+            figures = self.train(start, lr, progress)
         seconds = time.perf_counter() - started
         images_per_second = (len(self.train_loader) - start.step) * self.images_per_step / seconds
         if ranks > 1:
@@ -166,16 +167,18 @@ class Trainer:
                 module = self.task.get_trainable_module(ema=ema)
                 if module is not None:
                     distribute_bn(module, ranks, reduce=True)
-        row, tags = {**({'phase': self.phase} if self.phase else {}), 'epoch': epoch, **row}, {}
+        row: dict[str, Any] = {**({'phase': self.phase} if self.phase else {}), 'epoch': epoch, **figures}
+        tags: dict[str, Any] = {}
         if self.eval_loader is not None:
             try:
                 metrics, tags = self.evaluate(title)
                 row |= metrics
             except ToldToStop:
+                assert self.trained is not None  # by `train`
                 self._save_within(self.trained, progress, stop=True)
         row |= {'lr': lr, 'images_per_second': images_per_second}
+        self._tell_bad_images(progress)
         if self.bad_images is not None:
-            self._tell_bad_images(progress)
             row['bad_images'] = len(self.bad_images.known)
         best = self.score(row)
         if self.eval_loader is not None and math.isnan(row.get(best, math.nan)):
@@ -191,6 +194,7 @@ class Trainer:
             summary = self.run_folder.add_summary(row, tags)
             if self.trackers is not None:
                 self.trackers.add_epoch(summary)
+        if self.saver is not None:
             self.saver.progress = {'run': self._state()}
             # No figure, where every update of an epoch of SimCLR alone was skipped, ranks it nowhere.
             self.saver.save_checkpoint(epoch, None if math.isnan(row[best]) else row[best])
@@ -272,7 +276,7 @@ class Trainer:
         return self.signals is not None and self.signals.received is not None
 
     def _mean_lr(self) -> float:
-        lrs = [group['lr'] for group in self.optimizer_step.optimizer.param_groups]
+        lrs: list[float] = [group['lr'] for group in self.optimizer_step.optimizer.param_groups]
         return sum(lrs) / len(lrs)
 
     def _judge(self, verdict: UpdateDecision, epoch: int) -> int:
@@ -286,7 +290,7 @@ class Trainer:
             self._give_up(verdict, epoch)
         return int(verdict.bad)
 
-    def _give_up(self, verdict: UpdateDecision, epoch: int) -> None:
+    def _give_up(self, verdict: UpdateDecision, epoch: int) -> NoReturn:
         """Raise UserError that names the rows of an update that was skipped."""
         first = verdict.step // self.optimizer_step.accumulate * self.optimizer_step.accumulate
         rows = [row for step in range(first, verdict.step + 1) for row in self.train_loader.rows_of(epoch, step)]
@@ -299,7 +303,7 @@ class Trainer:
             f'{", ".join(dict.fromkeys(sum(guilty, [])))}')
 
     def _tell_bad_images(self, progress: ProgressBar) -> None:
-        news = self.bad_images.news()
+        news = self.bad_images.news() if self.bad_images is not None else None
         if news:
             progress.say(news)
 
@@ -324,8 +328,7 @@ class Trainer:
             Stopped: It was the last step.
         """
         within, path = place.to_dict(len(self.train_loader)), None
-        if self.bad_images is not None:
-            self._tell_bad_images(progress)
+        self._tell_bad_images(progress)
         if self.saver is not None:
             self.saver.progress = {'run': self._state(), 'within': within}
             path = self.saver.save_within(place.epoch, place.step)
@@ -339,7 +342,9 @@ class Trainer:
         Raises:
             ToldToStop: A rank was told to stop.
         """
-        row, tags = {}, {}
+        assert self.eval_loader is not None  # else nobody asks
+        row: dict[str, float] = {}
+        tags: dict[str, Any] = {}
         for part, ema in (('eval', False), ('eval_ema', True)):
             model = self.task.get_eval_model(ema=ema)
             if model is None:
@@ -359,7 +364,8 @@ class Trainer:
             return 'simclr_loss'
         columns = [in_summary(part, self.metric) for part in ('eval', 'eval_ema')[:1 + self.task.has_ema()]]
         columns = [column for column in columns if column in row] or columns[:1]
-        return (min if less_is_better(self.metric, self.task.heads) else max)(columns, key=row.get)
+        best = min if less_is_better(self.metric, self.task.heads) else max
+        return best(columns, key=lambda column: row.get(column, math.nan))
 
 
 def epoch_lines(title: str, row: dict[str, Any], task: JointTask, width: int) -> list[str]:

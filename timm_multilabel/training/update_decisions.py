@@ -1,12 +1,13 @@
 """What all ranks know of a step at the same time, and no host waits for its device to know it."""
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from timm_multilabel.distributed import all_objects, world
+from timm_multilabel.loading.batches import Batch, EvalBatches
 
 _LAG = 2  # updates after which a verdict is read on a device that runs behind its host
 _VOTES = 20  # of an evaluation, at most
@@ -16,14 +17,14 @@ class ToldToStop(Exception):
     """Some rank was told to stop; all ranks raise it after the same vote."""
 
 
-def until_told(loader: Any, told: Callable[[], bool]) -> Iterator[Any]:
+def until_told(loader: EvalBatches, told: Callable[[], bool]) -> Iterator[Batch]:
     """The batches of a loader, of which ranks may have different numbers, until one of them is told to stop.
 
     Every so many batches the ranks vote. One that is told goes to its next vote at once, so that they stop between two
     batches where all are told, and else with the next vote.
 
     Args:
-        loader: The batches.
+        loader: Brings the batches.
         told: Whether this rank was told to stop.
 
     Raises:
@@ -64,7 +65,7 @@ class UpdateDecisions:
     later: until then the device has work, so nobody waits for anybody.
 
     Args:
-        device: Where the task is.
+        device: The device of the task.
     """
 
     def __init__(self, device: torch.device):
@@ -75,9 +76,9 @@ class UpdateDecisions:
         """Tell the others how an update went.
 
         Args:
-            step: The last step of the update.
+            step: The number of the update's last step in its epoch, from 0.
             finite: Whether this rank's loss and gradient are finite, a scalar on the device.
-            finite_here: The same of its loss alone.
+            finite_here: Whether this rank's loss alone is finite, likewise.
             stop: Whether this rank was told to stop.
 
         Returns:

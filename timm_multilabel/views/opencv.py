@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import torch
 
+from timm_multilabel.compat import resize_antialiased
 from timm_multilabel.data.images import Photo
 from timm_multilabel.views.recipe import (
     NEUTRAL,
@@ -44,13 +45,13 @@ class OpenCVViews:
         Raises:
             UserError: An image cannot be decoded.
         """
-        seeds = torch.tensor(seeds)
+        drawn_from = torch.tensor(seeds)
         height, width = (torch.tensor([getattr(photo, side) for photo in photos]) for side in ('height', 'width'))
         # Views of one recipe are drawn at once: what a draw costs is the number of its operations.
         groups = [(recipe, [view for view, _ in group])
                   for recipe, group in groupby(enumerate(self.recipes), key=lambda item: item[1])]
         draws = [
-            draw(recipe, torch.cat([view_seeds(seeds, view) for view in views]), height.repeat(len(views)),
+            draw(recipe, torch.cat([view_seeds(drawn_from, view) for view in views]), height.repeat(len(views)),
                  width.repeat(len(views))) for recipe, views in groups]
         _place(photos, self.size, draws, out)
         for (recipe, views), drawn in zip(groups, draws, strict=True):
@@ -72,9 +73,9 @@ class OpenCVViews:
 def _place(photos: Sequence[Photo], size: tuple[int, int], draws: list[Draws], out: np.ndarray) -> None:
     """Crop, resize and flip."""
     count = len(photos)
-    boxes = np.concatenate([drawn.box.numpy() for drawn in draws]).reshape(-1, count, 4)  # (V, N, 4)
-    ratios = (boxes[:, :, 2:] / size).min(axis=(0, 2)).tolist()
-    boxes = boxes.tolist()
+    drawn_boxes = np.concatenate([drawn.box.numpy() for drawn in draws]).reshape(-1, count, 4)  # (V, N, 4)
+    ratios = (drawn_boxes[:, :, 2:] / size).min(axis=(0, 2)).tolist()
+    boxes = drawn_boxes.tolist()
     hflips, vflips, bicubics = (
         np.concatenate([getattr(drawn, name).numpy() for drawn in draws]).reshape(-1, count).tolist()
         for name in ('hflip', 'vflip', 'bicubic'))
@@ -110,10 +111,8 @@ def crop_and_resize(pixels: np.ndarray, box: Sequence[int], out: np.ndarray, bic
     elif not bicubic and height <= out.shape[0] and width <= out.shape[1]:
         cv2.resize(crop, (out.shape[1], out.shape[0]), dst=out, interpolation=cv2.INTER_LINEAR)
     else:
-        # What torch.nn.functional.interpolate calls, but for its detour through another layout of the result.
-        resize = torch.ops.aten._upsample_bicubic2d_aa if bicubic else torch.ops.aten._upsample_bilinear2d_aa
-        images = _as_torch_images(np.require(crop, requirements='CW'))
-        resize.out(images, out.shape[:2], False, out=_as_torch_images(out))
+        images = _as_torch_images(np.require(crop, requirements=['C', 'W']))
+        resize_antialiased(images, bicubic, _as_torch_images(out))
 
 
 def _as_torch_images(pixels: np.ndarray) -> torch.Tensor:

@@ -80,13 +80,14 @@ def timm_transform(size: tuple[int, int], rotation: float = 0.0, **augmentation:
         augmentation: Arguments of timm's.
     """
     place, color, _ = create_transform(size, is_training=True, use_prefetcher=True, separate=True, **augmentation)
-    return transforms.Compose([place, *_rotations(rotation), color])
+    transform: Transform = transforms.Compose([place, *_rotations(rotation), color])
+    return transform
 
 
 def exact_transform(recipe: ViewRecipe) -> Transform:
     """A recipe of SimCLR by the operations that define it: every one in turn, rounded and clamped, hue by HSV."""
     kernel = 2 * recipe.blur_radius + 1
-    return transforms.Compose([
+    transform: Transform = transforms.Compose([
         RandomResizedCropAndInterpolation(
             recipe.size, scale=recipe.scale, ratio=recipe.ratio, interpolation=recipe.interpolation),
         transforms.RandomHorizontalFlip(recipe.hflip),
@@ -96,9 +97,10 @@ def exact_transform(recipe: ViewRecipe) -> Transform:
         transforms.RandomGrayscale(p=recipe.grayscale_prob),
         transforms.RandomApply([transforms.GaussianBlur(kernel, sigma=recipe.blur_sigma)], p=recipe.blur_prob),
     ])
+    return transform
 
 
-def _rotations(degrees: float) -> list[Callable]:
+def _rotations(degrees: float) -> list[Transform]:
     bilinear = transforms.InterpolationMode.BILINEAR
     return [transforms.RandomRotation(degrees, interpolation=bilinear)] if degrees else []
 
@@ -128,7 +130,7 @@ def _trim(longest: float, image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def _quicker(step: Callable) -> Callable:
+def _quicker(step: Transform) -> Transform:
     modes = {transforms.InterpolationMode.BILINEAR: False, transforms.InterpolationMode.BICUBIC: True}
     if isinstance(step, transforms.Resize) and step.interpolation in modes:
         return _Resize(step.size, modes[step.interpolation])
@@ -151,9 +153,9 @@ class _Resize:
         if isinstance(self.size, int):
             short, long = min(height, width), max(height, width)
             edges = self.size, int(self.size * long / short)
-            size = edges if height <= width else edges[::-1]
+            shape: Sequence[int] = edges if height <= width else edges[::-1]
         else:
-            size = self.size
-        out = np.empty((*size, 3), np.uint8)
+            shape = self.size
+        out = np.empty((*shape, 3), np.uint8)
         crop_and_resize(np.asarray(image), (0, 0, height, width), out, self.bicubic)
         return Image.fromarray(out)

@@ -6,7 +6,7 @@ the worker or the order. `opencv.py` and `device.py` turn draws into pixels.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,7 @@ class ViewRecipe:
         return self.size[0] // 20
 
 
-def weak_recipe(size: tuple[int, int], **flips_and_interpolation) -> ViewRecipe:
+def weak_recipe(size: tuple[int, int], **flips_and_interpolation: Any) -> ViewRecipe:
     """The weak view of FixMatch (Sohn et al. 2020) for an image size (H, W): flip and a slight crop.
 
     They shift by up to an eighth of the image; a crop of at least 0.8 of the area moves by as much.
@@ -241,7 +241,8 @@ def color_matrices(draws: Draws, mean: torch.Tensor) -> torch.Tensor:
 
 def luma(colors: torch.Tensor) -> torch.Tensor:
     """The grey of colors (..., 3): (...)."""
-    return sum(share * color for share, color in zip(GRAY, colors.unbind(-1), strict=True))
+    red, green, blue = (share * color for share, color in zip(GRAY, colors.unbind(-1), strict=True))
+    return red + green + blue
 
 
 def _hue_rotations(turns: torch.Tensor, eye: torch.Tensor) -> torch.Tensor:

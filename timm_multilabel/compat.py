@@ -1,0 +1,69 @@
+"""The private names of PyTorch and timm that the program needs, each with the reason and with what could replace it.
+
+No other module uses such a name, but for the methods of timm's saver that `WholeSaver` overrides.
+"""
+import math
+from collections.abc import Callable
+
+import torch
+from timm.utils import NativeScaler
+from torch.nn.modules.batchnorm import _BatchNorm
+
+BatchNorm = _BatchNorm
+"""The base of all batch norms. Needed since PyTorch, up to 2.14 at least, has no public name for it."""
+
+
+def all_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Whether all numbers of some tensors are finite, a boolean scalar on their device.
+
+    Needed for one kernel over all gradients. It can go when PyTorch 2.6 is the oldest that is supported, which has
+    `torch.nn.utils.get_total_norm`.
+    """
+    return torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all()
+
+
+def grad_scaler(scaler: NativeScaler) -> torch.amp.GradScaler:
+    """PyTorch's loss scaler within timm's.
+
+    Needed since timm's one call scales, unscales, clips and steps, and an update here is looked at in between. It can
+    go when timm, of which 1.0.31 has no public name for it, gives one.
+    """
+    found: torch.amp.GradScaler = scaler._scaler
+    return found
+
+
+def shared_bytes(shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of bytes in new shared memory.
+
+    Needed since `Tensor.share_memory_` copies what a tensor holds, and PyTorch, up to 2.14 at least, has no public way
+    to allocate shared memory.
+    """
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
+
+def resize_antialiased(images: torch.Tensor, bicubic: bool, out: torch.Tensor) -> None:
+    """Resize images (N, C, H, W) of bytes into `out`, as `torch.nn.functional.interpolate` with `antialias=True` does.
+
+    Needed since that function, up to PyTorch 2.14 at least, has no `out` and takes a detour through another layout of
+    the result.
+    """
+    resize = torch.ops.aten._upsample_bicubic2d_aa if bicubic else torch.ops.aten._upsample_bilinear2d_aa
+    resize.out(images, out.shape[2:], False, out=out)
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Call a function at the end of the backward pass that is running.
+
+    Needed since PyTorch, up to 2.14 at least, has hooks for single tensors and modules only; its own data parallel
+    modules do the same.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def assert_on_device(condition: torch.Tensor, message: str) -> None:
+    """Raise RuntimeError unless a boolean scalar is true; on CUDA the device stops, and the host never waits.
+
+    Needed since a public assertion, in PyTorch up to 2.14 at least, reads the scalar on the host.
+    """
+    torch._assert_async(condition, message)
