@@ -5,6 +5,7 @@ import torch
 from timm.data import resolve_data_config
 
 from timm_multilabel.assembly.data import Data
+from timm_multilabel.compat import BatchNorm
 from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.config.values import HeadOptions as Options
 from timm_multilabel.errors import UserError
@@ -91,7 +92,7 @@ def try_out(name: str, backbone: torch.nn.Module, input_size: list[int]) -> bool
         UserError: It takes no images of the size, or gives no pooled features.
     """
     size = 'x'.join(map(str, input_size))
-    norms = [module for module in backbone.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    norms = [module for module in backbone.modules() if isinstance(module, BatchNorm)]
     alone: list[bool] = []
     hooks = [norm.register_forward_pre_hook(lambda norm, inputs: alone.append(inputs[0].numel() == norm.num_features))
              for norm in norms]

@@ -6,6 +6,7 @@ from timm.layers import convert_sync_batchnorm
 
 from timm_multilabel.assembly.data import Data
 from timm_multilabel.assembly.model import has_one_view
+from timm_multilabel.compat import BatchNorm
 from timm_multilabel.config.train import ModelSettings, TrainSettings
 from timm_multilabel.errors import UserError
 from timm_multilabel.model import MultiLabelModel
@@ -74,7 +75,7 @@ def _check_micro_batch(settings: TrainSettings, model: MultiLabelModel, data: Da
     if micro_batch is None or micro_batch >= images or settings.backbone.freeze_backbone or not has_one_view(settings):
         return
     least = images // -(-images // micro_batch)
-    if least == 1 and any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if least == 1 and any(isinstance(module, BatchNorm) for module in model.modules()):
         raise UserError(
             f'--micro-batch {micro_batch}: {settings.backbone.model} has batch norm, whose statistics are over 2 '
             f'images or more, and of {images} images a step some would go through it alone; choose another')
