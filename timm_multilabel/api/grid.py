@@ -23,7 +23,6 @@ from timm_multilabel.config.commands import GridSettings
 from timm_multilabel.config.files import as_words
 from timm_multilabel.config.settings import read_values
 from timm_multilabel.config.train import TrainSettings
-from timm_multilabel.errors import UserError
 from timm_multilabel.escaping import spreadsheet_csv
 from timm_multilabel.files import write_atomic
 from timm_multilabel.log import say
@@ -80,8 +79,6 @@ def run_grid(settings: GridSettings, given: Mapping[str, Any]) -> Experiment:
     made = read_grid(folder / 'grid.yaml')
     files = []
     if not settings.tables:
-        if settings.data_dir is None:
-            raise UserError('name the data directory too')
         output = Path(settings.output or Path('output/grid') / folder.resolve().name)
         of_runs = check_runs(made, settings, given, output)
         with closing(RunLock()) as lock:

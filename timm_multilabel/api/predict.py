@@ -39,7 +39,7 @@ class Prediction:
     @property
     def table(self) -> pd.DataFrame:
         """A row for each image, head and guess: image, head, rank, label, probability, error."""
-        rows = []
+        rows: list[tuple[object, ...]] = []
         for each in self.images:
             if each.error is not None:
                 rows.append((each.image, None, None, None, None, each.error))
@@ -71,7 +71,7 @@ def predict(checkpoint: str | Path, images: ImageLike | Sequence[ImageLike], **s
             return Prediction(list(prediction.images))
     made = make_settings(PredictSettings, {**given, 'checkpoint': checkpoint, 'images': ['-']})
     predictor = Predictor(load_checkpoint_model(made, read_checkpoint(checkpoint), made.weights))
-    guesses = predictor(named, made.top_k, dict(made.threshold))
+    guesses = predictor.of_list(named, made.top_k, dict(made.threshold))
     return Prediction([
         ImagePrediction(str(image) if isinstance(image, str | Path) else f'image {number}', of_image)
         for number, (image, of_image) in enumerate(zip(named, guesses, strict=True))])

@@ -82,5 +82,6 @@ def write_result(run: TrainingRun, folder: Path) -> None:
 def read_result(folder: Path) -> TrainingRun:
     """What the first training process has returned."""
     values = json.loads((folder / 'result.json').read_text(encoding='utf-8'))
-    return TrainingRun(**{name: Path(value) if name in _PATHS else value for name, value in values.items()})
+    values.update({name: Path(values[name]) for name in _PATHS})
+    return TrainingRun(**values)
 

@@ -132,7 +132,7 @@ def build_page(
         data_dir: Path | None,
 ) -> tuple[Page, list[str]]:
     """Work out all that the page says; also what could not be had, as lines."""
-    thumbnails = Thumbnails(predictions.images, predictions.rows)
+    thumbnails = Thumbnails(predictions.images.tolist(), predictions.rows.tolist())
     heads = predictions.label_space.heads
     with tqdm(total=len(heads) + 3, desc='Report', leave=False, disable=None) as bar:
         sections = []
@@ -143,7 +143,8 @@ def build_page(
                 thumbnails, (predictions.own_metrics or {}).get(labels.name)))
             bar.update()
         bar.set_postfix_str('curves')
-        curves = figure_uri(all_curves(summary))
+        drawn = all_curves(summary)
+        curves = '' if drawn is None else figure_uri(drawn)
         bar.update()
         bar.set_postfix_str('map')
         embeddings = build_map(predictions)
@@ -151,8 +152,8 @@ def build_page(
         bar.set_postfix_str('views')
         notes = []
         try:
-            views, views_note = first_views(settings, run, data_dir, checkpoint.data_config)
-            views = [[jpeg_uri(view, _VIEW_SIDE) for view in photo] for photo in views]
+            photos, views_note = first_views(settings, run, data_dir, checkpoint.data_config)
+            views: list[list[str]] | str = [[jpeg_uri(view, _VIEW_SIDE) for view in photo] for photo in photos]
         except UserError as error:
             views, views_note = f'They could not be made again: {error.line}', ''
             notes.append(f'views: {error.line}')

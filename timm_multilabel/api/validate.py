@@ -131,7 +131,8 @@ def run_validation(settings: ValidateSettings) -> Validation | None:
     head_weights = resolve_head_weights(scored.label_space.names, checkpoint.state.get('head_weights') or None)
     reading = settings.batch_size, settings.workers, settings.skip_bad_images, device
     loader, dataset = create_scoring_loader(scored, rows, *reading)
-    datasets, predictions = [dataset], {}
+    datasets = [dataset]
+    predictions: dict[str, tuple[Any, Any]] = {}
     results: dict[str, Any] = {'heads': {}, 'mean': {}}
     started = time.perf_counter()
     if model.named_heads:
@@ -143,7 +144,7 @@ def run_validation(settings: ValidateSettings) -> Validation | None:
         check_finite([torch.tensor(losses)], checkpoint.path)
         results = gather_results(model.named_heads, metrics, predictions, evaluator.of_tags, head_weights)
     seconds = time.perf_counter() - started
-    if bank is not None:
+    if bank is not None and settings.knn:
         bank_loader, bank_dataset = create_scoring_loader(scored, bank, *reading)
         datasets.append(bank_dataset)
         knn = knn_figures(
@@ -197,7 +198,8 @@ def _in_dialect(settings: ValidateSettings, checkpoint: Checkpoint) -> Checkpoin
     written = dialect(settings)
     check_dialect(written, settings.missing_value, checkpoint.label_space, checkpoint.path)
     heads = tuple(
-        replace(labels, **written) if isinstance(labels, TagSet) and not labels.group else labels
+        replace(labels, separator=written.get('separator', labels.separator), none=written.get('none', labels.none))
+        if isinstance(labels, TagSet) and not labels.group else labels
         for labels in checkpoint.label_space.heads)
     for labels in heads:
         if isinstance(labels, TagSet) and not labels.group and labels.none in labels.classes:
@@ -223,8 +225,8 @@ def _read_bank(settings: ValidateSettings, split: str, checkpoint: Checkpoint, t
     Raises:
         UserError: They cannot be read, are those to score, or no head has classes to vote for.
     """
-    found = [find_split(Path(settings.data_dir), name) for name in (split, train_split)]
-    if None not in found and files_of_split(found[0]) & files_of_split(found[1]):
+    scored, voting = (find_split(Path(settings.data_dir), name) for name in (split, train_split))
+    if scored is not None and voting is not None and files_of_split(scored) & files_of_split(voting):
         raise UserError(f'--knn: each row of {train_split} would find itself; score another split')
     if not any(isinstance(labels, LabelSet) for labels in checkpoint.label_space.heads):
         raise UserError(f'--knn: no head of {checkpoint.path} has classes to vote for; leave it out')
@@ -239,7 +241,7 @@ def gather_results(
         head_weights: dict[str, float],
 ) -> dict[str, Any]:
     """The metrics of each head, with those of each tag, and the weighted means of the heads."""
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for name, head in heads.items():
         target, measured = predictions[name]
         results[name] = {figure: figures[of_head(name, figure)] for figure in head.figures}
@@ -294,7 +296,7 @@ def _write_outputs(
     return lines
 
 
-def results_table(results: dict[str, Any]) -> pd.DataFrame:
+def results_table(results: Mapping[str, Any]) -> pd.DataFrame:
     """The results as a table: a row for each head, each followed by its tags, and one for the means."""
     rows = []
     for name, values in {**results['heads'], '': results['mean']}.items():

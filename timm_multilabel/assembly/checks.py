@@ -2,6 +2,8 @@
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
+import torch
+
 from timm_multilabel.assembly.data import Data
 from timm_multilabel.assembly.pool import wants_pool
 from timm_multilabel.assembly.views import which_views
@@ -9,6 +11,7 @@ from timm_multilabel.config.train import Phase, TrainSettings
 from timm_multilabel.data.remarks import can_be_scored
 from timm_multilabel.errors import UserError, listed
 from timm_multilabel.heads import Head
+from timm_multilabel.labels import LabelSpace
 from timm_multilabel.metric_names import earlier_name, of_head
 from timm_multilabel.metrics import MEANS, default_metric
 from timm_multilabel.task import resolve_head_weights
@@ -187,7 +190,7 @@ def check_metric(
         if len(meant) != 1:
             raise UserError(f"--eval-metric '{metric}': no such metric (there are: {listed(known)})")
         metric, = meant
-    labelled, scored = _scored_heads(data, weights)
+    labelled, scored = _scored_heads(data.label_space, data.eval_rows.targets, weights)
     source = data.eval_rows.source
     if not labelled:
         raise UserError(f'{source}: no row has a label of a head with a weight; there is nothing to score')
@@ -208,13 +211,16 @@ def check_metric(
     return metric
 
 
-def _scored_heads(data: Data, weights: dict[str, float]) -> tuple[list[str], list[str]]:
+def _scored_heads(
+        label_space: LabelSpace,
+        targets: torch.Tensor,
+        weights: dict[str, float],
+) -> tuple[list[str], list[str]]:
     """The heads with a weight that the evaluation has labels of, and those of them whose labels allow a metric."""
-    weighted = [name for name in data.label_space.names if weights[name]]
-    targets = data.eval_rows.targets
+    weighted = [name for name in label_space.names if weights[name]]
     if not len(targets):  # of shards whose labels were not read before training nothing is known
         return weighted, weighted
-    of_head = zip(data.label_space.heads, data.label_space.split(targets), strict=True)
+    of_head = zip(label_space.heads, label_space.split(targets), strict=True)
     known = [(labels, target) for labels, target in of_head if labels.name in weighted and labels.known(target).any()]
     return [labels.name for labels, _ in known], [
         labels.name for labels, target in known if can_be_scored(labels, target)]

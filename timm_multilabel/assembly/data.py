@@ -8,6 +8,7 @@ from timm_multilabel.assembly.pool import find_pool, read_split_table, wants_poo
 from timm_multilabel.assembly.splits import Splits, read_stored, stored_heads
 from timm_multilabel.cells import missing_texts
 from timm_multilabel.config.train import TrainSettings
+from timm_multilabel.config.values import HeadOptions
 from timm_multilabel.data.columns import choose_columns
 from timm_multilabel.data.pool import keep_labels, split_labelled
 from timm_multilabel.data.remarks import how_read, useless_labels
@@ -45,7 +46,7 @@ class Data:
     """
     label_space: LabelSpace
     registry: Mapping[str, type[Head]]
-    head: head_options.Options
+    head: HeadOptions
     train_rows: Rows | StreamedRows
     pool_rows: Rows | None
     eval_rows: Rows | StreamedRows | None
@@ -118,22 +119,12 @@ def read_data(settings: TrainSettings, say: Say) -> Data:
     if unknown := unknown_labels(val, label_space):
         say(f'{val.path}: labels that training does not know, not scored: {describe_unknown(unknown)}')
     splits.save(label_space if streamed and settings.data.heads is None else None)
-    if settings.pool.labelled_rows:
-        train_rows = _hide_labels(settings, train_rows, label_space, say)
-    pool_rows, pool_batch_size = None, 0
-    if wants_pool(settings):
-        train_rows, pool_rows = split_labelled(train_rows, label_space)
-        if not len(train_rows):
-            raise UserError(f'{train.path}: no row has a label; pass -wlc 0 for SimCLR alone')
-        pool_rows = find_pool(settings, label_space, pool_rows, train_rows, say)
-        pool_batch_size = settings.pool.unlabelled_batch_size or settings.run.batch_size
-    elif settings.pool.labelled_rows or not settings.objective.simclr_loss_weight and not streamed:
-        train_rows, without = split_labelled(train_rows, label_space)
-        if settings.pool.unlabelled or len(without) and not settings.pool.labelled_rows:
-            say(
-                f'{train.path}: with -wls 0 and without entropy or pseudo-labels nothing learns from images without '
-                'labels: left out'
-            )
+    pool_rows = None
+    if isinstance(train_rows, Rows):
+        train_rows, pool_rows = _divide(settings, train_rows, label_space, say)
+    elif asked := settings.pool.labelled_rows:
+        raise UserError(f'--labelled-rows {asked}: {train_rows.source} are shards; train on a CSV')
+    pool_batch_size = 0 if pool_rows is None else settings.pool.unlabelled_batch_size or settings.run.batch_size
     for line in (
         *how_read(train, label_space),
         *useless_labels(label_space, train_rows.targets, str(train.path), scored=False),
@@ -161,20 +152,35 @@ def check_dialect(
             raise UserError(f"{flag} '{value}': --missing-value is the same text; leave one of them out")
 
 
-def _hide_labels(
-        settings: TrainSettings,
-        rows: Rows | StreamedRows,
-        label_space: LabelSpace,
-        say: Say,
-) -> Rows:
-    """The labels of `--labelled-rows` rows alone.
+def _divide(settings: TrainSettings, rows: Rows, label_space: LabelSpace, say: Say) -> tuple[Rows, Rows | None]:
+    """The rows of the (labelled) batches, and those of the unlabelled ones, if there are to be such.
 
     Raises:
-        UserError: There are not so many, or they are in shards.
+        UserError: There are none of them, or fewer labels than `--labelled-rows` asks for.
     """
-    asked, seed = settings.pool.labelled_rows, settings.run.seed
-    if isinstance(rows, StreamedRows):
-        raise UserError(f'--labelled-rows {asked}: {rows.source} are shards; train on a CSV')
+    asked = settings.pool.labelled_rows
+    if asked:
+        rows = _hide_labels(rows, label_space, asked, settings.run.seed, say)
+    if wants_pool(settings):
+        labelled, without = split_labelled(rows, label_space)
+        if not len(labelled):
+            raise UserError(f'{rows.source}: no row has a label; pass -wlc 0 for SimCLR alone')
+        return labelled, find_pool(settings, label_space, without, labelled, say)
+    if settings.objective.simclr_loss_weight and not asked:
+        return rows, None
+    labelled, without = split_labelled(rows, label_space)
+    if settings.pool.unlabelled or len(without) and not asked:
+        say(f'{rows.source}: with -wls 0 and without entropy or pseudo-labels nothing learns from images without '
+            'labels: left out')
+    return labelled, None
+
+
+def _hide_labels(rows: Rows, label_space: LabelSpace, asked: int, seed: int, say: Say) -> Rows:
+    """The labels of so many rows alone.
+
+    Raises:
+        UserError: There are not so many.
+    """
     labelled = int(label_space.labelled(rows.targets).any(dim=1).sum())
     if labelled < asked:
         raise UserError(f'--labelled-rows {asked}: {rows.source} has {labelled} rows with labels; ask for as many at '
@@ -185,7 +191,7 @@ def _hide_labels(
 
 def _choose_heads(
         settings: TrainSettings,
-        given: head_options.Options,
+        given: HeadOptions,
         train: Table,
         say: Say,
 ) -> list[str]:

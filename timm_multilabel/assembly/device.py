@@ -1,11 +1,13 @@
 """The device of this process, the precision on it, and the processes that load for it."""
 import os
 from pathlib import Path
+from typing import Any, TypedDict
 
 import psutil
 import torch
 from timm.utils.distributed import init_distributed_device_so
 
+from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
 from timm_multilabel.temporary import hold
 from timm_multilabel.training.parent import STORE, watch_launcher
@@ -78,6 +80,35 @@ def choose_precision(device: torch.device, amp: bool, amp_dtype: str | None, cha
         if dtype is torch.float16 and device.type != 'cuda':
             raise UserError(f'--amp-dtype float16 needs CUDA, and the device is {device}; pass --amp-dtype bfloat16')
     return Precision(device, dtype, channels_last)
+
+
+class LoaderOptions(TypedDict):
+    """What all loaders of a process share: normalisation, where batches go, loader processes, the share of the rows."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    device: torch.device
+    workers: int
+    rank: int
+    ranks: int
+
+
+def loader_options(data_config: dict[str, Any], device: torch.device, workers: int) -> LoaderOptions:
+    """The options of loaders for images as timm's data config has them.
+
+    Args:
+        data_config: timm's.
+        device: Where the batches go.
+        workers: Loader processes that are asked for.
+    """
+    rank, ranks = world()
+    return {
+        'mean': tuple(data_config['mean']),
+        'std': tuple(data_config['std']),
+        'device': device,
+        'workers': loader_workers(workers),
+        'rank': rank,
+        'ranks': ranks,
+    }
 
 
 def loader_workers(asked: int) -> int:

@@ -1,24 +1,22 @@
 """From a checkpoint and a split to batches to score."""
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from timm_multilabel.assembly.device import loader_workers
+from timm_multilabel.assembly.device import loader_options
 from timm_multilabel.assembly.splits import Splits, read_stored
+from timm_multilabel.assembly.views import scoring_views
 from timm_multilabel.data.images import FilePhotos
 from timm_multilabel.data.split_names import check_folder, find_split
 from timm_multilabel.data.streams import Stored, StreamedRows, StreamedTable, encode
 from timm_multilabel.data.table import Rows, describe_unknown, unknown_labels
-from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
 from timm_multilabel.labels import LabelSpace, missing_row
-from timm_multilabel.loading.batches import ImageDataset
+from timm_multilabel.loading.batches import EvalBatches, ImageDataset
 from timm_multilabel.loading.loaders import create_eval_loader
 from timm_multilabel.loading.streaming import StreamedBatches, create_stream_loader
 from timm_multilabel.log import Say
 from timm_multilabel.training.checkpoint import Checkpoint
-from timm_multilabel.views.pillow import eval_views
 
 
 def splits_of_checkpoint(
@@ -107,7 +105,7 @@ def create_scoring_loader(
         workers: int,
         skip_bad: bool,
         device: torch.device,
-) -> tuple[Any, ImageDataset | StreamedBatches]:
+) -> tuple[EvalBatches, ImageDataset | StreamedBatches]:
     """Batches of rows, resized as in training's evaluation, and what knows which images were bad.
 
     Args:
@@ -118,22 +116,12 @@ def create_scoring_loader(
         skip_bad: Leave out images that cannot be decoded.
         device: Where the batches go.
     """
-    config = checkpoint.data_config
-    views = eval_views(
-        tuple(config['input_size'][-2:]), config['interpolation'], config['crop_pct'], config['crop_mode'])
-    size, (rank, ranks) = checkpoint.batch_size(batch_size), world()
-    common = {
-        'mean': tuple(config['mean']),
-        'std': tuple(config['std']),
-        'device': device,
-        'workers': loader_workers(workers),
-        'rank': rank,
-        'ranks': ranks,
-    }
+    views, size = scoring_views(checkpoint.data_config), checkpoint.batch_size(batch_size)
+    options = loader_options(checkpoint.data_config, device, workers)
     if isinstance(rows, StreamedRows):
-        loader = create_stream_loader(rows, views, size, skip_bad=skip_bad, **common)
-        return loader, loader.loader.dataset
+        loader = create_stream_loader(rows, views, size, skip_bad=skip_bad, **options)
+        return loader, loader.batches
     dataset = ImageDataset(rows, FilePhotos(rows), views)
     if skip_bad:
         dataset.skip_bad(stand_in=missing_row(checkpoint.label_space))
-    return create_eval_loader(dataset, size, **common), dataset
+    return create_eval_loader(dataset, size, **options), dataset

@@ -56,8 +56,8 @@ def file_of(folder: Path, name: str, split: str) -> Path:
 
 def recipe_words(run: GridRun, settings: GridSettings, output: Path) -> list[str]:
     """The words that train a run, after the recipe that `write_recipe` has written."""
-    return [settings.data_dir, '-c', str(output / f'{run.name}.yaml'), '--seed', str(run.seed), '--output', str(output),
-            '--experiment', run.name, '--resume', 'auto', *settings.flags]
+    return [settings.named_data_dir, '-c', str(output / f'{run.name}.yaml'), '--seed', str(run.seed), '--output',
+            str(output), '--experiment', run.name, '--resume', 'auto', *settings.flags]
 
 
 def write_recipe(run: GridRun, output: Path) -> None:
@@ -71,8 +71,9 @@ def write_recipe(run: GridRun, output: Path) -> None:
 def record_of(run: GridRun, settings: GridSettings) -> dict[str, Any]:
     """What a run is of, as JSON has it: two runs of one name with different ones are not the same."""
     made = {'flags': run.recipe, 'start': run.start and run.start.recipe, 'command line': settings.flags,
-            'data': os.path.realpath(settings.data_dir)}
-    return json.loads(json.dumps(made, default=str))
+            'data': os.path.realpath(settings.named_data_dir)}
+    record: dict[str, Any] = json.loads(json.dumps(made, default=str))
+    return record
 
 
 def read_record(run: GridRun, output: Path) -> dict[str, Any]:
@@ -84,7 +85,9 @@ def read_record(run: GridRun, output: Path) -> dict[str, Any]:
     path = output / f'{run.name}.json'
     if not path.is_file():
         return {}
-    return read_json(path, 'the record of a run', 'remove it, and the run goes on where it stopped', _is_record)
+    record: dict[str, Any] = read_json(
+        path, 'the record of a run', 'remove it, and the run goes on where it stopped', _is_record)
+    return record
 
 
 def _is_record(record: Any) -> bool:
@@ -112,13 +115,14 @@ def check_runs(
         UserError: Settings that do not go together or that the grid sets itself, a run of this name with others, a
             setting without heads, a split that is not there.
     """
+    data_dir = settings.named_data_dir
     for name in given:
         if name in (*OWN_FLAGS, grid.axis):
             options = TrainSettings.settings()[name].options
             word = next((word for word in settings.flags if word.partition('=')[0] in options), options[-1])
             raise UserError(f"--flags {word}: set by the grid itself; leave it out, or change grid.yaml")
-    if settings.split != 'val' and find_split(Path(settings.data_dir), settings.split) is None:
-        raise no_split(Path(settings.data_dir), settings.split)
+    if settings.split != 'val' and find_split(Path(data_dir), settings.split) is None:
+        raise no_split(Path(data_dir), settings.split)
     for run in grid.runs:
         record = read_record(run, output)
         if record and record['run'] != record_of(run, settings):
@@ -131,7 +135,7 @@ def check_runs(
         write_recipe(run, output)
         try:
             of_run = {
-                'data_dir': settings.data_dir, 'config': str(output / f'{run.name}.yaml'), 'seed': run.seed,
+                'data_dir': data_dir, 'config': str(output / f'{run.name}.yaml'), 'seed': run.seed,
                 'output': str(output), 'experiment': run.name, 'resume': 'auto'}
             found[run.name] = check_phases(build(TrainSettings, {**of_run, **given}))[-1].settings
         except UserError as error:
@@ -155,7 +159,7 @@ def train_runs(grid: Grid, settings: GridSettings, output: Path) -> None:
             bar.write(one_line(line), file=sys.stderr)
 
         jobs = Jobs(
-            [Job(name, recipe_words(run, settings, output), run.start and run.start.name)
+            [Job(name, recipe_words(run, settings, output), None if run.start is None else run.start.name)
              for name, run in runs.items()],
             set(done), settings.jobs, lambda name: output / f'{name}.log', starts, write)
         with closing(jobs.run()) as ended:
@@ -208,7 +212,7 @@ def collect(
         of_run = flags[run.name].data
         split = of_run.val_split if settings.split == 'val' else settings.split
         answers.append(RunPredictions.of(stored_predictions(
-            output / run.name, split, Path(settings.data_dir), device, 0, lambda line: None,
+            output / run.name, split, Path(settings.named_data_dir), device, 0, lambda line: None,
             head_module=of_run.head_module)))
     answers = share(answers, [run.name for run in runs], settings.split, say)
     figures = run_figures(answers)
@@ -219,7 +223,7 @@ def collect(
         raise UserError(
             f"{output}: a head is called '{taken.pop()}', as a column of {RESULTS}; rename it in the CSVs" if taken else
             f'{output}: no head of classes, which alone are compared here; see timm-multilabel compare')
-    words = ['timm-multilabel', 'grid', settings.experiment, settings.data_dir,
+    words = ['timm-multilabel', 'grid', settings.experiment, settings.named_data_dir,
              *(['--output', settings.output] if settings.output else []),
              *(['--jobs', str(settings.jobs)] if settings.jobs > 1 else []),
              *(['--split', settings.split] if settings.split != 'val' else []),
@@ -257,7 +261,7 @@ def read_results(folder: Path, split: str, grid: Grid) -> GridResults:
     Raises:
         UserError: There are none yet, or they are of another grid.yaml.
     """
-    tables = []
+    tables: list[pd.DataFrame] = []
     for name in (RESULTS, DIFFERENCES):
         path = file_of(folder, name, split)
         if not path.is_file():
@@ -271,7 +275,8 @@ def read_results(folder: Path, split: str, grid: Grid) -> GridResults:
                     raise ValueError('no heads')
             elif len(tables[1]) and not tables[1]['head'].isin([MEAN, *heads]).all():
                 raise ValueError('a head that the results have not')
-    return GridResults(grid.title, grid.about, split, grid.axis, grid.settings, *tables, heads)
+    runs, differences = tables
+    return GridResults(grid.title, grid.about, split, grid.axis, grid.settings, runs, differences, heads)
 
 
 def _read_table(path: Path, grid: Grid, of_runs: bool) -> pd.DataFrame:

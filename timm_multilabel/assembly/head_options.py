@@ -5,17 +5,20 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
-from timm_multilabel.config.values import HeadOptions as Options
-from timm_multilabel.config.values import at_least_0
+from timm_multilabel.config.values import HeadOptions, at_least_0
 from timm_multilabel.errors import UserError, listed
 from timm_multilabel.heads import Head, default_kind, options_of
-from timm_multilabel.labels import Labels, LabelSpace, TagSet
+from timm_multilabel.labels import Labels, LabelSpace, Quantity, TagSet
 
 
 class WrittenTags(Protocol):
     """Settings on how tags in one column are written."""
-    tag_separator: str | None
-    none_value: str | None
+
+    @property
+    def tag_separator(self) -> str | None: ...
+
+    @property
+    def none_value(self) -> str | None: ...
 
 
 def dialect(settings: WrittenTags) -> dict[str, str]:
@@ -29,7 +32,7 @@ def is_pattern(text: str) -> bool:
     return '*' in text or '?' in text
 
 
-def match_columns(given: Options, columns: Sequence[str]) -> Options:
+def match_columns(given: HeadOptions, columns: Sequence[str]) -> HeadOptions:
     """What `--head` says, with the matching columns in place of each pattern such as `columns=attr_*`.
 
     `*` matches any letters and `?` any one, unless there is a column of that very name. A column that the head has
@@ -58,7 +61,7 @@ def match_columns(given: Options, columns: Sequence[str]) -> Options:
     return found
 
 
-def expand(given: Options, columns: list[str], heads: list[str] | None) -> Options:
+def expand(given: HeadOptions, columns: list[str], heads: list[str] | None) -> HeadOptions:
     """What '*' says, said of every head that has no options of its own.
 
     Args:
@@ -73,7 +76,7 @@ def expand(given: Options, columns: list[str], heads: list[str] | None) -> Optio
     return named if every is None else {name: dict(every) for name in names if name not in named} | named
 
 
-def check_groups(given: Options, columns: list[str]) -> None:
+def check_groups(given: HeadOptions, columns: list[str]) -> None:
     """Check which columns make groups of tags.
 
     Args:
@@ -98,7 +101,7 @@ def check_groups(given: Options, columns: list[str]) -> None:
             raise UserError(f"--head {name}:columns: there is a column '{name}' too; give the group another name")
 
 
-def readers(given: Options, registry: Mapping[str, type[Head]]) -> dict[str, type[Labels]]:
+def readers(given: HeadOptions, registry: Mapping[str, type[Head]]) -> dict[str, type[Labels]]:
     """The labels that each head reads, where its kind is named.
 
     Raises:
@@ -117,17 +120,17 @@ def readers(given: Options, registry: Mapping[str, type[Head]]) -> dict[str, typ
     return found
 
 
-def groups(given: Options) -> dict[str, tuple[str, ...]]:
+def groups(given: HeadOptions) -> dict[str, tuple[str, ...]]:
     """The 0/1 columns of heads of tags; patterns as they are, unless `match_columns` has replaced them."""
     return {name: tuple(_list(options['columns'])) for name, options in given.items() if 'columns' in options}
 
 
 def resolve(
-        given: Options,
+        given: HeadOptions,
         registry: Mapping[str, type[Head]],
         label_space: LabelSpace,
         targets: list[Any],
-) -> tuple[Options, dict[str, float]]:
+) -> tuple[HeadOptions, dict[str, float]]:
     """The options of heads as `MultiLabelModel` and checkpoints take them, and the weights among them.
 
     Args:
@@ -139,7 +142,8 @@ def resolve(
     Raises:
         UserError: A head or an option that there is none of, or a value that it does not take.
     """
-    resolved, weights = {}, {}
+    resolved: HeadOptions = {}
+    weights: dict[str, float] = {}
     labels = {head.name: (head, target) for head, target in zip(label_space.heads, targets, strict=True)}
     for name, options in given.items():
         if name not in labels:
@@ -193,6 +197,8 @@ def _class_weights(value: Any, kind: type[Head], labels: Labels, target: Any) ->
         return kind.balance(target, labels)
     if not isinstance(value, dict):
         value = dict(part.rpartition(':')[::2] for part in str(value).split('+'))
+    if isinstance(labels, Quantity):
+        raise ValueError('a number has no classes')
     value = {str(name): weight for name, weight in value.items()}
     for name in value:
         if name not in labels.classes:

@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +42,7 @@ class Cost:
 class _Running:
     """A job and its process."""
     job: Job
-    process: subprocess.Popen
+    process: subprocess.Popen[bytes]
     started: float
     cpu_seconds: float = 0.0
 
@@ -75,7 +75,7 @@ class Jobs:
     say: Callable[[str], object]
     running: list[_Running] = field(default_factory=list)
 
-    def run(self) -> Iterator[tuple[str, Cost]]:
+    def run(self) -> Generator[tuple[str, Cost], None, None]:
         """Run them; the name and the cost of each as it ends.
 
         After one that fails no further one starts; those that run are waited for. Where this is stopped, they are told

@@ -1,19 +1,19 @@
 """k-NN accuracy of a checkpoint's features, which needs no trained head: a metric of validate."""
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from timm_multilabel.assembly.evaluation import splits_of_checkpoint
 from timm_multilabel.assembly.splits import read_stored
+from timm_multilabel.cells import BadCell
 from timm_multilabel.config.commands import ValidateSettings
 from timm_multilabel.data.columns import LEFT_OUT, NUMBER, look_at
 from timm_multilabel.errors import UserError, listed, shortened
 from timm_multilabel.inference.loaded import check_finite
 from timm_multilabel.inference.neighbours import knn_predictions
-from timm_multilabel.labels import BadCell, LabelSet, LabelSpace
+from timm_multilabel.labels import LabelSet, LabelSpace
+from timm_multilabel.loading.batches import EvalBatches
 from timm_multilabel.log import Say
 from timm_multilabel.model import MultiLabelModel
 from timm_multilabel.training.checkpoint import Checkpoint
@@ -59,8 +59,8 @@ def with_heads_of_data(
 def knn_figures(
         model: MultiLabelModel,
         label_space: LabelSpace,
-        bank: Iterable[tuple[torch.Tensor, torch.Tensor]],
-        queries: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        bank: EvalBatches,
+        queries: EvalBatches,
         k: int,
         precision: Precision,
         path: Path,
@@ -81,11 +81,11 @@ def knn_figures(
     Raises:
         UserError: Features are not finite.
     """
-    points, targets = _features(model, bank, precision, 'k-NN: train')
-    rows, labels = _features(model, queries, precision, 'k-NN: rows')
+    points, bank_targets = _features(model, bank, precision, 'k-NN: train')
+    rows, query_targets = _features(model, queries, precision, 'k-NN: rows')
     check_finite([points, rows], path)
     heads = [number for number, head in enumerate(label_space.heads) if isinstance(head, LabelSet)]
-    targets, labels = label_space.split(targets), label_space.split(labels)
+    targets, labels = label_space.split(bank_targets), label_space.split(query_targets)
     predictions = knn_predictions(rows, points, [targets[number] for number in heads], k)
     figures = {}
     for number, predicted in zip(heads, predictions):
@@ -98,7 +98,7 @@ def knn_figures(
 
 def _features(
         model: MultiLabelModel,
-        loader: Any,
+        loader: EvalBatches,
         precision: Precision,
         title: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:

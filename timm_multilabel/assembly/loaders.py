@@ -3,29 +3,27 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from timm_multilabel.assembly.data import Data
-from timm_multilabel.assembly.device import loader_workers
-from timm_multilabel.assembly.views import make_mixup, train_views, weak_first
+from timm_multilabel.assembly.device import loader_options
+from timm_multilabel.assembly.views import PhotoViews, make_mixup, scoring_views, train_views, weak_first
 from timm_multilabel.config.train import DataSettings, TrainSettings
 from timm_multilabel.data.images import FilePhotos, Photos
 from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.data.table import Rows
-from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
 from timm_multilabel.labels import missing_row
-from timm_multilabel.loading.batches import BadImages, ImageDataset, Views
+from timm_multilabel.loading.batches import BadImages, EvalBatches, ImageDataset, LeavesOutBad, TrainBatches
 from timm_multilabel.loading.cache import CachedPhotos, open_cache
 from timm_multilabel.loading.device import DeviceDataset, DeviceEvalLoader, DeviceTrainLoader, fits
-from timm_multilabel.loading.loaders import MixedBatches, create_eval_loader, create_train_loader
+from timm_multilabel.loading.loaders import MixedBatches, WatchedLoader, create_eval_loader, create_train_loader
 from timm_multilabel.loading.shared import format_size
 from timm_multilabel.loading.streaming import create_stream_loader
 from timm_multilabel.log import Say
 from timm_multilabel.views.opencv import OpenCVViews
-from timm_multilabel.views.pillow import eval_views
 
 
 @dataclass(frozen=True)
@@ -37,9 +35,20 @@ class Loaders:
         eval: Evaluation batches; None where nothing is scored.
         bad: The bad images that were left out; None where one ends the run.
     """
-    train: Any
-    eval: Any
+    train: TrainBatches
+    eval: EvalBatches | None
     bad: BadImages | None
+
+
+class _TrainOptions(TypedDict):
+    """What the loaders of training share beside `LoaderOptions`."""
+    views: int
+    seed: int
+    steps: int
+    re_prob: float
+    re_mode: str
+    re_count: int
+    re_num_splits: int
 
 
 def create_loaders(
@@ -66,9 +75,9 @@ def create_loaders(
         UserError: A cache that cannot be had.
     """
     of_data, augmentation, run = settings.data, settings.augmentation, settings.run
-    workers, (rank, ranks) = loader_workers(of_data.workers), world()
-    normalised = {'mean': tuple(data_config['mean']), 'std': tuple(data_config['std']), 'rank': rank, 'ranks': ranks}
-    of_train = {
+    options = loader_options(data_config, device, of_data.workers)
+    rank, ranks = options['rank'], options['ranks']
+    of_train: _TrainOptions = {
         'views': views,
         'seed': run.seed,
         'steps': data.steps,
@@ -77,54 +86,53 @@ def create_loaders(
         're_count': augmentation.recount,
         're_num_splits': 2 if views == 2 and weak_first(settings) else 0,  # the first, weak views stay whole
     }
-    streamed = [isinstance(rows, StreamedRows) for rows in (data.train_rows, data.eval_rows)]
-    if of_data.cache and any(streamed):
+    if of_data.cache and any(isinstance(rows, StreamedRows) for rows in (data.train_rows, data.eval_rows)):
         raise UserError(f'--cache {of_data.cache}: shards are streamed, and nothing of them is kept; leave it out')
-    of_stream = {'device': device, 'workers': workers, 'skip_bad': of_data.skip_bad_images, **normalised}
-    photos = _Photos(of_data, workers, device, say, of_data.cache if cache else None)
-    train: Any
-    evaluation: Any = None
+    photos = _Photos(of_data, options['workers'], device, say, of_data.cache if cache else None)
+    labelled_views = train_views(settings, data_config, views, augmentation.weak_first_view)
+    train: TrainBatches
+    evaluation: EvalBatches | None = None
+    datasets: list[LeavesOutBad]
     on_device = None
-    if streamed[0]:
-        train = create_stream_loader(
-            data.train_rows, train_views(settings, data_config, views, augmentation.weak_first_view), data.batch_size,
-            **of_stream, **of_train)
-        datasets = [train.loader.dataset]
+    if isinstance(data.train_rows, StreamedRows):
+        train = streaming = create_stream_loader(
+            data.train_rows, labelled_views, data.batch_size, skip_bad=of_data.skip_bad_images, **options, **of_train)
+        datasets = [streaming.batches]
     else:
-        sets = [(data.train_rows, train_views(settings, data_config, views, augmentation.weak_first_view))]
+        sets = [(data.train_rows, labelled_views)]
         sizes = [data.batch_size]
         if data.pool_rows is not None:
             sets.append((data.pool_rows, train_views(settings, data_config, views, weak_first(settings))))
             sizes.append(data.pool_batch_size)
         evaluated = 0 if data.eval_rows is None else -(-len(data.eval_rows) // ranks)
-        datasets, on_device = photos.datasets(sets, further=evaluated * math.prod(data_config['input_size']))
+        parts, on_device = photos.datasets(sets, further=evaluated * math.prod(data_config['input_size']))
+        datasets = [*parts]
         if on_device is not None:
-            train = DeviceTrainLoader(list(zip(on_device, sizes)), **normalised, **of_train)
+            train = DeviceTrainLoader(
+                list(zip(on_device, sizes)), mean=options['mean'], std=options['std'], rank=rank, ranks=ranks,
+                **of_train)
         else:
-            train = create_train_loader(
-                list(zip(datasets, sizes)), device=device, workers=workers, **normalised, **of_train)
+            train = create_train_loader(list(zip(parts, sizes)), **options, **of_train)
     if augmentation.mixup or augmentation.cutmix:
         mixup = make_mixup(augmentation, sum(data.label_space.sizes))
         train = MixedBatches(train, mixup, data.label_space, run.seed, rank)
     if data.eval_rows is not None:
-        resized = eval_views(
-            tuple(data_config['input_size'][-2:]), data_config['interpolation'], data_config['crop_pct'],
-            data_config['crop_mode'])
-        size = run.validation_batch_size or run.micro_batch or run.batch_size
-        if streamed[1]:
-            evaluation = create_stream_loader(data.eval_rows, resized, size, **of_stream)
-            datasets.append(evaluation.loader.dataset)
+        resized, size = scoring_views(data_config), run.validation_batch_size or run.micro_batch or run.batch_size
+        if isinstance(data.eval_rows, StreamedRows):
+            evaluation = streaming = create_stream_loader(
+                data.eval_rows, resized, size, skip_bad=of_data.skip_bad_images, **options)
+            datasets.append(streaming.batches)
         else:
             kind = None if photos.kind == 'device' else photos.kind
             dataset = ImageDataset(data.eval_rows, photos.open(data.eval_rows, resized, kind), resized)
             if of_data.skip_bad_images:
                 dataset.skip_bad(stand_in=missing_row(data.label_space))
             datasets.append(dataset)
-            evaluation = create_eval_loader(dataset, size, device=device, workers=workers, **normalised)
-            if cache:
-                evaluation.loader.start()
+            evaluation = made = create_eval_loader(dataset, size, **options)
+            if cache and isinstance(made.loader, WatchedLoader):
+                made.loader.start()
         if on_device is not None:
-            evaluation = DeviceEvalLoader(evaluation, normalised['mean'], normalised['std'])
+            evaluation = DeviceEvalLoader(evaluation, options['mean'], options['std'])
     return Loaders(train, evaluation, BadImages(datasets) if of_data.skip_bad_images else None)
 
 
@@ -137,7 +145,7 @@ class _Photos:
     say: Say
     kind: str | None
 
-    def open(self, rows: Rows, views: Views, kind: str | None) -> Photos:
+    def open(self, rows: Rows, views: PhotoViews, kind: str | None) -> Photos:
         """The photos of rows."""
         files = FilePhotos(rows)
         if kind is None:
@@ -148,9 +156,9 @@ class _Photos:
 
     def datasets(
             self,
-            sets: Sequence[tuple[Rows, Views]],
+            sets: Sequence[tuple[Rows, PhotoViews]],
             further: int,
-    ) -> tuple[list[Any], list[DeviceDataset] | None]:
+    ) -> tuple[list[ImageDataset], list[DeviceDataset] | None]:
         """The datasets of training, and those on the device, if they are there.
 
         Args:
@@ -158,14 +166,16 @@ class _Photos:
             further: Bytes that the device must hold beside them.
         """
         photos = [self.open(rows, views, 'ram' if self.kind == 'device' else self.kind) for rows, views in sets]
+        cached = [each for each in photos if isinstance(each, CachedPhotos)]
+        fast = [views for _, views in sets if isinstance(views, OpenCVViews)]
         on_device = None
-        if self.kind == 'device' and all(isinstance(each, CachedPhotos) for each in photos):
-            on_device = self._copy(photos, [views for _, views in sets], further)
+        if self.kind == 'device' and len(cached) == len(fast) == len(sets):
+            on_device = self._copy(cached, fast, further)
         datasets = [ImageDataset(rows, each, views) for (rows, views), each in zip(sets, photos)]
         if self.settings.skip_bad_images:
             for dataset in datasets:
                 dataset.skip_bad()
-                if isinstance(dataset.photos, CachedPhotos):
+                if isinstance(dataset.photos, CachedPhotos) and dataset.bad is not None:
                     dataset.bad |= torch.from_numpy(dataset.photos.contents.bad)
                     # On the device, the memory of the copy on the host is given back.
                     dataset.photos = dataset.photos if on_device is None else dataset.photos.files

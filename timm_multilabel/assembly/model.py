@@ -7,7 +7,7 @@ from timm.data import resolve_data_config
 from timm_multilabel.assembly.data import Data
 from timm_multilabel.compat import BatchNorm
 from timm_multilabel.config.train import TrainSettings
-from timm_multilabel.config.values import HeadOptions as Options
+from timm_multilabel.config.values import HeadOptions
 from timm_multilabel.errors import UserError
 from timm_multilabel.log import Say
 from timm_multilabel.model import MultiLabelModel, create_backbone
@@ -18,7 +18,7 @@ from timm_multilabel.training.checkpoint_checks import is_data_config
 def create_model(
         settings: TrainSettings,
         data: Data,
-        options: Options,
+        options: HeadOptions,
         fresh: bool,
         say: Say,
 ) -> tuple[MultiLabelModel, dict[str, Any]]:
@@ -48,14 +48,16 @@ def create_model(
     )
     if wanted.grad_checkpointing:
         try:
-            backbone.set_grad_checkpointing(enable=True)
+            switch = backbone.set_grad_checkpointing
+            assert callable(switch)  # as timm's models have it
+            switch(enable=True)
         except (AttributeError, AssertionError) as error:
             raise UserError(f'--grad-checkpointing: {wanted.model} has none') from error
+    for name, numbers in (('mean', wanted.mean), ('std', wanted.std)):
+        if numbers and len(numbers) not in (1, 3):
+            raise UserError(f'--{name} takes 1 or 3 numbers, not {len(numbers)}')
     wishes = {'mean': wanted.mean, 'std': wanted.std, 'interpolation': settings.augmentation.interpolation,
               'crop_pct': settings.augmentation.crop_pct}
-    for name in ('mean', 'std'):
-        if wishes[name] and len(wishes[name]) not in (1, 3):
-            raise UserError(f'--{name} takes 1 or 3 numbers, not {len(wishes[name])}')
     data_config = resolve_data_config({**size, **wishes}, model=backbone)
     for name in ('input_size', 'mean', 'std'):
         data_config[name] = list(data_config[name])  # as YAML and checkpoints hold it

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.utils import random_seed
@@ -81,7 +82,7 @@ class BuiltPhase:
     length: RunLength
     loaders: Loaders
     metric: str
-    data_config: dict[str, object]
+    data_config: dict[str, Any]
     start: TrainingProgress
 
 
@@ -148,8 +149,8 @@ def _build(
     for name, head in model.named_heads.items():
         if head.remark:
             say(f"head '{name}': {head.remark}")
-    check_terms(settings, model.heads)
-    metric = check_metric(settings, data, model.heads, weights, say)
+    check_terms(settings, model.named_heads.values())
+    metric = check_metric(settings, data, model.named_heads.values(), weights, say)
     task = create_task(settings, model, data, data_config, weights, precision.device)
     task.metadata['eval_metric'] = metric
     if start is not None:
@@ -220,7 +221,7 @@ def train_phase(
     prepared, task = built.prepared, built.task
     settings, data, device, ranks = prepared.settings, prepared.data, prepared.precision.device, world()[1]
     if ranks > 1:
-        task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
+        task.prepare_distributed(device_ids=[device.index] if device.type == 'cuda' else None)
     title = f'Phase {prepared.name}: ' if prepared.name else ''
     title += f'{settings.backbone.model}, {built.length}, heads: '
     heads = list(map(str, data.label_space.heads)) or ['no heads']

@@ -5,6 +5,7 @@ from timm_multilabel.config.train import DataSettings, TrainSettings
 from timm_multilabel.data.pool import join_rows, real_paths, rows_of_folder, rows_of_table, without_images
 from timm_multilabel.data.shards import Shards
 from timm_multilabel.data.split_names import find_split, split_path
+from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.data.table import Rows, Table, find_images, read_table
 from timm_multilabel.errors import UserError
 from timm_multilabel.labels import LabelSpace
@@ -50,9 +51,14 @@ def find_pool(
     return pool
 
 
-def with_unlabelled(settings: TrainSettings, rows: Rows, label_space: LabelSpace, say: Say) -> Rows:
+def with_unlabelled(
+        settings: TrainSettings,
+        rows: Rows | StreamedRows,
+        label_space: LabelSpace,
+        say: Say,
+) -> Rows | StreamedRows:
     """Rows, and those that `--unlabelled` names; for SimCLR alone, where all images are one set."""
-    if not settings.pool.unlabelled:
+    if not settings.pool.unlabelled or isinstance(rows, StreamedRows):
         return rows
     unlabelled = _read_unlabelled(settings.data, settings.pool.unlabelled, label_space, say)
     return join_rows([rows, _leave_out(unlabelled, _scored(settings, say), say)], label_space)

@@ -32,7 +32,9 @@ def find_checkpoint(
         UserError: There is none, or it is not whole.
     """
     restarted = any(all_objects(int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))))  # a machine may have joined
-    path, lines, wrong = None, [], None
+    path: Path | None = None
+    lines: list[str] = []
+    wrong: str | None = None
     if world()[0] == 0:
         try:
             path, lines = choose_checkpoint(run, restarted, launchers, lock)
@@ -104,7 +106,8 @@ def find_phase(checkpoint: Checkpoint, names: list[str]) -> int:
         raise UserError(
             f'{checkpoint.path}: a checkpoint of {described[0]}, and this is {described[1]}; resume with what it was '
             'trained with (-c args.yaml of its run folder)')
-    return checkpoint.state.get('phase', 0)
+    phase: int = checkpoint.state.get('phase', 0)
+    return phase
 
 
 def find_folder(

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from timm_multilabel.assembly import head_options
+from timm_multilabel.config.values import HeadOptions
 from timm_multilabel.data.shards import Shards, find_library
 from timm_multilabel.data.split_names import find_split, no_split
 from timm_multilabel.data.streams import Stored, StreamedTable, read_labels, table_of_labels, table_without_labels
@@ -43,7 +44,8 @@ class Splits:
     ):
         self.stored, self.label_space, self.say = stored, label_space, say
         self.image_column, self.separator, self.missing_value = image_column, separator, missing_value
-        self.columns, self.counted = columns, {}
+        self.columns = columns
+        self.counted: dict[str, int] = {}
 
     def read(self, name: str, spare: bool = True) -> Table:
         """Read the CSV of a split, or else the labels of its shards; see `find_split`.
@@ -86,7 +88,8 @@ class Splits:
 
 def read_stored(folder: Path) -> Stored:
     """What the JSON files of a data directory say to the first rank, so that all ranks make a pass, or none does."""
-    return replace(all_objects(Stored.load(folder))[0], folder=folder)
+    first: Stored = all_objects(Stored.load(folder))[0]
+    return replace(first, folder=folder)
 
 
 def split_of_run(
@@ -121,7 +124,7 @@ def _pass_over_labels(shards: Shards) -> StreamedTable:
 
 def stored_heads(
         stored: Stored,
-        given: head_options.Options,
+        given: HeadOptions,
         heads: list[str] | None,
         registry: Mapping[str, type[Head]],
         dialect: Mapping[str, str],

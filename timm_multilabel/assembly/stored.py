@@ -16,7 +16,7 @@ from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import UserError
 from timm_multilabel.heads import load_registry
 from timm_multilabel.inference.predictions import Predictions, check_size, predict_rows
-from timm_multilabel.loading.batches import BadImages
+from timm_multilabel.loading.batches import BadImages, ImageDataset
 from timm_multilabel.log import Say
 from timm_multilabel.training.checkpoint import Checkpoint, load_model, read_checkpoint
 from timm_multilabel.training.progress_bar import ProgressBar
@@ -126,9 +126,10 @@ def _predict(
     with ProgressBar(f'Predict {rows.source.name}', len(loader), visible=True) as progress:
         made = predict_rows(model, loader, rows, choose_precision(device, False, None, False), progress,
                             checkpoint.path)
-    if dataset.bad is None or not dataset.bad.any():
+    news = BadImages([dataset]).news()
+    if news is None or not isinstance(dataset, ImageDataset) or dataset.bad is None:
         return made
-    say(BadImages([dataset]).news())
+    say(news)
     good = ~dataset.bad.numpy()
     return replace(
         made, outputs={name: values[good] for name, values in made.outputs.items()},

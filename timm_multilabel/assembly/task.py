@@ -30,7 +30,9 @@ def create_task(
         model = convert_sync_batchnorm(model)
     _check_micro_batch(settings, model, data)
     arch, model_kwargs = plain_model(backbone.model, backbone.model_kwargs)
-    model.to(device=device, memory_format=torch.channels_last if backbone.channels_last else torch.preserve_format)
+    model.to(device)
+    if backbone.channels_last:
+        model.to(memory_format=torch.channels_last)
     return JointTask(
         model,
         simclr_weight=objective.simclr_loss_weight,

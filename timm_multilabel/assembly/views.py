@@ -1,19 +1,29 @@
 """From settings to the views that training makes of an image."""
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypedDict
 
 from timm.data import Mixup
 
 from timm_multilabel.config.train import AugmentationSettings, TrainSettings
 from timm_multilabel.errors import UserError
-from timm_multilabel.loading.batches import Views
 from timm_multilabel.views.opencv import OpenCVViews
-from timm_multilabel.views.pillow import PillowViews, exact_transform, timm_transform
+from timm_multilabel.views.pillow import PillowViews, Transform, eval_views, exact_transform, timm_transform
 from timm_multilabel.views.recipe import ViewRecipe, weak_recipe
 
-SIMCLR_VIEWS = {'scale': (0.2, 1.0), 'jitter': (0.4, 0.4, 0.4, 0.1), 'grayscale_prob': 0.1}
+PhotoViews = OpenCVViews | PillowViews
+"""What makes the views of images."""
+
+SIMCLR_SCALE, SIMCLR_JITTER, SIMCLR_GRAYSCALE_PROB = [0.2, 1.0], [0.4, 0.4, 0.4, 0.1], 0.1
 """What `--views simclr` has unless flags say otherwise: half of what SimCLR's own recipe does to colors, which at full
 strength takes them from the heads (experiments/views)."""
+
+
+class _Placing(TypedDict):
+    """What all recipes share: where and how a view lies in its image."""
+    size: tuple[int, int]
+    hflip: float
+    vflip: float
+    interpolation: str
 
 
 def which_views(settings: TrainSettings) -> str:
@@ -29,32 +39,45 @@ def weak_first(settings: TrainSettings) -> bool:
 
 def view_recipe(views: AugmentationSettings, data_config: dict[str, Any]) -> ViewRecipe:
     """SimCLR's recipe at half its strength, with what the flags say otherwise."""
-    jitter = views.color_jitter
-    wishes = {
-        'scale': views.scale and tuple(views.scale),
-        'jitter': jitter and tuple((3 * jitter if len(jitter) == 1 else jitter) + [0.0])[:4],
-        'jitter_prob': views.color_jitter_prob,
-        'grayscale_prob': views.grayscale_prob,
-        'blur_prob': views.gaussian_blur_prob,
-    }
+    jitter = views.color_jitter or SIMCLR_JITTER
+    brightness, contrast, saturation, *hue = 3 * jitter if len(jitter) == 1 else jitter
     return ViewRecipe(
         **_placing(views, data_config, 'bilinear'),
-        ratio=tuple(views.ratio),
+        scale=_pair(views.scale or SIMCLR_SCALE),
+        ratio=_pair(views.ratio),
         rotation=views.rotation,
-        **{**SIMCLR_VIEWS, **{name: wish for name, wish in wishes.items() if wish is not None}},
+        jitter=(brightness, contrast, saturation, hue[0] if hue else 0.0),
+        jitter_prob=_chosen(views.color_jitter_prob, ViewRecipe.jitter_prob),
+        grayscale_prob=_chosen(views.grayscale_prob, SIMCLR_GRAYSCALE_PROB),
+        blur_prob=_chosen(views.gaussian_blur_prob, ViewRecipe.blur_prob),
     )
 
 
-def _placing(views: AugmentationSettings, data_config: dict[str, Any], interpolation: str) -> dict[str, Any]:
+def _pair(numbers: Sequence[float]) -> tuple[float, float]:
+    least, most = numbers
+    return least, most
+
+
+def _chosen(wish: float | None, usual: float) -> float:
+    return usual if wish is None else wish
+
+
+def _placing(views: AugmentationSettings, data_config: dict[str, Any], interpolation: str) -> _Placing:
+    height, width = data_config['input_size'][-2:]
     return {
-        'size': tuple(data_config['input_size'][-2:]),
+        'size': (height, width),
         'hflip': views.hflip,
         'vflip': views.vflip,
         'interpolation': views.train_interpolation or interpolation,
     }
 
 
-def train_views(settings: TrainSettings, data_config: dict[str, Any], count: int, weak_first: bool = False) -> Views:
+def train_views(
+        settings: TrainSettings,
+        data_config: dict[str, Any],
+        count: int,
+        weak_first: bool = False,
+) -> PhotoViews:
     """What makes the training views of an image.
 
     Args:
@@ -68,12 +91,19 @@ def train_views(settings: TrainSettings, data_config: dict[str, Any], count: int
     if kind == 'simclr':
         strong = view_recipe(views, data_config)
         return OpenCVViews([weak if weak_first else strong] + [strong] * (count - 1))
-    strong = (_timm_transform(views, data_config) if kind == 'timm' else
-              exact_transform(view_recipe(views, data_config)))
-    return PillowViews([exact_transform(weak) if weak_first else strong] + [strong] * (count - 1), weak.size)
+    transform = (_timm_transform(views, data_config) if kind == 'timm' else
+                 exact_transform(view_recipe(views, data_config)))
+    return PillowViews([exact_transform(weak) if weak_first else transform] + [transform] * (count - 1), weak.size)
 
 
-def _timm_transform(views: AugmentationSettings, data_config: dict[str, Any]) -> Callable[[Any], Any]:
+def scoring_views(data_config: dict[str, Any]) -> PillowViews:
+    """What resizes and crops images in evaluation, as timm's data config says."""
+    height, width = data_config['input_size'][-2:]
+    return eval_views(
+        (height, width), data_config['interpolation'], data_config['crop_pct'], data_config['crop_mode'])
+
+
+def _timm_transform(views: AugmentationSettings, data_config: dict[str, Any]) -> Transform:
     jitter = views.color_jitter or [0.4]
     try:
         return timm_transform(

@@ -72,7 +72,7 @@ def _extremes(counts: dict[str, int]) -> list[str]:
     """The rarest and the most frequent label, the latter with its share."""
     if not counts:
         return ['', '']
-    rarest, frequent = min(counts, key=counts.get), max(counts, key=counts.get)
+    rarest, frequent = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
     share = 100 * counts[frequent] / max(1, sum(counts.values()))
     return [f'{shortened(rarest)} {counts[rarest]}', f'{shortened(frequent)} {counts[frequent]} ({share:.1f} %)']
 

@@ -25,7 +25,7 @@ from timm_multilabel.training.signals import LAUNCHER_ENDS, SAME, SAVED, SAVED_F
 class Forward:
     """Passes signals on to the training processes. `received` are those that came."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: list[int] = []
         self.since = 0.0
 
@@ -88,7 +88,7 @@ def meet_by_files(args: argparse.Namespace, folder: Path) -> None:
     os.environ[STORE] = str(folder / 'processes')
 
 
-def launch(args, forward: Forward) -> int:
+def launch(args: argparse.Namespace, forward: Forward) -> int:
     """Run torchrun; the exit status."""
     try:
         run(args)

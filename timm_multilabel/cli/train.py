@@ -2,7 +2,8 @@
 import os
 import shlex
 
-from timm_multilabel.api.train import TrainingRun, run_training
+from timm_multilabel.api.train import run_training
+from timm_multilabel.api.training_run import TrainingRun
 from timm_multilabel.cli.output import say
 from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.training.signals import LAUNCHER_ENDS, Stopped, StopSignals
@@ -16,7 +17,7 @@ def run(settings: TrainSettings) -> None:
         finished = run_training(settings, signals)
     if finished is None:
         return
-    if finished.best is not None:
+    if finished.best is not None and finished.best_epoch is not None:
         say(f'Best {finished.metric}: {finished.best:.4g} in epoch {finished.best_epoch + 1}, '
             f'{finished.best_checkpoint}')
     say(f'Next: timm-multilabel {shlex.join(next_command(settings, finished))}')

@@ -8,6 +8,7 @@ from timm_multilabel.config import shared
 from timm_multilabel.config.settings import REMAINDER, Settings, required, setting, switch
 from timm_multilabel.config.train import DataSettings
 from timm_multilabel.config.values import HeadOptions, at_least_0, count, head_and_column, number, positive, threshold
+from timm_multilabel.errors import UserError
 
 AMP_TYPES = ('float16', 'bfloat16')
 SHARD_FORMATS = ('webdataset', 'parquet')
@@ -219,6 +220,17 @@ class GridSettings(Settings):
     flags: list[str] = setting(
         [], 'all that follow are flags of training, for all runs: --flags --cache ram -j 2', nargs=REMAINDER,
         metavar='...')
+
+    @property
+    def named_data_dir(self) -> str:
+        """The data directory, which everything but `tables` needs.
+
+        Raises:
+            UserError: None is named.
+        """
+        if self.data_dir is None:
+            raise UserError('name the data directory too')
+        return self.data_dir
 
 
 @dataclass(frozen=True)

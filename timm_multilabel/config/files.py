@@ -83,7 +83,7 @@ def build(cls: type[S], given: Mapping[str, Any]) -> S:
     made = cls.of(values)
     if recipe is None or not isinstance(made, TrainSettings):
         return made
-    return made.replace(phases=_phases(recipe, content, given, str(path)))  # type: ignore[return-value]
+    return made.replace(phases=_phases(recipe, content, given, str(path)))
 
 
 def _phases(recipe: Any, content: Mapping[Any, Any], given: Mapping[str, Any], path: str) -> tuple[Phase, ...]:

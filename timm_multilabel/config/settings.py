@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import PurePath
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -18,6 +17,7 @@ from timm_multilabel.errors import SettingError
 
 Words = Sequence[str]
 S = TypeVar('S', bound='Settings')
+T = TypeVar('T')
 
 REMAINDER = '...'
 """As `nargs`: all words that follow, whatever they look like."""
@@ -216,7 +216,19 @@ class Settings:
         return {name: value for name, value in self._flat() if value != known[name].default}
 
 
-@cache
+def _once_a_class(find: Callable[[type[Settings]], T]) -> Callable[[type[Settings]], T]:
+    """Find something of each class once."""
+    found: dict[type[Settings], T] = {}
+
+    def find_once(cls: type[Settings]) -> T:
+        if cls not in found:
+            found[cls] = find(cls)
+        return found[cls]
+
+    return find_once
+
+
+@_once_a_class
 def _groups(cls: type[Settings]) -> Sequence[tuple[str | None, Mapping[str, Setting]]]:
     found: list[tuple[str | None, Mapping[str, Setting]]] = []
     own: dict[str, Setting] = {}
@@ -229,10 +241,10 @@ def _groups(cls: type[Settings]) -> Sequence[tuple[str | None, Mapping[str, Sett
     return [*([(None, own)] if own else []), *found]
 
 
-@cache
+@_once_a_class
 def _by_spelling(cls: type[Settings]) -> Mapping[str, Setting]:
     """Settings by each name that a YAML file may use: that of the setting, and those of its flags."""
-    found = {}
+    found: dict[str, Setting] = {}
     for made in cls.settings().values():
         for flag in (made.name, *made.options, *made.hidden_flags):
             found[flag.lstrip('-').replace('-', '_')] = made
@@ -283,7 +295,8 @@ def put(values: dict[str, Any], made: Setting, value: Any) -> None:
 
 def layered(cls: type[Settings], *layers: Mapping[str, Any]) -> dict[str, Any]:
     """Checked values of several layers, later ones over earlier ones."""
-    known, found = cls.settings(), {}
+    known = cls.settings()
+    found: dict[str, Any] = {}
     for layer in layers:
         for name, value in layer.items():
             put(found, known[name], value)

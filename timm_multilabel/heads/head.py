@@ -19,7 +19,7 @@ class Head(nn.Module):
 
     kind = ''
     """Its name in `--head COLUMN:loss=NAME`."""
-    reads: type = LabelSet
+    reads: type[Labels] = LabelSet
     """The type of labels it learns: `LabelSet`, `TagSet` or `Quantity`."""
     figures: tuple[str, ...] = ()
     """The names of what `metrics` gives; the first ranks checkpoints: a percentage, higher is better."""

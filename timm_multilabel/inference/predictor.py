@@ -93,8 +93,18 @@ class Predictor:
         Raises:
             UserError: An image cannot be read.
         """
-        alone = isinstance(images, ImageLike)
-        photos = _Given([images] if isinstance(images, ImageLike) else images)
+        if isinstance(images, ImageLike):
+            return self.of_list([images], top_k, threshold)[0]
+        return self.of_list(images, top_k, threshold)
+
+    def of_list(
+            self,
+            images: Sequence[ImageLike],
+            top_k: int = 1,
+            threshold: float | Thresholds | None = None,
+    ) -> list[dict[str, list[Guess]]]:
+        """What the heads make of each image of a list; see `__call__`."""
+        photos = _Given(images)
         thresholds: Thresholds
         if isinstance(threshold, Mapping):
             thresholds = threshold
@@ -104,8 +114,7 @@ class Predictor:
         if top_k < 1:
             raise UserError(f'top_k is {top_k}, expected 1 or more')
         part = self.loaded.part(photos.rows(self.label_space), photos)
-        guesses = [answer.guesses for answers in self.answer(part, _BATCH, 0, top_k, thresholds) for answer in answers]
-        return guesses[0] if alone else guesses
+        return [answer.guesses for answers in self.answer(part, _BATCH, 0, top_k, thresholds) for answer in answers]
 
     def answer(
             self,

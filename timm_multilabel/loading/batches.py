@@ -162,6 +162,13 @@ def empty_batch(shape: tuple[int, ...]) -> torch.Tensor:
     return shared_bytes(shape)
 
 
+class LeavesOutBad(Protocol):
+    """A data set that leaves out bad images."""
+
+    def bad_names(self) -> list[str]:
+        """The bad images, as messages name them: all found so far, or those since the last call."""
+
+
 class BadImages:
     """The images that turned out bad and were left out, over all ranks.
 
@@ -169,7 +176,7 @@ class BadImages:
         parts: The data sets that leave them out.
     """
 
-    def __init__(self, parts: Sequence[ImageDataset]):
+    def __init__(self, parts: Sequence[LeavesOutBad]):
         self.parts = list(parts)
         self.known: set[str] = set()
 
