@@ -66,7 +66,7 @@ def run_training(settings: TrainSettings, signals: StopSignals | None = None) ->
     """Train as settings say, in this process and perhaps in others that run the same.
 
     Args:
-        settings: Of the run.
+        settings: Of the whole run, with its phases.
         signals: What may tell it to stop.
 
     Returns:

@@ -96,7 +96,7 @@ def loader_options(data_config: dict[str, Any], device: torch.device, workers: i
     """The options of loaders for images as timm's data config has them.
 
     Args:
-        data_config: timm's.
+        data_config: timm's, with mean and standard deviation.
         device: Where the batches go.
         workers: Loader processes that are asked for.
     """

@@ -33,7 +33,7 @@ def splits_of_checkpoint(
     Args:
         stored: What the JSON files of the data directory say.
         known: The heads, where they need no pass over the labels.
-        checkpoint: Of the run.
+        checkpoint: It knows the columns and the separator of its run.
         say: Tells a line.
         image_column: The column of the image paths, where it is another than in training, as the next two.
         separator: The character between cells.

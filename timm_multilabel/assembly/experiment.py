@@ -99,7 +99,7 @@ def _is_record(record: Any) -> bool:
 
 
 def write_record(run: GridRun, output: Path, record: Mapping[str, Any]) -> None:
-    """Note it."""
+    """Write what is noted of a run, which `read_record` reads."""
     write_atomic(output / f'{run.name}.json', json.dumps(record, indent=1, ensure_ascii=False))
 
 

@@ -29,7 +29,7 @@ def first_views(
     Of a run with phases they are of the last phase with SimCLR, or else of the last one.
 
     Args:
-        settings: Of the run.
+        settings: Of the whole run, with its phases.
         run: Its folder.
         data_dir: The data directory; that of the run when None.
         data_config: Of the run's best checkpoint.

@@ -64,8 +64,8 @@ def create_loaders(
 
     Args:
         settings: Of the run, or of a phase.
-        data: The rows.
-        data_config: timm's.
+        data: Rows of training and evaluation, and the sizes of batches.
+        data_config: Input size, normalisation and resizing, as timm names them.
         views: Training views of an image.
         device: Where the batches go.
         say: Tells a line.

@@ -26,7 +26,7 @@ def create_model(
 
     Args:
         settings: Of the run, or of a phase.
-        data: The rows.
+        data: The heads, and how many images a batch has.
         options: Options of the heads.
         fresh: Load pretrained weights as asked for; not where a checkpoint or an earlier phase brings its own.
         say: Tells a line.

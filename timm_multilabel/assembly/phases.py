@@ -73,7 +73,7 @@ class BuiltPhase:
         length: The epochs to train.
         loaders: Its batches.
         metric: What ranks its checkpoints.
-        data_config: timm's.
+        data_config: Input size, normalisation and resizing, as timm names them.
         start: Where training goes on.
     """
     prepared: PreparedPhase

@@ -120,7 +120,7 @@ def find_folder(
     """The run folder: that of the checkpoint to resume from, or a new one.
 
     Args:
-        settings: Of the run.
+        settings: They name the output folder, the experiment and the model.
         side: Pixels of a side of its images, for the name of a new folder.
         checkpoint: What it goes on from.
         names: Its phases.
