@@ -1,7 +1,8 @@
 """A timm backbone with a head for each label, and the projector."""
 import difflib
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -162,14 +163,14 @@ def create_backbone(
     kwargs = dict(model_kwargs or {}, num_classes=0)
     if drop_path is not None:
         kwargs['drop_path_rate'] = drop_path
-    if (pretrained and not pretrained_path) or name.startswith('hf-hub:'):
-        _go_offline_if_cut_off()
+    asks_hub = pretrained and not pretrained_path or name.startswith('hf-hub:')
     try:
-        kwargs = resolve_model_input_args(name, input_size, **kwargs)
-        if pretrained_path:
-            backbone = create_from_file(kwargs, pretrained_path, say)
-        else:
-            backbone = timm.create_model(**kwargs, pretrained=pretrained)
+        with _offline_if_cut_off() if asks_hub else nullcontext():
+            kwargs = resolve_model_input_args(name, input_size, **kwargs)
+            if pretrained_path:
+                backbone = create_from_file(kwargs, pretrained_path, say)
+            else:
+                backbone = timm.create_model(**kwargs, pretrained=pretrained)
     except UserError:
         raise
     except Exception as error:  # timm, its models, safetensors and the hub each raise their own kind
@@ -199,11 +200,20 @@ def _explain(error: Exception, name: str, pretrained: bool, pretrained_path: str
     return error
 
 
-def _go_offline_if_cut_off() -> None:
-    """Where the hub's host is unknown, let the hub answer from its cache at once and not after a minute of retries."""
-    host = urlsplit(huggingface_hub.constants.ENDPOINT).hostname
+@contextmanager
+def _offline_if_cut_off() -> Iterator[None]:
+    """Within it, where the hub's host is unknown, the hub answers from its cache at once, not after a minute of tries.
+
+    The hub knows this as a constant of its module alone, which afterwards is what it was.
+    """
+    constants, before = huggingface_hub.constants, huggingface_hub.constants.HF_HUB_OFFLINE
+    host = urlsplit(constants.ENDPOINT).hostname
     try:
         if not getproxies():
             socket.getaddrinfo(host, 443)
     except OSError:
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
