@@ -13,6 +13,7 @@ import torch
 from timm.models import resolve_model_input_args
 from torch import nn
 
+from timm_multilabel.config.train import ObjectiveSettings
 from timm_multilabel.errors import UserError
 from timm_multilabel.heads import REGISTRY, Head, create_head, resolve_options
 from timm_multilabel.labels import LabelSet, LabelSpace
@@ -55,10 +56,10 @@ class MultiLabelModel(nn.Module):
             backbone: nn.Module,
             label_space: LabelSpace,
             drop: float = 0.0,
-            smoothing: float = 0.1,
+            smoothing: float = ObjectiveSettings.smoothing,
             head_options: Mapping[str, Mapping[str, Any]] | None = None,
             registry: Mapping[str, type[Head]] = REGISTRY,
-            projection_dim: int = 64,
+            projection_dim: int = ObjectiveSettings.projection_dim,
     ):
         super().__init__()
         self.backbone = backbone

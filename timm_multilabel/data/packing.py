@@ -6,8 +6,6 @@ from timm_multilabel.data.shards import find_library
 from timm_multilabel.data.table import Table, find_images
 from timm_multilabel.files import atomic_write
 
-FORMATS = ('webdataset', 'parquet')
-
 
 def check_packing(kind: str) -> None:
     """Raise UserError where the library of a format is missing."""
@@ -21,7 +19,7 @@ def pack(table: Table, folder: Path, name: str, kind: str, size: int = 1000) -> 
         table: The rows, whose images must be on disk.
         folder: Where the shards go.
         name: The split, with which the names of the shards begin.
-        kind: One of `FORMATS`.
+        kind: One of `SHARD_FORMATS`.
         size: Rows of a shard; the last one may have fewer.
 
     Raises:

@@ -10,6 +10,7 @@ import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from timm_multilabel.config.commands import SampleSettings
 from timm_multilabel.data.packing import check_packing, pack
 from timm_multilabel.data.streams import Stored
 from timm_multilabel.data.table import read_table
@@ -41,13 +42,13 @@ OVERSAMPLING = 2  # drawn larger, then averaged: smooth edges
 def write_sample(
         directory: str | Path,
         *,
-        train: int = 2400,
-        val: int = 400,
-        test: int = 400,
-        unlabelled: int = 1200,
-        size: int = 64,
-        seed: int = 0,
-        kind: str = 'csv',
+        train: int = SampleSettings.train,
+        val: int = SampleSettings.val,
+        test: int = SampleSettings.test,
+        unlabelled: int = SampleSettings.unlabelled,
+        size: int = SampleSettings.size,
+        seed: int = SampleSettings.seed,
+        kind: str = SampleSettings.format,
         force: bool = False,
 ) -> None:
     """Draw images/, train.csv, val.csv, test.csv, unlabelled.csv and preview.png into a folder; or shards and preview.

@@ -11,6 +11,7 @@ from timm.utils import NativeScaler, distribute_bn
 from torch import nn
 from tqdm.utils import disp_len
 
+from timm_multilabel.config.train import RunSettings
 from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import UserError, abbreviated
 from timm_multilabel.heads import Head
@@ -127,7 +128,7 @@ class Trainer:
     trackers: Trackers | None = None
     saver: WholeSaver | None = None
     bad_images: BadImages | None = None
-    log_interval: int = 50
+    log_interval: int = RunSettings.log_interval
     save_interval: int | None = None
     signals: StopSignals | None = None
     task: JointTask = field(init=False)
