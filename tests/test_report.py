@@ -28,18 +28,16 @@ from timm_multilabel.heads import NumericHead, TagsHead
 from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.labels import LabelSet, LabelSpace, Quantity, TagSet
 from timm_multilabel.metrics import class_metrics
+from timm_multilabel.reports.bootstrap import bootstrap, resample, wilson
 from timm_multilabel.reports.calibration import head_reliability, reliability
 from timm_multilabel.reports.embedding_map import COLORS, color_points, place_points
 from timm_multilabel.reports.head_section import head_section, mean_row
 from timm_multilabel.reports.intervals import (
     average_precision,
-    bootstrap,
     class_figures,
     head_figures,
     number_figures,
-    resample,
     tag_figures,
-    wilson,
 )
 from timm_multilabel.reports.mistakes import confused_pairs, worst_mistakes
 
@@ -78,7 +76,7 @@ def test_resamples_are_draws_with_replacement_and_the_same_each_time():
 
 def test_parts_of_resamples_do_not_matter(monkeypatch):
     whole = np.concatenate(list(resample(20, resamples=30)))
-    monkeypatch.setattr('timm_multilabel.reports.intervals._CELLS', 100)
+    monkeypatch.setattr('timm_multilabel.reports.bootstrap._CELLS', 100)
     assert np.array_equal(whole, np.concatenate(list(resample(20, resamples=30))))
 
 

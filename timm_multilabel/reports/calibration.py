@@ -5,7 +5,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from timm_multilabel.labels import MISSING, Labels, LabelSet, TagSet
-from timm_multilabel.reports.intervals import wilson
+from timm_multilabel.reports.bootstrap import wilson
 
 BINS = 15
 

@@ -10,9 +10,10 @@ from timm_multilabel.errors import shortened
 from timm_multilabel.heads.tags import tag_metrics
 from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.labels import MISSING, Labels, LabelSet, TagSet
+from timm_multilabel.reports.bootstrap import METRIC_RESAMPLES, bootstrap
 from timm_multilabel.reports.calibration import Reliability, head_reliability
 from timm_multilabel.reports.confusion import READABLE, draw_confusion
-from timm_multilabel.reports.intervals import RESAMPLES, Figure, bootstrap, head_figures, mean_accuracy
+from timm_multilabel.reports.intervals import Figure, head_figures, mean_accuracy
 from timm_multilabel.reports.mistakes import confused_pairs, listed, worst_mistakes
 from timm_multilabel.reports.pictures import Thumbnail, figure_uri, reliability_figure
 
@@ -156,7 +157,7 @@ def _figure_row(figure: Figure) -> tuple[str, str, str, str]:
     if math.isnan(figure.value):
         return NAMES[figure.name], 'none', '', ''
     return (NAMES[figure.name], text(figure.value) + unit, f'{text(figure.low)} to {text(figure.high)}{unit}',
-            figure.method if figure.method == 'Wilson' else f'bootstrap of {RESAMPLES:,}')
+            figure.method if figure.method == 'Wilson' else f'bootstrap of {METRIC_RESAMPLES:,}')
 
 
 def _tag_rows(labels: Labels, target: np.ndarray, output: np.ndarray) -> list[tuple[str, ...]]:

@@ -1,16 +1,13 @@
-"""Figures of a head with confidence intervals: Wilson's of accuracies, the bootstrap over images of all others."""
+"""Metrics of a head with confidence intervals: Wilson's of accuracies, the bootstrap over images of all others."""
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.sparse import csr_array
 
 from timm_multilabel.labels import MISSING, Labels, LabelSet, TagSet
-
-RESAMPLES = 1000
-_Z = 1.959963984540054  # of a normal distribution, 95 % lie within so many standard deviations
-_CELLS = 4_000_000  # of resamples x images at once
+from timm_multilabel.reports.bootstrap import bootstrap, wilson
 
 
 @dataclass(frozen=True)
@@ -29,59 +26,6 @@ class Figure:
     low: float
     high: float
     method: str
-
-
-def wilson(hits: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval (1927) of a share, as fractions; NaN of none.
-
-    (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
-    """
-    if not count:
-        return math.nan, math.nan
-    share, square = hits / count, _Z ** 2 / count
-    center = (share + square / 2) / (1 + square)
-    reach = _Z * math.sqrt(share * (1 - share) / count + square / 4 / count) / (1 + square)
-    return max(0.0, center - reach), min(1.0, center + reach)
-
-
-def resample(count: int, resamples: int = RESAMPLES, seed: int = 0) -> Iterator[np.ndarray]:
-    """How often each of N images is drawn in each resample, a part of the resamples at a time: (R, N) int32."""
-    generator = np.random.default_rng(seed)
-    step = max(1, _CELLS // max(1, count))
-    for first in range(0, resamples, step):
-        rows = min(step, resamples - first)
-        drawn = generator.integers(count, size=(rows, count)) + np.arange(rows)[:, None] * count
-        yield np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count).astype(np.int32)
-
-
-def bootstrap(
-        figures: Callable[[np.ndarray], dict[str, np.ndarray]],
-        count: int,
-        resamples: int = RESAMPLES,
-        seed: int = 0,
-) -> dict[str, tuple[float, float, float]]:
-    """Figures of N images with percentile 95 % intervals over resamples of the images.
-
-    Args:
-        figures: Weights of the images (R, N), whole numbers -> {figure: values (R,)}.
-        count: N.
-        resamples: Their number.
-        seed: Of the draws.
-
-    Returns:
-        {figure: (value, low, high)}; NaN where there is none. Resamples in which a figure has no value do not count.
-    """
-    if not count:
-        return {}
-    whole = figures(np.ones((1, count), np.int32))
-    parts = [figures(weights) for weights in resample(count, resamples, seed)]
-    found = {}
-    for name, (value,) in whole.items():
-        values = np.concatenate([part[name] for part in parts])
-        values = values[~np.isnan(values)]
-        ends = np.percentile(values, [2.5, 97.5]) if len(values) and not np.isnan(value) else (np.nan, np.nan)
-        found[name] = float(value), *map(float, ends)
-    return found
 
 
 def head_figures(labels: Labels, target: np.ndarray, output: np.ndarray) -> list[Figure]:
