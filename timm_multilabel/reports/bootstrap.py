@@ -1,11 +1,11 @@
 """The bootstrap over images: intervals of metrics, and whether a difference between runs holds.
 
-Of a difference two levels vary. The images are resampled: as many as there are, drawn with replacement, the same for both sides of a
-difference. The models vary too: another seed trains another one. Two or three seeds are too few to be resampled (of two
-seeds, every second resample is one of them twice, and its intervals cover far less than 95 %), so what other seeds
-would add to each resample is drawn from Student's t distribution with the standard error of the seeds. With one run on
-a side that is not known: the images alone are resampled then, and nothing is said of models trained anew. Images are
-taken to be independent of each other.
+A difference varies on two levels. The images are resampled: as many as there are, drawn with replacement, the same for
+both sides of a difference. The models vary too: another seed trains another one. Two or three seeds are too few to be
+resampled (of two seeds, every second resample is one of them twice, and its intervals cover far less than 95 %), so
+what other seeds would add to each resample is drawn from Student's t distribution with the standard error of the seeds.
+With one run on a side that is not known: the images alone are resampled then, and nothing is said of models trained
+anew. Images are taken to be independent of each other.
 """
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

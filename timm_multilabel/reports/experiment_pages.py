@@ -6,10 +6,11 @@ import numpy as np
 import pandas as pd
 
 from timm_multilabel.errors import one_line
-from timm_multilabel.escaping import html_text, markdown_text, spreadsheet_csv
+from timm_multilabel.escaping import markdown_text, spreadsheet_csv
 from timm_multilabel.reports.bootstrap import LEVEL, RESAMPLES
 from timm_multilabel.reports.experiments import BETTER, MEAN, SURE, WORSE, Run, differing_settings, verdict
 from timm_multilabel.reports.tables import html_table, markdown_table
+from timm_multilabel.reports.templates import render_template
 
 _OF_GROUP = {'difference': 'difference', 'low': 'low', 'high': 'high', 'p': 'p', 'holm': 'p Holm'}  # in the CSV
 _INTERVAL = f'{100 * LEVEL:.0f} %'
@@ -211,44 +212,11 @@ def experiments_html(experiments: Experiments) -> str:
     """The tables as a page that needs nothing else."""
     differences = shown_differences(experiments)
     table, groups = shown_experiments(experiments)
-    parts = [html_table(table, dict.fromkeys(groups, 'group'))]
-    if len(differences):
-        colors = {number: said for number, said in enumerate(differences['verdict']) if said in (BETTER, WORSE)}
-        parts += [f'<h2>Against {html_text(one_line(experiments.name(experiments.baseline)))}</h2>',
-                  html_table(differences, colors)]
-    notes = '\n'.join(f'<li>{html_text(one_line(note))}</li>' for note in _notes(experiments))
-    title = f'{len(experiments.runs)} runs on {", ".join(split.name for split in experiments.splits)}'
-    return _PAGE.replace('TITLE', title).replace('BODY', '\n'.join([*parts, f'<ul>\n{notes}\n</ul>']))
-
-
-_PAGE = '''<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>TITLE</title>
-<style>
-body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; max-width: 90rem; padding: 0 1rem; color: #1a1a1a;
-  background: #fff }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .35rem .7rem; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap }
-thead th { vertical-align: bottom; border-bottom: 2px solid #555; white-space: normal }
-thead span { white-space: nowrap }
-th:first-child { text-align: left; position: sticky; left: 0; background: #fff; min-width: 4.5rem; max-width: 14rem;
-  white-space: normal }
-tbody th { font-weight: normal }
-td:last-child { white-space: normal; min-width: 7rem }
-.group > * { font-weight: 600; background: #eef3f8 }
-.group > th:first-child { background: #eef3f8 }
-.better > *, .better > th:first-child { background: #e6f4e7 }
-.worse > *, .worse > th:first-child { background: #fae8e4 }
-ul { max-width: 50rem; padding-left: 1.2rem; color: #444 }
-</style>
-</head>
-<body>
-<h1>TITLE</h1>
-BODY
-</body>
-</html>
-'''
+    colors = {number: said for number, said in enumerate(differences.get('verdict', ())) if said in (BETTER, WORSE)}
+    return render_template(
+        'experiments.html',
+        title=f'{len(experiments.runs)} runs on {", ".join(split.name for split in experiments.splits)}',
+        runs=html_table(table, dict.fromkeys(groups, 'group')),
+        baseline=one_line(experiments.name(experiments.baseline)),
+        differences=html_table(differences, colors) if len(differences) else None,
+        notes=[one_line(note) for note in _notes(experiments)])
