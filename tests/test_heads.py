@@ -79,7 +79,7 @@ def test_figures_of_tags():
     # a: ranked 1, 0, 1, 0: (1 + 2/3) / 2; b: ranked 0, 1, 1: (1/2 + 2/3) / 2
     assert figures['map'] == pytest.approx(100 * ((1 + 2 / 3) / 2 + (1 / 2 + 2 / 3) / 2) / 2)
     assert figures['f1'] == pytest.approx(100 * (0.5 + 0.5) / 2)
-    assert figures['micro_f1'] == pytest.approx(50) and set(figures) == {*TagsHead.figures, 'tags'}
+    assert figures['micro_f1'] == pytest.approx(50) and set(figures) == {*TagsHead.metric_names, 'tags'}
 
 
 def test_figures_of_numbers_are_in_the_columns_unit():
@@ -113,7 +113,7 @@ from timm_multilabel.heads import Head
 
 class Mine(Head):
     kind = 'mine'
-    figures = ('score',)
+    metric_names = ('score',)
     def __init__(self, labels, in_features):
         super().__init__(labels)
     def forward(self, features):
@@ -132,7 +132,7 @@ class Mine(Head):
     ('output.sum(), torch.tensor(1.0)', 'output.sum()', 'must be two scalar tensors of floats'),
     ('torch.tensor(1.0)', 'len(target)', 'must be two scalar tensors of floats'),
     ('torch.tensor(1.0)', '(target >= 0).sum()', 'must be two scalar tensors of floats'),
-    ("{'score': 1.0}", "{'other': 1.0}", 'must be a dict with its figures score'),
+    ("{'score': 1.0}", "{'other': 1.0}", 'must be a dict with score'),
     ("('score',)", '()', 'names no metrics'),
     ('output.argmax(1)', 'nowhere', "'mine' fails with NameError"),
 ])

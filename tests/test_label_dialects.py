@@ -237,11 +237,11 @@ def test_tags_without_both_answers_are_in_no_mean():
     head = TagsHead(labels, 4)
     expected = {'map': 100 * (1 + 2 / 3) / 2, 'f1': 80.0, 'micro_f1': 100 * 8 / 9, 'accuracy': 200 / 3}
     metrics = head.metrics(target, said)
-    assert {name: metrics[name] for name in head.figures} == pytest.approx(expected)
+    assert {name: metrics[name] for name in head.metric_names} == pytest.approx(expected)
     of_report = tag_figures(target, said, np.ones((1, 3), np.int32))
     assert {name: value[0] for name, value in of_report.items()} == pytest.approx(expected)
     metrics = TagsHead(TagSet('t', ('b', 'd')), 4).metrics(target[:, 1:], said[:, 1:])
-    assert np.isnan([metrics[name] for name in head.figures]).all()
+    assert np.isnan([metrics[name] for name in head.metric_names]).all()
     assert all(np.isnan(value).all() for value in tag_figures(target[:, 1:], said[:, 1:], np.ones((2, 3))).values())
 
 

@@ -163,15 +163,15 @@ def test_eval_metric_by_an_earlier_name(data, tmp_path, capsys):
     assert state['metric'] == pd.read_csv(folder / 'summary.csv')['eval/ema_x/top1'][0]
 
 
-@pytest.mark.parametrize('figures, message', [
+@pytest.mark.parametrize('names, message', [
     ("('exact', 'loss')", "has a metric called 'loss', which is the name of something else"),
     ("('labels',)", "has a metric called 'labels', which is the name of something else"),
     ("('exact', 'exact')", "has a metric called 'exact', twice"),
     ("('a/b',)", "has a metric called 'a/b'; use letters, digits and underscores")])
-def test_metrics_of_the_users_kinds_have_names_of_their_own(figures, message, data, tmp_path, capsys):
+def test_metrics_of_the_users_kinds_have_names_of_their_own(names, message, data, tmp_path, capsys):
     (tmp_path / 'kinds.py').write_text(
         f'from timm_multilabel.heads import SoftmaxHead\n\n\nclass Mine(SoftmaxHead):\n    kind = "mine"\n'
-        f'    figures = {figures}\n')
+        f'    metric_names = {names}\n')
     with pytest.raises(SystemExit):
         train_run(data, tmp_path, '--head-module', str(tmp_path / 'kinds.py'), '--head', 'ema_x:loss=mine', epochs=1)
     assert message in capsys.readouterr().err

@@ -100,7 +100,7 @@ def test_tag_figures_of_resamples_are_the_heads_of_repeated_images():
     made = tag_figures(target, probability, weights)
     for row, of_row in enumerate(weights):
         expected = head.metrics(np.repeat(target, of_row, axis=0), np.repeat(probability, of_row, axis=0))
-        for name in head.figures:
+        for name in head.metric_names:
             assert made[name][row] == pytest.approx(expected[name], rel=1e-6)
 
 

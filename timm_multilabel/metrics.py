@@ -34,13 +34,13 @@ def mean_over_heads(values: dict[str, float], weights: dict[str, float]) -> floa
 
 def default_metric(heads: Iterable[Head]) -> str:
     """The figure that ranks checkpoints: 'top1', or 'score' where not every head has a top-1 accuracy."""
-    return 'top1' if all(head.figures[0] == 'top1' for head in heads) else 'score'
+    return 'top1' if all(head.metric_names[0] == 'top1' for head in heads) else 'score'
 
 
 def less_is_better(metric: str, heads: Mapping[str, Head]) -> bool:
     """Whether a metric of the evaluation, such as 'top1' or '<head>/mae', is better when it is less."""
-    decreasing = {of_head(name, figure) for name, head in heads.items() for figure in ('loss', *head.decreasing)}
-    return metric in ('loss', 'simclr_loss') or metric in decreasing
+    of_heads = {of_head(name, each) for name, head in heads.items() for each in ('loss', *head.lower_is_better)}
+    return metric in ('loss', 'simclr_loss') or metric in of_heads
 
 
 class MultiLabelEvaluator:
@@ -110,15 +110,15 @@ class MultiLabelEvaluator:
         figures, labelled, self.of_tags = {}, {}, {}
         for column, (name, (target, measured)) in enumerate(self.predictions(distributed).items()):
             head = self.heads[name]
-            figures[name] = dict.fromkeys(('loss', *head.figures), np.nan)
+            figures[name] = dict.fromkeys(('loss', *head.metric_names), np.nan)
             if len(target):
                 if np.isfinite(measured).all():  # else the loss tells
                     found = head.metrics(target, measured)
                     self.of_tags |= {name: found['tags']} if 'tags' in found else {}
-                    figures[name] |= {figure: found[figure] for figure in head.figures}
+                    figures[name] |= {figure: found[figure] for figure in head.metric_names}
                 figures[name]['loss'] = loss[column] / count[column]
                 # A score goes down to 0, so that one head that is far off does not hide what the others do.
-                labelled[name] = {**figures[name], 'score': np.maximum(figures[name][head.figures[0]], 0)}
+                labelled[name] = {**figures[name], 'score': np.maximum(figures[name][head.metric_names[0]], 0)}
         means = {}
         for metric in MEANS:
             having = {

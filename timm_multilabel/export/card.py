@@ -95,7 +95,7 @@ def _figures(exportable: Exportable) -> list[str]:
     row = summary_row(exportable)
     part = 'eval_ema' if exportable.description['weights'] == 'ema' else 'eval'
     rows = {
-        name: {figure: row[column] for figure in (*head.figures, 'loss')
+        name: {figure: row[column] for figure in (*head.metric_names, 'loss')
                if (column := in_summary(part, of_head(name, figure))) in row}
         for name, head in exportable.model.named_heads.items()}
     rows = {name: values for name, values in rows.items() if values}

@@ -1,4 +1,4 @@
-"""What a head is: its layer, its loss, its prediction, its figures. A new kind is a subclass of `Head`."""
+"""What a head is: its layer, its loss, its prediction, its metrics. A new kind is a subclass of `Head`."""
 from timm_multilabel.heads.classes import ArcFaceHead, SoftmaxHead
 from timm_multilabel.heads.head import Head
 from timm_multilabel.heads.numeric import NumericHead

@@ -19,7 +19,7 @@ from timm_multilabel.losses.precision import float32
 
 class ClassHead(Head):
     """What heads of one class an image share; outputs are logits (B, C) without a margin."""
-    figures = ('top1', 'top5')
+    metric_names = ('top1', 'top5')
     distribution = True
 
     def predict(self, output: torch.Tensor) -> torch.Tensor:
@@ -35,7 +35,7 @@ class ClassHead(Head):
     def metrics(self, target: np.ndarray, measured: np.ndarray) -> dict[str, float]:
         """'top1' and 'top5'; NaN of a single class, where every answer is right."""
         if len(self.labels.classes) == 1:
-            return dict.fromkeys(self.figures, np.nan)
+            return dict.fromkeys(self.metric_names, np.nan)
         hits = measured == target
         return {'top1': 100 * hits[:, 0].mean(), 'top5': 100 * hits.any(axis=1).mean()}
 

@@ -1,9 +1,12 @@
 """What every kind of head says of itself."""
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from timm_multilabel.deprecation import RenamedAttribute, take_earlier_names
 from timm_multilabel.labels import Labels, LabelSet, TagSet
 
 
@@ -21,14 +24,20 @@ class Head(nn.Module):
     """Its name in `--head COLUMN:loss=NAME`."""
     reads: type = LabelSet
     """The type of labels it learns: `LabelSet`, `TagSet` or `Quantity`."""
-    figures: tuple[str, ...] = ()
+    metric_names: tuple[str, ...] = ()
     """The names of what `metrics` gives; the first ranks checkpoints: a percentage, higher is better."""
-    decreasing: tuple[str, ...] = ()
-    """The figures of which less is better."""
+    lower_is_better: tuple[str, ...] = ()
+    """The metrics that are better when they are lower."""
+    figures = RenamedAttribute('metric_names')
+    decreasing = RenamedAttribute('lower_is_better')
     distribution = False
     """Whether it predicts a distribution, and so learns from unlabelled images: the last three methods."""
     inherits: tuple[str, ...] = ('drop', 'smoothing')
     """Options that, where they are not given, have the value of the flag of that name."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        take_earlier_names(cls)
 
     def __init__(self, labels: Labels):
         super().__init__()
@@ -69,7 +78,7 @@ class Head(nn.Module):
         return self.predict(output).float().reshape(len(output), -1)
 
     def metrics(self, target: np.ndarray, measured: np.ndarray) -> dict[str, float]:
-        """Figures of all labelled rows: what `labels` encodes (N, W), and what `measure` kept (N, K).
+        """The metrics of all labelled rows: what `labels` encodes (N, W), and what `measure` kept (N, K).
 
         Beside them there may be 'tags': {tag: {metric: value}}.
         """

@@ -18,8 +18,8 @@ class NumericHead(Head):
     """
     kind = 'numeric'
     reads = Quantity
-    figures = ('r2', 'mae')
-    decreasing = ('mae',)
+    metric_names = ('r2', 'mae')
+    lower_is_better = ('mae',)
 
     def __init__(self, labels: Quantity, in_features: int, *, drop: float = 0.0):
         super().__init__(labels)

@@ -122,7 +122,7 @@ def _try_out(head: Head, in_features: int) -> None:
     Raises:
         ValueError: It does not give what it must.
     """
-    check_metric_names(head.kind, head.figures)
+    check_metric_names(head.kind, head.metric_names)
     target = torch.zeros(2, head.labels.width)
     space = LabelSpace((head.labels,))
     with torch.no_grad():
@@ -139,9 +139,9 @@ def _try_out(head: Head, in_features: int) -> None:
             head.entropy(output), head.marginal_entropy(output), head.pseudo_label_loss(output, output, 0.5)
     if measured.ndim != 2 or len(measured) != 2:
         raise ValueError(f"what '{head.kind}' measures must be (B, K), and is {tuple(measured.shape)} for B = 2")
-    figures = head.metrics(target.numpy(), measured.numpy())
-    if not isinstance(figures, dict) or not set(head.figures) <= figures.keys():
-        raise ValueError(f"the metrics of '{head.kind}' must be a dict with its figures {', '.join(head.figures)}")
+    metrics = head.metrics(target.numpy(), measured.numpy())
+    if not isinstance(metrics, dict) or not set(head.metric_names) <= metrics.keys():
+        raise ValueError(f"the metrics of '{head.kind}' must be a dict with {', '.join(head.metric_names)}")
 
 
 def default_kind(labels: Labels) -> str:

@@ -20,7 +20,7 @@ class TagsHead(LinearHead):
     """Any number of tags: a linear layer, trained with binary cross-entropy; options as of `LinearHead`."""
     kind = 'tags'
     reads = TagSet
-    figures = ('map', 'f1', 'micro_f1', 'accuracy')
+    metric_names = ('map', 'f1', 'micro_f1', 'accuracy')
     distribution = True
 
     def loss(self, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,7 +41,7 @@ class TagsHead(LinearHead):
         tags = {tag: tag_metrics(target[:, place], measured[:, place]) for place, tag in enumerate(self.labels.classes)}
         scored = [its for its in tags.values() if not np.isnan(its['ap'])]
         if not scored:
-            return {**dict.fromkeys(self.figures, np.nan), 'tags': tags}
+            return {**dict.fromkeys(self.metric_names, np.nan), 'tags': tags}
         known = target != MISSING
         return {
             'map': np.mean([its['ap'] for its in scored]),

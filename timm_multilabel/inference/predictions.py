@@ -186,4 +186,4 @@ def _own_metrics(head: Head, target: torch.Tensor, measured: torch.Tensor) -> di
     if not known.any():
         return {}
     made = head.metrics(target[known].reshape(-1, head.labels.width).numpy(), measured[known].numpy())
-    return {name: float(made[name]) for name in head.figures}
+    return {name: float(made[name]) for name in head.metric_names}
