@@ -197,7 +197,7 @@ def test_a_report_has_the_metrics_of_each_tag():
         TagSet('t', ('a', '<b>')), target, np.ones(4, bool), output, np.array(list('wxyz')), lambda index: '')
     assert section.tags == [
         ('a', '83.33 %', '50.00 %', '50.00 %', '4', '2'), ('<b>', '-', '-', '-', '3', '3')]
-    assert ('accuracy (mean over tags)', '50.00 %') in [row[:2] for row in section.figures]
+    assert ('accuracy (mean over tags)', '50.00 %') in [row[:2] for row in section.metrics]
 
 
 def test_summary_json_follows_a_run_that_goes_back(tmp_path):

@@ -29,7 +29,6 @@ from timm_multilabel.reports.experiments import (
     compare_groups,
     flat_settings,
     group_runs,
-    run_figures,
     share,
     shared_heads,
 )
@@ -210,7 +209,7 @@ def _compare_split(
         baseline: int,
         remark: Callable[[str], None],
 ) -> SplitResult:
-    """The figures and differences on a split."""
+    """The metrics and differences on a split."""
     names = [run.name for run in runs]
     heads = shared_heads(answers)
     if not heads:
@@ -223,4 +222,4 @@ def _compare_split(
                f'{", ".join(others)}')
     with tqdm(total=RESAMPLES, desc=f'{split}: bootstrap', leave=False, disable=None) as bar:
         differences = compare_groups(answers, groups, [run.seed for run in runs], baseline, bar.update)
-    return SplitResult(split, len(answers[0].images), run_figures(answers), differences)
+    return SplitResult.of(split, answers, differences)

@@ -130,10 +130,7 @@ def _predict(
     if part.bad is None or not part.bad.any():
         return made
     say(BadImages([part]).news())
-    good = ~part.bad.numpy()
-    return replace(
-        made, outputs={name: values[good] for name, values in made.outputs.items()},
-        **{name: getattr(made, name)[good] for name in ('rows', 'images', 'targets', 'features')})
+    return made.select((~part.bad).nonzero()[:, 0].numpy())
 
 
 def _read_rows(settings: argparse.Namespace, checkpoint: Checkpoint, say: Callable[[str], None]) -> Rows:

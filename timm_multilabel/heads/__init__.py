@@ -7,9 +7,11 @@ from timm_multilabel.heads.registry import (
     REGISTRY,
     create_head,
     default_kind,
+    has_own_metrics,
     load_registry,
     options_of,
     resolve_options,
+    standard_head,
 )
 from timm_multilabel.heads.tags import TagsHead
 
@@ -23,7 +25,9 @@ __all__ = [
     'TagsHead',
     'create_head',
     'default_kind',
+    'has_own_metrics',
     'load_registry',
     'options_of',
     'resolve_options',
+    'standard_head',
 ]

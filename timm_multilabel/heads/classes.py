@@ -20,6 +20,10 @@ from timm_multilabel.losses.precision import float32
 class ClassHead(Head):
     """What heads of one class an image share; outputs are logits (B, C) without a margin."""
     metric_names = ('top1', 'top5')
+    metric_titles = {'top1': 'top-1 accuracy', 'top5': 'top-5 accuracy', 'balanced_accuracy': 'balanced accuracy',
+                     'macro_f1': 'macro F1'}
+    metric_formats = dict.fromkeys(metric_titles, '.2f %')
+    compared = ('top1',)
     distribution = True
 
     def predict(self, output: torch.Tensor) -> torch.Tensor:
@@ -38,6 +42,10 @@ class ClassHead(Head):
             return dict.fromkeys(self.metric_names, np.nan)
         hits = measured == target
         return {'top1': 100 * hits[:, 0].mean(), 'top5': 100 * hits.any(axis=1).mean()}
+
+    def row_metrics(self, target: np.ndarray, measured: np.ndarray) -> dict[str, np.ndarray]:
+        hits = measured == target
+        return {'top1': 100.0 * hits[:, 0], 'top5': 100.0 * hits.any(axis=1)}
 
     def eval_loss(self, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return index_cross_entropy(output, target)

@@ -1,4 +1,6 @@
 """What every kind of head says of itself."""
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ from torch import nn
 
 from timm_multilabel.deprecation import RenamedAttribute, take_earlier_names
 from timm_multilabel.labels import Labels, LabelSet, TagSet
+from timm_multilabel.metric_names import Metric
 
 
 class Head(nn.Module):
@@ -28,6 +31,12 @@ class Head(nn.Module):
     """The names of what `metrics` gives; the first ranks checkpoints: a percentage, higher is better."""
     lower_is_better: tuple[str, ...] = ()
     """The metrics that are better when they are lower."""
+    metric_titles: Mapping[str, str] = {}
+    """What reports call metrics that have no readable name."""
+    metric_formats: Mapping[str, str] = {}
+    """How their values are written, such as '.4g', or '.2f %' with a unit; '.2f' where nothing is said."""
+    compared: tuple[str, ...] = ()
+    """The metrics that comparisons of runs show; all of them where it is empty."""
     figures = RenamedAttribute('metric_names')
     decreasing = RenamedAttribute('lower_is_better')
     distribution = False
@@ -83,6 +92,34 @@ class Head(nn.Module):
         Beside them there may be 'tags': {tag: {metric: value}}.
         """
         raise NotImplementedError
+
+    def row_metrics(self, target: np.ndarray, measured: np.ndarray) -> dict[str, np.ndarray]:
+        """The metrics that are means over the rows, each with the values of the rows (N,).
+
+        Differences between runs are of these metrics. They are found by asking `metrics` for each row alone, and for
+        some sets of rows whether the mean is what it gives for them; a kind may know them without.
+        """
+        def of(rows: np.ndarray) -> dict[str, float]:
+            return self.metrics(target[rows], measured[rows])
+
+        everything = np.arange(len(target))
+        sets = everything, everything[::2], np.random.default_rng(0).integers(len(target), size=len(target))
+        try:
+            with warnings.catch_warnings(), np.errstate(all='ignore'):
+                warnings.simplefilter('ignore')  # of metrics that a single row does not allow
+                alone = [of(rows) for rows in np.split(everything, len(target))]
+                whole = [of(rows) for rows in sets]
+            values = {name: np.array([each[name] for each in alone], dtype=float) for name in self.metric_names}
+        except Exception:  # whatever the metrics of the user's kind do with a single row
+            return {}
+        return {name: of_rows for name, of_rows in values.items() if all(
+            np.isclose(of_rows[rows].mean(), each[name], rtol=1e-5) for rows, each in zip(sets, whole))}
+
+    @classmethod
+    def metric(cls, name: str) -> Metric:
+        """What there is to say of a metric."""
+        return Metric(name, cls.metric_titles.get(name, name), name in cls.lower_is_better,
+                      cls.metric_formats.get(name, Metric.form))
 
     def entropy(self, output: torch.Tensor) -> torch.Tensor:
         """Entropy of the prediction (B,)."""

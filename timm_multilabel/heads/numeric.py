@@ -20,6 +20,9 @@ class NumericHead(Head):
     reads = Quantity
     metric_names = ('r2', 'mae')
     lower_is_better = ('mae',)
+    metric_titles = {'r2': 'explained variance (R²)', 'mae': 'mean absolute error'}
+    metric_formats = {'r2': '.2f %', 'mae': '.4g'}
+    compared = ('mae',)
 
     def __init__(self, labels: Quantity, in_features: int, *, drop: float = 0.0):
         super().__init__(labels)
@@ -43,3 +46,6 @@ class NumericHead(Head):
         variance = target[:, 0].astype(np.float64).var()
         r2 = 100 * (1 - np.square(error).mean() / variance) if variance else np.nan
         return {'mae': self.labels.std * np.abs(error).mean(), 'r2': r2}
+
+    def row_metrics(self, target: np.ndarray, measured: np.ndarray) -> dict[str, np.ndarray]:
+        return {'mae': self.labels.std * np.abs(measured[:, 0] - target[:, 0])}

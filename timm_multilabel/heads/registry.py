@@ -123,6 +123,11 @@ def _try_out(head: Head, in_features: int) -> None:
         ValueError: It does not give what it must.
     """
     check_metric_names(head.kind, head.metric_names)
+    for name in head.metric_names:
+        head.metric(name)
+    for name in (*head.lower_is_better, *head.compared):
+        if name not in head.metric_names:
+            raise ValueError(f"'{head.kind}' has no metric '{name}', which its lower_is_better or compared names")
     target = torch.zeros(2, head.labels.width)
     space = LabelSpace((head.labels,))
     with torch.no_grad():
@@ -142,6 +147,18 @@ def _try_out(head: Head, in_features: int) -> None:
     metrics = head.metrics(target.numpy(), measured.numpy())
     if not isinstance(metrics, dict) or not set(head.metric_names) <= metrics.keys():
         raise ValueError(f"the metrics of '{head.kind}' must be a dict with {', '.join(head.metric_names)}")
+
+
+def has_own_metrics(head: Head) -> bool:
+    """Whether a head measures itself in another way than our kinds, whose metrics follow from stored predictions."""
+    return not head.has_probabilities and bool(head.labels.classes) or type(head).metrics not in {
+        kind.metrics for kind in REGISTRY.values()}
+
+
+def standard_head(labels: Labels) -> Head:
+    """A head of the default kind of labels without weights, to ask for their metrics."""
+    with torch.device('meta'):
+        return create_head(labels, 1, {'loss': default_kind(labels)}, REGISTRY)
 
 
 def default_kind(labels: Labels) -> str:

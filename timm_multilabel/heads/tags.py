@@ -21,6 +21,10 @@ class TagsHead(LinearHead):
     kind = 'tags'
     reads = TagSet
     metric_names = ('map', 'f1', 'micro_f1', 'accuracy')
+    metric_titles = {'map': 'mean average precision', 'f1': 'F1 (mean over tags)', 'micro_f1': 'F1 (over all labels)',
+                     'accuracy': 'accuracy (mean over tags)'}
+    metric_formats = dict.fromkeys(metric_names, '.2f %')
+    compared = ('map',)
     distribution = True
 
     def loss(self, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,6 +54,10 @@ class TagsHead(LinearHead):
             'accuracy': np.mean([its['accuracy'] for its in scored]),
             'tags': tags,
         }
+
+    def row_metrics(self, target: np.ndarray, measured: np.ndarray) -> dict[str, np.ndarray]:
+        """None: each of its metrics is of all rows of a tag together."""
+        return {}
 
     def entropy(self, output: torch.Tensor) -> torch.Tensor:
         return binary_entropy(output)

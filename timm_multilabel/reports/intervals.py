@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse import csr_array
 
+from timm_multilabel.inference.predictions import OwnMetrics
 from timm_multilabel.labels import MISSING, Labels, LabelSet, TagSet
 from timm_multilabel.reports.bootstrap import bootstrap, wilson
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure of a head.
+class Interval:
+    """A metric of a head with its interval.
 
     Args:
         name: Such as 'top1'.
@@ -28,34 +29,51 @@ class Figure:
     method: str
 
 
-def head_figures(labels: Labels, target: np.ndarray, output: np.ndarray) -> list[Figure]:
-    """The figures of a head over its labelled images.
+def head_intervals(labels: Labels, target: np.ndarray, output: np.ndarray) -> list[Interval]:
+    """The metrics of a head, as our kinds measure it, over its labelled images.
 
     Args:
         labels: The head's labels.
         target: As `Predictions.target` gives it, of labelled rows only.
         output: What the head says of them (N, C).
     """
-    if isinstance(labels, LabelSet) and len(labels.classes) == 1:  # every answer is right
-        return [Figure('top1', math.nan, math.nan, math.nan, 'Wilson')]
+    accuracies = []
     if isinstance(labels, LabelSet):
+        if len(labels.classes) == 1:  # every answer is right
+            return [Interval('top1', math.nan, math.nan, math.nan, 'Wilson')]
         ranks = (output > output[np.arange(len(target)), target][:, None]).sum(axis=1)
         predicted = output.argmax(axis=1)
-        figures = [_accuracy('top1', predicted == target)]
+        accuracies = [_accuracy('top1', predicted == target)]
         if len(labels.classes) > 5:
-            figures.append(_accuracy('top5', ranks < 5))
-        more = bootstrap(lambda weights: class_figures(target, predicted, weights), len(target))
+            accuracies.append(_accuracy('top5', ranks < 5))
+        found = bootstrap(lambda weights: weighted_class_metrics(target, predicted, weights), len(target))
     elif isinstance(labels, TagSet):
-        figures, more = [], bootstrap(lambda weights: tag_figures(target, output, weights), len(target))
+        found = bootstrap(lambda weights: weighted_tag_metrics(target, output, weights), len(target))
     else:
-        figures, more = [], bootstrap(
-            lambda weights: number_figures(target, output[:, 0], labels.std, weights), len(target))
-    return figures + [Figure(name, *values, 'bootstrap') for name, values in more.items()]
+        std = labels.std
+        found = bootstrap(lambda weights: weighted_number_metrics(target, output[:, 0], std, weights), len(target))
+    return accuracies + [Interval(name, *values, 'bootstrap') for name, values in found.items()]
 
 
-def _accuracy(name: str, hits: np.ndarray) -> Figure:
+def own_intervals(own: OwnMetrics, known: np.ndarray) -> list[Interval]:
+    """The metrics of a head of a kind with its own ones; those that are no means over images have no interval.
+
+    Args:
+        own: The metrics.
+        known: Which images have a label (N,).
+    """
+    of_images = {name: values[known].astype(np.float64) for name, values in own.of_rows.items()}
+    found = bootstrap(
+        lambda weights: {name: weights @ values / weights.sum(axis=1) for name, values in of_images.items()},
+        int(known.sum()))
+    return [Interval(name, value, *found.get(name, (value, math.nan, math.nan))[1:], 'bootstrap')
+            for name, value in own.values.items()]
+
+
+def _accuracy(name: str, hits: np.ndarray) -> Interval:
     share = 100 * float(hits.mean()) if len(hits) else math.nan
-    return Figure(name, share, *(100 * end for end in wilson(int(hits.sum()), len(hits))), 'Wilson')
+    low, high = wilson(int(hits.sum()), len(hits))
+    return Interval(name, share, 100 * low, 100 * high, 'Wilson')
 
 
 def mean_accuracy(
@@ -78,22 +96,22 @@ def mean_accuracy(
     return {'top1': 100 * np.average(accuracies, axis=0, weights=head_weights)}
 
 
-def class_figures(
+def weighted_class_metrics(
         target: np.ndarray,
         predicted: np.ndarray,
         weights: np.ndarray,
 ) -> dict[str, np.ndarray]:
     """'balanced_accuracy' and 'macro_f1' in percent, as `metrics.class_metrics` has them, of weighted images.
 
-    A class without weight counts with its figure of all images: left out, it would make resamples better than the
-    whole, since rare classes have low figures.
+    A class without weight counts with its metric of all images: left out, it would make resamples better than the
+    whole, since rare classes have low metrics.
 
     Args:
         target: Class indices (N,).
         predicted: Class indices (N,).
         weights: Of the images (R, N).
     """
-    occurring, places = np.unique([target, predicted], return_inverse=True)  # others count in neither figure
+    occurring, places = np.unique([target, predicted], return_inverse=True)  # others count in neither metric
     (target, predicted), classes = places.reshape(2, -1), len(occurring)
 
     def totals(indices: np.ndarray, which: np.ndarray) -> np.ndarray:
@@ -126,10 +144,10 @@ def _mean(values: np.ndarray) -> np.ndarray:
         return np.where(there, values, 0).sum(axis=0) / there.sum(axis=0)
 
 
-def tag_figures(target: np.ndarray, probability: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+def weighted_tag_metrics(target: np.ndarray, probability: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     """'map', 'f1', 'micro_f1' and 'accuracy' in percent, as `TagsHead.metrics` has them, of weighted images.
 
-    A tag of which the weighted images have no 1, or no 0, counts with its figure of all images.
+    A tag of which the weighted images have no 1, or no 0, counts with its metrics of all images.
 
     Args:
         target: 0, 1 or MISSING (N, C).
@@ -146,8 +164,8 @@ def tag_figures(target: np.ndarray, probability: np.ndarray, weights: np.ndarray
         if true.all() or not true.any():
             continue
         both = (counts[1] > 0) & (counts[1] < its.sum(axis=1))
-        whole = _tag_figures(true, of_tag, np.ones((1, len(true)), np.int32))
-        each.append(np.where(both, _tag_figures(true, of_tag, its), whole))
+        whole = _one_tag(true, of_tag, np.ones((1, len(true)), np.int32))
+        each.append(np.where(both, _one_tag(true, of_tag, its), whole))
     if not each:
         return dict.fromkeys(('map', 'f1', 'micro_f1', 'accuracy'), np.full(len(weights), np.nan))
     with np.errstate(invalid='ignore', divide='ignore'):
@@ -156,7 +174,7 @@ def tag_figures(target: np.ndarray, probability: np.ndarray, weights: np.ndarray
     return {'map': precision, 'f1': f1, 'micro_f1': 100 * micro, 'accuracy': accuracy}
 
 
-def _tag_figures(true: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _one_tag(true: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """F1 at 0.5, average precision, and accuracy at 0.5 of a tag (3, R), NaN without a weighted positive."""
     found = score >= 0.5
     positive = weights[:, true].sum(axis=1)
@@ -186,7 +204,12 @@ def average_precision(true: np.ndarray, score: np.ndarray, weights: np.ndarray) 
         return (np.diff(positive, axis=1, prepend=0) * precision).sum(axis=1) / positive[:, -1]
 
 
-def number_figures(target: np.ndarray, output: np.ndarray, std: float, weights: np.ndarray) -> dict[str, np.ndarray]:
+def weighted_number_metrics(
+        target: np.ndarray,
+        output: np.ndarray,
+        std: float,
+        weights: np.ndarray,
+) -> dict[str, np.ndarray]:
     """'r2' in percent and 'mae' in the column's unit, as `NumericHead.metrics` has them, of weighted images.
 
     Args:

@@ -40,7 +40,7 @@ class Page:
         settings: args.yaml.
         recipe: The run has phases, which only `settings` tells.
         curves: Their picture.
-        mean: The row of the mean over heads, as those of `HeadSection.figures`, or None.
+        mean: The row of the mean over heads, as those of `HeadSection.metrics`, or None.
         heads: The heads.
         map: The map, or why there is none.
         views: Photos, each a list of pictures of its views, or why there are none.
