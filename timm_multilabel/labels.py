@@ -43,6 +43,11 @@ class _Classes:
         """How many there are, such as '140 classes'."""
         return f'{len(self.classes)} {self.noun[len(self.classes) != 1]}'
 
+    @staticmethod
+    def in_unit(values: Any) -> Any:
+        """Probabilities as they are; of numbers those in the column's unit."""
+        return values
+
 
 @dataclass(frozen=True)
 class LabelSet(_Classes):

@@ -82,6 +82,13 @@ class Head(nn.Module):
             return type(self).probabilities is not Head.probabilities
         return isinstance(self.labels, TagSet)
 
+    @property
+    def gives(self) -> str:
+        """What `probabilities` are, in words."""
+        if not self.labels.classes:
+            return 'numbers'
+        return 'probabilities' if self.has_probabilities else '1 of the predicted class, 0 of others'
+
     def measure(self, output: torch.Tensor) -> torch.Tensor:
         """What evaluation keeps of each row (B, K), float32; the first columns are those of `predict`."""
         return self.predict(output).float().reshape(len(output), -1)

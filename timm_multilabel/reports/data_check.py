@@ -137,8 +137,8 @@ def _counted(count: int, one: str, many: str | None = None) -> str:
 
 def _class_counts(split: Split, head: Labels) -> Counter[str]:
     """How many rows have each class or tag, those that no row has included; then each label that is none of them."""
-    labels, counts = split.labels(head), Counter({name: 0 for name in getattr(head, 'classes', ())})
-    if labels is None or isinstance(head, Quantity):
+    labels, counts = split.labels(head), Counter({name: 0 for name in head.classes})
+    if labels is None or not head.classes:
         return counts
     if isinstance(head, LabelSet):
         counts.update(sorted(label for label in labels if label))
@@ -360,7 +360,7 @@ def _classes_without_images(contents: Contents, limit: int) -> Iterator[Finding]
     for head in heads:
         if isinstance(head, Quantity):
             continue
-        one, many = ('class', 'classes') if isinstance(head, LabelSet) else ('tag', 'tags')
+        one, many = head.noun
         counts = _class_counts(train, head)
         classes = sorted(head.classes, key=lambda name: counts[name])
         rare = [name for name in classes if counts[name] < RARE]
