@@ -38,7 +38,7 @@ class ReadableModel(nn.Module):
         outputs = self.model(images)
         return {
             name: readable(head, outputs[head.labels.name])
-            for name, head in zip(self.names, self.model.heads, strict=True)}
+            for name, head in zip(self.names, self.model.named_heads.values(), strict=True)}
 
 
 def readable(head: Head, output: torch.Tensor) -> torch.Tensor:
@@ -107,9 +107,10 @@ def describe(checkpoint: Checkpoint, weights: str, model: MultiLabelModel) -> di
         'projection_dim': state.get('projection_dim', 64),
     }
     try:
-        return json.loads(json.dumps(description))
+        found: dict[str, Any] = json.loads(json.dumps(description))
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f'{checkpoint.path}: its settings cannot be written as JSON ({error})') from error
+    return found
 
 
 def output_names(heads: Sequence[str]) -> list[str]:

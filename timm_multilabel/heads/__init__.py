@@ -2,6 +2,7 @@
 from timm_multilabel.heads.classes import ArcFaceHead, SoftmaxHead
 from timm_multilabel.heads.head import Head
 from timm_multilabel.heads.numeric import NumericHead
+from timm_multilabel.heads.options import options_of, parse_option
 from timm_multilabel.heads.registry import (
     COMMON_OPTIONS,
     REGISTRY,
@@ -9,7 +10,6 @@ from timm_multilabel.heads.registry import (
     default_kind,
     has_own_metrics,
     load_registry,
-    options_of,
     resolve_options,
     standard_head,
 )
@@ -28,6 +28,7 @@ __all__ = [
     'has_own_metrics',
     'load_registry',
     'options_of',
+    'parse_option',
     'resolve_options',
     'standard_head',
 ]

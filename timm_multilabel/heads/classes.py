@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_multilabel.heads.head import Head, LinearHead, check_fractions, class_weights_tensor
-from timm_multilabel.labels import MISSING, LabelSet
+from timm_multilabel.labels import MISSING, Labels, LabelSet
 from timm_multilabel.losses import (
     arcface_logits,
     categorical_entropy,
@@ -19,6 +19,7 @@ from timm_multilabel.losses.precision import float32
 
 class ClassHead(Head):
     """What heads of one class an image share; outputs are logits (B, C) without a margin."""
+    labels: LabelSet
     metric_names = ('top1', 'top5')
     metric_titles = {'top1': 'top-1 accuracy', 'top5': 'top-5 accuracy', 'balanced_accuracy': 'balanced accuracy',
                      'macro_f1': 'macro F1'}
@@ -56,15 +57,21 @@ class ClassHead(Head):
     def marginal_entropy(self, output: torch.Tensor) -> torch.Tensor:
         return marginal_entropy(float32(output).softmax(dim=1))
 
-    def pseudo_label_loss(self, strong, weak, threshold):
+    def pseudo_label_loss(
+            self,
+            strong: torch.Tensor,
+            weak: torch.Tensor,
+            threshold: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return pseudo_label_loss(strong, weak, threshold)
 
     @staticmethod
-    def balance(target: torch.Tensor, labels: LabelSet) -> list[float]:
+    def balance(target: torch.Tensor, labels: Labels) -> list[float]:
         """N / (C * rows of the class), as scikit-learn has it; 1 for a class without rows."""
         counts = torch.bincount(target[target != MISSING], minlength=len(labels.classes))
         weights = counts.sum() / (len(labels.classes) * counts.clamp(min=1))
-        return torch.where(counts > 0, weights, 1.0).tolist()
+        balanced: list[float] = torch.where(counts > 0, weights, 1.0).tolist()
+        return balanced
 
 
 class SoftmaxHead(LinearHead, ClassHead):
@@ -91,6 +98,7 @@ class ArcFaceHead(ClassHead):
         scale: Factor on cosines.
         margin: Angle, in radians, that a row must be nearer to its class.
     """
+    class_weights: torch.Tensor | None
     kind = 'arcface'
     inherits = ('drop',)
 
@@ -101,7 +109,7 @@ class ArcFaceHead(ClassHead):
             *,
             drop: float = 0.0,
             smoothing: float = 0.0,
-            class_weights: list | None = None,
+            class_weights: list[float] | None = None,
             scale: float = 30.0,
             margin: float = 0.5,
     ):

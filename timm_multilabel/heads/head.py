@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_multilabel.deprecation import RenamedAttribute, take_earlier_names
-from timm_multilabel.labels import Labels, LabelSet, TagSet
+from timm_multilabel.labels import Labels, LabelSet, Quantity, TagSet
 from timm_multilabel.metric_names import Metric
 
 
@@ -25,7 +25,7 @@ class Head(nn.Module):
 
     kind = ''
     """Its name in `--head COLUMN:loss=NAME`."""
-    reads: type = LabelSet
+    reads: type[LabelSet] | type[TagSet] | type[Quantity] = LabelSet
     """The type of labels it learns: `LabelSet`, `TagSet` or `Quantity`."""
     metric_names: tuple[str, ...] = ()
     """The names of what `metrics` gives; the first ranks checkpoints: a percentage, higher is better."""
@@ -161,6 +161,7 @@ class LinearHead(Head):
         smoothing: Label smoothing.
         class_weights: A weight for each class, or for the ones of each tag, in their order.
     """
+    class_weights: torch.Tensor | None
 
     def __init__(
             self,
@@ -169,7 +170,7 @@ class LinearHead(Head):
             *,
             drop: float = 0.0,
             smoothing: float = 0.0,
-            class_weights: list | None = None,
+            class_weights: list[float] | None = None,
     ):
         super().__init__(labels)
         check_fractions(drop=drop, smoothing=smoothing)
@@ -180,7 +181,8 @@ class LinearHead(Head):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Logits (B, C) of features (B, F)."""
-        return self.fc(self.drop(features))
+        logits: torch.Tensor = self.fc(self.drop(features))
+        return logits
 
 
 def check_fractions(**values: float) -> None:
@@ -190,7 +192,7 @@ def check_fractions(**values: float) -> None:
             raise ValueError(f'{name} is {value:g}, expected a number from 0 to 1')
 
 
-def class_weights_tensor(weights: list | None, labels: Labels) -> torch.Tensor | None:
+def class_weights_tensor(weights: list[float] | None, labels: Labels) -> torch.Tensor | None:
     """Weights of an option (C,), checked."""
     if weights is None:
         return None

@@ -16,6 +16,7 @@ class NumericHead(Head):
         in_features: Width of the input.
         drop: Dropout rate before the layer.
     """
+    labels: Quantity
     kind = 'numeric'
     reads = Quantity
     metric_names = ('r2', 'mae')
@@ -32,7 +33,8 @@ class NumericHead(Head):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Standardised predictions (B,) of features (B, F)."""
-        return self.fc(self.drop(features))[:, 0]
+        numbers: torch.Tensor = self.fc(self.drop(features))[:, 0]
+        return numbers
 
     def loss(self, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return smooth_l1(output, target)

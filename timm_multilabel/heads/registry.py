@@ -1,8 +1,7 @@
 """The kinds of heads by name: ours, and those of a file of the user's."""
 import importlib.util
-import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from timm_multilabel.errors import UserError
 from timm_multilabel.heads.classes import ArcFaceHead, SoftmaxHead
 from timm_multilabel.heads.head import Head
 from timm_multilabel.heads.numeric import NumericHead
+from timm_multilabel.heads.options import options_of
 from timm_multilabel.heads.tags import TagsHead
 from timm_multilabel.labels import Labels, LabelSet, LabelSpace, Quantity, TagSet, missing_row
 from timm_multilabel.metric_names import check_metric_names
@@ -36,6 +36,7 @@ def load_registry(path: str | None) -> dict[str, type[Head]]:
         raise UserError(f'--head-module {path}: no such file')
     name = f'timm_multilabel_head_module_{Path(path).stem}'
     spec = importlib.util.spec_from_file_location(name, path, loader=SourceFileLoader(name, path))
+    assert spec is not None and spec.loader is not None  # there is a loader, since one is given
     try:
         module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
         spec.loader.exec_module(module)
@@ -49,12 +50,6 @@ def load_registry(path: str | None) -> dict[str, type[Head]]:
     for name in found.keys() & REGISTRY.keys():
         raise UserError(f"--head-module {path}: '{name}' is a kind of ours; give yours another name")
     return {**REGISTRY, **found}
-
-
-def options_of(kind: type[Head]) -> dict[str, inspect.Parameter]:
-    """The options that a kind has, beside those that every head has."""
-    parameters = inspect.signature(kind.__init__).parameters.values()
-    return {each.name: each for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def resolve_options(
@@ -103,11 +98,12 @@ def create_head(
         ValueError: The kind does not take a value, or does not do what a kind must.
     """
     kind = registry[options['loss']]
+    make: Callable[..., Head] = kind
     own = {key: value for key, value in options.items() if key not in COMMON_OPTIONS}
     if kind in REGISTRY.values():
-        return kind(labels, in_features, **own)
+        return make(labels, in_features, **own)
     try:
-        head = kind(labels, in_features, **own)
+        head = make(labels, in_features, **own)
         _try_out(head, in_features)
     except ValueError:
         raise
@@ -163,4 +159,5 @@ def standard_head(labels: Labels) -> Head:
 
 def default_kind(labels: Labels) -> str:
     """The kind of head that labels have where none is named."""
-    return {LabelSet: SoftmaxHead, TagSet: TagsHead, Quantity: NumericHead}[type(labels)].kind
+    kinds: dict[str, type[Head]] = {LabelSet.kind: SoftmaxHead, TagSet.kind: TagsHead, Quantity.kind: NumericHead}
+    return kinds[labels.kind].kind

@@ -123,18 +123,18 @@ def _panels(summary: pd.DataFrame) -> dict[str, _Panel]:
 
 def _accuracy(summary: pd.DataFrame) -> _Panel:
     """The main metric of each head, and their mean; the heads of the weights that did better, the mean of both."""
-    figures = {head: _main_figure(summary, head) for head in heads_of_summary(summary)}
+    metrics = {head: _main_metric(summary, head) for head in heads_of_summary(summary)}
     means = [_mean(summary, part) for part in ('eval', 'eval_ema')]
     values, curves = _main_values(summary), []
     for head, look in _looks(values).items():
-        figure = figures.get(head)
-        name = _name(head) + ('' if figure in ('top1', None) else f', {_name(figure)}')
+        metric = metrics.get(head)
+        name = _name(head) + ('' if metric in ('top1', None) else f', {_name(metric)}')
         curves.append(_head_curve(values[head], name, look, best=np.nanargmax))
     curves = _with_others(curves)
-    if len(figures) > 1:
+    if len(metrics) > 1:
         curves.append(_Curve('mean', means[0], 'black', width=2.2, best=np.nanargmax))
         curves.append(_Curve('mean of EMA', means[1], '#555555', 'o', '--', 2.2, np.nanargmax))
-    label = 'val accuracy (%)' if set(figures.values()) <= {'top1', None} else 'val metric (%)'
+    label = 'val accuracy (%)' if set(metrics.values()) <= {'top1', None} else 'val metric (%)'
     curves = _drawable(curves)
     return _Panel(label + (',\nheads of EMA' if _ema_is_better(summary) else ''),
                   2.5 + 0.16 * max(0, _named(curves) - 11), curves, floor=0)
@@ -190,7 +190,7 @@ def _main_values(summary: pd.DataFrame) -> dict[str, np.ndarray]:
     """The main metric (N,) of each head, of the weights that did better."""
     found, ema_is_better = {}, _ema_is_better(summary)
     for head in heads_of_summary(summary):
-        column = of_head(head, _main_figure(summary, head))
+        column = of_head(head, _main_metric(summary, head))
         found[head], of_ema = (_values(summary, in_summary(part, column)) for part in ('eval', 'eval_ema'))
         if ema_is_better:  # a phase may be without
             found[head] = np.where(np.isnan(of_ema), found[head], of_ema)
@@ -228,8 +228,8 @@ def _named(curves: Sequence[_Curve]) -> int:
     return sum(bool(curve.name) for curve in curves)
 
 
-def _main_figure(summary: pd.DataFrame, head: str) -> str | None:
-    """The figure that comes first after a head's loss: 'top1', 'map', 'r2' or one of the user's own."""
+def _main_metric(summary: pd.DataFrame, head: str) -> str | None:
+    """The metric that comes first after a head's loss: 'top1', 'map', 'r2' or one of the user's own."""
     before = in_summary('eval', of_head(head, 'loss'))
     its = [column for column in summary if column.rpartition('/')[0] == before.rpartition('/')[0]]
     return next((column.rpartition('/')[2] for column in its if column != before), None)

@@ -217,7 +217,7 @@ def _same_images(contents: Contents, scans: Scans) -> list[dict[str, list[int]]]
 
 
 def _same_image_across_splits(contents: Contents, groups: list[dict[str, list[int]]], limit: int) -> Iterator[Finding]:
-    learnt = 'training has seen them, so figures on them say too much'
+    learnt = 'training has seen them, so metrics on them say too much'
     left = 'training leaves out the same files only, so they stay in the pool'
     known = {file for split in contents.labelled for file in split.files}
     for first, second, severity, why in (
