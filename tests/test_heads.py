@@ -187,7 +187,8 @@ class Options(Head):
 
 @pytest.mark.parametrize('name, given, expected', [
     ('places', '1+2', [1, 2]), ('places', [1, '2'], [1, 2]), ('plain', 'S+M', ['S', 'M']),
-    ('plain', [1, 'M'], ['1', 'M']), ('drop', '1e-1', 0.1), ('drop', 1, 1.0), ('steps', '7', 7), ('steps', 7, 7), ('exact', 'True', True),
+    ('plain', [1, 'M'], ['1', 'M']),
+    ('drop', '1e-1', 0.1), ('drop', 1, 1.0), ('steps', '7', 7), ('steps', 7, 7), ('exact', 'True', True),
     ('exact', False, False), ('name', '12', '12'), ('bare', '4', 4), ('nothing', 'a', 'a')])
 def test_options_are_read_as_their_types_say(name, given, expected):
     made = parse_option(given, options_of(Options)[name])
@@ -197,7 +198,8 @@ def test_options_are_read_as_their_types_say(name, given, expected):
 @pytest.mark.parametrize('name, given, message', [
     ('places', '1+x', 'invalid literal for int'), ('drop', 'much', 'could not convert string to float'),
     ('drop', True, 'expected a number'), ('steps', '1.5', 'invalid literal for int'),
-    ('steps', True, 'expected a number'), ('steps', 1.5, 'invalid literal for int'), ('exact', 'yes', 'expected true or false')])
+    ('steps', True, 'expected a number'), ('steps', 1.5, 'invalid literal for int'),
+    ('exact', 'yes', 'expected true or false')])
 def test_values_that_are_none_of_an_option(name, given, message):
     with pytest.raises(ValueError, match=message):
         parse_option(given, options_of(Options)[name])

@@ -43,7 +43,8 @@ class ReadableModel(nn.Module):
 
 def readable(head: Head, output: torch.Tensor) -> torch.Tensor:
     """A head's output as probabilities (B, C), or numbers in their column's unit (B, 1)."""
-    return head.labels.in_unit(head.probabilities(output))
+    values: torch.Tensor = head.labels.in_unit(head.probabilities(output))
+    return values
 
 
 @dataclass(frozen=True)

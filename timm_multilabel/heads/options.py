@@ -10,7 +10,7 @@ def options_of(kind: type) -> dict[str, Any]:
 
     These are the keyword-only arguments by their annotations; without one, an option has the type of its default.
     """
-    initialize = inspect.unwrap(kind.__init__)
+    initialize = inspect.unwrap(vars(next(base for base in kind.__mro__ if '__init__' in vars(base)))['__init__'])
     options = {name: each for name, each in inspect.signature(initialize).parameters.items()
                if each.kind is inspect.Parameter.KEYWORD_ONLY}
 

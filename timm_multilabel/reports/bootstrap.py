@@ -193,4 +193,4 @@ def holm(ps: Sequence[float]) -> list[float]:
     made = ~np.isnan(corrected)
     if made.any():
         corrected[made] = multipletests(corrected[made], method='holm')[1]
-    return corrected.tolist()
+    return [float(p) for p in corrected]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from matplotlib.colors import CSS4_COLORS, XKCD_COLORS, to_rgb
+from matplotlib.colors import CSS4_COLORS, XKCD_COLORS, to_hex, to_rgb
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
@@ -94,15 +94,14 @@ def _class_colors(names: Sequence[str]) -> tuple[str, ...]:
     named = [_color_called(name) for name in names]
     if 2 * len(set(named) - {None}) < len(names):
         return COLORS[:len(names)]
-    found: list[str | None] = [
-        color if color not in named[:place] else None for place, color in enumerate(named)]
+    found = ['' if color is None or color in named[:place] else color for place, color in enumerate(named)]
 
     def distance(color: str) -> float:
         """That to the nearest of the colors that are taken."""
-        return min(np.linalg.norm(np.subtract(to_rgb(color), to_rgb(other))) for other in found if other)
+        return min(float(np.linalg.norm(np.subtract(to_rgb(color), to_rgb(other)))) for other in found if other)
 
     for place, color in enumerate(found):
-        if color is None:
+        if not color:
             found[place] = next((free for free in COLORS if distance(free) > _APART), max(COLORS, key=distance))
     return tuple(found)
 
@@ -112,7 +111,8 @@ def _color_called(name: str) -> str | None:
     name = ' '.join(name.lower().replace('_', ' ').replace('-', ' ').split())
     if name in _NO_COLOR:
         name = 'gray'
-    return XKCD_COLORS.get(f'xkcd:{name}') or CSS4_COLORS.get(name.replace(' ', ''), '').lower() or None
+    color = XKCD_COLORS.get(f'xkcd:{name}') or CSS4_COLORS.get(name.replace(' ', ''))
+    return None if color is None else to_hex(color)
 
 
 def _color_numbers(labels: Quantity, target: np.ndarray) -> Coloring:

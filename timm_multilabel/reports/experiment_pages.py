@@ -114,7 +114,7 @@ def experiments_csv(experiments: Experiments) -> str:
     """
     made = []
     for group, numbers in experiments.rows():
-        row = dict(_about(experiments, numbers))
+        row: dict[str, str | float] = {**_about(experiments, numbers)}
         for split in experiments.splits:
             for head, metric in split.metrics.columns:
                 title, values = split.title(head, metric), split.metrics[head, metric].iloc[numbers]
@@ -143,14 +143,15 @@ def _difference(
         return {}
     found = of_metric[of_metric['group'] == group]
     if not len(found):
-        return {name: np.nan for name in (*_OF_GROUP.values(), 'verdict')}
+        return dict.fromkeys((*_OF_GROUP.values(), 'verdict'), np.nan)
     row = found.iloc[0]
     return {**{name: row[key] for key, name in _OF_GROUP.items()}, 'verdict': experiments.verdict(split, row)}
 
 
 def shown_experiments(experiments: Experiments) -> tuple[pd.DataFrame, list[int]]:
     """The table for reading, and its rows that are groups."""
-    made, strong = [], []
+    made: list[dict[str, str]] = []
+    strong: list[int] = []
     for _, numbers in experiments.rows():
         row = _about(experiments, numbers)
         for split in experiments.splits:
@@ -165,7 +166,7 @@ def shown_experiments(experiments: Experiments) -> tuple[pd.DataFrame, list[int]
 
 def shown_differences(experiments: Experiments) -> pd.DataFrame:
     """The differences for reading, a row each."""
-    made = []
+    made: list[dict[str, str]] = []
     for split in experiments.splits:
         for _, row in split.differences.iterrows():
             metric = split.described[row['head'], row['metric']]

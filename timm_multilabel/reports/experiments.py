@@ -187,7 +187,7 @@ def _shown(value: Any) -> str:
 
 def group_runs(runs: Sequence[Run]) -> list[list[int]]:
     """The runs by number in groups of the same settings, both in their order."""
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for number, run in enumerate(runs):
         settled = {name: value for name, value in run.settings.items() if value}
         groups.setdefault(tuple(sorted(settled.items())), []).append(number)
@@ -246,18 +246,17 @@ def share(
 
 def _keys(images: np.ndarray) -> pd.MultiIndex:
     """What tells rows apart: the image, and which of the rows of the same image it is."""
-    images = pd.Series([image.encode('utf-8', 'surrogatepass') for image in images])  # pandas takes no other text
-    return pd.MultiIndex.from_arrays([images, images.groupby(images).cumcount()])
+    names = pd.Series([image.encode('utf-8', 'surrogatepass') for image in images])  # pandas takes no other text
+    return pd.MultiIndex.from_arrays([names, names.groupby(names).cumcount()])
 
 
 def _same_labels(a: RunPredictions, b: RunPredictions, head: str) -> np.ndarray:
     """Which images have the same label for two runs (N,)."""
     ours, theirs, labels = a.targets[head], b.targets[head], a.labels[head]
     if isinstance(labels, Quantity):
-        other = b.labels[head]
-        return np.isclose(ours * labels.std + labels.mean, theirs * other.std + other.mean, rtol=1e-4,
-                          atol=1e-4 * labels.std)
-    return ours == theirs if ours.ndim == 1 else (ours == theirs).all(axis=1)
+        ours, theirs = labels.in_unit(ours), b.labels[head].in_unit(theirs)
+        return np.asarray(np.isclose(ours, theirs, rtol=1e-4, atol=1e-4 * labels.std))
+    return np.asarray((ours == theirs).reshape(len(ours), -1).all(axis=1))
 
 
 def shared_heads(answers: Sequence[RunPredictions]) -> list[str]:
@@ -303,7 +302,7 @@ def shared_metrics(answers: Sequence[RunPredictions]) -> list[tuple[str, str]]:
 
 
 def _known_by_all(answers: Sequence[RunPredictions], head: str) -> np.ndarray:
-    return np.all([each.known(head) for each in answers], axis=0)
+    return np.asarray(np.all([each.known(head) for each in answers], axis=0))
 
 
 def verdict(difference: float, corrected: float, lower_is_better: bool, over: str, seeds: tuple[int, int]) -> str:
@@ -398,4 +397,5 @@ def _image_values(answers: Sequence[RunPredictions], head: str, metric: str) -> 
 
 def _by_seed(values: np.ndarray, runs: Sequence[int], seeds: Sequence[object]) -> dict[str, float]:
     """The mean of some runs' values by their seed."""
-    return pd.Series(values[runs], [str(seeds[run]) for run in runs]).groupby(level=0).mean().to_dict()
+    of_runs = pd.Series(values[list(runs)], [str(seeds[run]) for run in runs])
+    return {str(seed): float(value) for seed, value in of_runs.groupby(level=0).mean().items()}

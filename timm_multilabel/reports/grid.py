@@ -72,7 +72,7 @@ class GridResults:
         return self.metrics[self._top1[0] if column == MEAN and self._top1 else column]
 
     @property
-    def values(self) -> list:
+    def values(self) -> list[Any]:
         """The values of what varies."""
         return [] if self.axis is None else list(dict.fromkeys(self.runs[self.axis]))
 
@@ -91,7 +91,7 @@ class GridResults:
     def by_seed(self, setting: str, value: object, head: str) -> np.ndarray:
         """The differences of a setting to the first one, seed by seed."""
         ours, base = (self.of(name, value).set_index('seed')[head] for name in (setting, self.settings[0]))
-        return (ours - base).dropna().to_numpy()
+        return np.asarray((ours - base).dropna())
 
 
 def metric_columns(metrics: pd.DataFrame) -> dict[str, tuple[str, str]]:

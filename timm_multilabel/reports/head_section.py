@@ -88,7 +88,7 @@ def head_section(
         section,
         metrics=metrics,
         tags=_tag_rows(labels, of_used, said) if isinstance(labels, TagSet) else [],
-        calibration=found and {
+        calibration=None if found is None else {
             'picture': figure_uri(reliability_figure(found)), 'ece': f'{100 * found.ece:.2f} %',
             'words': _calibration_words(found, isinstance(labels, TagSet))},
         confusion=_confusion(labels, of_used, said),

@@ -118,7 +118,8 @@ def weighted_class_metrics(
         """The weight of each class that occurs (C, R) over some of the images."""
         images = np.flatnonzero(which)
         members = csr_array((np.ones(len(images), np.int32), (indices[images], images)), shape=(classes, len(which)))
-        return members @ weights.T
+        found: np.ndarray = members @ weights.T
+        return found
 
     everywhere = np.ones(len(target), bool)
     true, said = totals(target, everywhere), totals(predicted, everywhere)
@@ -134,14 +135,14 @@ def weighted_class_metrics(
 def _share(part: np.ndarray, whole: np.ndarray, all_part: np.ndarray, all_whole: np.ndarray) -> np.ndarray:
     """part / whole (C, R); where that is 0 / 0, the share of all images, from (C, 1); NaN where that is so as well."""
     with np.errstate(invalid='ignore', divide='ignore'):
-        return np.where(whole > 0, part / whole, all_part / all_whole)
+        return np.asarray(np.where(whole > 0, part / whole, all_part / all_whole))
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
     """The mean (R,) over those of (C, R) that are numbers."""
     there = ~np.isnan(values)
     with np.errstate(invalid='ignore', divide='ignore'):
-        return np.where(there, values, 0).sum(axis=0) / there.sum(axis=0)
+        return np.asarray(np.where(there, values, 0).sum(axis=0) / there.sum(axis=0))
 
 
 def weighted_tag_metrics(target: np.ndarray, probability: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -201,7 +202,7 @@ def average_precision(true: np.ndarray, score: np.ndarray, weights: np.ndarray) 
     positive = np.cumsum(weights * true[order], axis=1)[:, last]
     with np.errstate(invalid='ignore', divide='ignore'):
         precision = np.nan_to_num(positive / everything)
-        return (np.diff(positive, axis=1, prepend=0) * precision).sum(axis=1) / positive[:, -1]
+        return np.asarray((np.diff(positive, axis=1, prepend=0) * precision).sum(axis=1) / positive[:, -1])
 
 
 def weighted_number_metrics(

@@ -92,7 +92,7 @@ def worst_mistakes(
 
 def _worst(badness: np.ndarray, wrong: np.ndarray, most: int) -> list[int]:
     rows = np.flatnonzero(wrong)
-    return rows[np.argsort(-badness[rows], kind='stable')][:most].tolist()
+    return [int(row) for row in rows[np.argsort(-badness[rows], kind='stable')][:most]]
 
 
 def _wrong_classes(labels: LabelSet, target: np.ndarray, output: np.ndarray, most: int) -> list[Mistake]:
