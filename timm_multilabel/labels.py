@@ -108,7 +108,7 @@ class LabelSet(_Classes):
 
     def predicted(self, output: np.ndarray) -> np.ndarray:
         """The likeliest class (N,) of probabilities (N, C)."""
-        return output.argmax(axis=1)
+        return np.asarray(output.argmax(axis=1))
 
     def describe(self, target: Any) -> str:
         """A class index in words; '-' where it is missing."""
@@ -215,7 +215,7 @@ class TagSet(_Classes):
             row, text = next((row, text) for row, text in texts.items() if values[text] is None)
             hint = '; where it is a missing label, --missing-value -1' if truth(text) == -1 else ''
             raise BadCell(f"'{shortened(text)}' is neither {zero} nor 1{hint}", name, row)
-        return texts.map(values).to_numpy(dtype=np.float32)
+        return np.asarray(texts.map(values), dtype=np.float32)
 
     def _tags(self, cells: pd.DataFrame) -> Iterator[tuple[Any, list[str] | None]]:
         """Each row with its tags, None where it has no label."""

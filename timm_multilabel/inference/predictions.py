@@ -136,8 +136,9 @@ class Predictions:
             outputs = {name: stored[f'output_{number}'] for number, name in enumerate(label_space.names)}
             check_array('made_from', stored['made_from'], str, 2)
             own_metrics = _read_own_metrics(stored, label_space) if 'head_metrics' in stored else None
-            found = cls(label_space, *(stored[name] for name in ('rows', 'images', 'targets')), outputs,
-                        stored['features'], tuple(stored['made_from'].tolist()), own_metrics)
+            checkpoint, table = stored['made_from'].tolist()
+            found = cls(label_space, stored['rows'], stored['images'], stored['targets'], outputs, stored['features'],
+                        (checkpoint, table), own_metrics)
             found._check()
         return found
 
@@ -228,7 +229,8 @@ def predict_rows(
         UserError: What the model says is not finite, or takes too much memory.
     """
     check_size(len(rows), model.label_space, path)
-    features, outputs = [], {name: [] for name in model.named_heads}
+    features: list[torch.Tensor] = []
+    outputs: dict[str, list[torch.Tensor]] = {name: [] for name in model.named_heads}
     measured: dict[str, list[torch.Tensor]] = {
         name: [] for name, head in model.named_heads.items() if has_own_metrics(head)}
     for images, _ in loader:

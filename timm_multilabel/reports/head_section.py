@@ -160,10 +160,8 @@ def _thumbnail(row: int, rows: np.ndarray, thumbnail: Thumbnail) -> dict[str, st
 
 def _confusion(labels: Labels, target: np.ndarray, output: np.ndarray) -> str:
     """The picture of what is taken for what; none of more classes than are legible, whose pairs are listed."""
-    if isinstance(labels, LabelSet):
-        if len(labels.classes) > READABLE:
-            return ''
-        measured = output.argmax(axis=1)[:, None]
-        return figure_uri(draw_confusion(labels, target[:, None], measured)[1])
-    target = target if isinstance(labels, TagSet) else target[:, None]
-    return figure_uri(draw_confusion(labels, target, output)[1])
+    if isinstance(labels, LabelSet) and len(labels.classes) > READABLE:
+        return ''
+    count = len(target)
+    measured = labels.predicted(output).reshape(count, -1)
+    return figure_uri(draw_confusion(labels, target.reshape(count, -1), measured)[1])
