@@ -19,6 +19,7 @@ from timm_multilabel.assembly.grid_file import read_grid
 from timm_multilabel.assembly.jobs import Job, Jobs
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.errors import UserError
+from timm_multilabel.heads import SoftmaxHead
 from timm_multilabel.reports.grid import GridResults, draw_grid, grid_markdown
 
 FLAGS = {
@@ -201,7 +202,7 @@ def results(axis):
          'high': 9.0, 'p': 0.01, 'holm': 0.02, 'over': 'seeds and images'}
         for value in ([0] if axis is None else [10, 20])]
     return GridResults('Title', 'About.', 'val', axis, ['base', 'other $'], pd.DataFrame(rows),
-                       pd.DataFrame(differences), ['color'])
+                       pd.DataFrame(differences), {'color': SoftmaxHead.metric('top1')})
 
 
 def test_tables_hold_means_deviations_and_differences_by_seed():

@@ -22,6 +22,7 @@ from timm_multilabel.errors import UserError, shortened
 from timm_multilabel.escaping import markdown_code, markdown_text, spreadsheet_text, spreadsheet_text_back
 from timm_multilabel.export.card import model_card
 from timm_multilabel.export.exportable import Exportable, describe
+from timm_multilabel.heads import SoftmaxHead
 from timm_multilabel.inference.embeddings import Embeddings
 from timm_multilabel.inference.neighbours import nearest
 from timm_multilabel.inference.predictions import Predictions
@@ -267,7 +268,7 @@ def test_a_grid_of_hostile_names(tmp_path):
     rows = [{'setting': name, 'seed': 0, HEADS[0]: 50.0, 'mean': 50.0, 'minutes': 1.0, 'cpu_minutes': 1.0,
              'commit': '<b>', 'machine': '`m`', 'torch': '2', 'command': 'grid `<b>`'} for name in names]
     results = GridResults(names[1], 'See <script>x</script> of [this](https://a) where a < b.', 'v*l', None, names,
-                          pd.DataFrame(rows), pd.DataFrame(), [HEADS[0]])
+                          pd.DataFrame(rows), pd.DataFrame(), {HEADS[0]: SoftmaxHead.metric('top1')})
     text = grid_markdown(results)
     assert 'See &lt;script>x&lt;/script> of [this](https://a) where a &lt; b.' in text and 'v\\*l' in text
     assert '``grid `<b>` ``' in text.replace('`` grid', '``grid') and r'commit \<b\>; machine \`m\`' in text

@@ -24,8 +24,7 @@ from timm_multilabel.errors import UserError
 from timm_multilabel.heads import SoftmaxHead, TagsHead
 from timm_multilabel.labels import MISSING, BadCell, LabelSet, LabelSpace, Quantity, TagSet
 from timm_multilabel.reports.embedding_map import color_points
-from timm_multilabel.reports.head_section import describe_target
-from timm_multilabel.reports.intervals import head_figures, tag_figures
+from timm_multilabel.reports.intervals import head_intervals, weighted_tag_metrics
 
 TAGS = [[], ['a'], ['a', 'b'], None]
 OF_TAGS = [[0, 0], [1, 0], [1, 1], [-1, -1]]
@@ -236,26 +235,27 @@ def test_tags_without_both_answers_are_in_no_mean():
     head = TagsHead(labels, 4)
     expected = {'map': 100 * (1 + 2 / 3) / 2, 'f1': 80.0, 'micro_f1': 100 * 8 / 9, 'accuracy': 200 / 3}
     metrics = head.metrics(target, said)
-    assert {name: metrics[name] for name in head.figures} == pytest.approx(expected)
-    of_report = tag_figures(target, said, np.ones((1, 3), np.int32))
+    assert {name: metrics[name] for name in head.metric_names} == pytest.approx(expected)
+    of_report = weighted_tag_metrics(target, said, np.ones((1, 3), np.int32))
     assert {name: value[0] for name, value in of_report.items()} == pytest.approx(expected)
     metrics = TagsHead(TagSet('t', ('b', 'd')), 4).metrics(target[:, 1:], said[:, 1:])
-    assert np.isnan([metrics[name] for name in head.figures]).all()
-    assert all(np.isnan(value).all() for value in tag_figures(target[:, 1:], said[:, 1:], np.ones((2, 3))).values())
+    assert np.isnan([metrics[name] for name in head.metric_names]).all()
+    weighted = weighted_tag_metrics(target[:, 1:], said[:, 1:], np.ones((2, 3)))
+    assert all(np.isnan(value).all() for value in weighted.values())
 
 
 def test_a_single_class_has_no_accuracy():
     labels = LabelSet('c', ('x',))
     head = SoftmaxHead(labels, 4)
     assert np.isnan(list(head.metrics(np.zeros((3, 1)), np.zeros((3, 1))).values())).all()
-    figure, = head_figures(labels, np.zeros(3, int), np.ones((3, 1)))
+    figure, = head_intervals(labels, np.zeros(3, int), np.ones((3, 1)))
     assert figure.name == 'top1' and math.isnan(figure.value)
 
 
 def test_none_of_the_tags_is_no_missing_label_in_reports():
     labels = TagSet('t', ('a', 'b'))
     target = np.array(OF_TAGS)
-    assert [describe_target(labels, row) for row in target] == ['none', 'a', 'a, b', '-']
+    assert [labels.describe(row) for row in target] == ['none', 'a', 'a, b', '-']
     assert color_points(labels, target).rest == 'no tag, no label'
     assert color_points(labels, target[:3]).rest == 'no tag' and color_points(labels, target[1:3]).rest == ''
 

@@ -162,15 +162,15 @@ def test_eval_metric_by_an_earlier_name(data, tmp_path, capsys):
     assert state['metric'] == pd.read_csv(folder / 'summary.csv')['eval/ema_x/top1'][0]
 
 
-@pytest.mark.parametrize('figures, message', [
+@pytest.mark.parametrize('names, message', [
     ("('exact', 'loss')", "has a metric called 'loss', which is the name of something else"),
     ("('labels',)", "has a metric called 'labels', which is the name of something else"),
     ("('exact', 'exact')", "has a metric called 'exact', twice"),
     ("('a/b',)", "has a metric called 'a/b'; use letters, digits and underscores")])
-def test_metrics_of_the_users_kinds_have_names_of_their_own(figures, message, data, tmp_path, capsys):
+def test_metrics_of_the_users_kinds_have_names_of_their_own(names, message, data, tmp_path, capsys):
     (tmp_path / 'kinds.py').write_text(
         f'from timm_multilabel.heads import SoftmaxHead\n\n\nclass Mine(SoftmaxHead):\n    kind = "mine"\n'
-        f'    figures = {figures}\n')
+        f'    metric_names = {names}\n')
     with pytest.raises(SystemExit):
         train_run(data, tmp_path, '--head-module', str(tmp_path / 'kinds.py'), '--head', 'ema_x:loss=mine', epochs=1)
     assert message in capsys.readouterr().err
@@ -196,7 +196,7 @@ def test_a_report_has_the_metrics_of_each_tag():
         TagSet('t', ('a', '<b>')), target, np.ones(4, bool), output, np.array(list('wxyz')), lambda index: '')
     assert section.tags == [
         ('a', '83.33 %', '50.00 %', '50.00 %', '4', '2'), ('<b>', '-', '-', '-', '3', '3')]
-    assert ('accuracy (mean over tags)', '50.00 %') in [row[:2] for row in section.figures]
+    assert ('accuracy (mean over tags)', '50.00 %') in [row[:2] for row in section.metrics]
 
 
 def test_summary_json_follows_a_run_that_goes_back(tmp_path):

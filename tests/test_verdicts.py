@@ -29,7 +29,7 @@ from timm_multilabel.reports.experiment_pages import (
     experiments_html,
     experiments_markdown,
 )
-from timm_multilabel.reports.experiments import Run, RunPredictions, compare_groups, run_figures
+from timm_multilabel.reports.experiments import Run, RunPredictions, compare_groups
 from timm_multilabel.reports.grid import draw_grid, grid_markdown
 from timm_multilabel.reports.page import Page, render
 from timm_multilabel.reports.pictures import jpeg_uri, reliability_figure
@@ -61,7 +61,7 @@ def experiments(base, ours, seeds):
     runs = [Run(f'r{number}', {'--lr': '1' if number < len(base) else '2'}, seed, 1, 1)
             for number, seed in enumerate(seeds)]
     differences = compare_groups(answers, groups, seeds, 0)
-    return Experiments(runs, groups, 0, [SplitResult('val', IMAGES, run_figures(answers), differences)])
+    return Experiments(runs, groups, 0, [SplitResult.of('val', answers, differences)])
 
 
 def verdicts(found):
@@ -267,7 +267,7 @@ def test_no_table_of_a_report_is_cut_on_a_phone(tmp_path):
     photo = jpeg_uri(np.zeros((96, 96, 3), np.uint8))
     pairs = [{**pair, 'thumbnails': [{**each, 'thumbnail': photo} for each in pair['thumbnails']]}
              for pair in made.pairs]
-    page = Page('Report of run on val', [], [], '', '', '', False, photo, made.figures[0],
+    page = Page('Report of run on val', [], [], '', '', '', False, photo, made.metrics[0],
                 [dataclasses.replace(made, pairs=pairs, mistakes=[])], 'none', [], '')
     (tmp_path / 'page.html').write_text(render(page))
     with browser() as tab:

@@ -24,7 +24,7 @@ from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.log import say
 from timm_multilabel.reports.curves import all_curves
 from timm_multilabel.reports.embedding_map import Coloring, color_points, place_points
-from timm_multilabel.reports.head_section import describe_target, head_section, mean_row
+from timm_multilabel.reports.head_section import head_section, mean_row
 from timm_multilabel.reports.page import Map, Page, render
 from timm_multilabel.reports.pictures import Thumbnails, figure_uri, jpeg_uri
 from timm_multilabel.task import resolve_head_weights
@@ -195,7 +195,7 @@ def build_map(predictions: Predictions) -> Map | str:
 
 def _describe_row(predictions: Predictions, row: int) -> str:
     """An image's name and labels."""
-    labels = (f'{shortened(labels.name)}: {describe_target(labels, predictions.target(labels.name)[row])}'
+    labels = (f'{shortened(labels.name)}: {labels.describe(predictions.target(labels.name)[row])}'
               for labels in predictions.label_space.heads)
     return ' \u00b7 '.join([Path(predictions.images[row]).name, *labels])
 

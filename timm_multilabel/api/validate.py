@@ -244,7 +244,7 @@ def gather_results(
     results = {}
     for name, head in heads.items():
         target, measured = predictions[name]
-        results[name] = {figure: figures[of_head(name, figure)] for figure in head.figures}
+        results[name] = {figure: figures[of_head(name, figure)] for figure in head.metric_names}
         if isinstance(head.labels, LabelSet) and len(head.labels.classes) > 1:
             results[name] |= class_metrics(target[:, 0].astype(int), measured[:, 0].astype(int))
         results[name] |= {'loss': figures[of_head(name, 'loss')], 'labels': len(target)}

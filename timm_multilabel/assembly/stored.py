@@ -129,10 +129,7 @@ def _predict(
     if dataset.bad is None or not dataset.bad.any():
         return made
     say(BadImages([dataset]).news())
-    good = ~dataset.bad.numpy()
-    return replace(
-        made, outputs={name: values[good] for name, values in made.outputs.items()},
-        **{name: getattr(made, name)[good] for name in ('rows', 'images', 'targets', 'features')})
+    return made.select((~dataset.bad).nonzero()[:, 0].numpy())
 
 
 def _read_rows(folder: Path, split: str, checkpoint: Checkpoint, say: Say) -> Rows:

@@ -28,7 +28,8 @@ def model_arguments(exportable: Exportable) -> dict[str, Any]:
     del arguments['pretrained_cfg']
     if arguments.get('in_chans') == 3:
         del arguments['in_chans']
-    return json.loads(json.dumps(arguments))
+    plain: dict[str, Any] = json.loads(json.dumps(arguments))
+    return plain
 
 
 def note(exportable: Exportable, path: Path) -> str:

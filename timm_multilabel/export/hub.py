@@ -3,7 +3,7 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is public, and not in its __all__
 
 from timm_multilabel.errors import UserError
 from timm_multilabel.export import timm_folder, weights

@@ -22,7 +22,7 @@ def write(exportable: Exportable, path: Path) -> None:
     preprocessing = dict(exportable.description['preprocessing'])
     del preprocessing['pixels']
     save_for_hf(
-        exportable.model.backbone, path.parent, safe_serialization=True, data_config=preprocessing,
+        exportable.model.backbone, str(path.parent), safe_serialization=True, data_config=preprocessing,
         model_args=exportable.description['model_kwargs'])
     write_tensors(path, exportable.model.backbone.state_dict())  # safetensors' own files none but their owner can read
     config = json.loads((path.parent / 'config.json').read_text(encoding='utf-8'))

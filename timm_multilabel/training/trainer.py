@@ -380,7 +380,7 @@ def epoch_lines(title: str, row: dict[str, Any], task: JointTask, width: int) ->
     for part in ('eval', 'eval_ema'):
         if in_summary(part, mean) in row:
             means.append(f'{part} {_percent(row[in_summary(part, mean)], 2)}')
-            heads.append([_head_score(head, row[in_summary(part, of_head(name, head.figures[0]))])
+            heads.append([_head_score(head, row[in_summary(part, of_head(name, head.metric_names[0]))])
                           for name, head in task.heads.items()])
     speed = f'lr {row["lr"]:.2g}  {row["images_per_second"]:.0f} images/s'
     line = '  '.join([*losses, *(f'{score}  ({"  ".join(its)})' for score, its in zip(means, heads)), speed])
@@ -392,7 +392,7 @@ def epoch_lines(title: str, row: dict[str, Any], task: JointTask, width: int) ->
 
 def _head_score(head: Head, value: float) -> str:
     """A head's main metric."""
-    figure = head.figures[0]
+    figure = head.metric_names[0]
     return f'{abbreviated(head.labels.name, _NAME)} {_percent(value, 1)}' + ('' if figure == 'top1' else f' {figure}')
 
 
