@@ -223,6 +223,7 @@ BAD_POOLS_AND_HEADS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'flags, message', BAD_POOLS_AND_HEADS, ids=[' '.join(flags) for flags, _ in BAD_POOLS_AND_HEADS])
 def test_bad_pools_and_heads(capsys, data_dir, tmp_path, flags, message):
@@ -298,6 +299,7 @@ def test_resume_with_another_model(capsys, data_dir, trained):
     assert 'does not fit this run' in line and 'args.yaml' in line
 
 
+@pytest.mark.slow
 def test_names_that_yaml_reads_as_numbers(data_dir, tmp_path):
     for split in ('train', 'val'):
         replace(data_dir / f'{split}.csv', 'red', '3')
@@ -328,6 +330,7 @@ def test_the_command_of_the_fork_means_the_same():
     assert args.amp and args.pretrained and args.model_ema and args.gradient_centralization is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flag', ['--apex-amp', '--native-amp'])
 def test_old_names_of_amp(capsys, data_dir, tmp_path, flag):
     run_command(train, 'train.py', [
@@ -397,6 +400,7 @@ def test_help(capsys, command):
     assert out.startswith(f'usage: {command.NAME} ') and '[flags]' in out.split('\n')[0]
 
 
+@pytest.mark.slow
 def test_installed_command_lists_its_subcommands():
     out = subprocess.run([sys.executable, '-c', 'from timm_multilabel.cli.main import main; main()', '--help'],
                          capture_output=True, text=True, cwd=ROOT)

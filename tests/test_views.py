@@ -93,6 +93,7 @@ def test_uniforms_are_uniform_and_uncorrelated():
     assert torch.corrcoef(torch.cat([found, other], dim=1).T).fill_diagonal_(0).abs().max() < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('height, width', [(300, 200), (60, 400)])
 def test_crops_are_drawn_as_torchvision_draws_them(height, width):
     """Area, aspect ratio and place, by the Kolmogorov-Smirnov test."""
@@ -194,6 +195,7 @@ def test_hue_is_a_rotation_about_the_grey_axis():
     torch.testing.assert_close(grey, torch.full((3,), 100.0))
 
 
+@pytest.mark.slow
 def test_colors_are_distributed_as_the_textbooks():
     """Mean and spread, over many views of a few pictures, of brightness and of saturation: within 8 of 255."""
     recipe = ViewRecipe((16, 16), **WHOLE, blur_prob=0.0)
@@ -287,6 +289,7 @@ class Counted:
         return self.photo.decode(reduction)
 
 
+@pytest.mark.slow
 def test_an_image_is_decoded_once_at_the_scale_that_both_crops_allow():
     photo = jpeg(picture(700, 500))
     asked = []

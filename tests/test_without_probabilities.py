@@ -42,6 +42,7 @@ def printed(capsys, trained, *flags):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_predict_gives_the_label_alone(trained, capsys):
     rows = list(csv.DictReader(printed(capsys, trained, '--format', 'csv', '--top-k', '2').splitlines()))
     assert list(rows[0]) == ['image', 'error', 'color', 'shape', 'shape_probability', 'shape_2', 'shape_2_probability']
@@ -66,6 +67,7 @@ def test_a_threshold_is_refused_and_one_of_all_heads_leaves_the_label(trained, c
     assert 'this kind of head has no probabilities' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_report_has_its_own_metrics_and_no_calibration(trained, capsys):
     run, module = trained
     words = [str(run), '--head-module', str(module), '--device', 'cpu', '-j', '0', '--force']
@@ -91,6 +93,7 @@ def test_the_report_has_its_own_metrics_and_no_calibration(trained, capsys):
     assert Predictions.load(stored).own_metrics == found.own_metrics
 
 
+@pytest.mark.slow
 def test_an_export_says_what_its_output_is(trained, tmp_path):
     run, module = trained
     checkpoint = read_checkpoint(run / 'last.pth.tar')
@@ -101,6 +104,7 @@ def test_an_export_says_what_its_output_is(trained, tmp_path):
         str(run / 'last.pth.tar'), '--head-module', str(module), '--formats', 'safetensors', '--out', str(tmp_path)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('metrics', [{'size': {'exact': 1.0}}, {'color': {'exact': '<b>'}}, {'color': 1.0}, [1]])
 def test_metrics_in_a_file_that_are_none(trained, tmp_path, metrics):
     run, module = trained
