@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent
 
 def words(data, output, *flags):
     """What follows the name of the training command."""
-    return [str(data), *TINY, '--epochs', '2', '--output', str(output), '--experiment', 'run', '--checkpoint-steps', '5',
-            '-b', '2', '-j', '1', *flags]
+    return [str(data), *TINY, '--epochs', '2', '--output', str(output), '--experiment', 'run',
+            '--checkpoint-steps', '5', '-b', '2', '-j', '1', *flags]
 
 
 def command(data, output, *flags, ranks=0):

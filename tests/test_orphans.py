@@ -273,7 +273,7 @@ def test_a_folder_for_temporary_files_that_no_url_can_name(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             meet_by_files(None, tmp_path / folder / 'x')
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.startswith(f'launch: error: TMPDIR: {tmp_path / folder} has a ? or a # in')
+        assert stop.value.code == 2 and error.startswith(f'launch: error: TMPDIR: {tmp_path / folder} has a ? or ')
     folder = 'a?b#c'
     (tmp_path / folder).mkdir()
     done = subprocess.run(
