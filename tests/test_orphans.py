@@ -153,8 +153,9 @@ def test_whoever_is_killed_the_others_end_and_the_run_goes_on_to_the_same_result
     assert 'stopped after Epoch 1/2, saved' in log and 'Traceback' not in log
     assert (part / 'run' / 'last.pth.tar').is_file() and newest(part) == []
 
-    folder = part / 'run'
-    assert f'{folder / "last.pth.tar"}: goes on from here' in train_ranks(words(data, part))
+    folder, process = part / 'run', start(launched(data, part), part)  # which tidies up too
+    assert process.wait(240) == 0, (part / 'log').read_text()
+    assert f'{folder / "last.pth.tar"}: goes on from here' in (part / 'log').read_text()
     assert not list((part / 'tmp').glob('timm-multilabel-*')) and not list(folder.glob('.*.tmp'))
     train_ranks(words(data, tmp_path / 'whole'))
     whole = tmp_path / 'whole' / 'run'
