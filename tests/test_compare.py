@@ -142,6 +142,7 @@ def test_table_of_two_groups(four_runs, tmp_path, capsys):
     assert groups['val top1 (mean) p Holm'][1] == groups['val top1 (mean) p'][1]  # the only one of its kind
 
 
+@pytest.mark.slow
 def test_another_baseline_and_a_test_split(four_runs, make_run, capsys):
     for run in four_runs[:3]:
         make_run(run.name, split='test', **RIGHT[run.name])
@@ -162,6 +163,7 @@ def test_one_run_has_its_row_and_no_comparison(make_run, capsys):
     assert 'Against' not in printed and 'bootstrap' not in printed
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_training(tmp_path, data_dir, capsys):
     """Real runs without stored predictions: they are made, and score as the evaluation of the best epoch did."""
     (data_dir / 'test.csv').write_text((data_dir / 'val.csv').read_text())

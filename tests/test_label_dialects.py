@@ -270,6 +270,7 @@ def write_tags(folder, *splits):
     return folder
 
 
+@pytest.mark.slow
 def test_training_and_validation_read_one_dialect(tmp_path, capsys):
     data = write_tags(tmp_path / 'data', ['nil', 'a', 'a;b', ''], ['nil', 'a', 'a;b', ''])
     flags = ['--heads', 'tags', '--head', 'tags:loss=tags', '-wls', '0']
@@ -306,6 +307,7 @@ def test_flags_of_a_dialect_that_nobody_reads_are_refused(tmp_path, capsys, flag
         raise UserError(capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_heads_that_cannot_be_scored_are_named_and_do_not_rank(tmp_path, capsys):
     """val.csv: brands that are all ignored, tags without a 0, one class of shape; color alone makes the metric."""
     data = write_tags(tmp_path / 'data', ['a', 'b'], ['a|b'])
@@ -336,6 +338,7 @@ def test_heads_that_cannot_be_scored_are_named_and_do_not_rank(tmp_path, capsys)
         assert f'--eval-metric {metric}: ' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ignored_labels_of_shards_are_named_although_the_label_space_is_stored(tmp_path, capsys):
     for split, tags in (('train', [['a'], ['b'], [], None] * 2), ('val', [['a'], ['c'], [], None] * 2)):
         write_shards(tmp_path, 'tar', tags, split)

@@ -110,6 +110,7 @@ def test_many_labels_of_an_image(labels):
     assert line.endswith('c000012 0.500, 19987 more')
 
 
+@pytest.mark.slow
 def test_predictions_that_would_not_fit_are_refused_before_the_work(labels, tmp_path, capsys, monkeypatch):
     check_size(268, LabelSpace((labels,)), 'x')
     with pytest.raises(UserError, match='x: predictions of 4,000 rows x 1,000,000 .* would take 16.0 GB, .* 268 rows'):
@@ -122,6 +123,7 @@ def test_predictions_that_would_not_fit_are_refused_before_the_work(labels, tmp_
     assert not (run / 'report.html').exists() and not list(run.glob('predictions*'))
 
 
+@pytest.mark.slow
 def test_a_card_names_some_classes(tmp_path):
     data = write_data(tmp_path / 'data')
     with open(data / 'all.csv', 'w', encoding='utf-8') as file:

@@ -92,6 +92,7 @@ def data(tmp_path_factory):
 HEADS = ('--head', 'x:loss=tags', 'x_micro:loss=tags')
 
 
+@pytest.mark.slow
 def test_a_run_whose_heads_are_named_like_metrics(data, tmp_path, capsys):
     folder = train_run(data, tmp_path, *HEADS, '-wls', '0', '--model-ema', '--eval-metric', 'x/micro_f1', epochs=1)
     summary = pd.read_csv(folder / 'summary.csv')
@@ -150,6 +151,7 @@ def metric_error(data, tmp_path, capsys, name):
     return capsys.readouterr().err.strip()
 
 
+@pytest.mark.slow
 def test_eval_metric_by_an_earlier_name(data, tmp_path, capsys):
     """Of `x_micro_f1` nobody can tell whose it is; a name that only one metric had is still taken."""
     assert metric_error(data, tmp_path, capsys, 'x_micro_f1').endswith(
@@ -189,6 +191,7 @@ def test_metrics_of_a_tag():
     assert (useless['labels'], useless['ones']) == (2, 2)
 
 
+@pytest.mark.slow
 def test_a_report_has_the_metrics_of_each_tag():
     target = np.array([[1, 1], [0, 1], [1, -1], [0, 1]])
     output = np.array([[.9, .6], [.6, .7], [.4, .8], [.1, .9]])
@@ -310,6 +313,7 @@ def test_twelve_heads_have_colors_of_their_own():
     assert len(colors) == 13  # with that of the mean
 
 
+@pytest.mark.slow
 def test_of_many_heads_the_best_and_the_worst_have_names(tmp_path):
     table = summary_of([f'h{number}' for number in range(40)], 3)  # the best of head h1 is 10 + 2
     figures = panels(table)
@@ -349,6 +353,7 @@ def test_a_pattern_that_matches_nothing():
     assert match_columns({'g': {'columns': 'a*'}}, ['a*', 'ab']) == {'g': {'columns': ['a*']}}
 
 
+@pytest.mark.slow
 def test_train_and_check_take_patterns(tmp_path, capsys):
     data = write_table(tmp_path / 'data', {
         'attr_a': lambda row: str(row % 2), 'color': lambda row: 'uv'[row % 2], 'attr_b': lambda row: str(row // 4)})

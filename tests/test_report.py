@@ -215,6 +215,7 @@ def test_worst_mistakes_of_tags_and_numbers():
 # The map
 
 
+@pytest.mark.slow
 def test_map_places_alike_images_near_each_other_and_is_the_same_each_time():
     centers = np.random.default_rng(0).normal(size=(3, 64)) * 20
     features = (centers[np.arange(60) % 3] + np.random.default_rng(1).normal(size=(60, 64))).astype(np.float32)
@@ -260,12 +261,14 @@ def section(labels, target, output, known=None):
                         lambda row: f'data:{row}')
 
 
+@pytest.mark.slow
 def test_a_head_of_one_class():
     made = section(LabelSet('only', ('x',)), np.zeros(5, int), np.ones((5, 1), np.float32))
     assert [row[:2] for row in made.metrics] == [('top-1 accuracy', 'none')]
     assert made.pairs == made.mistakes == [] and made.calibration['ece'] == '0.00 %' and made.confusion
 
 
+@pytest.mark.slow
 def test_rows_without_label():
     target, output = np.array([0, 1, -1]), np.array([[.9, .1, 0], [.2, .1, .7], [1, 0, 0]])
     made = section(ABC, target, output, target >= 0)
@@ -298,7 +301,6 @@ def test_the_command_line_of_a_run_means_its_flags():
 def trained(tmp_path_factory):
     """A run on a column of classes that are markup, one of tags and one of numbers."""
     folder = tmp_path_factory.mktemp('report')
-    torch.set_num_threads(1)
     data = folder / f'data <b>{"x" * 60}'
     (data / 'images').mkdir(parents=True)
     generator = np.random.default_rng(0)
@@ -315,6 +317,7 @@ def trained(tmp_path_factory):
     return data, run
 
 
+@pytest.mark.slow
 def test_predictions_are_kept_and_made_again_when_the_checkpoint_is_another(trained, monkeypatch, capsys):
     _, run = trained
     lines = []
@@ -346,6 +349,7 @@ def test_predictions_of_a_csv_elsewhere_are_not_those_of_a_split_of_its_name(tra
 # The page
 
 
+@pytest.mark.slow
 def test_the_page_escapes_all_that_is_the_users(trained):
     data, run = trained
     html = write_report(run, '--force')
@@ -370,6 +374,7 @@ def test_the_figures_are_those_of_validation(trained, tmp_path):
     assert f'>{heads["price"]["mae"]:.4g}<' in html
 
 
+@pytest.mark.slow
 @in_browser
 def test_the_page_in_a_browser(trained, tmp_path):
     _, run = trained
@@ -398,6 +403,7 @@ def test_the_page_in_a_browser(trained, tmp_path):
         assert tab.evaluate('document.title') == 'Report of run on val'
 
 
+@pytest.mark.slow
 @in_browser
 def test_the_page_has_nothing_to_complain_of(trained):
     _, run = trained
@@ -408,6 +414,7 @@ def test_the_page_has_nothing_to_complain_of(trained):
         assert tab.complaints == []
 
 
+@pytest.mark.slow
 def test_simclr_alone(tmp_path, data_dir):
     for number, image in enumerate((data_dir / 'images').iterdir()):
         Image.new('RGB', (32, 32), (14 * number, 200, 99)).save(image)  # a map is of images that differ
@@ -419,6 +426,7 @@ def test_simclr_alone(tmp_path, data_dir):
     assert write_report(run, '--force').count('<circle') == 12  # of train.csv
 
 
+@pytest.mark.slow
 def test_phases_show_the_views_of_the_last_one_with_simclr(tmp_path, data_dir):
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text('phases:\n- {name: pretrain, epochs: 1, classification_loss_weight: 0}\n'
@@ -429,12 +437,14 @@ def test_phases_show_the_views_of_the_last_one_with_simclr(tmp_path, data_dir):
     assert html.count('alt="View 2 of a photo"') == 12 and f'train -c {run}/args.yaml' in html
 
 
+@pytest.mark.slow
 def test_views_are_the_runs_without_simclr_one_a_photo(tmp_path, data_dir):
     run = train_run(data_dir, tmp_path, '-wls', '0', '--mixup', '0.2')
     html = write_report(run)
     assert html.count('alt="View 1 of a photo"') == 12 and 'alt="View 2' not in html
 
 
+@pytest.mark.slow
 def test_a_data_directory_that_has_moved(tmp_path, data_dir, capsys):
     run = train_run(data_dir, tmp_path)
     write_report(run)
@@ -447,6 +457,7 @@ def test_a_data_directory_that_has_moved(tmp_path, data_dir, capsys):
     assert 'views: ' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_images_that_are_gone_leave_a_gap(tmp_path, data_dir, capsys):
     run = train_run(data_dir, tmp_path)
     write_report(run)
@@ -456,6 +467,7 @@ def test_images_that_are_gone_leave_a_gap(tmp_path, data_dir, capsys):
     assert 'no image' in html and 'images cannot be shown, the first: ' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bad_images_are_left_out_where_the_run_left_them_out(tmp_path, data_dir):
     run = train_run(data_dir, tmp_path, '--skip-bad-images')
     (data_dir / 'images' / '13.png').write_bytes(b'no image')
@@ -474,6 +486,7 @@ def test_what_is_no_run(tmp_path, data_dir, capsys):
     assert 'not a run folder (holds no args.yaml)' in fails(capsys, 'report', [data_dir])
 
 
+@pytest.mark.slow
 def test_a_run_without_a_finished_epoch(tmp_path, data_dir, capsys):
     run = train_run(data_dir, tmp_path, epochs=1)
     summary = (run / 'summary.csv').read_text()
@@ -487,6 +500,7 @@ def test_a_run_without_a_finished_epoch(tmp_path, data_dir, capsys):
     assert not [*run.glob('*.npz'), *run.glob('*.html')]
 
 
+@pytest.mark.slow
 def test_a_page_that_is_there(tmp_path, data_dir, capsys):
     run = train_run(data_dir, tmp_path, epochs=1)
     (run / 'report.html').write_text('mine')
@@ -496,6 +510,7 @@ def test_a_page_that_is_there(tmp_path, data_dir, capsys):
     assert '<h2>Metrics' in write_report(run, '--force')
 
 
+@pytest.mark.slow
 def test_shards_are_told_of(tmp_path, data_dir, capsys):
     pytest.importorskip('webdataset')
     run = train_run(data_dir, tmp_path, epochs=1)
@@ -509,6 +524,7 @@ def test_shards_are_told_of(tmp_path, data_dir, capsys):
     assert 'predictions of shards are not kept' in fails(capsys, 'report', [run, '--device', 'cpu'])
 
 
+@pytest.mark.slow
 def test_a_split_that_is_none(tmp_path, data_dir, capsys):
     run = train_run(data_dir, tmp_path, epochs=1)
     assert 'test.csv' in fails(capsys, 'report', [run, '--split', 'test', '--device', 'cpu'])
@@ -517,6 +533,7 @@ def test_a_split_that_is_none(tmp_path, data_dir, capsys):
         timm_multilabel.report(run, checkpoint=tmp_path / 'x', device='cpu')
 
 
+@pytest.mark.slow
 def test_args_that_are_changed_by_hand(tmp_path, data_dir, capsys):
     run = train_run(data_dir, tmp_path, epochs=1)
     with open(run / 'args.yaml', 'a') as file:

@@ -83,6 +83,7 @@ def test_seeds_that_contradict_each_other_hold_nothing():
     assert verdicts(found) == ['no difference shown']
 
 
+@pytest.mark.slow
 def test_what_is_worse_is_called_worse_and_has_another_color():
     seeds = ['0', '1', '2'] * 2
     low, high = [right(count) for count in (600, 602, 604)], [right(count) for count in (701, 702, 703)]
@@ -94,6 +95,7 @@ def test_what_is_worse_is_called_worse_and_has_another_color():
     assert verdicts(experiments(far, near, seeds)) == ['better']
 
 
+@pytest.mark.slow
 def test_one_run_says_nothing_of_others():
     for base, ours, seeds, verdict in (
             ([right(500)], [right(700)], '00', 'one run each: nothing said of other runs'),
@@ -120,6 +122,7 @@ def test_spread_of_seeds_is_that_of_the_t_tests():
     assert seed_spread({'a': 1.0, 'b': 1.0}, {'c': 2.0, 'd': 2.0}).error == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('seeds', [2, 3])
 @pytest.mark.parametrize('pairs', [True, False])
 def test_coverage(seeds, pairs):
@@ -178,6 +181,7 @@ def test_a_bin_of_one_image_is_a_point_with_a_long_interval():
     assert all(float(tick).is_integer() for tick in counts.get_yticks())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('probability, words', [
     (0.9, 'are too high'), (0.2, 'are too low'), (0.45, 'can be taken at their word')])
 def test_calibration_is_said_in_words(probability, words):
@@ -259,6 +263,7 @@ def test_gray_is_called_so_in_the_preview(tmp_path):
     assert (sheets[0] == sheets[1]).all() and (sheets[0] != sheets[2]).any()
 
 
+@pytest.mark.slow
 @in_browser
 def test_no_table_of_a_report_is_cut_on_a_phone(tmp_path):
     names = ('a class of several words', 'rectangle', 'Sunglasses')

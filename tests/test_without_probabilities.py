@@ -41,6 +41,7 @@ def printed(capsys, trained, *flags):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_predict_gives_the_label_alone(trained, capsys):
     rows = list(csv.DictReader(printed(capsys, trained, '--format', 'csv', '--top-k', '2').splitlines()))
     assert list(rows[0]) == ['image', 'error', 'color', 'shape', 'shape_probability', 'shape_2', 'shape_2_probability']
@@ -65,6 +66,7 @@ def test_a_threshold_is_refused_and_one_of_all_heads_leaves_the_label(trained, c
     assert 'this kind of head has no probabilities' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_report_has_its_own_metrics_and_no_calibration(trained, capsys):
     run, module = trained
     words = [str(run), '--head-module', str(module), '--device', 'cpu', '-j', '0', '--force']
@@ -90,6 +92,7 @@ def test_the_report_has_its_own_metrics_and_no_calibration(trained, capsys):
     assert Predictions.load(stored).own_metrics['color'].values == found.own_metrics['color'].values
 
 
+@pytest.mark.slow
 def test_an_export_says_what_its_output_is(trained, tmp_path):
     run, module = trained
     checkpoint = read_checkpoint(run / 'last.pth.tar')

@@ -26,8 +26,8 @@ def pack(table: Table, folder: Path, name: str, kind: str, size: int = 1000) -> 
         UserError: An image or a library is missing.
     """
     images = list(map(Path, find_images(table)))
-    labels = [{column: text or None for column, text in row.items()}
-              for row in table.frame[table.label_columns].to_dict('records')]
+    labels = [{column: text or None for column, text in zip(table.label_columns, cells)}
+              for cells in table.frame[table.label_columns].to_numpy()]
     starts = range(0, len(images), size)
     write, ending = (_write_tar, 'tar') if kind == 'webdataset' else (_write_parquet, 'parquet')
     paths = []
