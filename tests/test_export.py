@@ -19,9 +19,9 @@ from test_cli import fails
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.errors import UserError
 from timm_multilabel.escaping import markdown_text
-from timm_multilabel.export import compare, weights
-from timm_multilabel.export.examples import _spread, images_of_run, read_images
-from timm_multilabel.export.exportable import DESCRIPTION, Exportable, describe, output_names
+from timm_multilabel.exports import compare, weights
+from timm_multilabel.exports.examples import _spread, images_of_run, read_images
+from timm_multilabel.exports.exportable import DESCRIPTION, Exportable, describe, output_names
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.training.checkpoint import load_model, read_checkpoint
 

@@ -20,8 +20,8 @@ from timm_multilabel.cli.main import run_command
 from timm_multilabel.cli.output import PrintedStream, print_traceback
 from timm_multilabel.errors import UserError, shortened
 from timm_multilabel.escaping import markdown_code, markdown_text, spreadsheet_text, spreadsheet_text_back
-from timm_multilabel.export.card import model_card
-from timm_multilabel.export.exportable import Exportable, describe
+from timm_multilabel.exports.card import model_card
+from timm_multilabel.exports.exportable import Exportable, describe
 from timm_multilabel.heads import SoftmaxHead
 from timm_multilabel.inference.embeddings import Embeddings
 from timm_multilabel.inference.neighbours import nearest

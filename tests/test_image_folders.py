@@ -16,7 +16,7 @@ from timm_multilabel.data.images import ENDINGS, EncodedPhoto
 from timm_multilabel.data.pool import rows_of_folder
 from timm_multilabel.data.shards import find_shards
 from timm_multilabel.errors import UserError
-from timm_multilabel.export.examples import images_of_paths
+from timm_multilabel.exports.examples import images_of_paths
 from timm_multilabel.inference.embeddings import Embeddings
 from timm_multilabel.labels import LabelSpace
 

@@ -7,8 +7,8 @@ from common import train_run, write_data
 from test_cli import fails
 
 from timm_multilabel.errors import UserError
-from timm_multilabel.export.card import model_card
-from timm_multilabel.export.exportable import Exportable, describe
+from timm_multilabel.exports.card import model_card
+from timm_multilabel.exports.exportable import Exportable, describe
 from timm_multilabel.inference import predictions
 from timm_multilabel.inference.image_predictions import Guess, ImagePrediction, guess
 from timm_multilabel.inference.neighbours import vote

@@ -18,7 +18,7 @@ from test_cli import fails
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.images import DecodedPhoto
 from timm_multilabel.errors import UserError
-from timm_multilabel.export.weights import load_exported
+from timm_multilabel.exports.weights import load_exported
 from timm_multilabel.inference.predictor import Predictor
 from timm_multilabel.model_names import check_arguments
 from timm_multilabel.training.checkpoint import load_model, read_checkpoint

@@ -11,7 +11,7 @@ from common import TINY, write_data
 from timm_multilabel import Predictor
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.errors import UserError
-from timm_multilabel.export.exportable import describe
+from timm_multilabel.exports.exportable import describe
 from timm_multilabel.heads import load_registry
 from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.training.checkpoint import load_model, read_checkpoint

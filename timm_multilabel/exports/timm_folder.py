@@ -5,9 +5,9 @@ from pathlib import Path
 import timm
 from timm.models import save_for_hf
 
-from timm_multilabel.export.compare import Run
-from timm_multilabel.export.exportable import Exportable
-from timm_multilabel.export.weights import write_tensors
+from timm_multilabel.exports.compare import Run
+from timm_multilabel.exports.exportable import Exportable
+from timm_multilabel.exports.weights import write_tensors
 from timm_multilabel.files import write_atomic
 
 FILES = ('model.safetensors', 'config.json')

@@ -3,7 +3,7 @@ from huggingface_hub import ModelCardData
 
 from timm_multilabel.errors import shortened
 from timm_multilabel.escaping import markdown_text
-from timm_multilabel.export.exportable import Exportable
+from timm_multilabel.exports.exportable import Exportable
 from timm_multilabel.labels import Quantity
 from timm_multilabel.metric_names import Metric, in_summary, of_head
 from timm_multilabel.training.run_folder import read_summary
@@ -16,7 +16,7 @@ _USAGE = '''```python
 import torch
 from huggingface_hub import hf_hub_download
 
-from timm_multilabel.export.weights import load_exported
+from timm_multilabel.exports.weights import load_exported
 
 path = hf_hub_download('{repo}', 'multilabel.safetensors')
 hf_hub_download('{repo}', 'multilabel.json')

@@ -6,9 +6,9 @@ from typing import Any
 import timm
 from timm.models import resolve_model_input_args
 
-from timm_multilabel.export.compare import Run
-from timm_multilabel.export.exportable import Exportable
-from timm_multilabel.export.weights import write_tensors
+from timm_multilabel.exports.compare import Run
+from timm_multilabel.exports.exportable import Exportable
+from timm_multilabel.exports.weights import write_tensors
 from timm_multilabel.files import write_atomic
 
 NAME = 'backbone'

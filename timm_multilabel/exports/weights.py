@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
-from timm_multilabel.export.compare import Run
-from timm_multilabel.export.exportable import Exportable, readable
+from timm_multilabel.exports.compare import Run
+from timm_multilabel.exports.exportable import Exportable, readable
 from timm_multilabel.files import read_json, reading, write_atomic
 from timm_multilabel.heads import REGISTRY, Head
 from timm_multilabel.model import MultiLabelModel

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from timm_multilabel.export.compare import Run
-from timm_multilabel.export.exportable import DESCRIPTION, INPUT, Exportable, ReadableModel
+from timm_multilabel.exports.compare import Run
+from timm_multilabel.exports.exportable import DESCRIPTION, INPUT, Exportable, ReadableModel
 
 NAME = 'onnx'
 FILES = ('multilabel.onnx',)
