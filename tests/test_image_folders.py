@@ -209,7 +209,7 @@ def test_names_in_embeddings_and_in_what_search_shows(run, named, tmp_path, caps
     pytest.importorskip('pyarrow')
     made = str(tmp_path / 'e.parquet')
     with monkeypatch.context() as patch:
-        patch.setattr('timm_multilabel.cli.embed.embed_part', None)
+        patch.setattr('timm_multilabel.api.embed.embed_part', None)
         said = refused('embed', [checkpoint, str(named), '--out', made, *COMMON], capsys)
     assert r'a\udcff.png: this name is not UTF-8, as' in said and 'name a .npz file' in said
     assert not Path(made).exists()
