@@ -18,6 +18,7 @@ from timm_multilabel.data.split_names import find_split
 from timm_multilabel.errors import UserError, escaped
 from timm_multilabel.files import write_atomic
 from timm_multilabel.log import say
+from timm_multilabel.progress import OFF_TERMINAL
 from timm_multilabel.reports.bootstrap import RESAMPLES
 from timm_multilabel.reports.experiment_pages import (
     Experiments,
@@ -225,6 +226,6 @@ def _compare_split(
     if others:
         remark(f'{split}: not a head of the same classes in every run, so not compared and not in the mean: '
                f'{", ".join(others)}')
-    with tqdm(total=RESAMPLES, desc=f'{split}: bootstrap', leave=False, disable=None) as bar:
+    with tqdm(total=RESAMPLES, desc=f'{split}: bootstrap', leave=False, disable=OFF_TERMINAL) as bar:
         differences = compare_groups(answers, groups, [run.seed for run in runs], baseline, bar.update)
     return SplitResult.of(split, answers, differences)

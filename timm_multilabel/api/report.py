@@ -22,6 +22,7 @@ from timm_multilabel.errors import UserError, one_line, shortened
 from timm_multilabel.files import write_atomic
 from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.log import say
+from timm_multilabel.progress import OFF_TERMINAL
 from timm_multilabel.reports.curves import all_curves
 from timm_multilabel.reports.embedding_map import Coloring, color_points, place_points
 from timm_multilabel.reports.head_section import head_section, mean_row
@@ -134,7 +135,7 @@ def build_page(
     """Work out all that the page says; also what could not be had, as lines."""
     thumbnails = Thumbnails(predictions.images, predictions.rows)
     heads = predictions.label_space.heads
-    with tqdm(total=len(heads) + 3, desc='Report', leave=False, disable=None) as bar:
+    with tqdm(total=len(heads) + 3, desc='Report', leave=False, disable=OFF_TERMINAL) as bar:
         sections = []
         for labels, known in zip(heads, _known(predictions).T, strict=True):
             bar.set_postfix_str('a head')

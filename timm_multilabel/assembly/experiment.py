@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from timm_multilabel.assembly.checks import check_phases
 from timm_multilabel.assembly.device import start_device
@@ -30,6 +30,7 @@ from timm_multilabel.errors import UserError, escaped, one_line, shortened
 from timm_multilabel.escaping import spreadsheet_text_back
 from timm_multilabel.files import read_json, reading, write_atomic
 from timm_multilabel.log import say
+from timm_multilabel.progress import OFF_TERMINAL
 from timm_multilabel.reports.experiments import (
     IMAGES,
     SEEDS_AND_IMAGES,
@@ -160,7 +161,7 @@ def train_runs(grid: Grid, settings: GridSettings, output: Path) -> None:
     def starts(name: str) -> None:
         write_record(runs[name], output, {'run': record_of(runs[name], settings), 'where': where()})
 
-    with tqdm(total=len(runs), initial=len(done), desc=shortened(grid.title), disable=None) as bar:
+    with tqdm(total=len(runs), initial=len(done), desc=shortened(grid.title), disable=OFF_TERMINAL) as bar:
         def write(line: str) -> None:
             bar.write(one_line(line), file=sys.stderr)
 
