@@ -34,8 +34,8 @@ from timm_multilabel.data.shards import find_shards
 from timm_multilabel.data.streams import Stored, read_labels, table_of_labels
 from timm_multilabel.data.table import encode_rows, find_label_space, read_table
 from timm_multilabel.errors import UserError
-from timm_multilabel.export.examples import images_of_run
-from timm_multilabel.export.weights import read_exported
+from timm_multilabel.exports.examples import images_of_run
+from timm_multilabel.exports.weights import read_exported
 from timm_multilabel.inference.embeddings import Embeddings
 from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.labels import LabelSpace

@@ -1,8 +1,10 @@
 """What the tests share: a tiny backbone, a tiny data directory, real processes that talk through gloo."""
 import multiprocessing
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.labels import LabelSet, LabelSpace
 from timm_multilabel.model import MultiLabelModel
 from timm_multilabel.task import JointTask
+from timm_multilabel.training.parent import STORE
 
 SPACE = LabelSpace((LabelSet('color', ('blue', 'green', 'red')), LabelSet('shape', ('disc', 'ring'))))
 TINY = ['--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0', '--device', 'cpu', '--lr', '0.05',
@@ -69,15 +72,18 @@ def train_settings(*words: str) -> TrainSettings:
     return build(TrainSettings, parse(TrainSettings, 'train.py', words))
 
 
-def run_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
-    """Call `function(rank, *args)` in `ranks` processes that form a gloo group; their results in rank order."""
+def run_ranks(function: Callable[..., Any], ranks: int, *args: Any, join: bool = True) -> list[Any]:
+    """Call `function(rank, *args)` in `ranks` processes that form a gloo group; their results in rank order.
+
+    Without `join` they have no group yet, but the environment of a launcher, from which training makes its own.
+    """
     # A server forks the processes, so that they start at once and without the state of this one.
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['timm_multilabel.api.train'])
     queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_rank_main, args=(function, rank, ranks, f'{folder}/store', queue, args))
+            context.Process(target=_rank_main, args=(function, rank, ranks, f'{folder}/store', queue, args, join))
             for rank in range(ranks)
         ]
         for process in processes:
@@ -94,17 +100,35 @@ def run_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]
     return [results[rank] for rank in range(ranks)]
 
 
-def _rank_main(function, rank: int, ranks: int, store: str, queue, args) -> None:
+def _rank_main(function, rank: int, ranks: int, store: str, queue, args, join: bool) -> None:
     torch.set_num_threads(1)
     try:
-        dist.init_process_group(
-            'gloo', init_method=f'file://{store}', rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+        if join:
+            dist.init_process_group(
+                'gloo', init_method=f'file://{store}', rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+        else:
+            os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(ranks),
+                           'LOCAL_WORLD_SIZE': str(ranks), 'TORCHELASTIC_RESTART_COUNT': '0', STORE: store}
         result = function(rank, *args)
-        dist.barrier()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         result = traceback.format_exc()
     queue.put((rank, result))
+
+
+def train_ranks(words: list[str]) -> str:
+    """Train in two processes, as the launcher has them but without the seconds that it takes to start; what they print.
+    """
+    with tempfile.NamedTemporaryFile() as log:
+        run_ranks(_train_rank, 2, words, log.name, join=False)
+        return Path(log.name).read_text()
+
+
+def _train_rank(rank: int, words: list[str], log: str) -> None:
+    with open(log, 'a') as file, redirect_stdout(file), redirect_stderr(file):
+        run_command('train', 'train.py', words)
 
 
 def train_run(data_dir, output, *flags, epochs=2):

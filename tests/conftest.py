@@ -14,9 +14,9 @@ def pytest_report_header():
     return f'other draws of tests/test_fuzz.py: FUZZ_SEED={os.environ["FUZZ_SEED"]}'
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope='session')
 def one_thread():
-    """Tiny models are fastest on one thread, and tests run side by side."""
+    """Tiny models are fastest on one thread, and tests run side by side; fixtures of modules train too."""
     torch.set_num_threads(1)
 
 

@@ -2,6 +2,7 @@
 import os
 import time
 
+import pytest
 import torch
 
 from benchmarks.nt_xent import dense_nt_xent, products
@@ -27,6 +28,7 @@ def make(kind, small=False):
     return step
 
 
+@pytest.mark.slow
 def test_processes():
     kinds = ('good', 'missing', 'killed', 'too large')
     figures = measure({kind: (make, (kind,)) for kind in kinds}, rounds=2, device='cpu')

@@ -59,6 +59,7 @@ def test_interval_is_that_of_scipy():
     assert ours.p == pytest.approx(2 * min((both <= 0).mean(), (both >= 0).mean()), abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['right or wrong', 'seeds', 'numbers', 'missing'])
 def test_calibration(kind):
     """Where there is no difference, p is below 0.05 in 5 % of the cases, and the interval misses 0 in as many."""

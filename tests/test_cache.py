@@ -92,6 +92,7 @@ def _read_in_another_process(photos, queue):
     queue.put(photos[3].decode().sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', ['fork', 'spawn'])
 def test_memory_is_shared_with_workers(photos_dir, method):
     cached = opened(photos_dir)
@@ -201,6 +202,7 @@ def _open_in_a_rank(rank, folder, kind, machines, free):
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['ram', 'disk'])
 def test_ranks_of_a_machine_share_a_cache(photos_dir, kind):
     expected = batch(files(photos_dir))[0].long().sum().item()
@@ -210,6 +212,7 @@ def test_ranks_of_a_machine_share_a_cache(photos_dir, kind):
     assert len(first[2]) == 1 and not second[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['ram', 'disk'])
 def test_machines_may_differ(photos_dir, tmp_path, kind):
     """One has the cache, or room for it, and the other has not: none waits for ever."""
@@ -312,6 +315,7 @@ def run(folder, output, *flags):
     return torch.load(folder / 'last.pth.tar', weights_only=True)['state_dict'], pd.read_csv(folder / 'summary.csv')
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_with_and_without_a_cache(photos_dir, tmp_path, capsys):
     plain, _ = run(photos_dir, tmp_path / 'plain')
     for kind in ('ram', 'disk'):
@@ -328,6 +332,7 @@ def test_a_run_on_device_images(photos_dir, tmp_path, capsys):
     assert device_run['train_loss'].to_numpy() == pytest.approx(plain['train_loss'].to_numpy(), rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_run_that_leaves_bad_images_out_says_so(photos_dir, tmp_path, capsys):
     spoil(photos_dir / 'images' / '2.png')
     spoil(photos_dir / 'images' / '14.png')
@@ -341,6 +346,7 @@ def test_a_run_that_leaves_bad_images_out_says_so(photos_dir, tmp_path, capsys):
         assert out.count('2 images that cannot be decoded, left out (2 so far)') == 1 and 'train.csv row 4)' in out
 
 
+@pytest.mark.slow
 def test_validation_leaves_bad_images_out(photos_dir, tmp_path, capsys):
     run(photos_dir, tmp_path / 'run')
     spoil(photos_dir / 'images' / '14.png')
@@ -354,6 +360,7 @@ def test_validation_leaves_bad_images_out(photos_dir, tmp_path, capsys):
     assert json.loads((tmp_path / 'r.json').read_text())['heads']['color']['labels'] == 5
 
 
+@pytest.mark.slow
 def test_the_device_that_is_too_small(photos_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(device, 'free_memory', lambda: 1000)
     plain, _ = run(photos_dir, tmp_path / 'plain')

@@ -284,7 +284,7 @@ def test_counts_of_rows_and_of_images(clean):
     write(clean, 'val', *rows(20, 1, 'red,disc'), *rows(21, 1, 'blue,disc'), *rows(30, 3, 'red,disc'))
     leak, *repeats = check_folder(clean, examples=2).findings
     assert leak.text == ('val.csv: 3 of 5 rows show an image of train.csv (2 different images): training has seen '
-                         'them, so figures on them say too much')
+                         'them, so metrics on them say too much')
     assert (leak.count, leak.examples) == (3, (
         'val.csv row 4 (30.png) = train.csv row 3 (1.png)', 'val.csv row 5 (31.png) = train.csv row 2 (0.png)'))
     assert [(finding.kind, finding.severity, finding.count, finding.examples) for finding in repeats] == [
@@ -479,7 +479,7 @@ def test_a_directory_with_errors(capsys, clean):
         'error: train.csv: 1 of 12 images not on disk; add them or remove their rows',
         '    train.csv row 5 (images/3.png)',
         'error: val.csv: 2 of 3 rows show an image of train.csv (1 different image): training has seen them, so '
-        'figures on them say too much',
+        'metrics on them say too much',
         '    val.csv row 2 (20.png) = train.csv row 2 (0.png); ...',
         'note: val.csv: 1 of 3 rows with an image file that a row before has: each counts once more',
         '    val.csv row 4 (20.png) = val.csv row 2 (20.png)',
@@ -522,7 +522,7 @@ def test_json(capsys, clean, tmp_path):
              'examples': ['train.csv row 5 (images/3.png)']},
             {'kind': 'same-image-across-splits', 'severity': 'error', 'count': 2, 'splits': ['train', 'val'],
              'head': None, 'text': 'val.csv: 2 of 3 rows show an image of train.csv (1 different image): training has '
-                                   'seen them, so figures on them say too much',
+                                   'seen them, so metrics on them say too much',
              'examples': ['val.csv row 2 (20.png) = train.csv row 2 (0.png)',
                           'val.csv row 4 (20.png) = train.csv row 2 (0.png)']},
             {'kind': 'same-file-twice', 'severity': 'note', 'count': 1, 'splits': ['val'], 'head': None,

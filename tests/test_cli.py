@@ -225,6 +225,7 @@ BAD_POOLS_AND_HEADS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'flags, message', BAD_POOLS_AND_HEADS, ids=[' '.join(flags) for flags, _ in BAD_POOLS_AND_HEADS])
 def test_bad_pools_and_heads(capsys, data_dir, tmp_path, flags, message):
@@ -301,6 +302,7 @@ def test_resume_with_another_model(capsys, data_dir, trained):
     assert 'does not fit this run' in line and 'args.yaml' in line
 
 
+@pytest.mark.slow
 def test_names_that_yaml_reads_as_numbers(data_dir, tmp_path):
     for split in ('train', 'val'):
         replace(data_dir / f'{split}.csv', 'red', '3')
@@ -325,12 +327,14 @@ def test_the_command_of_the_fork_means_the_same():
         '--drop-connect 0.2 --model-ema --model-ema-decay 0.9999 --aa rand-m9-mstd0.5 --remode pixel --reprob 0.2 '
         '--amp --lr .016 --pretrained -wls 0.1 -wlc 0.9').split())
     args = SimpleNamespace(**settings.flat())
+    args = SimpleNamespace(**settings.flat())
     assert (args.simclr_loss_weight, args.classification_loss_weight, args.temperature) == (0.1, 0.9, 0.5)
     assert (args.drop, args.drop_path, args.smoothing, args.projection_dim) == (0.3, 0.2, 0.1, 64)
     assert (args.epochs, cooldown_epochs(settings.schedule), args.min_lr, args.warmup_epochs) == (100, 10, 1e-5, 3)
     assert args.amp and args.pretrained and args.model_ema and args.gradient_centralization is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flag', ['--apex-amp', '--native-amp'])
 def test_old_names_of_amp(capsys, data_dir, tmp_path, flag):
     run_command('train', 'train.py', [
@@ -396,6 +400,7 @@ def test_help(capsys, command):
     assert out.startswith(f'usage: {command} ') and '[flags]' in out.split('\n')[0]
 
 
+@pytest.mark.slow
 def test_installed_command_lists_its_subcommands():
     out = subprocess.run([sys.executable, '-c', 'from timm_multilabel.cli.main import main; main()', '--help'],
                          capture_output=True, text=True, cwd=ROOT)

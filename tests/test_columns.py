@@ -63,6 +63,7 @@ def test_another_data_directory_has_the_usual_names(capsys, named, tmp_path):
     assert f"{data}: there is no 'extra.csv' here, which was the val split of the run; 'val' is used instead" in out
 
 
+@pytest.mark.slow
 def test_report_compare_and_export_take_the_splits_of_the_run(capsys, named):
     assert run(capsys, 'report', named / 'b', '-j', '0', '--device', 'cpu')[0] == 0
     status, out, _ = run(capsys, 'compare', named / 'a', named / 'b', '-j', '0', '--device', 'cpu')
@@ -190,6 +191,7 @@ def test_training_asks_what_a_number_is(capsys, shop, tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flags, heads, told', [
     (['--head', 'price:loss=numeric', 'tags:loss=tags'],
      'color (3), shape (2), price (number), tags (2 tags)', [
@@ -258,6 +260,7 @@ def test_check_finds_what_stops_training_on_tags_and_numbers(capsys, shop):
     assert report['heads']['tags']['counts']['val'] == {'a': 10, 'b': 20, 'new': 1}
 
 
+@pytest.mark.slow
 def test_check_of_a_run_takes_its_flags(capsys, shop, tmp_path):
     (shop / 'val.csv').rename(shop / 'scored.csv')
     trained = train_run(shop, tmp_path, '--val-split', 'scored.csv', '--heads', 'color', 'tags', 'price', '--head',
@@ -269,6 +272,7 @@ def test_check_of_a_run_takes_its_flags(capsys, shop, tmp_path):
     assert report['splits']['val']['csv'] == str(shop / 'scored.csv')
 
 
+@pytest.mark.slow
 def test_check_reads_tags_in_the_dialect_of_the_flags_or_the_run(capsys, shop, tmp_path):
     for name in ('train', 'val'):
         path = shop / f'{name}.csv'

@@ -28,6 +28,7 @@ def ends(capsys, command, *argv):
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_training_ends_with_the_best_epoch_and_the_next_command(data_dir, tmp_path, capsys):
     run = train_run(data_dir, tmp_path / 'a b', epochs=2)
     lines = capsys.readouterr().out.splitlines()
@@ -48,6 +49,7 @@ def test_pretraining_ends_with_the_training_that_starts_from_it(data_dir, tmp_pa
     assert lines[-1] == f'Next: timm-multilabel {command}'
 
 
+@pytest.mark.slow
 def test_predict_says_what_it_wrote(data_dir, tmp_path, capsys):
     run = train_run(data_dir, tmp_path, epochs=1)
     capsys.readouterr()
@@ -58,6 +60,7 @@ def test_predict_says_what_it_wrote(data_dir, tmp_path, capsys):
     assert capsys.readouterr().out == (tmp_path / 'p.jsonl').read_text()  # nothing else where data goes to a pipe
 
 
+@pytest.mark.slow
 def test_versions_and_the_list_of_commands(monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['timm-multilabel', '--version'])
     with pytest.raises(SystemExit) as end:
@@ -73,6 +76,7 @@ def test_versions_and_the_list_of_commands(monkeypatch, capsys):
         'check']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('command, words', [('train', ['{}', '--model', 'test_resnet']),
                                             ('validate', ['{}', '--checkpoint', '{run}'])])
 def test_a_file_where_a_data_directory_is_expected(data_dir, tmp_path, capsys, command, words):
@@ -104,6 +108,7 @@ def test_the_command_that_is_named_makes_a_data_directory(data_dir, capsys):
     assert 'split it with: timm-multilabel split\n' in line
 
 
+@pytest.mark.slow
 def test_errors_of_the_predictor_speak_of_images(data_dir, tmp_path):
     predictor = Predictor.load(train_run(data_dir, tmp_path, epochs=1) / 'last.pth.tar', device='cpu')
     (tmp_path / 'bad.jpg').write_bytes(b'no image')
@@ -224,6 +229,7 @@ def test_the_hint_to_resume_can_be_pasted():
     assert str(Stopped('stopped before it began')) == 'stopped before it began'
 
 
+@pytest.mark.slow
 def test_training_on_shards_ends_with_validate(data_dir, tmp_path, capsys):
     for name in ('train', 'val'):
         pack(read_table(data_dir / f'{name}.csv'), tmp_path, name, 'webdataset', size=3)

@@ -25,7 +25,7 @@ from timm_multilabel.reports.experiments import (
     differing_settings,
     flat_settings,
     group_runs,
-    run_figures,
+    run_metrics,
     share,
     shared_heads,
 )
@@ -142,6 +142,7 @@ def test_table_of_two_groups(four_runs, tmp_path, capsys):
     assert groups['val top1 (mean) p Holm'][1] == groups['val top1 (mean) p'][1]  # the only one of its kind
 
 
+@pytest.mark.slow
 def test_another_baseline_and_a_test_split(four_runs, make_run, capsys):
     for run in four_runs[:3]:
         make_run(run.name, split='test', **RIGHT[run.name])
@@ -162,6 +163,7 @@ def test_one_run_has_its_row_and_no_comparison(make_run, capsys):
     assert 'Against' not in printed and 'bootstrap' not in printed
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_training(tmp_path, data_dir, capsys):
     """Real runs without stored predictions: they are made, and score as the evaluation of the best epoch did."""
     (data_dir / 'test.csv').write_text((data_dir / 'val.csv').read_text())
@@ -305,7 +307,7 @@ def test_heads_of_all_kinds_with_missing_labels():
     b = answers(MIXED, targets, {
         'c': [[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.2, 0.8]],
         't': [[0.9, 0.1], [0.1, 0.9], [0.5, 0.5], [0.9, 0.9]], 'n': [[0.0], [9], [0.5], [-1.0]]})
-    figures = run_figures([a, b])
+    figures = run_metrics([a, b])
     assert figures.columns.tolist() == [('c', 'top1'), ('t', 'map'), ('n', 'mae')]  # one head has no mean
     assert figures['c', 'top1'].tolist() == pytest.approx([200 / 3, 100])
     # |0|, |1| and |0.5| standard deviations of 2
@@ -313,7 +315,7 @@ def test_heads_of_all_kinds_with_missing_labels():
     expected = [average_precision_score([1, 0, 1], [0.9, 0.95, 0.1]), average_precision_score([0, 1, 1], [.4, .2, .3])]
     assert figures['t', 'map'].tolist() == pytest.approx([100 * np.mean(expected), 100])
     differences = compare_groups([a, b], [[0], [1]], [0, 0], 0)
-    assert differences[['group', 'head', 'figure']].to_numpy().tolist() == [[1, 'c', 'top1'], [1, 'n', 'mae']]
+    assert differences[['group', 'head', 'metric']].to_numpy().tolist() == [[1, 'c', 'top1'], [1, 'n', 'mae']]
     assert differences['difference'].tolist() == pytest.approx([100 / 3, -1 / 3])
     only_tags = LabelSpace(MIXED.heads[1:2])
     tags = answers(only_tags, [[1, 0], [0, 1]], {'t': [[0.9, 0.4], [0.2, 0.8]]})
@@ -324,7 +326,7 @@ def test_a_head_without_labels_is_left_out_of_the_mean():
     space = LabelSpace((LabelSet('a', ('x', 'y')), LabelSet('b', ('x', 'y')), LabelSet('none', ('x', 'y'))))
     right, wrong = [[1, 0]] * 2, [[0, 1]] * 2
     runs = [answers(space, [[0, 0, -1]] * 2, {'a': a, 'b': wrong, 'none': right}) for a in (right, wrong)]
-    figures = run_figures(runs)
+    figures = run_metrics(runs)
     assert figures[MEAN, 'top1'].tolist() == [50, 0] and figures['none', 'top1'].isna().all()
     differences = compare_groups(runs, [[0], [1]], [0, 0], 0)
     assert differences['head'].tolist() == [MEAN, 'a', 'b']

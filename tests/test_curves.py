@@ -154,6 +154,7 @@ def test_epochs_are_whole_numbers(epochs):
     assert [labels[tick] for tick in shown] == [str(int(tick)) for tick in shown]
 
 
+@pytest.mark.slow
 def test_ten_heads_differ_and_stay_within_the_figure():
     names = [f'a head of a very long name {number}' for number in range(8)] + ['_hidden', '$x$']
     for name, axes in panels(summary_of(names, 4, ema=True)).items():
@@ -190,6 +191,7 @@ def test_picture_is_written_whole(tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ['curves.png'] and path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_each_epoch_of_a_run_draws_its_curves(data_dir, tmp_path, monkeypatch):
     drawn = []
     draw = curves.write_curves

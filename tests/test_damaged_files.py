@@ -39,6 +39,7 @@ def test_all_kinds_are_here(kinds):
     assert [*kinds] == NAMES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 def test_damage_ends_in_one_line(kinds, name):
     outcomes = try_kind(*kinds[name], tries=30 if name in SLOW else 150, seed=0)
@@ -226,6 +227,7 @@ SUMMARIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('what', SUMMARIES)
 def test_summaries_that_are_none(trained, tmp_path, capsys, what):
     content, reason = SUMMARIES[what]

@@ -77,6 +77,7 @@ def test_features_are_the_models(trained, tmp_path, suffix, capsys):
     np.testing.assert_allclose(Embeddings.load(out).vectors, projections.numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_projector_of_a_head(trained, tmp_path):
     flags = ['-wls', '0', '-wlc', '1', '--head', 'color:input=projection']
     checkpoint = train_run(trained.data, tmp_path, *flags, epochs=1) / 'last.pth.tar'
@@ -250,6 +251,7 @@ def test_contact_sheet(trained, tmp_path, capsys):
         sheet_size(1000, 10)
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line(trained, tmp_path, capsys):
     image, out = trained.images / '0.png', tmp_path / 'e.npz'
     assert run('embed', trained.both, trained.images, '--out', out) == 0

@@ -19,9 +19,9 @@ from test_cli import fails
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.errors import UserError
 from timm_multilabel.escaping import markdown_text
-from timm_multilabel.export import compare, weights
-from timm_multilabel.export.examples import _spread, images_of_run, read_images
-from timm_multilabel.export.exportable import DESCRIPTION, Exportable, describe, output_names
+from timm_multilabel.exports import compare, weights
+from timm_multilabel.exports.examples import _spread, images_of_run, read_images
+from timm_multilabel.exports.exportable import DESCRIPTION, Exportable, describe, output_names
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.training.checkpoint import load_model, read_checkpoint
 
@@ -106,11 +106,13 @@ def assert_close(made, expected):
         torch.testing.assert_close(one, other.to(one.dtype), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_files_and_no_others(exported):
     _, folder, hub = exported
     assert names_in(folder) == ALL_FILES and names_in(hub) == HUB_FILES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('count', [1, 2, 5])
 def test_onnx(exported, count):
     checkpoint, folder, _ = exported
@@ -124,6 +126,7 @@ def test_onnx(exported, count):
     assert [(part.domain, part.version) for part in model.opset_import] == [('', 18)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('count', [1, 2, 5])
 def test_pt2(exported, count):
     checkpoint, folder, _ = exported
@@ -133,6 +136,7 @@ def test_pt2(exported, count):
     assert_close([value.detach() for value in made.values()], by_hand(checkpoint, some_images(count))[1])
 
 
+@pytest.mark.slow
 def test_safetensors(exported):
     checkpoint, folder, _ = exported
     path = folder / 'multilabel.safetensors'
@@ -146,6 +150,7 @@ def test_safetensors(exported):
     assert_close([made['a.b'].softmax(1), made['linear'].sigmoid()], [expected[0], expected[4]])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_backbone_by_timm_alone(exported):
     checkpoint, folder, hub = exported
@@ -167,6 +172,7 @@ def test_backbone_by_timm_alone(exported):
     assert 'license' not in json.loads((hub / 'config.json').read_text())['pretrained_cfg']
 
 
+@pytest.mark.slow
 def test_the_description_is_the_same_everywhere(exported):
     checkpoint, folder, hub = exported
     described = json.loads((folder / 'multilabel.json').read_text(encoding='utf-8'))
@@ -190,6 +196,7 @@ def test_the_description_is_the_same_everywhere(exported):
     assert (described['weights'], described['epochs'], described['arch']) == ('ema', 2, read.arch)
 
 
+@pytest.mark.slow
 def test_the_card(exported):
     checkpoint, _, hub = exported
     card = (hub / 'README.md').read_text(encoding='utf-8')
@@ -205,6 +212,7 @@ def test_the_card(exported):
     assert f'| a.b | {figures} |  |  |  |  |  |  | {float(row["eval_ema/a.b/loss"]):.3f} |\n' in card
 
 
+@pytest.mark.slow
 def test_the_usage_in_the_card_runs(exported, monkeypatch):
     checkpoint, _, hub = exported
     monkeypatch.setattr(huggingface_hub, 'hf_hub_download', lambda repo, name: str(hub / name))
@@ -224,6 +232,7 @@ def test_output_names():
     assert output_names([]) == []
 
 
+@pytest.mark.slow
 def test_names_of_inner_values_do_not_matter(data_dir, tmp_path):
     inner = ['val_0', 'softmax', 'linear']
     for split in ('train', 'val'):
@@ -279,6 +288,7 @@ def test_what_differs_is_found(run_of):
     assert difference == pytest.approx(1) and features.shape == (6, model.num_features)
 
 
+@pytest.mark.slow
 def test_numbers_are_compared_in_standard_deviations(exported):
     exportable = exportable_of(exported[0])
     std = float(np.std([100 + 3 * number for number in range(12)]))
@@ -294,6 +304,7 @@ def test_numbers_are_compared_in_standard_deviations(exported):
     assert compare.largest_difference(run, exportable, True) > compare.TOLERANCE  # EMA weights against plain ones
 
 
+@pytest.mark.slow
 def test_a_format_that_fails_leaves_nothing(capsys, run_of, monkeypatch):
     folder = run_of.parent / 'export'
     write = weights.write_tensors
@@ -343,6 +354,7 @@ def test_outputs_that_exist(capsys, run_of, tmp_path):
     assert 'backbone.json: is no file' in fails(capsys, 'export', [*flags, '--force'])
 
 
+@pytest.mark.slow
 def test_a_missing_extra(capsys, run_of, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'onnxscript' else find(name))
@@ -353,6 +365,7 @@ def test_a_missing_extra(capsys, run_of, monkeypatch):
     assert names_in(run_of.parent / 'export') == [name for name in ALL_FILES if name != 'multilabel.onnx']
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_heads(capsys, data_dir, tmp_path):
     run = train_run(data_dir, tmp_path, '-wlc', '0', epochs=1)
     line = fails(capsys, 'export', [run / 'last.pth.tar', '--formats', 'backbone', 'pt2'])
@@ -461,6 +474,7 @@ def test_pushes_that_cannot_be(capsys, run_of, tmp_path, fake_hub, monkeypatch):
     assert names_in(tmp_path / 'hub') == HUB_FILES
 
 
+@pytest.mark.slow
 def test_a_phase(data_dir, tmp_path):
     (tmp_path / 'recipe.yaml').write_text(
         'phases:\n- {name: first, classification_loss_weight: 0, epochs: 1}\n- {name: heads, epochs: 1}\n')
@@ -482,6 +496,7 @@ def test_a_summary_that_is_none(capsys, run_of, tmp_path):
     assert '## Metrics' not in (tmp_path / 'hub' / 'README.md').read_text()
 
 
+@pytest.mark.slow
 def test_heads_of_ones_own(capsys, data_dir, tmp_path):
     module = tmp_path / 'own.py'
     module.write_text('''

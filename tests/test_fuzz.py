@@ -95,6 +95,7 @@ def folder(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp('fuzz') / 'data', train=2, val=1, size=8)
 
 
+@pytest.mark.slow
 @fuzz(content=st.one_of(TABLES.map(lambda text: text.encode('utf-8', 'surrogatepass')), st.binary(max_size=60)),
        separator=st.sampled_from([None, ',', '\t', '|', 'a', '"', '\\', '.', '*']),
        missing=st.sampled_from([None, '-1', '']))
@@ -113,6 +114,7 @@ def test_tables(folder, content, separator, missing):
     ends_well(read, of_table(path))
 
 
+@pytest.mark.slow
 @fuzz(content=st.one_of(TABLES.map(lambda text: text.encode('utf-8', 'surrogatepass')), st.binary(max_size=60)),
        image=st.one_of(st.sampled_from(['{image_path}', '{0}', '{', '{image_path.__class__}', '{image_path!x}']),
                        st.text(max_size=10)))
@@ -135,6 +137,7 @@ OPTIONS = st.dictionaries(
     max_size=4)
 
 
+@pytest.mark.slow
 @fuzz(given_options=st.dictionaries(st.sampled_from(['color', 'shape', '*', 'no']), OPTIONS, max_size=3))
 def test_head_options(folder, given_options):
     def make():
@@ -182,6 +185,7 @@ RECIPES = st.one_of(
     st.builds(lambda above, phases: {**above, 'phases': phases}, SETTINGS, st.lists(SETTINGS, max_size=3)))
 
 
+@pytest.mark.slow
 @fuzz(recipe=RECIPES)
 def test_recipes(folder, recipe):
     path = folder / 'recipe.yaml'
@@ -189,6 +193,7 @@ def test_recipes(folder, recipe):
     ends_well(lambda: parsed(path, 'data'), of_recipe(path))
 
 
+@pytest.mark.slow
 @fuzz(content=st.one_of(st.binary(max_size=100), st.text(max_size=100).map(lambda text: text.encode()),
                          st.text('[]{}&*!:-?,| \n"\'%@`#abc', max_size=60).map(str.encode)))
 def test_texts_as_recipes(folder, content):
@@ -197,6 +202,7 @@ def test_texts_as_recipes(folder, content):
     ends_well(lambda: parsed(path, 'data'), of_recipe(path))
 
 
+@pytest.mark.slow
 @fuzz(kind=st.sampled_from(['JPEG', 'PNG', 'GIF', 'BMP', 'TIFF', 'WEBP']), data=st.data())
 def test_images(kind, data):
     content = bytearray(saved(ramp((9, 7)), kind))
@@ -217,6 +223,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @fuzz(before=st.lists(st.sampled_from(['', 'red', '"a, b"', '"two""quotes"']), max_size=5), after=st.integers(0, 5),
       damage=st.sampled_from(sorted(DAMAGE)), end=st.sampled_from(['\n', '\r\n']))
 def test_the_row_that_is_wrong_is_the_row_that_is_named(folder, before, after, damage, end):
@@ -232,6 +239,7 @@ def test_the_row_that_is_wrong_is_the_row_that_is_named(folder, before, after, d
     assert ROW.findall(error.value.line) == [str(len(before) + 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('test', OTHERS, ids=lambda test: test.__name__)
 def test_with_other_draws(folder, test):
     """A failure shows the seed."""

@@ -125,6 +125,7 @@ def without_caching(module, images, views, size):
         projections)[back]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('compiled', [False, True])
 @pytest.mark.parametrize('size', [3, 5])
 def test_the_second_run_repeats_the_first(size, compiled, monkeypatch):
@@ -230,6 +231,7 @@ def _compiled_rank_step(rank, compiled):
     return [gradient.tolist() for gradient in step(task, images, target)[1].values()]
 
 
+@pytest.mark.slow
 def test_compiled_ranks():
     compiled, plain = (run_ranks(_compiled_rank_step, 2, which) for which in (True, False))
     for mine, theirs in zip(compiled[0], plain[0], strict=True):
@@ -284,6 +286,7 @@ def _rank_step(rank, size):
     return result['loss'].item(), [gradient.tolist() for gradient in gradients.values()], before, reductions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('size', [2, None])
 def test_ranks_equal_one_process_with_one_reduction_a_step(size):
     whole, gradients = step(tiny_task(dtype=torch.float64), *batch(images=6))
@@ -308,6 +311,7 @@ def _peak_megabytes(rank, images, size):
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_piece():
     whole, in_pieces = (run_ranks(_peak_megabytes, 1, 1024, size)[0] for size in (None, 16))
     # 2,048 images are 24 MB; of each the convolution alone keeps 0.12 MB twice.

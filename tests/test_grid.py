@@ -19,6 +19,7 @@ from timm_multilabel.assembly.grid_file import read_grid
 from timm_multilabel.assembly.jobs import Job, Jobs
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.errors import UserError
+from timm_multilabel.heads import SoftmaxHead
 from timm_multilabel.reports.grid import GridResults, draw_grid, grid_markdown
 
 FLAGS = {
@@ -80,7 +81,8 @@ def test_what_is_no_grid(tmp_path, changes, line):
     assert line in error.value.line and str(tmp_path / 'grid.yaml') in error.value.line
 
 
-def test_an_experiment_is_run_once_and_its_tables_come_from_its_csvs(tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_an_experiment_is_run_once_and_its_tables_come_from_its_csvs(tmp_path, capsys):
     folder = write_grid(tmp_path / 'tiny')
     data = write_data(tmp_path / 'data')
     out = tmp_path / 'out'
@@ -104,9 +106,13 @@ def test_an_experiment_is_run_once_and_its_tables_come_from_its_csvs(tmp_path, m
     assert tables == capsys.readouterr().out.removesuffix('\n') and '# Tiny' in tables
 
     # Nothing is trained again; tables come from the CSVs.
-    monkeypatch.setattr(Jobs, '_start', lambda self, job: pytest.fail(f'starts {job.name}'))
+    def times():
+        return {path: path.stat().st_mtime_ns for path in out.rglob('*') if path.suffix in ('.tar', '.log', '.csv')}
+
+    made = times()
     (folder / 'results.md').unlink()
     run_command('grid', 'grid', command)
+    assert times() == made and len(made) > 6
     (folder / 'results.png').unlink()
     run_command('grid', 'grid', [str(folder), '--tables'])
     assert (folder / 'results.md').read_text() == tables and (folder / 'results.png').stat().st_size > 5000
@@ -148,6 +154,7 @@ def endless(tmp_path, name):
                       '--device', 'cpu', '--epochs', '10000', '--output', str(tmp_path), '--experiment', name])
 
 
+@pytest.mark.slow
 def test_after_a_run_that_fails_those_that_run_end_and_no_other_starts(tmp_path):
     write_data(tmp_path / 'data')
     job = endless(tmp_path, 'good')
@@ -169,6 +176,7 @@ def test_after_a_run_that_fails_those_that_run_end_and_no_other_starts(tmp_path)
     assert said[:2] == ['wrong', 'good'] and "run 'wrong' ended" in said[2]
 
 
+@pytest.mark.slow
 def test_runs_save_and_stop_where_the_grid_is_stopped(tmp_path):
     write_data(tmp_path / 'data')
     jobs, said = make_jobs(tmp_path, endless(tmp_path, 'a'), endless(tmp_path, 'b'))
@@ -201,7 +209,7 @@ def results(axis):
          'high': 9.0, 'p': 0.01, 'holm': 0.02, 'over': 'seeds and images'}
         for value in ([0] if axis is None else [10, 20])]
     return GridResults('Title', 'About.', 'val', axis, ['base', 'other $'], pd.DataFrame(rows),
-                       pd.DataFrame(differences), ['color'])
+                       pd.DataFrame(differences), {'color': SoftmaxHead.metric('top1')})
 
 
 def test_tables_hold_means_deviations_and_differences_by_seed():
@@ -221,6 +229,7 @@ def test_tables_hold_means_deviations_and_differences_by_seed():
 EXPERIMENTS = Path(__file__).parents[1] / 'experiments'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', sorted(path.parent.name for path in EXPERIMENTS.glob('*/grid.yaml')))
 def test_experiments_are_read_and_their_tables_are_those_of_their_csvs(name):
     made = read_grid(EXPERIMENTS / name / 'grid.yaml')

@@ -101,6 +101,7 @@ def test_kinds_train_resume_and_are_validated(data, module, tmp_path, capsys):
     assert all(torch.equal(value, b[name]) for name, value in a.items())
 
 
+@pytest.mark.slow
 def test_a_figure_that_the_labels_do_not_allow_stays_out_of_the_score(data, tmp_path, capsys):
     """One price in val.csv: no variance to explain. Asked for by name, it is an error."""
     table = pd.read_csv(data / 'val.csv', dtype=str, keep_default_na=False)
@@ -118,6 +119,7 @@ def test_a_figure_that_the_labels_do_not_allow_stays_out_of_the_score(data, tmp_
         capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_ranked_by_the_least_error(data, tmp_path):
     run_command('train', 'train.py', [
         str(data), '--model', 'test_resnet', '--img-size', '32', '-b', '6', '-j', '0', '--device', 'cpu',
@@ -146,6 +148,7 @@ def test_the_kind_of_the_readme(module):
         type(head)(labels, 4, order=['S', 'M'])
 
 
+@pytest.mark.slow
 def test_smoothing_asked_for_with_arcface_is_warned_about(data, tmp_path, capsys):
     run_command('train', 'train.py', [
         str(data), '--model', 'test_resnet', '--img-size', '32', '-b', '6', '-j', '0', '--device', 'cpu',

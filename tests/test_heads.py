@@ -1,4 +1,6 @@
-"""Kinds of heads: losses with weights and missing labels, figures, options, files of the user's own."""
+"""Kinds of heads: losses with weights and missing labels, metrics, options, files of the user's own."""
+from typing import Optional
+
 import numpy as np
 import pytest
 import torch
@@ -9,12 +11,14 @@ from timm_multilabel.errors import UserError
 from timm_multilabel.heads import (
     REGISTRY,
     ArcFaceHead,
+    Head,
     NumericHead,
     SoftmaxHead,
     TagsHead,
     create_head,
     load_registry,
     options_of,
+    parse_option,
     resolve_options,
 )
 from timm_multilabel.labels import LabelSet, LabelSpace, Quantity, TagSet
@@ -79,7 +83,7 @@ def test_figures_of_tags():
     # a: ranked 1, 0, 1, 0: (1 + 2/3) / 2; b: ranked 0, 1, 1: (1/2 + 2/3) / 2
     assert figures['map'] == pytest.approx(100 * ((1 + 2 / 3) / 2 + (1 / 2 + 2 / 3) / 2) / 2)
     assert figures['f1'] == pytest.approx(100 * (0.5 + 0.5) / 2)
-    assert figures['micro_f1'] == pytest.approx(50) and set(figures) == {*TagsHead.figures, 'tags'}
+    assert figures['micro_f1'] == pytest.approx(50) and set(figures) == {*TagsHead.metric_names, 'tags'}
 
 
 def test_figures_of_numbers_are_in_the_columns_unit():
@@ -113,7 +117,7 @@ from timm_multilabel.heads import Head
 
 class Mine(Head):
     kind = 'mine'
-    figures = ('score',)
+    metric_names = ('score',)
     def __init__(self, labels, in_features):
         super().__init__(labels)
     def forward(self, features):
@@ -132,7 +136,7 @@ class Mine(Head):
     ('output.sum(), torch.tensor(1.0)', 'output.sum()', 'must be two scalar tensors of floats'),
     ('torch.tensor(1.0)', 'len(target)', 'must be two scalar tensors of floats'),
     ('torch.tensor(1.0)', '(target >= 0).sum()', 'must be two scalar tensors of floats'),
-    ("{'score': 1.0}", "{'other': 1.0}", 'must be a dict with its figures score'),
+    ("{'score': 1.0}", "{'other': 1.0}", 'must be a dict with score'),
     ("('score',)", '()', 'names no metrics'),
     ('output.argmax(1)', 'nowhere', "'mine' fails with NameError"),
 ])
@@ -171,3 +175,38 @@ def test_head_modules_are_checked(tmp_path, text, message):
         (tmp_path / 'mine.py').write_text(text)
     with pytest.raises(UserError, match=message):
         load_registry(str(tmp_path / 'mine.py'))
+
+
+class Options(Head):
+    """Options of many types, some by their defaults alone."""
+
+    def __init__(self, labels, in_features, *, places: 'list[int]', plain: list | None = None, drop: float = 0.5,
+                 steps: int = 3, exact: Optional[bool] = None, name: str = 'x', bare=2, nothing=None):  # noqa: UP045
+        super().__init__(labels)
+
+
+@pytest.mark.parametrize('name, given, expected', [
+    ('places', '1+2', [1, 2]), ('places', [1, '2'], [1, 2]), ('plain', 'S+M', ['S', 'M']),
+    ('plain', [1, 'M'], ['1', 'M']),
+    ('drop', '1e-1', 0.1), ('drop', 1, 1.0), ('steps', '7', 7), ('steps', 7, 7), ('exact', 'True', True),
+    ('exact', False, False), ('name', '12', '12'), ('bare', '4', 4), ('nothing', 'a', 'a')])
+def test_options_are_read_as_their_types_say(name, given, expected):
+    made = parse_option(given, options_of(Options)[name])
+    assert made == expected and type(made) is type(expected)
+
+
+@pytest.mark.parametrize('name, given, message', [
+    ('places', '1+x', 'invalid literal for int'), ('drop', 'much', 'could not convert string to float'),
+    ('drop', True, 'expected a number'), ('steps', '1.5', 'invalid literal for int'),
+    ('steps', True, 'expected a number'), ('steps', 1.5, 'invalid literal for int'),
+    ('exact', 'yes', 'expected true or false')])
+def test_values_that_are_none_of_an_option(name, given, message):
+    with pytest.raises(ValueError, match=message):
+        parse_option(given, options_of(Options)[name])
+
+
+def test_options_with_types_that_only_checkers_know():
+    def __init__(self, labels: 'Unknown', in_features, *, steps: 'int', order: 'list'):  # noqa: F821
+        pass
+
+    assert options_of(type('Kind', (Head,), {'__init__': __init__})) == {'steps': int, 'order': list}

@@ -20,8 +20,9 @@ from timm_multilabel.cli.main import run_command
 from timm_multilabel.cli.output import PrintedStream, print_traceback
 from timm_multilabel.errors import UserError, shortened
 from timm_multilabel.escaping import markdown_code, markdown_text, spreadsheet_text, spreadsheet_text_back
-from timm_multilabel.export.card import model_card
-from timm_multilabel.export.exportable import Exportable, describe
+from timm_multilabel.exports.card import model_card
+from timm_multilabel.exports.exportable import Exportable, describe
+from timm_multilabel.heads import SoftmaxHead
 from timm_multilabel.inference.embeddings import Embeddings
 from timm_multilabel.inference.neighbours import nearest
 from timm_multilabel.inference.predictions import Predictions
@@ -99,6 +100,7 @@ class Elements(HTMLParser):
         self.text.append(data)
 
 
+@pytest.mark.slow
 def test_the_report_holds_no_element_but_its_own(hostile, tmp_path, capsys):
     run, _ = hostile
     out = printed(capsys, 'report', run, '--out', tmp_path / 'r.html', '-j', 0, '--device', 'cpu')
@@ -146,6 +148,7 @@ def test_settings_and_remarks_of_runs(tmp_path):
         assert not any(cell.strip().startswith(tuple('=+-@')) for cell in cells)
 
 
+@pytest.mark.slow
 def test_validation_prints_and_writes_names_as_they_are(hostile, tmp_path, capsys):
     run, data = hostile
     out = printed(capsys, 'validate', data, '--checkpoint', run / 'last.pth.tar', '-j', 0, '--device', 'cpu',
@@ -160,6 +163,7 @@ def test_validation_prints_and_writes_names_as_they_are(hostile, tmp_path, capsy
     assert sorted(map(spreadsheet_text_back, names)) == sorted(CLASSES)  # whole, as in the data
 
 
+@pytest.mark.slow
 def test_predictions_are_data_in_a_pipe_and_printable_for_people(hostile, tmp_path, capsys):
     run, data = hostile
     words = [run / 'last.pth.tar', data / 'images/0.png', '--top-k', 9, '-j', 0, '--device', 'cpu']
@@ -205,6 +209,7 @@ def on_a_terminal(*commands):
     return b''.join(parts).decode()
 
 
+@pytest.mark.slow
 def test_on_a_terminal_nothing_is_obeyed(hostile):
     run, data = hostile
     checkpoint, common = run / 'last.pth.tar', ['--device', 'cpu', '-j', 0]
@@ -267,7 +272,7 @@ def test_a_grid_of_hostile_names(tmp_path):
     rows = [{'setting': name, 'seed': 0, HEADS[0]: 50.0, 'mean': 50.0, 'minutes': 1.0, 'cpu_minutes': 1.0,
              'commit': '<b>', 'machine': '`m`', 'torch': '2', 'command': 'grid `<b>`'} for name in names]
     results = GridResults(names[1], 'See <script>x</script> of [this](https://a) where a < b.', 'v*l', None, names,
-                          pd.DataFrame(rows), pd.DataFrame(), [HEADS[0]])
+                          pd.DataFrame(rows), pd.DataFrame(), {HEADS[0]: SoftmaxHead.metric('top1')})
     text = grid_markdown(results)
     assert 'See &lt;script>x&lt;/script> of [this](https://a) where a &lt; b.' in text and 'v\\*l' in text
     assert '``grid `<b>` ``' in text.replace('`` grid', '``grid') and r'commit \<b\>; machine \`m\`' in text
@@ -298,6 +303,7 @@ def test_the_card_shows_names_as_they_are(hostile):
 LONG = 'long ' * 2_000_000
 
 
+@pytest.mark.slow
 def test_long_texts_are_shortened_for_people_and_whole_in_data(tmp_path):
     assert shortened('a' * 81) == 'a' * 79 + '\u2026' and shortened('a' * 80) == 'a' * 80
     assert len(UserError(f'{LONG}: wrong; take another').line) < 4100
@@ -328,6 +334,7 @@ def diverged(tmp_path_factory):
     return folder, data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['nan', 'overflow'])
 def test_outputs_that_are_not_finite_are_one_line(diverged, tmp_path, capsys, name):
     folder, data = diverged

@@ -16,7 +16,7 @@ from timm_multilabel.data.images import ENDINGS, EncodedPhoto
 from timm_multilabel.data.pool import rows_of_folder
 from timm_multilabel.data.shards import find_shards
 from timm_multilabel.errors import UserError
-from timm_multilabel.export.examples import images_of_paths
+from timm_multilabel.exports.examples import images_of_paths
 from timm_multilabel.inference.embeddings import Embeddings
 from timm_multilabel.labels import LabelSpace
 
@@ -120,6 +120,7 @@ def run(tmp_path_factory):
     return train_run(write_data(folder / 'data'), folder, epochs=1)
 
 
+@pytest.mark.slow
 def test_commands_take_the_same_images(run, photos, tmp_path, capsys):
     line = f'{photos}: 14 images; {PASSED}\n'
     checkpoint, common = str(run / 'model_best.pth.tar'), ['--device', 'cpu', '-j', '0']
@@ -138,6 +139,7 @@ def test_commands_take_the_same_images(run, photos, tmp_path, capsys):
     assert capsys.readouterr().out.count(line) == 1
 
 
+@pytest.mark.slow
 def test_unlabelled_folders_take_the_same_images(photos, tmp_path, capsys):
     data = write_data(tmp_path / 'data')
     train_run(data, tmp_path, '--unlabelled', str(photos), epochs=1)
@@ -170,6 +172,7 @@ def refused(command, argv, capsys) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_names_in_what_predict_writes(run, named, tmp_path, capsys, monkeypatch):
     checkpoint, out = str(run / 'model_best.pth.tar'), tmp_path / 'p.jsonl'
     everything = sorted(str(named / name) for name in (FOREIGN, *UTF_8))
@@ -191,6 +194,7 @@ def test_names_in_what_predict_writes(run, named, tmp_path, capsys, monkeypatch)
     assert pd.read_csv(out)['image'].tolist() == [path for path in everything if FOREIGN not in path]
 
 
+@pytest.mark.slow
 def test_names_in_embeddings_and_in_what_search_shows(run, named, tmp_path, capsys, monkeypatch):
     checkpoint, everything = str(run / 'model_best.pth.tar'), sorted(str(named / name) for name in (FOREIGN, *UTF_8))
     made = str(tmp_path / 'e.npz')
@@ -205,7 +209,7 @@ def test_names_in_embeddings_and_in_what_search_shows(run, named, tmp_path, caps
     pytest.importorskip('pyarrow')
     made = str(tmp_path / 'e.parquet')
     with monkeypatch.context() as patch:
-        patch.setattr('timm_multilabel.cli.embed.embed_part', None)
+        patch.setattr('timm_multilabel.api.embed.embed_part', None)
         said = refused('embed', [checkpoint, str(named), '--out', made, *COMMON], capsys)
     assert r'a\udcff.png: this name is not UTF-8, as' in said and 'name a .npz file' in said
     assert not Path(made).exists()
@@ -229,6 +233,7 @@ def write_named(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_names_in_tables(tmp_path, capsys):
     data = write_named(tmp_path / 'data')
     made = train_run(data, tmp_path, epochs=1)
@@ -246,6 +251,7 @@ def test_names_in_tables(tmp_path, capsys):
     assert pd.read_csv(tmp_path / 'elsewhere/all.csv')['image_path'].tolist() == expected
 
 
+@pytest.mark.slow
 def test_folders_that_are_not_utf_8(tmp_path, capsys):
     base = tmp_path / 'd\udcff'
     data = write_data(base / 'data')
@@ -281,6 +287,7 @@ def test_trackers_that_need_utf_8(tmp_path, capsys):
     assert r'a\udcff is not UTF-8, as tensorboard needs it' in said and not (tmp_path / 'a\udcff').exists()
 
 
+@pytest.mark.slow
 def test_shards_that_are_not_utf_8(tmp_path):
     data = write_data(tmp_path / 'data')
     with tarfile.open(data / 'train-0\udcff.tar', 'w') as tar:

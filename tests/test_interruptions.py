@@ -12,19 +12,25 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
-from common import TINY, assert_same_summary, assert_same_weights, train_run, write_data
+from common import TINY, assert_same_summary, assert_same_weights, train_ranks, train_run, write_data
 
+from timm_multilabel.cli.main import run_command
 from timm_multilabel.training.checkpoint import newest_checkpoint, read_checkpoint
 from timm_multilabel.training.training_progress import TrainingProgress
 
 ROOT = Path(__file__).parent.parent
 
 
+def words(data, output, *flags):
+    """What follows the name of the training command."""
+    return [str(data), *TINY, '--epochs', '2', '--output', str(output), '--experiment', 'run',
+            '--checkpoint-steps', '5', '-b', '2', '-j', '1', *flags]
+
+
 def command(data, output, *flags, ranks=0):
     """A training command, under the launcher with so many ranks or by itself."""
     launcher = ['-m', 'timm_multilabel.cli.launch', '--standalone', '--nproc-per-node', str(ranks)] if ranks else []
-    return [sys.executable, *launcher, str(ROOT / 'train.py'), str(data), *TINY, '--epochs', '2', '--output',
-            str(output), '--experiment', 'run', '--checkpoint-steps', '5', '-b', '2', '-j', '1', *flags]
+    return [sys.executable, *launcher, str(ROOT / 'train.py'), *words(data, output, *flags)]
 
 
 class Process:
@@ -69,13 +75,13 @@ def data(tmp_path_factory):
 def undisturbed(data, tmp_path_factory):
     """The run folder of two ranks that nothing happened to."""
     output = tmp_path_factory.mktemp('undisturbed')
-    done = subprocess.run(command(data, output, ranks=2), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    train_ranks(words(data, output))
     return output / 'run'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_status_75_tells_so(data, tmp_path, undisturbed, number):
+def test_a_signal_saves_and_status_75_tells_so(data, tmp_path, undisturbed, number, capsys):
     with Process(command(data, tmp_path, ranks=2), MAX_RESTARTS='2') as process:
         process.wait_for('run/recovery-*', tmp_path)
         process.process.send_signal(number)
@@ -87,14 +93,33 @@ def test_a_signal_saves_and_status_75_tells_so(data, tmp_path, undisturbed, numb
     assert 'Traceback' not in errors and errors.count('stopped at step') == 1
     newest, damaged = newest_checkpoint(tmp_path / 'run')
     assert newest.name.startswith('recovery-') and not damaged and newest.name in errors
-    with Process(command(data, tmp_path, '--resume', 'auto', ranks=2)) as process:
-        status, out, errors = process.end()
-    assert status == 0, errors
-    assert f'{newest}: goes on from here' in out
+    stopped = shutil.copytree(tmp_path / 'run', tmp_path / 'other' / 'run')
+    assert f'{newest}: goes on from here' in train_ranks(words(data, tmp_path, '--resume', 'auto'))
     assert_same_weights(undisturbed / 'last.pth.tar', tmp_path / 'run' / 'last.pth.tar')
     assert_same_summary(undisturbed, tmp_path / 'run')
+    if number == signal.SIGINT:
+        check_other_number_of_ranks(data, stopped, capsys)
 
 
+def check_other_number_of_ranks(data, folder, capsys):
+    """On one rank the run of two goes on to another result, and says what differs."""
+    newest = newest_checkpoint(folder)[0]
+    state = read_checkpoint(newest).state
+    epoch, within = state['epoch'], state['within']
+    assert newest.name == f'recovery-{epoch}-{within["step"]}.pth.tar'
+    assert 5 <= within['step'] <= within['steps'] == 40 and len(within['ranks']) == 2
+    place = TrainingProgress.of(state, 80)  # as many images are done in an epoch of 80 steps
+    assert (place.epoch, place.step) == (epoch, 2 * within['step'])
+    capsys.readouterr()
+    run_command('train', 'train.py', words(data, folder.parent, '--resume', 'auto'))
+    out = capsys.readouterr().out
+    assert 'goes on with other batches, so not to the same result (processes: 2 before, 1 now; images a step: 4 ' in out
+    summary = pd.read_csv(folder / 'summary.csv')
+    assert summary['epoch'].tolist() == [0, 1] and summary['train_loss'].notna().all()
+    assert (f'Epoch {epoch + 1}/2  step 50/80' in out) == (2 * within['step'] < 50)
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_process_without_launcher_and_a_second_one(data, tmp_path):
     with Process(command(data, tmp_path)) as process:
         process.wait_for('run/recovery-*', tmp_path)
@@ -113,6 +138,7 @@ def test_a_signal_to_one_process_without_launcher_and_a_second_one(data, tmp_pat
     assert newest_checkpoint(tmp_path / 'b' / 'run')[0] is not None
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_processes_at_once_and_a_reader_that_has_gone(data, tmp_path):
     """As systemd tells a unit to stop; and `train ... 2>&1 | tee`, whose tee gets Ctrl-C too."""
     with Process(command(data, tmp_path, ranks=2)) as process:
@@ -126,12 +152,13 @@ def test_a_signal_to_all_processes_at_once_and_a_reader_that_has_gone(data, tmp_
     assert newest_checkpoint(tmp_path / 'run')[0].name.startswith('recovery-')
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_run_from_where_it_was(data, tmp_path, undisturbed):
     shutil.copytree(undisturbed, tmp_path / 'old')  # of a launch before: no run of this one's
-    words = command(data, tmp_path, ranks=2)
-    words[words.index('--experiment'):words.index('--experiment') + 2] = []
-    words[3:3] = ['--max-restarts', '1']
-    with Process(words) as process:
+    restarted = command(data, tmp_path, ranks=2)
+    restarted[restarted.index('--experiment'):restarted.index('--experiment') + 2] = []
+    restarted[3:3] = ['--max-restarts', '1']
+    with Process(restarted) as process:
         process.wait_for('*-test_resnet-32/recovery-*', tmp_path)
         random.choice(process.trainers()).kill()
         status, out, errors = process.end()
@@ -142,27 +169,7 @@ def test_torchrun_restarts_a_run_from_where_it_was(data, tmp_path, undisturbed):
     assert_same_summary(undisturbed, folder)
 
 
-def test_on_another_number_of_ranks_it_says_what_differs(data, tmp_path, undisturbed):
-    with Process(command(data, tmp_path, ranks=2)) as process:
-        process.wait_for('run/recovery-*', tmp_path)
-        process.process.send_signal(signal.SIGTERM)
-        assert process.end()[0] == 75
-    newest = newest_checkpoint(tmp_path / 'run')[0]
-    state = read_checkpoint(newest).state
-    epoch, within = state['epoch'], state['within']
-    assert newest.name == f'recovery-{epoch}-{within["step"]}.pth.tar'
-    assert 5 <= within['step'] <= within['steps'] == 40 and len(within['ranks']) == 2
-    place = TrainingProgress.of(state, 80)  # as many images are done in an epoch of 80 steps
-    assert (place.epoch, place.step) == (epoch, 2 * within['step'])
-    with Process(command(data, tmp_path, '--resume', 'auto')) as process:
-        status, out, errors = process.end()
-    assert status == 0, errors
-    assert 'goes on with other batches, so not to the same result (processes: 2 before, 1 now; images a step: 4 ' in out
-    summary = pd.read_csv(tmp_path / 'run' / 'summary.csv')
-    assert summary['epoch'].tolist() == [0, 1] and summary['train_loss'].notna().all()
-    assert (f'Epoch {epoch + 1}/2  step 50/80' in out) == (2 * within['step'] < 50)
-
-
+@pytest.mark.slow
 def test_a_process_that_dies_takes_the_others_down_and_is_named(data, tmp_path):
     with Process(command(data, tmp_path, ranks=2)) as process:
         process.wait_for('run/recovery-*', tmp_path)
@@ -177,6 +184,7 @@ def test_a_process_that_dies_takes_the_others_down_and_is_named(data, tmp_path):
     assert not [each for each in others if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('ranks', [0, 2])
 def test_a_loader_process_that_dies_is_named(data, tmp_path, ranks):
     with Process(command(data, tmp_path, ranks=ranks)) as process:
@@ -193,6 +201,7 @@ def test_a_loader_process_that_dies_is_named(data, tmp_path, ranks):
     assert 'lower -j or -b' in errors and 'Traceback' not in errors and errors.count('\n') == 1
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_file(data_dir, tmp_path):
     """A limit on the size of files stands for the disk: checkpoints are too large for it, summary.csv is not."""
     folder = train_run(data_dir, tmp_path, epochs=1)

@@ -24,8 +24,7 @@ from timm_multilabel.errors import UserError
 from timm_multilabel.heads import SoftmaxHead, TagsHead
 from timm_multilabel.labels import MISSING, BadCell, LabelSet, LabelSpace, Quantity, TagSet
 from timm_multilabel.reports.embedding_map import color_points
-from timm_multilabel.reports.head_section import describe_target
-from timm_multilabel.reports.intervals import head_figures, tag_figures
+from timm_multilabel.reports.intervals import head_intervals, weighted_tag_metrics
 
 TAGS = [[], ['a'], ['a', 'b'], None]
 OF_TAGS = [[0, 0], [1, 0], [1, 1], [-1, -1]]
@@ -236,26 +235,27 @@ def test_tags_without_both_answers_are_in_no_mean():
     head = TagsHead(labels, 4)
     expected = {'map': 100 * (1 + 2 / 3) / 2, 'f1': 80.0, 'micro_f1': 100 * 8 / 9, 'accuracy': 200 / 3}
     metrics = head.metrics(target, said)
-    assert {name: metrics[name] for name in head.figures} == pytest.approx(expected)
-    of_report = tag_figures(target, said, np.ones((1, 3), np.int32))
+    assert {name: metrics[name] for name in head.metric_names} == pytest.approx(expected)
+    of_report = weighted_tag_metrics(target, said, np.ones((1, 3), np.int32))
     assert {name: value[0] for name, value in of_report.items()} == pytest.approx(expected)
     metrics = TagsHead(TagSet('t', ('b', 'd')), 4).metrics(target[:, 1:], said[:, 1:])
-    assert np.isnan([metrics[name] for name in head.figures]).all()
-    assert all(np.isnan(value).all() for value in tag_figures(target[:, 1:], said[:, 1:], np.ones((2, 3))).values())
+    assert np.isnan([metrics[name] for name in head.metric_names]).all()
+    weighted = weighted_tag_metrics(target[:, 1:], said[:, 1:], np.ones((2, 3)))
+    assert all(np.isnan(value).all() for value in weighted.values())
 
 
 def test_a_single_class_has_no_accuracy():
     labels = LabelSet('c', ('x',))
     head = SoftmaxHead(labels, 4)
     assert np.isnan(list(head.metrics(np.zeros((3, 1)), np.zeros((3, 1))).values())).all()
-    figure, = head_figures(labels, np.zeros(3, int), np.ones((3, 1)))
+    figure, = head_intervals(labels, np.zeros(3, int), np.ones((3, 1)))
     assert figure.name == 'top1' and math.isnan(figure.value)
 
 
 def test_none_of_the_tags_is_no_missing_label_in_reports():
     labels = TagSet('t', ('a', 'b'))
     target = np.array(OF_TAGS)
-    assert [describe_target(labels, row) for row in target] == ['none', 'a', 'a, b', '-']
+    assert [labels.describe(row) for row in target] == ['none', 'a', 'a, b', '-']
     assert color_points(labels, target).rest == 'no tag, no label'
     assert color_points(labels, target[:3]).rest == 'no tag' and color_points(labels, target[1:3]).rest == ''
 
@@ -270,6 +270,7 @@ def write_tags(folder, *splits):
     return folder
 
 
+@pytest.mark.slow
 def test_training_and_validation_read_one_dialect(tmp_path, capsys):
     data = write_tags(tmp_path / 'data', ['nil', 'a', 'a;b', ''], ['nil', 'a', 'a;b', ''])
     flags = ['--heads', 'tags', '--head', 'tags:loss=tags', '-wls', '0']
@@ -306,6 +307,7 @@ def test_flags_of_a_dialect_that_nobody_reads_are_refused(tmp_path, capsys, flag
         raise UserError(capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_heads_that_cannot_be_scored_are_named_and_do_not_rank(tmp_path, capsys):
     """val.csv: brands that are all ignored, tags without a 0, one class of shape; color alone makes the metric."""
     data = write_tags(tmp_path / 'data', ['a', 'b'], ['a|b'])
@@ -336,6 +338,7 @@ def test_heads_that_cannot_be_scored_are_named_and_do_not_rank(tmp_path, capsys)
         assert f'--eval-metric {metric}: ' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ignored_labels_of_shards_are_named_although_the_label_space_is_stored(tmp_path, capsys):
     for split, tags in (('train', [['a'], ['b'], [], None] * 2), ('val', [['a'], ['c'], [], None] * 2)):
         write_shards(tmp_path, 'tar', tags, split)

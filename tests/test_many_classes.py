@@ -7,8 +7,8 @@ from common import train_run, write_data
 from test_cli import fails
 
 from timm_multilabel.errors import UserError
-from timm_multilabel.export.card import model_card
-from timm_multilabel.export.exportable import Exportable, describe
+from timm_multilabel.exports.card import model_card
+from timm_multilabel.exports.exportable import Exportable, describe
 from timm_multilabel.inference import predictions
 from timm_multilabel.inference.image_predictions import Guess, ImagePrediction, guess
 from timm_multilabel.inference.neighbours import vote
@@ -16,7 +16,7 @@ from timm_multilabel.inference.predictions import check_size
 from timm_multilabel.labels import LabelSet, LabelSpace
 from timm_multilabel.reports import confusion
 from timm_multilabel.reports.confusion import draw_confusion, write_confusion
-from timm_multilabel.reports.intervals import class_figures, head_figures
+from timm_multilabel.reports.intervals import head_intervals, weighted_class_metrics
 from timm_multilabel.reports.mistakes import confused_pairs
 from timm_multilabel.reports.prediction_formats import csv_columns, table_lines
 from timm_multilabel.training.checkpoint import load_model, read_checkpoint
@@ -73,8 +73,8 @@ def test_figures_are_over_the_classes_that_occur():
     rng = np.random.default_rng(0)
     target, predicted = rng.integers(0, 4, (2, 60))
     weights = rng.integers(0, 3, (50, 60)).astype(np.int32)
-    few = class_figures(target, predicted, weights)
-    many = class_figures(target * 10 ** 15, predicted * 10 ** 15, weights)
+    few = weighted_class_metrics(target, predicted, weights)
+    many = weighted_class_metrics(target * 10 ** 15, predicted * 10 ** 15, weights)
     for name in ('balanced_accuracy', 'macro_f1'):
         np.testing.assert_array_equal(few[name], many[name])
 
@@ -84,7 +84,7 @@ def test_a_head_of_many_classes_has_figures(labels):
     output = np.zeros((6, MANY), np.float32)
     output[np.arange(6), [1, 2, 3, 4, 5, 6]] = 0.9
     target = np.array([1, 2, 3, 4, 7, 8])
-    figures = {figure.name: figure.value for figure in head_figures(labels, target, output)}
+    figures = {figure.name: figure.value for figure in head_intervals(labels, target, output)}
     assert figures['top1'] == pytest.approx(400 / 6) and figures['macro_f1'] == 50
     assert [(pair.label, pair.prediction) for pair in confused_pairs(labels, target, output)] == [
         ('c000007', 'c000005'), ('c000008', 'c000006')]
@@ -110,6 +110,7 @@ def test_many_labels_of_an_image(labels):
     assert line.endswith('c000012 0.500, 19987 more')
 
 
+@pytest.mark.slow
 def test_predictions_that_would_not_fit_are_refused_before_the_work(labels, tmp_path, capsys, monkeypatch):
     check_size(268, LabelSpace((labels,)), 'x')
     with pytest.raises(UserError, match='x: predictions of 4,000 rows x 1,000,000 .* would take 16.0 GB, .* 268 rows'):
@@ -122,6 +123,7 @@ def test_predictions_that_would_not_fit_are_refused_before_the_work(labels, tmp_
     assert not (run / 'report.html').exists() and not list(run.glob('predictions*'))
 
 
+@pytest.mark.slow
 def test_a_card_names_some_classes(tmp_path):
     data = write_data(tmp_path / 'data')
     with open(data / 'all.csv', 'w', encoding='utf-8') as file:

@@ -92,6 +92,7 @@ def data(tmp_path_factory):
 HEADS = ('--head', 'x:loss=tags', 'x_micro:loss=tags')
 
 
+@pytest.mark.slow
 def test_a_run_whose_heads_are_named_like_metrics(data, tmp_path, capsys):
     folder = train_run(data, tmp_path, *HEADS, '-wls', '0', '--model-ema', '--eval-metric', 'x/micro_f1', epochs=1)
     summary = pd.read_csv(folder / 'summary.csv')
@@ -150,6 +151,7 @@ def metric_error(data, tmp_path, capsys, name):
     return capsys.readouterr().err.strip()
 
 
+@pytest.mark.slow
 def test_eval_metric_by_an_earlier_name(data, tmp_path, capsys):
     """Of `x_micro_f1` nobody can tell whose it is; a name that only one metric had is still taken."""
     assert metric_error(data, tmp_path, capsys, 'x_micro_f1').endswith(
@@ -162,15 +164,15 @@ def test_eval_metric_by_an_earlier_name(data, tmp_path, capsys):
     assert state['metric'] == pd.read_csv(folder / 'summary.csv')['eval/ema_x/top1'][0]
 
 
-@pytest.mark.parametrize('figures, message', [
+@pytest.mark.parametrize('names, message', [
     ("('exact', 'loss')", "has a metric called 'loss', which is the name of something else"),
     ("('labels',)", "has a metric called 'labels', which is the name of something else"),
     ("('exact', 'exact')", "has a metric called 'exact', twice"),
     ("('a/b',)", "has a metric called 'a/b'; use letters, digits and underscores")])
-def test_metrics_of_the_users_kinds_have_names_of_their_own(figures, message, data, tmp_path, capsys):
+def test_metrics_of_the_users_kinds_have_names_of_their_own(names, message, data, tmp_path, capsys):
     (tmp_path / 'kinds.py').write_text(
         f'from timm_multilabel.heads import SoftmaxHead\n\n\nclass Mine(SoftmaxHead):\n    kind = "mine"\n'
-        f'    figures = {figures}\n')
+        f'    metric_names = {names}\n')
     with pytest.raises(SystemExit):
         train_run(data, tmp_path, '--head-module', str(tmp_path / 'kinds.py'), '--head', 'ema_x:loss=mine', epochs=1)
     assert message in capsys.readouterr().err
@@ -189,6 +191,7 @@ def test_metrics_of_a_tag():
     assert (useless['labels'], useless['ones']) == (2, 2)
 
 
+@pytest.mark.slow
 def test_a_report_has_the_metrics_of_each_tag():
     target = np.array([[1, 1], [0, 1], [1, -1], [0, 1]])
     output = np.array([[.9, .6], [.6, .7], [.4, .8], [.1, .9]])
@@ -196,7 +199,7 @@ def test_a_report_has_the_metrics_of_each_tag():
         TagSet('t', ('a', '<b>')), target, np.ones(4, bool), output, np.array(list('wxyz')), lambda index: '')
     assert section.tags == [
         ('a', '83.33 %', '50.00 %', '50.00 %', '4', '2'), ('<b>', '-', '-', '-', '3', '3')]
-    assert ('accuracy (mean over tags)', '50.00 %') in [row[:2] for row in section.figures]
+    assert ('accuracy (mean over tags)', '50.00 %') in [row[:2] for row in section.metrics]
 
 
 def test_summary_json_follows_a_run_that_goes_back(tmp_path):
@@ -310,6 +313,7 @@ def test_twelve_heads_have_colors_of_their_own():
     assert len(colors) == 13  # with that of the mean
 
 
+@pytest.mark.slow
 def test_of_many_heads_the_best_and_the_worst_have_names(tmp_path):
     table = summary_of([f'h{number}' for number in range(40)], 3)  # the best of head h1 is 10 + 2
     figures = panels(table)
@@ -349,6 +353,7 @@ def test_a_pattern_that_matches_nothing():
     assert match_columns({'g': {'columns': 'a*'}}, ['a*', 'ab']) == {'g': {'columns': ['a*']}}
 
 
+@pytest.mark.slow
 def test_train_and_check_take_patterns(tmp_path, capsys):
     data = write_table(tmp_path / 'data', {
         'attr_a': lambda row: str(row % 2), 'color': lambda row: 'uv'[row % 2], 'attr_b': lambda row: str(row // 4)})

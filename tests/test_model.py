@@ -17,6 +17,7 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', FAMILIES)
 def test_any_backbone_with_pooled_features(name):
     with torch.device('meta'):  # shapes without the work

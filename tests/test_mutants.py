@@ -45,6 +45,7 @@ def test_titles_of_epochs(epoch, title):
     assert RunLength(110).title(epoch) == f'Epoch {epoch + 1}/110'
 
 
+@pytest.mark.slow
 def test_3_epochs_are_3_epochs(data_dir, tmp_path, capsys):
     run_command('train', 'train.py', [
         str(data_dir), *BY_DEFAULT, '--epochs', '3', '--output', str(tmp_path), '--experiment', 'run'])
@@ -55,6 +56,7 @@ def test_3_epochs_are_3_epochs(data_dir, tmp_path, capsys):
     assert summary['epoch'].tolist() == [0, 1, 2] and summary['lr'].min() == 1e-4  # warm-up's first rate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('on_updates', [[], ['--sched-on-updates']])
 def test_the_cooldown_is_said_and_trained(data_dir, tmp_path, capsys, on_updates):
     """10 epochs and their tenth, at the least rate; args.yaml repeats the default, not its number."""
@@ -85,6 +87,7 @@ def test_the_default_cooldown_and_the_same_number_are_one_setting(tmp_path):
     assert read[0] == read[1] and read[0]['cooldown_epochs'] == 10
 
 
+@pytest.mark.slow
 def test_a_schedule_without_cooldown_says_so(data_dir, tmp_path, capsys):
     for flags, said in (([], False), (['--cooldown-epochs', '2'], True), (['--cooldown-epochs', '0'], False)):
         folder = train_run(data_dir, tmp_path / str(flags), '--sched', 'step', '--epoch-steps', '1', *flags, epochs=1)

@@ -120,6 +120,7 @@ def test_gradients_of_several_batches_add_up():
     torch.testing.assert_close(a.grad, expected)
 
 
+@pytest.mark.slow
 def test_within_a_compiled_function():
     a, b = (view.requires_grad_() for view in views(5, 4, 'random', torch.float64))
 
@@ -140,6 +141,7 @@ def _peak_megabytes(rank, n):
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
+@pytest.mark.slow
 def test_memory_grows_linearly():
     small, large = (run_ranks(_peak_megabytes, 1, n)[0] for n in (4096, 12288))
     # One matrix of similarities would be 256 and 2,304 MB; what is (2N, D) is 0.5 and 1.5 MB, a tile 4 MB. The rest is
@@ -216,6 +218,7 @@ def _local_loss_and_gradient(rank, a, b, temperature, tile):
     return loss.item(), *(view.grad.tolist() for view in mine), met
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('ranks, tile, temperature', [(1, 10, 0.2), (2, 10, 0.2), (3, 6, 0.01), (4, 64, 0.5)])
 def test_ranks_equal_one_process(ranks, tile, temperature):
     a, b = (view.double().requires_grad_() for view in views(24, 8, 'random'))
@@ -238,5 +241,6 @@ def _unequal(rank):
     return True
 
 
+@pytest.mark.slow
 def test_ranks_of_unequal_batches_are_refused():
     assert run_ranks(_unequal, 2) == [True, True]

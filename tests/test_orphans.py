@@ -8,9 +8,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from common import TINY, assert_same_summary, assert_same_weights, run_ranks, train_run, write_data
+from common import TINY, assert_same_summary, assert_same_weights, run_ranks, train_ranks, train_run, write_data
 from test_grid import FLAGS, write_grid
 
+from timm_multilabel.cli.launch import meet_by_files
 from timm_multilabel.files import atomic_write
 from timm_multilabel.metrics import MultiLabelEvaluator
 from timm_multilabel.temporary import remove_leftovers, temporary_folder
@@ -66,8 +67,12 @@ def start(words, tmp_path, **environment):
 
 def launched(data, tmp_path, script=ROOT / 'train.py', torchrun='timm_multilabel.cli.launch'):
     """The words of a run of two ranks."""
-    return ['-m', torchrun, '--standalone', '--nproc-per-node', '2', str(script), str(data), *FLAGS_OF_ALL,
-            '--output', str(tmp_path), '--cache-dir', str(tmp_path / 'cache')]
+    return ['-m', torchrun, '--standalone', '--nproc-per-node', '2', str(script), *words(data, tmp_path)]
+
+
+def words(data, tmp_path):
+    """What follows the name of the training command."""
+    return [str(data), *FLAGS_OF_ALL, '--output', str(tmp_path), '--cache-dir', str(tmp_path / 'cache')]
 
 
 def wait_for(paths, process, tmp_path):
@@ -113,13 +118,6 @@ def killed_at(stage, data, tmp_path, whom, **kwargs):
     return status, addresses, (tmp_path / 'log').read_text()
 
 
-def finish(data, tmp_path):
-    """Let a run go on to its end; its folder and what it printed."""
-    process = start(launched(data, tmp_path), tmp_path)
-    assert process.wait(240) == 0, (tmp_path / 'log').read_text()
-    return tmp_path / 'run', (tmp_path / 'log').read_text()
-
-
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp('many') / 'data', train=40, val=24)
@@ -129,6 +127,7 @@ def newest(tmp_path):
     return sorted(path.name for path in (tmp_path / 'run').glob('recovery-*'))
 
 
+@pytest.mark.slow
 def test_whoever_is_killed_the_others_end_and_the_run_goes_on_to_the_same_result(data, tmp_path):
     """At each stage the launcher (once torchrun itself), a rank, or both; the next start finds the folder free."""
     part = tmp_path / 'part'
@@ -153,15 +152,17 @@ def test_whoever_is_killed_the_others_end_and_the_run_goes_on_to_the_same_result
     assert 'stopped after Epoch 1/2, saved' in log and 'Traceback' not in log
     assert (part / 'run' / 'last.pth.tar').is_file() and newest(part) == []
 
-    folder, log = finish(data, part)
-    assert f'{folder / "last.pth.tar"}: goes on from here' in log
+    folder, process = part / 'run', start(launched(data, part), part)  # which tidies up too
+    assert process.wait(240) == 0, (part / 'log').read_text()
+    assert f'{folder / "last.pth.tar"}: goes on from here' in (part / 'log').read_text()
     assert not list((part / 'tmp').glob('timm-multilabel-*')) and not list(folder.glob('.*.tmp'))
-    (tmp_path / 'whole').mkdir()
-    whole, _ = finish(data, tmp_path / 'whole')
+    train_ranks(words(data, tmp_path / 'whole'))
+    whole = tmp_path / 'whole' / 'run'
     assert_same_weights(whole / 'last.pth.tar', folder / 'last.pth.tar')
     assert_same_summary(whole, folder)
 
 
+@pytest.mark.slow
 def test_the_runs_of_a_grid_end_with_it(data, tmp_path):
     folder = write_grid(tmp_path / 'grid', flags={**FLAGS, 'epochs': 500})
     process = start(['-c', 'from timm_multilabel.cli.main import main; main()', 'grid', str(folder), str(data),
@@ -175,15 +176,16 @@ def test_the_runs_of_a_grid_end_with_it(data, tmp_path):
     assert 'SIGTERM, since its launcher is gone' in log and ', saved' in log
 
 
+@pytest.mark.slow
 def test_a_launcher_that_was_gone_before_and_a_parent_that_is_none(data, tmp_path):
-    words = [str(ROOT / 'train.py'), str(data), *FLAGS_OF_ALL, '--output', str(tmp_path)]
+    command = [str(ROOT / 'train.py'), str(data), *FLAGS_OF_ALL, '--output', str(tmp_path)]
     gone = subprocess.Popen(['true'])
     gone.wait()
-    process = start(words, tmp_path, **{LAUNCHER: str(gone.pid)})
+    process = start(command, tmp_path, **{LAUNCHER: str(gone.pid)})
     assert process.wait(240) == 75 and 'stopped before it began' in (tmp_path / 'log').read_text()
     assert not (tmp_path / 'run').exists()
     # As `nohup ... &` in a shell that ends.
-    leave = f'import subprocess, sys; subprocess.Popen([sys.executable, *{words!r}])'
+    leave = f'import subprocess, sys; subprocess.Popen([sys.executable, *{command!r}])'
     assert start(['-c', leave], tmp_path).wait(240) == 0
     deadline = time.monotonic() + 240
     while 'epochs done' not in (tmp_path / 'log').read_text():
@@ -191,6 +193,7 @@ def test_a_launcher_that_was_gone_before_and_a_parent_that_is_none(data, tmp_pat
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('call, flags', [
     (1, ['-wls', '0', '--sched', 'plateau', '--patience-epochs', '1']),
     (3, ['--model-ema', '--model-ema-decay', '0.9', '--opt', 'adamp']),  # two batches each: the first of the EMA
@@ -231,6 +234,7 @@ def batches_until_told(rank, numbers, told):
         return len(seen), True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('numbers, told, expected', [
     ((100, 99), (500, 500), [(100, False), (99, False)]),
     ((100, 99), (7, 7), [(8, True), (8, True)]),  # at once
@@ -263,8 +267,14 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
         'report [1].html': b'whole', 'other.html': b''}
 
 
-@pytest.mark.parametrize('folder', ['a?b', 'a#b'])
-def test_a_folder_for_temporary_files_that_no_url_can_name(tmp_path, folder):
+@pytest.mark.slow
+def test_a_folder_for_temporary_files_that_no_url_can_name(tmp_path, capsys):
+    for folder in ('a?b', 'a#b'):
+        with pytest.raises(SystemExit) as stop:
+            meet_by_files(None, tmp_path / folder / 'x')
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith(f'launch: error: TMPDIR: {tmp_path / folder} has a ? or ')
+    folder = 'a?b#c'
     (tmp_path / folder).mkdir()
     done = subprocess.run(
         [sys.executable, '-m', 'timm_multilabel.cli.launch', '--nproc-per-node', '1', 'x.py'], cwd=ROOT,

@@ -1,5 +1,8 @@
 """Recipes of phases: one run folder, what each starts from, killed and resumed, and the recipes that are there."""
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,14 +10,13 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from common import train_settings, write_data
+from common import assert_same_summary, train_settings, write_data
 
 from timm_multilabel.assembly.checks import check_phases
 from timm_multilabel.assembly.grid_file import read_grid
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.sample import write_sample
 from timm_multilabel.errors import UserError
-from timm_multilabel.training import trainer
 
 RECIPES = Path(__file__).parent.parent / 'recipes'
 RECIPE = {
@@ -30,19 +32,23 @@ RECIPE = {
 }
 
 
-@pytest.fixture
-def recipe(tmp_path):
-    """A data directory with a pool, and a recipe for it."""
-    data = write_data(tmp_path / 'data', train=8, val=6)
+def write_recipe(folder):
+    """A data directory with a pool, and a recipe for it; its path."""
+    data = write_data(folder / 'data', train=8, val=6)
     rows = (data / 'train.csv').read_text().splitlines()
-    pool = write_data(tmp_path / 'more', train=7, val=1)
+    pool = write_data(folder / 'more', train=7, val=1)
     (pool / 'images').rename(data / 'pool-images')
     (data / 'pool.csv').write_text('image_path\n' + ''.join(f'pool-images/{n}.png\n' for n in range(7)))
     rows[3] = rows[3].split(',')[0] + ',,'
     (data / 'train.csv').write_text('\n'.join(rows) + '\n')
-    path = tmp_path / 'recipe.yaml'
-    path.write_text(yaml.safe_dump({'data_dir': str(data), 'output': str(tmp_path), 'experiment': 'run', **RECIPE}))
+    path = folder / 'recipe.yaml'
+    path.write_text(yaml.safe_dump({'data_dir': str(data), 'output': str(folder), 'experiment': 'run', **RECIPE}))
     return path
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return write_recipe(tmp_path)
 
 
 def go(*argv):
@@ -60,6 +66,7 @@ def flat(path):
         f'projector.{name}': value for name, value in loaded.get('task_state', {}).get('projector', {}).items()}
 
 
+@pytest.mark.slow
 def test_phases_run_in_order_in_one_folder(recipe, tmp_path, capsys):
     go('-c', recipe)
     folder, out = tmp_path / 'run', capsys.readouterr().out
@@ -88,38 +95,50 @@ def test_phases_run_in_order_in_one_folder(recipe, tmp_path, capsys):
     assert 'weighted mean' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('stop_after', [1, 2, 3, 5])
-def test_a_killed_run_resumes_in_its_phase_to_the_same_result(recipe, tmp_path, monkeypatch, stop_after):
-    """Stopped inside a phase (1, 3) and between two (2, 5), each epoch counted over the whole run.
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """A recipe and the run folder of it that was never stopped.
 
-    The EMA's weights are the better ones, where there is an EMA, and the next phase starts from them.
+    The EMA's weights are the better ones of its second phase, since they stay near those of its first step, and the
+    next phase starts from them.
     """
-    score = trainer.Trainer.score
-    monkeypatch.setattr(
-        trainer.Trainer, 'score', lambda self, row: 'eval_ema_top1' if self.task.has_ema() else score(self, row))
-    go('-c', recipe, '--experiment', 'whole')
-    epochs = []
-    run_epoch = trainer.Trainer.run_epoch
+    folder = tmp_path_factory.mktemp('whole')
+    path = write_recipe(folder)
+    settings = yaml.safe_load(path.read_text())
+    settings['phases'][1] |= {
+        'lr': 2.0, 'warmup_epochs': 1, 'warmup_lr': 1e-4, 'model_ema_decay': 0.9999, 'eval_metric': 'loss'}
+    path.write_text(yaml.safe_dump(settings))
+    go('-c', path)
+    assert state(folder / 'run' / '2-joint' / 'last.pth.tar')['best_weights'] == 'ema'
+    return path
 
-    def interrupted(self, start, title):
-        if len(epochs) == stop_after:
-            raise KeyboardInterrupt
-        epochs.append(title)
-        return run_epoch(self, start, title)
 
-    monkeypatch.setattr(trainer.Trainer, 'run_epoch', interrupted)
-    with pytest.raises(SystemExit):
-        go('-c', recipe)
-    monkeypatch.setattr(trainer.Trainer, 'run_epoch', run_epoch)
-    last = max((tmp_path / 'run').glob('*/last.pth.tar'), key=os.path.getmtime)
-    go('-c', tmp_path / 'run' / 'args.yaml', '--resume', last)
+@pytest.mark.slow
+@pytest.mark.parametrize('rows', [1, 2, 3, 5])
+def test_a_stopped_run_resumes_in_its_phase_to_the_same_result(whole, tmp_path, rows):
+    """Stopped inside a phase (1, 3) and between two (2, 5): as soon as summary.csv has so many rows."""
+    stopped, result = tmp_path / 'run', whole.parent / 'run'
+
+    def interrupt():
+        summary = stopped / 'summary.csv'
+        while not summary.is_file() or len(pd.read_csv(summary)) < rows:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(SystemExit) as stop:
+        go('-c', whole, '--output', tmp_path)
+    thread.join()
+    assert stop.value.code == 75
+    go('-c', stopped / 'args.yaml', '--resume', stopped)
     for name in ('1-pretrain', '2-joint', '.'):
-        a, b = (flat(tmp_path / run / name / 'last.pth.tar') for run in ('whole', 'run'))
+        a, b = (flat(folder / name / 'last.pth.tar') for folder in (result, stopped))
         assert a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items()), name
-    a, b = (pd.read_csv(tmp_path / run / 'summary.csv').drop(columns='images_per_second') for run in ('whole', 'run'))
-    pd.testing.assert_frame_equal(a, b)
+    assert_same_summary(result, stopped)
 
 
+@pytest.mark.slow
 def test_args_yaml_of_phases_repeats_the_run(recipe, tmp_path):
     go('-c', recipe, '--epoch-steps', '1')
     saved = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())
@@ -196,6 +215,7 @@ def test_another_model_in_a_later_phase_shows_before_the_first_is_trained(recipe
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_a_refused_resume_changes_nothing(recipe, tmp_path, capsys):
     go('-c', recipe, '--epoch-steps', '1')
     folder = tmp_path / 'run'
@@ -218,6 +238,7 @@ def test_a_refused_resume_changes_nothing(recipe, tmp_path, capsys):
         capsys, '-c', recipe, '--resume', tmp_path / 'plain' / 'last.pth.tar')
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_phase_that_was_moved_is_refused(recipe, tmp_path, capsys):
     go('-c', recipe, '--epoch-steps', '1')
     (tmp_path / 'x').mkdir()
@@ -227,6 +248,7 @@ def test_a_checkpoint_of_a_phase_that_was_moved_is_refused(recipe, tmp_path, cap
     assert {path.name for path in tmp_path.iterdir()} == {'data', 'more', 'recipe.yaml', 'run', 'x'}
 
 
+@pytest.mark.slow
 def test_what_a_recipe_says_of_heads_for_all_phases_survives_args_yaml(recipe, tmp_path):
     settings = {**yaml.safe_load(recipe.read_text()), 'entropy_weight': 0.1, 'head_weights': {'color': 2, 'shape': 1},
                 'head': {'shape': {'loss': 'arcface'}}, 'eval_metric': 'color/top1', 'unlabelled': 'pool'}
@@ -240,6 +262,7 @@ def test_what_a_recipe_says_of_heads_for_all_phases_survives_args_yaml(recipe, t
     assert state(tmp_path / 'run' / 'last.pth.tar')['head_options']['shape']['loss'] == 'arcface'
 
 
+@pytest.mark.slow
 def test_resume_by_a_bare_file_name_and_phases_called_like_numbers(recipe, tmp_path, monkeypatch):
     settings = yaml.safe_load(recipe.read_text())
     settings['phases'] = [{**phase, 'name': name} for phase, name in zip(settings['phases'], ('01', '1e5', 'NA'))]
@@ -253,6 +276,7 @@ def test_resume_by_a_bare_file_name_and_phases_called_like_numbers(recipe, tmp_p
     assert phases == ['01'] * 2 + ['1e5'] * 3 + ['NA']
 
 
+@pytest.mark.slow
 def test_images_that_are_scored_stay_out_of_the_pool_and_simclr_alone_takes_both_batches(recipe, tmp_path, capsys):
     data = tmp_path / 'data'
     (data / 'val.csv').rename(data / 'test.csv')
@@ -319,6 +343,7 @@ def test_the_recipe_of_the_main_job_is_its_command():
     assert by_recipe.replace(config=None) == train_settings(*TRAIN.split()[2:])
 
 
+@pytest.mark.slow
 def test_the_recipe_for_the_sample_data(tmp_path):
     write_sample(tmp_path / 'sample', train=160, val=20, test=4, unlabelled=60, size=32)
     go(tmp_path / 'sample', '-c', RECIPES / 'sample.yaml', '--output', tmp_path, '--experiment', 'run', '-j', '0',
@@ -328,6 +353,7 @@ def test_the_recipe_for_the_sample_data(tmp_path):
     assert summary['eval_top1'].notna().sum() == 4 and (tmp_path / 'run' / 'model_best.pth.tar').is_file()
 
 
+@pytest.mark.slow
 def test_the_arcface_recipe_on_a_list_like_theirs(tmp_path, capsys):
     """Image and class, tab-separated, -1 without a label; a tiny model, one epoch a phase."""
     data = write_data(tmp_path / 'data', train=16, val=6)

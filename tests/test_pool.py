@@ -270,6 +270,7 @@ def _rank(rank):
     return losses, {name: p.tolist() for name, p in task.trainable_module.module.named_parameters()}
 
 
+@pytest.mark.slow
 def test_two_ranks_train_every_kind_of_head_and_term_as_one_process():
     """Labels are missing unevenly: the first rank has two of the three prices, the second most of the tags."""
     task = tiny_task(space=MIXED, dtype=torch.float64, head_options=OPTIONS, pool=Pool(4, **TERMS))
@@ -332,6 +333,7 @@ def test_frozen_means_the_projector_and_a_compiled_model_too(compiled):
     assert {name.split('.')[0] for name, p in model.named_parameters() if p.requires_grad} == {'heads'}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kwargs', [
     {'pool': Pool(2, **TERMS)}, {'simclr_weight': 0, 'freeze_backbone': True, 'pool': Pool(2, entropy_weight=1.0)}],
     ids=['pool', 'frozen'])

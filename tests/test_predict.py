@@ -128,12 +128,14 @@ def test_predictor_takes_paths_pictures_and_pixels(trained):
     assert_alike(predictor(turned), predictor(np.asarray(turned)[::-1, ::-1]))
 
 
+@pytest.mark.slow
 def test_predictor_weights(trained):
     for weights in ('plain', 'ema'):
         found = Predictor.load(trained.checkpoint, 'cpu', weights)(trained.images / '0.png')['color'][0].probability
         assert found == pytest.approx(reference(trained.checkpoint, 'red', weights)['color'].max(), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('image, message', [
     (np.zeros((4, 4, 3)), 'float64 pixels of shape'), (np.zeros((4, 4, 4), np.uint8), r'expected uint8 \(H, W, 3\)'),
     (np.zeros((0, 4), np.uint8), 'pixels of shape'), (3, 'a int, expected a path'), ('nope.jpg', 'cannot be read'),
@@ -178,6 +180,7 @@ def test_words_that_name_no_image(tmp_path, monkeypatch, word, message):
         rows_of_arguments([word], SPACE, stdin=io.BytesIO(b'\n\n'))
 
 
+@pytest.mark.slow
 def test_csv_of_good_and_bad_images(trained, tmp_path, capsys):
     (tmp_path / 'broken.png').write_bytes((trained.images / '1.png').read_bytes()[:60])
     words = [trained.images / '0.png', tmp_path / 'broken.png', trained.images / '1.png', tmp_path / 'gone.png',
@@ -200,6 +203,7 @@ def test_csv_of_good_and_bad_images(trained, tmp_path, capsys):
             [float(text) for text in row['style_probability'].split('|')], expected['style'][order], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_formats_agree_and_statuses(trained, capsys, monkeypatch):
     csv_path = trained.data / 'val.csv'
     found = {}
@@ -223,6 +227,7 @@ def test_formats_agree_and_statuses(trained, capsys, monkeypatch):
     assert line['image'] == 'nope.png' and 'standard input row 1' in line['error'] and 'heads' not in line
 
 
+@pytest.mark.slow
 def test_unknown_below_a_threshold(trained, capsys):
     image = trained.images / '0.png'
     best = reference(trained.checkpoint, 'red')['color'].max()
@@ -251,6 +256,7 @@ def test_text_that_programs_would_obey():
         csv_columns(LabelSpace((LabelSet('a', ('x',)), LabelSet('a_probability', ('x',)))), 1)
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line(trained, tmp_path, capsys):
     image, out = trained.images / '0.png', tmp_path / 'p.csv'
     out.write_text('kept')
@@ -274,11 +280,13 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys):
     assert out.read_text().startswith('image,error,color')
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_heads(trained, tmp_path, capsys):
     run = train_run(trained.data, tmp_path, '-wlc', '0', epochs=1)
     assert 'no heads to predict with' in fails(capsys, 'predict', [run / 'last.pth.tar', trained.images / '0.png'])
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves(trained):
     words = [sys.executable, '-c', 'from timm_multilabel.cli.main import main; main()', 'predict', trained.checkpoint,
              *[trained.images / '0.png'] * 500, '--format', 'csv', '--device', 'cpu', '-b', '8', '-j', '0']

@@ -27,18 +27,16 @@ from timm_multilabel.heads import NumericHead, TagsHead
 from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.labels import LabelSet, LabelSpace, Quantity, TagSet
 from timm_multilabel.metrics import class_metrics
+from timm_multilabel.reports.bootstrap import bootstrap, resample, wilson
 from timm_multilabel.reports.calibration import head_reliability, reliability
 from timm_multilabel.reports.embedding_map import COLORS, color_points, place_points
 from timm_multilabel.reports.head_section import head_section, mean_row
 from timm_multilabel.reports.intervals import (
     average_precision,
-    bootstrap,
-    class_figures,
-    head_figures,
-    number_figures,
-    resample,
-    tag_figures,
-    wilson,
+    head_intervals,
+    weighted_class_metrics,
+    weighted_number_metrics,
+    weighted_tag_metrics,
 )
 from timm_multilabel.reports.mistakes import confused_pairs, worst_mistakes
 
@@ -77,31 +75,31 @@ def test_resamples_are_draws_with_replacement_and_the_same_each_time():
 
 def test_parts_of_resamples_do_not_matter(monkeypatch):
     whole = np.concatenate(list(resample(20, resamples=30)))
-    monkeypatch.setattr('timm_multilabel.reports.intervals._CELLS', 100)
+    monkeypatch.setattr('timm_multilabel.reports.bootstrap._CELLS', 100)
     assert np.array_equal(whole, np.concatenate(list(resample(20, resamples=30))))
 
 
-def test_class_figures_of_resamples_are_scikit_learns_of_repeated_images():
+def test_weighted_class_metrics_of_resamples_are_scikit_learns_of_repeated_images():
     generator = np.random.default_rng(0)
     target, predicted = generator.integers(4, size=(2, 60))
     weights = generator.multinomial(60, np.ones(60) / 60, size=5)
-    made = class_figures(target, predicted, weights)
+    made = weighted_class_metrics(target, predicted, weights)
     for row, of_row in enumerate(weights):
         expected = class_metrics(np.repeat(target, of_row), np.repeat(predicted, of_row))
         for name, value in expected.items():
             assert made[name][row] == pytest.approx(value)
 
 
-def test_tag_figures_of_resamples_are_the_heads_of_repeated_images():
+def test_weighted_tag_metrics_of_resamples_are_the_heads_of_repeated_images():
     generator = np.random.default_rng(0)
     target = generator.integers(-1, 2, size=(80, 3)).astype(np.float32)
     probability = (generator.integers(11, size=(80, 3)) / 10).astype(np.float32)  # with ties
     head = TagsHead(TagSet('t', ('x', 'y', 'z')), 2)
     weights = generator.multinomial(80, np.ones(80) / 80, size=5)
-    made = tag_figures(target, probability, weights)
+    made = weighted_tag_metrics(target, probability, weights)
     for row, of_row in enumerate(weights):
         expected = head.metrics(np.repeat(target, of_row, axis=0), np.repeat(probability, of_row, axis=0))
-        for name in head.figures:
+        for name in head.metric_names:
             assert made[name][row] == pytest.approx(expected[name], rel=1e-6)
 
 
@@ -114,12 +112,12 @@ def test_average_precision_is_scikit_learns():
     assert np.isnan(average_precision(np.zeros(3, bool), np.arange(3.0), np.ones((2, 3), int))).all()
 
 
-def test_number_figures_of_resamples_are_the_heads_of_repeated_images():
+def test_weighted_number_metrics_of_resamples_are_the_heads_of_repeated_images():
     generator = np.random.default_rng(0)
     target, output = generator.normal(size=(2, 40)).astype(np.float32)
     head = NumericHead(Quantity('n', 3.0, 2.5), 2)
     weights = generator.multinomial(40, np.ones(40) / 40, size=5)
-    made = number_figures(target, output, 2.5, weights)
+    made = weighted_number_metrics(target, output, 2.5, weights)
     for row, of_row in enumerate(weights):
         expected = head.metrics(np.repeat(target, of_row)[:, None], np.repeat(output, of_row)[:, None])
         for name, value in expected.items():
@@ -137,7 +135,7 @@ def test_intervals_hold_their_figure_where_most_classes_are_rare_and_missed():
     # Without care a resample that lacks the missed classes has a balanced accuracy of twice the true one.
     target = np.array([0] * 50 + list(range(1, 31)))
     predicted = np.zeros(80, int)
-    found = bootstrap(lambda weights: class_figures(target, predicted, weights), 80)
+    found = bootstrap(lambda weights: weighted_class_metrics(target, predicted, weights), 80)
     assert found['balanced_accuracy'] == pytest.approx((100 / 31,) * 3)
     value, low, high = found['macro_f1']
     assert low <= value <= high
@@ -145,7 +143,7 @@ def test_intervals_hold_their_figure_where_most_classes_are_rare_and_missed():
 
 def test_figures_of_a_head():
     output = np.eye(6, dtype=np.float32)[[0, 1, 2, 3]] + np.float32(0.01) * np.arange(6, dtype=np.float32)
-    figures = {each.name: each for each in head_figures(
+    figures = {each.name: each for each in head_intervals(
         LabelSet('h', tuple('abcdef')), np.array([0, 1, 2, 0]), output)}
     assert [*figures] == ['top1', 'top5', 'balanced_accuracy', 'macro_f1']
     assert figures['top1'].value == 75 and figures['top5'].value == 75  # class 0 has the least of the others
@@ -217,6 +215,7 @@ def test_worst_mistakes_of_tags_and_numbers():
 # The map
 
 
+@pytest.mark.slow
 def test_map_places_alike_images_near_each_other_and_is_the_same_each_time():
     centers = np.random.default_rng(0).normal(size=(3, 64)) * 20
     features = (centers[np.arange(60) % 3] + np.random.default_rng(1).normal(size=(60, 64))).astype(np.float32)
@@ -262,25 +261,27 @@ def section(labels, target, output, known=None):
                         lambda row: f'data:{row}')
 
 
+@pytest.mark.slow
 def test_a_head_of_one_class():
     made = section(LabelSet('only', ('x',)), np.zeros(5, int), np.ones((5, 1), np.float32))
-    assert [row[:2] for row in made.figures] == [('top-1 accuracy', 'none')]
+    assert [row[:2] for row in made.metrics] == [('top-1 accuracy', 'none')]
     assert made.pairs == made.mistakes == [] and made.calibration['ece'] == '0.00 %' and made.confusion
 
 
+@pytest.mark.slow
 def test_rows_without_label():
     target, output = np.array([0, 1, -1]), np.array([[.9, .1, 0], [.2, .1, .7], [1, 0, 0]])
     made = section(ABC, target, output, target >= 0)
-    assert made.labelled == 2 and made.figures[0][1] == '50.00 %'
+    assert made.labelled == 2 and made.metrics[0][1] == '50.00 %'
     assert [(each['where'], each['thumbnail']) for each in made.mistakes] == [('row 1', 'data:1')]
     nothing = section(ABC, np.full(2, -1), output[:2], np.zeros(2, bool))
-    assert nothing.figures == [] and nothing.calibration is None
+    assert nothing.metrics == [] and nothing.calibration is None
 
 
 def test_numbers_that_are_all_equal():
     made = section(Quantity('n', 5.0, 1.0), np.zeros(4, np.float32), np.zeros((4, 1), np.float32))
-    assert made.figures[0][:2] == ('explained variance (R²)', 'none')
-    assert made.figures[1][:3] == ('mean absolute error', '0', '0 to 0')
+    assert made.metrics[0][:2] == ('explained variance (R²)', 'none')
+    assert made.metrics[1][:3] == ('mean absolute error', '0', '0 to 0')
 
 
 # Commands and stored predictions
@@ -300,7 +301,6 @@ def test_the_command_line_of_a_run_means_its_flags():
 def trained(tmp_path_factory):
     """A run on a column of classes that are markup, one of tags and one of numbers."""
     folder = tmp_path_factory.mktemp('report')
-    torch.set_num_threads(1)
     data = folder / f'data <b>{"x" * 60}'
     (data / 'images').mkdir(parents=True)
     generator = np.random.default_rng(0)
@@ -317,6 +317,7 @@ def trained(tmp_path_factory):
     return data, run
 
 
+@pytest.mark.slow
 def test_predictions_are_kept_and_made_again_when_the_checkpoint_is_another(trained, monkeypatch, capsys):
     _, run = trained
     lines = []
@@ -348,6 +349,7 @@ def test_predictions_of_a_csv_elsewhere_are_not_those_of_a_split_of_its_name(tra
 # The page
 
 
+@pytest.mark.slow
 def test_the_page_escapes_all_that_is_the_users(trained):
     data, run = trained
     html = write_report(run, '--force')
@@ -372,6 +374,7 @@ def test_the_figures_are_those_of_validation(trained, tmp_path):
     assert f'>{heads["price"]["mae"]:.4g}<' in html
 
 
+@pytest.mark.slow
 @in_browser
 def test_the_page_in_a_browser(trained, tmp_path):
     _, run = trained
@@ -400,6 +403,7 @@ def test_the_page_in_a_browser(trained, tmp_path):
         assert tab.evaluate('document.title') == 'Report of run on val'
 
 
+@pytest.mark.slow
 @in_browser
 def test_the_page_has_nothing_to_complain_of(trained):
     _, run = trained
@@ -410,6 +414,7 @@ def test_the_page_has_nothing_to_complain_of(trained):
         assert tab.complaints == []
 
 
+@pytest.mark.slow
 def test_simclr_alone(tmp_path, data_dir):
     for number, image in enumerate((data_dir / 'images').iterdir()):
         Image.new('RGB', (32, 32), (14 * number, 200, 99)).save(image)  # a map is of images that differ
@@ -421,6 +426,7 @@ def test_simclr_alone(tmp_path, data_dir):
     assert write_report(run, '--force').count('<circle') == 12  # of train.csv
 
 
+@pytest.mark.slow
 def test_phases_show_the_views_of_the_last_one_with_simclr(tmp_path, data_dir):
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text('phases:\n- {name: pretrain, epochs: 1, classification_loss_weight: 0}\n'
@@ -431,12 +437,14 @@ def test_phases_show_the_views_of_the_last_one_with_simclr(tmp_path, data_dir):
     assert html.count('alt="View 2 of a photo"') == 12 and f'train -c {run}/args.yaml' in html
 
 
+@pytest.mark.slow
 def test_views_are_the_runs_without_simclr_one_a_photo(tmp_path, data_dir):
     run = train_run(data_dir, tmp_path, '-wls', '0', '--mixup', '0.2')
     html = write_report(run)
     assert html.count('alt="View 1 of a photo"') == 12 and 'alt="View 2' not in html
 
 
+@pytest.mark.slow
 def test_a_data_directory_that_has_moved(tmp_path, data_dir, capsys):
     run = train_run(data_dir, tmp_path)
     write_report(run)
@@ -449,6 +457,7 @@ def test_a_data_directory_that_has_moved(tmp_path, data_dir, capsys):
     assert 'views: ' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_images_that_are_gone_leave_a_gap(tmp_path, data_dir, capsys):
     run = train_run(data_dir, tmp_path)
     write_report(run)
@@ -458,6 +467,7 @@ def test_images_that_are_gone_leave_a_gap(tmp_path, data_dir, capsys):
     assert 'no image' in html and 'images cannot be shown, the first: ' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bad_images_are_left_out_where_the_run_left_them_out(tmp_path, data_dir):
     run = train_run(data_dir, tmp_path, '--skip-bad-images')
     (data_dir / 'images' / '13.png').write_bytes(b'no image')
@@ -476,6 +486,7 @@ def test_what_is_no_run(tmp_path, data_dir, capsys):
     assert 'not a run folder (holds no args.yaml)' in fails(capsys, 'report', [data_dir])
 
 
+@pytest.mark.slow
 def test_a_run_without_a_finished_epoch(tmp_path, data_dir, capsys):
     run = train_run(data_dir, tmp_path, epochs=1)
     summary = (run / 'summary.csv').read_text()
@@ -489,6 +500,7 @@ def test_a_run_without_a_finished_epoch(tmp_path, data_dir, capsys):
     assert not [*run.glob('*.npz'), *run.glob('*.html')]
 
 
+@pytest.mark.slow
 def test_a_page_that_is_there(tmp_path, data_dir, capsys):
     run = train_run(data_dir, tmp_path, epochs=1)
     (run / 'report.html').write_text('mine')
@@ -498,6 +510,7 @@ def test_a_page_that_is_there(tmp_path, data_dir, capsys):
     assert '<h2>Metrics' in write_report(run, '--force')
 
 
+@pytest.mark.slow
 def test_shards_are_told_of(tmp_path, data_dir, capsys):
     pytest.importorskip('webdataset')
     run = train_run(data_dir, tmp_path, epochs=1)
@@ -511,6 +524,7 @@ def test_shards_are_told_of(tmp_path, data_dir, capsys):
     assert 'predictions of shards are not kept' in fails(capsys, 'report', [run, '--device', 'cpu'])
 
 
+@pytest.mark.slow
 def test_a_split_that_is_none(tmp_path, data_dir, capsys):
     run = train_run(data_dir, tmp_path, epochs=1)
     assert 'test.csv' in fails(capsys, 'report', [run, '--split', 'test', '--device', 'cpu'])
@@ -519,6 +533,7 @@ def test_a_split_that_is_none(tmp_path, data_dir, capsys):
         timm_multilabel.report(run, checkpoint=tmp_path / 'x', device='cpu')
 
 
+@pytest.mark.slow
 def test_args_that_are_changed_by_hand(tmp_path, data_dir, capsys):
     run = train_run(data_dir, tmp_path, epochs=1)
     with open(run / 'args.yaml', 'a') as file:

@@ -37,6 +37,7 @@ def killed_run(data_dir, output, monkeypatch, saves, *flags, epochs=3):
     return output / 'run'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flags, saves', [
     (['--model-ema', '--model-ema-decay', '0.9', '--opt', 'adamp', '--aa', 'rand-m5', '--checkpoint-steps', '1'], 4),
     (['-wls', '0', '--grad-accum-steps', '2', '--clip-grad', '1', '--sched-on-updates', '-b', '2',
@@ -57,6 +58,7 @@ def test_resume_within_an_epoch(data_dir, tmp_path, monkeypatch, flags, saves):
     assert state['saver'] == theirs['saver'] and state['run'] == theirs['run']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['webdataset', 'parquet'])
 @pytest.mark.parametrize('workers', ['0', '2'])
 def test_resume_within_an_epoch_of_shards(tmp_path, monkeypatch, kind, workers):
@@ -70,6 +72,7 @@ def test_resume_within_an_epoch_of_shards(tmp_path, monkeypatch, kind, workers):
     assert_same_summary(whole, part)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('moment', ['between row and checkpoint', 'before the history', 'before the best'])
 def test_killed_while_it_saves_an_epoch(data_dir, tmp_path, monkeypatch, moment):
     """History and best are those of the whole run, though the second epoch's was not ranked before the end."""
@@ -101,6 +104,7 @@ def test_killed_while_it_saves_an_epoch(data_dir, tmp_path, monkeypatch, moment)
     assert {path.name for path in part.iterdir()} == {path.name for path in whole.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_offered(data_dir, tmp_path, monkeypatch, capsys):
     flags = ['--checkpoint-steps', '1']
     part = killed_run(data_dir, tmp_path, monkeypatch, 4, *flags, epochs=3)
@@ -138,6 +142,7 @@ def test_nothing_whole_to_resume_from(data_dir, tmp_path, capsys):
     assert len(pd.read_csv(tmp_path / 'run' / 'summary.csv')) == 1
 
 
+@pytest.mark.slow
 def test_one_run_in_a_folder_at_a_time(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('timm_multilabel.training.run_folder._PATIENCE', 1)
     train_run(data_dir, tmp_path, epochs=1)
@@ -150,6 +155,7 @@ def test_one_run_in_a_folder_at_a_time(data_dir, tmp_path, monkeypatch, capsys):
     train_run(data_dir, tmp_path, '--resume', 'auto')
 
 
+@pytest.mark.slow
 def test_going_back_sets_aside_what_came_later(data_dir, tmp_path, monkeypatch, capsys):
     """The whole run of another learning rate, from the first epoch on, whatever happens to it on its way."""
     whole = train_run(data_dir, tmp_path, epochs=4)
@@ -173,6 +179,7 @@ def test_going_back_sets_aside_what_came_later(data_dir, tmp_path, monkeypatch, 
     assert summary['train_loss'][2] != aside_summary['train_loss'][2]
 
 
+@pytest.mark.slow
 def test_another_batch_size_goes_on_at_the_same_share_of_the_epoch(data_dir, tmp_path, monkeypatch, capsys):
     flags = ['-wls', '0', '--checkpoint-steps', '4']
     killed_run(data_dir, tmp_path, monkeypatch, 1, *flags, '-b', '2', epochs=2)  # after 4 of 6 steps
@@ -243,6 +250,7 @@ def poisoned(monkeypatch, poison):
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('poison', [
     lambda loss, call: loss * float('nan') if call == 2 else loss,  # loss and gradient
     lambda loss, call: loss + (0 * loss).sqrt() if call == 2 else loss,  # its gradient alone
@@ -257,6 +265,7 @@ def test_an_update_that_is_no_number_is_skipped(data_dir, tmp_path, monkeypatch,
         assert value.isfinite().all()
 
 
+@pytest.mark.slow
 def test_too_many_stop_the_run_and_name_the_rows(data_dir, tmp_path, monkeypatch, capsys):
     train_run(data_dir, tmp_path / 'good', epochs=1)
     poisoned(monkeypatch, lambda loss, call: loss * float('inf') if call > 3 else loss)

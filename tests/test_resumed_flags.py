@@ -99,6 +99,7 @@ def test_each_flag_is_in_the_table():
     assert named == {action.dest for action in parser()._actions} - NOT_OF_A_RUN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('base, words, line', FLAGS)
 def test_each_flag_of_a_run_that_goes_on(made, tmp_path, monkeypatch, capsys, base, words, line):
     monkeypatch.chdir(tmp_path)
@@ -133,6 +134,7 @@ def test_the_same_flags_say_nothing(made, tmp_path, capsys):
     assert 'other flags' not in said and 'no effect' not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('base, words, settings', [
     ('simclr', '--weight-decay 0.1', {'weight_decay': [0.0, 0.1, 0.0, 0.1]}),
     ('simclr', '--momentum 0.5 --sched none --lr 0.01', {'momentum': [0.5] * 4, 'lr': [0.01] * 4}),
@@ -147,6 +149,7 @@ def test_the_optimizer_has_the_settings_of_the_flags(made, tmp_path, base, words
         assert found == values
 
 
+@pytest.mark.slow
 def test_a_file_brings_no_settings_into_the_optimizer(made, tmp_path):
     """Of 'param_groups' nothing counts but the numbers of the parameters."""
     clean = goes_on(made, tmp_path / 'clean', 'simclr', epochs=2)

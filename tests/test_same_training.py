@@ -24,6 +24,7 @@ def refused(capsys, data_dir, output, *flags, epochs=1):
     return error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flags, updates', [
     (['--model-ema', '--model-ema-decay', '0.5'], 3),
     (['--micro-batch', '3', '--model-ema', '--model-ema-decay', '0.5'], 6),  # two pieces a step
@@ -48,6 +49,7 @@ def test_gradient_checkpointing_needs_a_compiler(data_dir, tmp_path, capsys):
     assert '--torchcompile eager compiles nothing' in error
 
 
+@pytest.mark.slow
 def test_a_run_on_the_device_goes_on_to_the_same_summary(data_dir, tmp_path):
     """After a resume, the first evaluation takes images from the files and later ones from the device."""
     flags = ['--cache', 'device', '--mean', '0.485', '0.456', '0.406', '--std', '0.229', '0.224', '0.225']
@@ -82,6 +84,7 @@ def test_each_weight_that_a_file_lacks_is_named(tmp_path, lacking, words):
         create_backbone('test_resnet', pretrained_path=file_of(tmp_path, state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('wrap, said', [
     (lambda state: {**state, 'fc.weight': torch.zeros(2, 4)}, 'left out 1 that test_resnet has not (fc.weight)'),
     (lambda state: {'state_dict': {f'module.{name}': value for name, value in state.items()}}, None),  # by timm
@@ -122,5 +125,6 @@ def test_what_is_at_its_edge_is_refused(data_dir, tmp_path, capsys, flags, line)
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_batch_norm_takes_one_image_that_is_large_enough(data_dir, tmp_path):
     train_run(data_dir, tmp_path, '-wls', '0', '-b', '1', '--img-size', '64', '--epoch-steps', '2', epochs=1)

@@ -66,6 +66,7 @@ def test_greyscale_pictures_are_labelled_na(folder):
     assert set(colors) == {'NA'}
 
 
+@pytest.mark.slow
 def test_seed_decides_every_byte(folder, tmp_path):
     write_sample(tmp_path / 'same', **COUNTS, size=32)
     write_sample(tmp_path / 'other', **COUNTS, size=32, seed=1)

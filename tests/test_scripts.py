@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.sample import write_sample
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +52,7 @@ def shortened(command):
     return shorter + ' --epochs 2 --cooldown-epochs 0 --img-size 32'
 
 
+@pytest.mark.slow
 def test_the_two_commands(root):
     done = shell(shortened(TRAIN), root)
     assert done.returncode == 0, done.stderr
@@ -68,24 +70,27 @@ def test_the_two_commands(root):
     assert results['heads'].keys() == {'color', 'shape', 'texture'} and results['heads']['color']['labels'] == 16
 
 
-def test_two_processes_train_and_only_the_first_speaks(root):
+@pytest.mark.slow
+def test_two_processes_train_and_only_the_first_speaks(root, monkeypatch):
     done = shell(shortened(TRAIN).replace('sh 1', 'sh 2').replace('-b 32', '-b 16') + ' --epochs 1', root)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('Epoch 1/1  loss') == 1 and '2 x cpu, 2 steps an epoch' in done.stdout
     folder, = (root / 'output' / 'train').iterdir()
     summary = pd.read_csv(folder / 'summary.csv')
     assert len(summary) == 1 and summary['eval_top1'].notna().all()
-    for ranks in (1, 2):
-        validate = f'python -m timm_multilabel.cli.launch --standalone --nproc-per-node {ranks} validate.py'
-        done = shell(f'{validate} fashion-product-images --checkpoint {folder}/last.pth.tar -j 1 --weights plain '
-                     f'--results-file {ranks}.json', root)
-        assert done.returncode == 0, done.stderr
+    flags = f'--checkpoint {folder}/last.pth.tar -j 1 --weights plain --results-file {root}/'
+    monkeypatch.chdir(root)
+    run_command('validate', 'validate.py', f'fashion-product-images {flags}1.json'.split())
+    done = shell('python -m timm_multilabel.cli.launch --standalone --nproc-per-node 2 validate.py '
+                 f'fashion-product-images {flags}2.json', root)
+    assert done.returncode == 0, done.stderr
     one, two = (json.loads((root / f'{ranks}.json').read_text()) for ranks in (1, 2))
     assert one['heads']['color']['labels'] == two['heads']['color']['labels'] == 16
     assert one['mean'] == pytest.approx(two['mean'])
     assert two['mean']['top1'] == pytest.approx(summary['eval_top1'][0])
 
 
+@pytest.mark.slow
 def test_two_processes_run_phases_with_a_pool_and_resume(root):
     """Three images of train.csv have no label; with pool.csv they make eleven, of which each rank has a share."""
     data = root / 'fashion-product-images'
@@ -128,13 +133,14 @@ phases:
         resumed.drop(columns='images_per_second'), summary.drop(columns='images_per_second'))
 
 
-@pytest.mark.parametrize('ranks', [1, 2])
-def test_bad_input_through_torchrun_is_one_line_and_status_2(root, ranks):
-    done = shell(f'./distributed_train.sh {ranks} nowhere --model test_efficientnet', root)
+@pytest.mark.slow
+def test_bad_input_through_torchrun_is_one_line_and_status_2(root):
+    done = shell('./distributed_train.sh 2 nowhere --model test_efficientnet', root)
     assert done.returncode == 2
     assert done.stderr.startswith('train.py: error: nowhere: no such data directory') and done.stderr.count('\n') == 1
 
 
+@pytest.mark.slow
 def test_a_bad_image_on_one_of_two_ranks_is_one_line_and_status_2(root):
     image = pd.read_csv(root / 'fashion-product-images' / 'train.csv')['image_path'][5]
     (root / image).write_bytes(b'nothing')

@@ -61,6 +61,7 @@ def ids(batches):
     return [int(index) for _, targets in batches for index in targets[:len(targets) // 2, 0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('ranks', [1, 2, 3, 5])
 @pytest.mark.parametrize('workers', [0, 2])
 def test_evaluation_counts_every_sample_once(shards, ranks, workers):
@@ -77,6 +78,7 @@ def test_evaluation_without_workers_is_in_order(shards):
     assert images.shape == (10, 3, 16, 16) and torch.equal(targets[:5], targets[5:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('workers', [0, 2])
 def test_ranks_have_as_many_steps_and_disjoint_samples(shards, workers):
     shares = [ids(loader(rows(shards), rank=rank, ranks=2, steps=2, workers=workers)) for rank in range(2)]
@@ -84,6 +86,7 @@ def test_ranks_have_as_many_steps_and_disjoint_samples(shards, workers):
     assert shares[0] + shares[1] != sorted(shares[0] + shares[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('workers', [0, 2])
 def test_epochs_differ_and_repeat_and_go_on_with_another_pass(shards, workers):
     batches = loader(rows(shards), steps=10, workers=workers)
@@ -97,6 +100,7 @@ def test_epochs_differ_and_repeat_and_go_on_with_another_pass(shards, workers):
     assert epoch(4) != first and epoch(3) == first
 
 
+@pytest.mark.slow
 def test_views_of_a_sample_do_not_depend_on_workers(shards):
     def views(workers):
         return {(int(target[0]), view): image for images, targets in loader(rows(shards), steps=4, workers=workers)
@@ -129,6 +133,7 @@ def spoilt(data_dir, tmp_path, kind):
     return rows(find_shards(tmp_path, 'train', 'image_path'), space)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_bad_image_is_named(spoilt, workers, kind, tmp_path):
     with pytest.raises(UserError) as error:
@@ -138,6 +143,7 @@ def test_a_bad_image_is_named(spoilt, workers, kind, tmp_path):
     assert error.value.line.startswith(tuple(f'{tmp_path}/{place}: cannot be decoded' for place in places))
 
 
+@pytest.mark.slow
 def test_bad_images_are_left_out(spoilt, kind):
     assert [len(targets) // 2 for _, targets in loader(spoilt, batch=4, skip_bad=True)] == [4, 4, 2]
     batches = loader(spoilt, batch=4, steps=4, skip_bad=True, workers=2)
@@ -234,6 +240,7 @@ def _pass(rank, folder):
     return table.frame, ids(loader(encode(table, IDS), rank=rank, ranks=2, steps=2))
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_pass_over_the_labels(shards, tmp_path):
     (frame, first), (other, second) = run_ranks(_pass, 2, tmp_path)
     pd.testing.assert_frame_equal(frame, other)
@@ -270,6 +277,7 @@ def packed(data_dir, tmp_path, kind):
     return tmp_path / 'packed'
 
 
+@pytest.mark.slow
 def test_a_run_on_shards(data_dir, packed, tmp_path, capsys):
     folder = run(packed, tmp_path / 'a')
     lines = capsys.readouterr().out.splitlines()
@@ -294,6 +302,7 @@ def test_a_run_on_shards(data_dir, packed, tmp_path, capsys):
     assert validated(packed, folder)['heads'] == figures['heads']
 
 
+@pytest.mark.slow
 def test_skipping_bad_images_of_shards(data_dir, packed, tmp_path, kind, capsys):
     folder = run(packed, tmp_path)
     (data_dir / 'images' / '13.png').write_bytes(b'nothing')
@@ -303,6 +312,7 @@ def test_skipping_bad_images_of_shards(data_dir, packed, tmp_path, kind, capsys)
     assert capsys.readouterr().out.count('1 image that cannot be decoded, left out') == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flags', [
     ['-wlc', '0', '-j', '2'],
     ['-wls', '0', '--head', 'color:class_weights=balanced', '--heads', 'color'],
@@ -313,6 +323,7 @@ def test_flags_with_shards(packed, tmp_path, flags):
         assert pd.read_csv(run(packed, tmp_path / name, *flags) / 'summary.csv')['train_loss'].notna().all()
 
 
+@pytest.mark.slow
 def test_shards_and_csvs_may_be_mixed(data_dir, packed, tmp_path):
     expected = read_run(run(packed, tmp_path / 'whole'))
     streamed = read_run(run(packed, tmp_path / 'a', '--val-split', str(data_dir / 'val.csv')))
@@ -351,6 +362,7 @@ def test_what_is_refused(data_dir, packed, tmp_path, capsys):
     assert 'rows.json: cannot be read as JSON' in error and 'expected the number of samples' in error
 
 
+@pytest.mark.slow
 def test_sample_in_shards_has_the_labels_of_the_sample_in_csvs(tmp_path, kind, capsys):
     flags = '--train 40 --val 8 --test 8 --unlabelled 4 --size 16'.split()
     for name, form in (('csv', 'csv'), ('packed', kind), ('again', kind)):

@@ -118,6 +118,7 @@ def _train_rank(rank, kwargs, steps):
     return losses, {name: value.tolist() for name, value in gradient.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('ranks', [2, 3])
 @pytest.mark.parametrize('kwargs', [
     {}, {'simclr_weight': 0}, {'classification_weight': 0}, {'first_view_only': True}],

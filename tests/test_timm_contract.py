@@ -4,6 +4,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 from common import SPACE, tiny_task
@@ -18,6 +19,7 @@ from timm_multilabel.cli.main import run_command
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_the_script_with_a_loop_of_ones_own(data_dir, tmp_path, capsys):
     """Forty lines, which README shows how to call; what they save is a checkpoint for our commands."""
     lines = (ROOT / 'examples/own_loop.py').read_text().splitlines()

@@ -103,6 +103,7 @@ def test_tensorboard_has_the_flags_as_hyperparameters_of_the_same_run(data_dir, 
     assert metrics == {'train_loss', 'eval_loss', 'eval_top1'} and metrics <= scalars(folder).keys()
 
 
+@pytest.mark.slow
 def test_wandb_has_what_summary_csv_has(data_dir, tmp_path, offline, capsys):
     folder = resumed_after_first_epoch(data_dir, tmp_path, '--log-wandb', '--model-ema')
     told, rows = list(wandb_rows(folder)), expected(folder)
@@ -148,6 +149,7 @@ def test_wandb_row_that_is_told_again_is_left_out(tmp_path, offline):
     assert anew.known['epochs'] == 0 and anew.known['id'] != tracker.known['id']
 
 
+@pytest.mark.slow
 def test_wandb_json_that_is_damaged_does_not_end_a_run(data_dir, tmp_path, offline, capsys):
     folder = train_run(data_dir, tmp_path, '--log-wandb', epochs=1)
     (folder / 'wandb.json').write_text('{"id": ')
@@ -158,6 +160,7 @@ def test_wandb_json_that_is_damaged_does_not_end_a_run(data_dir, tmp_path, offli
         folder / 'wandb.json') + ': cannot be read as the state of its tracker (' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_phases(recipe, offline, capsys):  # noqa: F811
     run_command('train', 'train.py', [
         '-c', str(recipe), '--log-tensorboard', '--log-wandb', '--log-interval', '100'])
@@ -222,6 +225,7 @@ def test_tracker_that_fails_is_left_out_and_the_others_go_on(where, calls):
     assert said == ['Failing: left out from here on, and the run goes on (OSError: no route)']
 
 
+@pytest.mark.slow
 def test_trackers_that_cannot_begin_do_not_end_a_run(data_dir, tmp_path, monkeypatch, capsys):
     """W&B without a login, and a file where TensorBoard wants its folder."""
     def init(**settings):

@@ -114,6 +114,7 @@ def test_the_better_of_plain_and_ema_ranks_an_epoch(metric, best):
     assert fit.score(row) == best
 
 
+@pytest.mark.slow
 def test_lower_losses_are_better_checkpoints(data_dir, tmp_path):
     run_command('train', 'train.py', [
         str(data_dir), '--model', 'test_resnet', '--img-size', '32', '-b', '4', '-j', '0', '--device', 'cpu',
@@ -158,6 +159,7 @@ def _train_rank(rank):
             for ema in (False, True)]
 
 
+@pytest.mark.slow
 def test_ranks_end_an_epoch_with_the_same_weights_and_batch_norm_statistics():
     first, second = run_ranks(_train_rank, 2)
     assert first == second
@@ -199,6 +201,7 @@ def _poisoned_rank(rank):
     return seen, same, [weight.tolist() for weight in weights(task)]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_on_one_rank_is_skipped_on_all():
     (first, first_same, ours), (second, second_same, theirs) = run_ranks(_poisoned_rank, 2)
     assert first == [(0, False, False), (1, True, False), (2, False, False)]
@@ -223,6 +226,7 @@ def _ended_rank(rank):
     return error.value.line
 
 
+@pytest.mark.slow
 def test_too_many_of_them_end_all_ranks_at_the_same_step_with_the_rows_of_the_guilty_one():
     first, second = run_ranks(_ended_rank, 2)
     assert first == second and 'last at step 20 of epoch 1' in first

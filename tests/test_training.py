@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 
 import pandas as pd
 import pytest
@@ -45,6 +46,7 @@ def test_run_folder(data_dir, tmp_path, capsys):
     assert 'Epoch 2/2  loss' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flags', [
     ['--micro-batch', '3', '--model-ema'],
     ['--model-ema', '--model-ema-decay', '0.9', '--opt', 'adamp', '--aa', 'rand-m5'],
@@ -55,7 +57,7 @@ def test_run_folder(data_dir, tmp_path, capsys):
 ])
 def test_resumed_run_is_the_run_that_never_stopped(data_dir, tmp_path, flags):
     whole = run(data_dir, tmp_path / 'whole', *flags, epochs=3)
-    part = run(data_dir, tmp_path / 'part', *flags, epochs=3)
+    part = shutil.copytree(whole, tmp_path / 'part' / 'run')
     # As if killed after the first epoch: its checkpoint is the last, later rows are not there.
     for name in ('checkpoint-1.pth.tar', 'checkpoint-2.pth.tar', 'model_best.pth.tar', 'last.pth.tar'):
         (part / name).unlink(missing_ok=True)
@@ -65,6 +67,7 @@ def test_resumed_run_is_the_run_that_never_stopped(data_dir, tmp_path, flags):
     assert_same_summary(whole, part)
 
 
+@pytest.mark.slow
 def test_same_seed_same_run_and_workers_do_not_matter(data_dir, tmp_path):
     flags = ['--aa', 'rand-m9-mstd0.5']
     first = run(data_dir, tmp_path / 'a', *flags, epochs=1)
@@ -75,6 +78,7 @@ def test_same_seed_same_run_and_workers_do_not_matter(data_dir, tmp_path):
         assert_same_weights(first / 'last.pth.tar', other / 'last.pth.tar')
 
 
+@pytest.mark.slow
 def test_checkpoint_is_usable_by_itself(data_dir, tmp_path):
     folder = run(data_dir, tmp_path, '--model-ema', epochs=1)
     state = torch.load(folder / 'last.pth.tar', weights_only=True)
@@ -87,6 +91,7 @@ def test_checkpoint_is_usable_by_itself(data_dir, tmp_path):
     assert not torch.equal(plain(images)['color'], ema(images)['color'])
 
 
+@pytest.mark.slow
 def test_initial_checkpoint_takes_what_fits(data_dir, tmp_path, capsys):
     start = run(data_dir, tmp_path / 'a', epochs=1) / 'last.pth.tar'
     text = (data_dir / 'train.csv').read_text() + 'images/0.png,purple,disc\n'
@@ -96,12 +101,14 @@ def test_initial_checkpoint_takes_what_fits(data_dir, tmp_path, capsys):
     assert "took backbone, head 'shape', projector (plain weights); starts anew: head 'color'" in line
 
 
+@pytest.mark.slow
 def test_args_yaml_repeats_the_run(data_dir, tmp_path):
     first = run(data_dir, tmp_path / 'a', '--aa', 'rand-m5', '--head-weights', 'color=0.7', 'shape=0.1', epochs=1)
     run_command('train', 'train.py', ['-c', str(first / 'args.yaml'), '--output', str(tmp_path / 'b')])
     assert_same_weights(first / 'last.pth.tar', tmp_path / 'b' / 'run' / 'last.pth.tar')
 
 
+@pytest.mark.slow
 def test_learning_rates_of_the_forks_schedule(data_dir, tmp_path, capsys):
     """Warm-up of 3 epochs from 1e-6, cosine to 1e-5 over 5 epochs, cooldown; never longer a warm-up than the run."""
     common = ['--lr', '0.016', '--warmup-lr', '1e-6', '--sched', 'cosine']
@@ -115,12 +122,14 @@ def test_learning_rates_of_the_forks_schedule(data_dir, tmp_path, capsys):
     assert '--warmup-epochs 3 does not fit into --epochs 1: warms up for 0' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flags', [['--mixup', '0.5'], ['--cutmix', '1', '--mixup-mode', 'elem']])
 def test_mixing_trains(data_dir, tmp_path, flags):
     summary = pd.read_csv(run(data_dir, tmp_path, '-wls', '0', *flags, epochs=1) / 'summary.csv')
     assert summary['train_loss'].notna().all()
 
 
+@pytest.mark.slow
 def test_micro_batches_train_as_whole_batches(data_dir, tmp_path):
     """With layer norm in place of batch norm, and without dropout, whose draws come in another order."""
     write_data(tmp_path / 'more', train=8)
@@ -135,6 +144,7 @@ def test_micro_batches_train_as_whole_batches(data_dir, tmp_path):
         torch.testing.assert_close(pieces[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flags, size', [([], 4), (['--micro-batch', '3'], 3), (['--micro-batch', '3', '-vb', '2'], 2)])
 def test_evaluation_takes_micro_batches_too(data_dir, tmp_path, monkeypatch, flags, size):
     sizes, create = [], loaders.create_eval_loader
@@ -144,6 +154,7 @@ def test_evaluation_takes_micro_batches_too(data_dir, tmp_path, monkeypatch, fla
     assert sizes == [size]
 
 
+@pytest.mark.slow
 def test_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(data_dir, tmp_path, capsys):
     folder = run(data_dir, tmp_path, epochs=1)
     before = (folder / 'last.pth.tar').read_bytes()
@@ -165,6 +176,7 @@ def validated(data_dir, folder, *flags):
     return json.loads(results.read_text())
 
 
+@pytest.mark.slow
 def test_validation_repeats_the_evaluation_of_training(data_dir, tmp_path, capsys):
     folder = run(data_dir, tmp_path, '--model-ema', '--model-ema-decay', '0.5')
     best = read_checkpoint(folder / 'model_best.pth.tar')
@@ -179,6 +191,7 @@ def test_validation_repeats_the_evaluation_of_training(data_dir, tmp_path, capsy
     assert f'{best.best_weights} weights, the better ones of this checkpoint' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_validation_of_another_table_names_what_it_cannot_score(data_dir, tmp_path, capsys):
     folder = run(data_dir, tmp_path, epochs=1)
     (data_dir / 'odd.csv').write_text('image_path,color\nimages/0.png,pink\nimages/1.png,\nimages/2.png,blue\n')
@@ -192,6 +205,7 @@ def test_validation_of_another_table_names_what_it_cannot_score(data_dir, tmp_pa
     assert (tmp_path / 'c' / 'confusion-color.png').read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.slow
 def test_validation_needs_no_csv_of_training(data_dir, tmp_path):
     folder = run(data_dir, tmp_path, epochs=1)
     (data_dir / 'train.csv').unlink()

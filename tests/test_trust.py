@@ -18,7 +18,7 @@ from test_cli import fails
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.images import DecodedPhoto
 from timm_multilabel.errors import UserError
-from timm_multilabel.export.weights import load_exported
+from timm_multilabel.exports.weights import load_exported
 from timm_multilabel.inference.predictor import Predictor
 from timm_multilabel.model_names import check_arguments
 from timm_multilabel.training.checkpoint import load_model, read_checkpoint
@@ -94,6 +94,7 @@ def test_a_file_of_heads_that_a_recipe_or_a_grid_names_is_not_run(data_dir, tmp_
     assert not mark.exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_custom_heads_asks_for_their_file_and_names_it(data_dir, tmp_path, capsys, evil):
     module, mark = evil
     run = train_run(data_dir, tmp_path / 'out', '--head-module', str(module), '--head', 'color:loss=mine', epochs=1)
@@ -157,6 +158,7 @@ def test_allow_hub_counts_on_the_command_line_only(data_dir, tmp_path, capsys, n
     assert "'allow_hub' counts on the command line only" in fails(capsys, 'train', words)
 
 
+@pytest.mark.slow
 def test_a_model_of_a_folder_is_kept_under_the_name_that_timm_has_for_it(data_dir, tmp_path):
     import timm
 
@@ -213,6 +215,7 @@ def test_data_configs_that_this_program_does_not_write(plain, tmp_path, name, va
         read_checkpoint(changed(plain, tmp_path / 'x.pth.tar', data_config=config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('settings', [
     {'arch': 'vit_giant_patch14_224'},  # 4 GB
     {'projection_dim': 2 ** 14, 'head_options': {'color': {'input': 'projection'}}},

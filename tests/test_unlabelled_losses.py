@@ -79,6 +79,7 @@ def _rank(rank):
     return value.item(), mine.grad.tolist()
 
 
+@pytest.mark.slow
 def test_marginal_entropy_of_two_ranks_is_that_of_one_process():
     whole = LOGITS.clone().requires_grad_()
     value = marginal_entropy(whole.softmax(1)) + binary_marginal_entropy(whole.sigmoid())

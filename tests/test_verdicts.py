@@ -29,7 +29,7 @@ from timm_multilabel.reports.experiment_pages import (
     experiments_html,
     experiments_markdown,
 )
-from timm_multilabel.reports.experiments import Run, RunPredictions, compare_groups, run_figures
+from timm_multilabel.reports.experiments import Run, RunPredictions, compare_groups
 from timm_multilabel.reports.grid import draw_grid, grid_markdown
 from timm_multilabel.reports.page import Page, render
 from timm_multilabel.reports.pictures import jpeg_uri, reliability_figure
@@ -61,7 +61,7 @@ def experiments(base, ours, seeds):
     runs = [Run(f'r{number}', {'--lr': '1' if number < len(base) else '2'}, seed, 1, 1)
             for number, seed in enumerate(seeds)]
     differences = compare_groups(answers, groups, seeds, 0)
-    return Experiments(runs, groups, 0, [SplitResult('val', IMAGES, run_figures(answers), differences)])
+    return Experiments(runs, groups, 0, [SplitResult.of('val', answers, differences)])
 
 
 def verdicts(found):
@@ -83,6 +83,7 @@ def test_seeds_that_contradict_each_other_hold_nothing():
     assert verdicts(found) == ['no difference shown']
 
 
+@pytest.mark.slow
 def test_what_is_worse_is_called_worse_and_has_another_color():
     seeds = ['0', '1', '2'] * 2
     low, high = [right(count) for count in (600, 602, 604)], [right(count) for count in (701, 702, 703)]
@@ -94,6 +95,7 @@ def test_what_is_worse_is_called_worse_and_has_another_color():
     assert verdicts(experiments(far, near, seeds)) == ['better']
 
 
+@pytest.mark.slow
 def test_one_run_says_nothing_of_others():
     for base, ours, seeds, verdict in (
             ([right(500)], [right(700)], '00', 'one run each: nothing said of other runs'),
@@ -120,6 +122,7 @@ def test_spread_of_seeds_is_that_of_the_t_tests():
     assert seed_spread({'a': 1.0, 'b': 1.0}, {'c': 2.0, 'd': 2.0}).error == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('seeds', [2, 3])
 @pytest.mark.parametrize('pairs', [True, False])
 def test_coverage(seeds, pairs):
@@ -178,6 +181,7 @@ def test_a_bin_of_one_image_is_a_point_with_a_long_interval():
     assert all(float(tick).is_integer() for tick in counts.get_yticks())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('probability, words', [
     (0.9, 'are too high'), (0.2, 'are too low'), (0.45, 'can be taken at their word')])
 def test_calibration_is_said_in_words(probability, words):
@@ -259,6 +263,7 @@ def test_gray_is_called_so_in_the_preview(tmp_path):
     assert (sheets[0] == sheets[1]).all() and (sheets[0] != sheets[2]).any()
 
 
+@pytest.mark.slow
 @in_browser
 def test_no_table_of_a_report_is_cut_on_a_phone(tmp_path):
     names = ('a class of several words', 'rectangle', 'Sunglasses')
@@ -267,7 +272,7 @@ def test_no_table_of_a_report_is_cut_on_a_phone(tmp_path):
     photo = jpeg_uri(np.zeros((96, 96, 3), np.uint8))
     pairs = [{**pair, 'thumbnails': [{**each, 'thumbnail': photo} for each in pair['thumbnails']]}
              for pair in made.pairs]
-    page = Page('Report of run on val', [], [], '', '', '', False, photo, made.figures[0],
+    page = Page('Report of run on val', [], [], '', '', '', False, photo, made.metrics[0],
                 [dataclasses.replace(made, pairs=pairs, mistakes=[])], 'none', [], '')
     (tmp_path / 'page.html').write_text(render(page))
     with browser() as tab:

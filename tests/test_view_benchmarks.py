@@ -1,4 +1,5 @@
 """The benchmarks of views and data, on a few small photos: that they run, and what they count."""
+import pytest
 import torch
 
 from benchmarks import train, views
@@ -20,6 +21,7 @@ def test_differences_are_of_the_colors(capsys):
     assert 1 < lines['all, always'] < 20
 
 
+@pytest.mark.slow
 def test_share_of_waiting(capsys):
     flags = ['--model', 'test_resnet', '--img-size', '32', '-b', '8', '--count', '32', '--photo-size', '80', '60',
              '--workers', '0', '--rounds', '1', '--device', 'cpu']

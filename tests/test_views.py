@@ -2,6 +2,7 @@
 import math
 from io import BytesIO
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -30,6 +31,7 @@ from timm_multilabel.views.recipe import (
 
 PLAIN = {'jitter_prob': 0.0, 'grayscale_prob': 0.0, 'blur_prob': 0.0}
 WHOLE = {'scale': (1.0, 1.0), 'ratio': (1.0, 1.0), 'hflip': 0.0}
+ROTATED = (0.3, 3) if cv2.__version__ >= '5' else (0.35, 5)  # OpenCV 4 rotates by way of 32nds of a pixel
 N = 4000
 
 
@@ -91,6 +93,7 @@ def test_uniforms_are_uniform_and_uncorrelated():
     assert torch.corrcoef(torch.cat([found, other], dim=1).T).fill_diagonal_(0).abs().max() < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('height, width', [(300, 200), (60, 400)])
 def test_crops_are_drawn_as_torchvision_draws_them(height, width):
     """Area, aspect ratio and place, by the Kolmogorov-Smirnov test."""
@@ -192,6 +195,7 @@ def test_hue_is_a_rotation_about_the_grey_axis():
     torch.testing.assert_close(grey, torch.full((3,), 100.0))
 
 
+@pytest.mark.slow
 def test_colors_are_distributed_as_the_textbooks():
     """Mean and spread, over many views of a few pictures, of brightness and of saturation: within 8 of 255."""
     recipe = ViewRecipe((16, 16), **WHOLE, blur_prob=0.0)
@@ -223,7 +227,7 @@ def test_blur_is_a_gaussian(sigma):
     ({**PLAIN, 'interpolation': 'bicubic'}, 0.35, 8),
     ({**PLAIN, 'vflip': 0.5, 'scale': (0.5, 1.0)}, 0.3, 1.1),
     ({**PLAIN, 'blur_prob': 1.0}, 0.3, 2),
-    ({**PLAIN, 'rotation': 40.0}, 0.3, 3),
+    ({**PLAIN, 'rotation': 40.0}, *ROTATED),
     ({}, 0.4, 6),
 ], ids=['crop', 'bicubic', 'flips', 'blur', 'rotation', 'all'])
 @pytest.mark.parametrize('size', [(64, 64), (32, 56)])
@@ -285,6 +289,7 @@ class Counted:
         return self.photo.decode(reduction)
 
 
+@pytest.mark.slow
 def test_an_image_is_decoded_once_at_the_scale_that_both_crops_allow():
     photo = jpeg(picture(700, 500))
     asked = []

@@ -1,6 +1,7 @@
 """Files are whole or not there, whoever else writes beside; and what the system forbids is one line."""
 import errno
 import gc
+import json
 import multiprocessing
 import os
 import resource
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -195,6 +197,7 @@ def test_where_no_cache_can_be_made_a_run_goes_on_without(photos_dir, what):  # 
     assert isinstance(opened(photos_dir, 'disk'), CachedPhotos)
 
 
+@pytest.mark.slow
 def test_memory_that_cannot_be_had(photos_dir):  # noqa: F811
     for name in ('os.memfd_create', 'os.ftruncate'):
         said = []
@@ -222,6 +225,7 @@ def _limited(rank, folder, kind, limited):
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind, limited', [('disk', [0]), ('ram', [0]), ('map', [1]), ('map', [0])])
 def test_no_rank_waits_where_the_system_limits_one(photos_dir, kind, limited):  # noqa: F811
     expected = batch(files(photos_dir))[0].long().sum().item()
@@ -229,6 +233,7 @@ def test_no_rank_waits_where_the_system_limits_one(photos_dir, kind, limited):  
     assert [result[:2] for result in results] == [(expected, 'FilePhotos')] * 2 and results[0][2] == 1
 
 
+@pytest.mark.slow
 def test_machines_of_different_numbers_of_ranks(photos_dir):  # noqa: F811
     folder = photos_dir.parent / 'machines'
     for name in ('one', 'two'):
@@ -239,26 +244,33 @@ def test_machines_of_different_numbers_of_ranks(photos_dir):  # noqa: F811
 
 
 AS_ANOTHER = '''
-import encodings.cp437, os, sys
+import encodings.cp437, json, os, sys
 sys.path[:0] = {path!r}
 from test_cache import opened
 opened({folder!r}, 'ram')  # imports what this user might not be allowed to read
 os.setgid(12345)
 os.setuid(12345)
 os.umask(0o022)
-said = []
-photos = opened({folder!r}, 'disk', said=said)
-print(type(photos).__name__, photos[3].decode().sum(), *said, sep='\\n')
+for line in sys.stdin:
+    said = []
+    photos = opened({folder!r}, 'disk', said=said)
+    print(json.dumps([type(photos).__name__, int(photos[3].decode().sum()), said]), flush=True)
+    del photos
 '''
 
 
-def as_another_user(folder):
-    """Open the cache as a user without rights: (what it is, the sum of an image, what is said)."""
+@contextmanager
+def another_user(folder):
+    """A function that opens the cache as a user without rights: (what it is, the sum of an image, what is said)."""
     program = AS_ANOTHER.format(path=[str(Path(__file__).parent), *sys.path], folder=str(folder))
-    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, cwd='/')
-    assert done.returncode == 0, done.stderr
-    kind, total, *said = done.stdout.strip().split('\n')
-    return kind, int(total), said
+    with subprocess.Popen([sys.executable, '-c', program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          cwd='/') as process:
+
+        def ask():
+            print(file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield ask
 
 
 @pytest.fixture
@@ -275,25 +287,27 @@ def shared_dir(photos_dir):  # noqa: F811
         yield folder
 
 
+@pytest.mark.slow
 def test_a_cache_of_another_owner(shared_dir):
     expected = int(files(shared_dir)[3].decode().sum())
     opened(shared_dir, 'disk')
     (ours,) = (shared_dir / 'cache').glob('*.bin')
-    kind, total, said = as_another_user(shared_dir)
-    assert (kind, total) == ('CachedPhotos', expected) and said[0].endswith('whole and up to date')
-    for path in (shared_dir / 'cache').iterdir():
-        path.chmod(0o600)
-    kind, total, said = as_another_user(shared_dir)  # it cannot be read or replaced, so this user makes one
-    assert (kind, total) == ('CachedPhotos', expected) and 'decodes 12 images' in said[0]
-    kind, total, said = as_another_user(shared_dir)
-    assert (kind, total) == ('CachedPhotos', expected) and said[0].endswith('whole and up to date')
-    assert ours.exists() and len(list((shared_dir / 'cache').iterdir())) == 4
-    (shared_dir / 'cache').chmod(0o755)
-    for path in (shared_dir / 'cache').glob('*.12345*'):
-        path.unlink()
-    kind, total, said = as_another_user(shared_dir)
-    assert (kind, total) == ('FilePhotos', expected)
-    assert 'Permission denied' in said[-1] and said[-1].endswith('; goes on without it')
+    with another_user(shared_dir) as ask:
+        kind, total, said = ask()
+        assert (kind, total) == ('CachedPhotos', expected) and said[0].endswith('whole and up to date')
+        for path in (shared_dir / 'cache').iterdir():
+            path.chmod(0o600)
+        kind, total, said = ask()  # it cannot be read or replaced, so this user makes one
+        assert (kind, total) == ('CachedPhotos', expected) and 'decodes 12 images' in said[0]
+        kind, total, said = ask()
+        assert (kind, total) == ('CachedPhotos', expected) and said[0].endswith('whole and up to date')
+        assert ours.exists() and len(list((shared_dir / 'cache').iterdir())) == 4
+        (shared_dir / 'cache').chmod(0o755)
+        for path in (shared_dir / 'cache').glob('*.12345*'):
+            path.unlink()
+        kind, total, said = ask()
+        assert (kind, total) == ('FilePhotos', expected)
+        assert 'Permission denied' in said[-1] and said[-1].endswith('; goes on without it')
 
 
 @pytest.mark.parametrize('name', ['../x.bin', 'train.csv', '/etc/passwd', 'x\0.bin', ''])

@@ -1,6 +1,5 @@
 """Texts of the user's data, made harmless for the programs that show or open them."""
 import csv
-import html
 import io
 import re
 from collections.abc import Iterable
@@ -75,11 +74,6 @@ def markdown_code(text: str) -> str:
 def cell_text(text: object) -> str:
     """A cell of a table for people: on one line, and of a bounded length."""
     return shortened(str(text), _CELL)
-
-
-def html_text(text: object) -> str:
-    """A text within HTML or an attribute, shown as it is."""
-    return html.escape(shown(str(text)))
 
 
 def shown(text: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -29,15 +29,34 @@ MAX_CLASSES = 2 ** 24
 """Classes of a column at most, since class indices travel as float32."""
 
 _MAX_BYTES = 2 ** 29  # of a label space as JSON
+_LISTED = 8  # tags of an image that are named
+
+
+class _Classes:
+    """What classes and tags share."""
+    classes: tuple[str, ...]
+    noun: ClassVar[tuple[str, str]]
+    missing: ClassVar[float] = MISSING
+
+    @property
+    def counted(self) -> str:
+        """How many there are, such as '140 classes'."""
+        return f'{len(self.classes)} {self.noun[len(self.classes) != 1]}'
+
+    @staticmethod
+    def in_unit(values: Any) -> Any:
+        """Probabilities as they are; of numbers those in the column's unit."""
+        return values
 
 
 @dataclass(frozen=True)
-class LabelSet:
+class LabelSet(_Classes):
     """One class an image: a column of the table and its classes, in index order."""
     name: str
     classes: tuple[str, ...]
 
     kind = 'classes'
+    noun = 'class', 'classes'
     width = 1
 
     @classmethod
@@ -83,12 +102,24 @@ class LabelSet:
         """Which rows (B,) of class indices (B,), or of mixed labels (B, C), have a label."""
         return target != MISSING if target.ndim == 1 else target.sum(dim=1) > 0
 
+    def as_taken(self, columns: torch.Tensor) -> torch.Tensor:
+        """Targets (B, 1) as class indices (B,)."""
+        return columns[:, 0].long()
+
+    def predicted(self, output: np.ndarray) -> np.ndarray:
+        """The likeliest class (N,) of probabilities (N, C)."""
+        return np.asarray(output.argmax(axis=1))
+
+    def describe(self, target: Any) -> str:
+        """A class index in words; '-' where it is missing."""
+        return shortened(self.classes[target]) if target != MISSING else '-'
+
     def __str__(self) -> str:
         return f'{self.name} ({len(self.classes)})'
 
 
 @dataclass(frozen=True)
-class TagSet:
+class TagSet(_Classes):
     """Several tags an image: `a|b` in one column, or a group of 0/1 columns, one a tag.
 
     Args:
@@ -108,6 +139,7 @@ class TagSet:
     none: str | None = field(default=None, compare=False)
 
     kind = 'tags'
+    noun = 'tag', 'tags'
 
     @classmethod
     def from_cells(
@@ -184,8 +216,7 @@ class TagSet:
             row, text = next((row, text) for row, text in texts.items() if values[text] is None)
             hint = '; where it is a missing label, --missing-value -1' if truth(text) == -1 else ''
             raise BadCell(f"'{shortened(text)}' is neither {zero} nor 1{hint}", name, row)
-        encoded: np.ndarray = texts.map(values).to_numpy(dtype=np.float32)
-        return encoded
+        return np.asarray(texts.map(values), dtype=np.float32)
 
     def _tags(self, cells: pd.DataFrame) -> Iterator[tuple[Any, list[str] | None]]:
         """Each row with its tags, None where it has no label."""
@@ -211,6 +242,24 @@ class TagSet:
         """Which rows (B,) of tags (B, C) have any label."""
         return (target != MISSING).any(dim=1)
 
+    def as_taken(self, columns: torch.Tensor) -> torch.Tensor:
+        """Targets (B, C) as they are."""
+        return columns
+
+    def predicted(self, output: np.ndarray) -> np.ndarray:
+        """Probabilities (N, C) as they are."""
+        return output
+
+    def describe(self, target: Any) -> str:
+        """Tags (C,) in words; '-' where all are missing."""
+        return self.listed(target == 1) if (target != MISSING).any() else '-'
+
+    def listed(self, which: np.ndarray) -> str:
+        """The tags that are marked (C,), the first of them by name; 'none' where none is."""
+        indices = np.flatnonzero(which)
+        more = f', {len(indices) - _LISTED} more' if len(indices) > _LISTED else ''
+        return ', '.join(shortened(self.classes[index]) for index in indices[:_LISTED]) + more or 'none'
+
     def __str__(self) -> str:
         return f'{self.name} ({len(self.classes)} tags)'
 
@@ -223,6 +272,9 @@ class Quantity:
     std: float
 
     kind = 'number'
+    classes: ClassVar[tuple[str, ...]] = ()
+    counted = 'a number'
+    missing: ClassVar[float] = math.nan
     width = 1
     outputs = 1
 
@@ -267,6 +319,22 @@ class Quantity:
     def known(self, target: torch.Tensor) -> torch.Tensor:
         """Which rows (B,) of numbers (B,) have one."""
         return ~target.isnan()
+
+    def as_taken(self, columns: torch.Tensor) -> torch.Tensor:
+        """Targets (B, 1) as numbers (B,)."""
+        return columns[:, 0]
+
+    def predicted(self, output: np.ndarray) -> np.ndarray:
+        """The number (N,) of outputs (N, 1)."""
+        return output[:, 0]
+
+    def in_unit(self, values: Any) -> Any:
+        """Standardised numbers in the column's unit."""
+        return values * self.std + self.mean
+
+    def describe(self, target: Any) -> str:
+        """A standardised number in the column's unit; '-' where it is missing."""
+        return '-' if math.isnan(target) else f'{self.in_unit(float(target)):.4g}'
 
     def __str__(self) -> str:
         return f'{self.name} (number)'
@@ -337,7 +405,7 @@ class LabelSpace:
         if targets.shape[1] != sum(widths):
             return list(targets.split(self.sizes, dim=1))
         columns = targets.split(widths, dim=1)
-        return [_as_taken(head, column) for head, column in zip(self.heads, columns, strict=True)]
+        return [head.as_taken(column) for head, column in zip(self.heads, columns, strict=True)]
 
     def of(self, targets: torch.Tensor, head: str) -> torch.Tensor:
         """What `split` gives of one head."""
@@ -402,14 +470,8 @@ class LabelSpace:
 
 def missing_row(label_space: LabelSpace) -> torch.Tensor:
     """The targets (W,) of an image without any label."""
-    row = [math.nan if isinstance(head, Quantity) else MISSING for head in label_space.heads for _ in range(head.width)]
+    row = [head.missing for head in label_space.heads for _ in range(head.width)]
     return torch.tensor(row, dtype=torch.float32)
-
-
-def _as_taken(head: Labels, column: torch.Tensor) -> torch.Tensor:
-    if isinstance(head, TagSet):
-        return column
-    return column[:, 0].long() if isinstance(head, LabelSet) else column[:, 0]
 
 
 def _tag_set_from_dict(name: str, data: dict[str, Any]) -> TagSet:

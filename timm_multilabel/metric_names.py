@@ -3,12 +3,46 @@
 A metric's own name has no '/' (`check_metric_names`), so no two metrics share a name, whatever the heads are called.
 summary.csv, the trackers and `--eval-metric` all use these names.
 """
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 _RESERVED = ('loss', 'labels', 'head', 'knn_top1', 'balanced_accuracy', 'macro_f1', 'tags', 'tag', 'ones')
 """Names that validation's results, or the evaluation itself, give to something else."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of a head, as people read it.
+
+    Args:
+        name: Such as 'top1'.
+        title: Such as 'top-1 accuracy'; the name by default.
+        lower_is_better: As of an error.
+        form: How a value is written: a format of Python's, and after a blank the unit, as '.2f %'.
+    """
+    name: str
+    title: str = ''
+    lower_is_better: bool = False
+    form: str = '.2f'
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.title, str) or not isinstance(self.lower_is_better, bool):
+            raise ValueError(f"the metric '{self.name}' has a title that is no text, or no direction")
+        if not re.fullmatch(r'\.\d[efg]( .{1,20})?', self.form):
+            raise ValueError(f"the metric '{self.name}' has the format '{self.form}'; expected one such as .2f, .4g or "
+                             "'.2f %'")
+
+    def text(self, value: float, sign: str = '') -> str:
+        """A value without its unit, with a '+' before what is above 0 where that is the sign; '' of NaN."""
+        return '' if math.isnan(value) else format(value, sign + self.form.partition(' ')[0])
+
+    @property
+    def unit(self) -> str:
+        """What follows a value, with a blank before it; '' of a metric without a unit."""
+        return ''.join(self.form.partition(' ')[1:])
 
 
 def of_head(head: str, metric: str) -> str:

@@ -1,4 +1,4 @@
-"""One evaluator for every head, and the running figures of a training epoch.
+"""One evaluator for every head, and the running metrics of a training epoch.
 
 Both gather on the device, without a host sync a batch, and talk to the other ranks once, at the end. Accuracies are
 percentages.
@@ -18,7 +18,7 @@ from timm_multilabel.labels import MISSING, LabelSet, LabelSpace
 from timm_multilabel.metric_names import in_summary, of_head
 
 MEANS = ('loss', 'score', 'top1', 'top5')
-"""The figures that have a mean over heads: over those that have the figure."""
+"""The metrics that have a mean over heads: over those that have the metric."""
 
 
 def _zeros(*shape: int, device: torch.device) -> torch.Tensor:
@@ -33,18 +33,18 @@ def mean_over_heads(values: dict[str, float], weights: dict[str, float]) -> floa
 
 
 def default_metric(heads: Iterable[Head]) -> str:
-    """The figure that ranks checkpoints: 'top1', or 'score' where not every head has a top-1 accuracy."""
-    return 'top1' if all(head.figures[0] == 'top1' for head in heads) else 'score'
+    """The metric that ranks checkpoints: 'top1', or 'score' where not every head has a top-1 accuracy."""
+    return 'top1' if all(head.metric_names[0] == 'top1' for head in heads) else 'score'
 
 
 def less_is_better(metric: str, heads: Mapping[str, Head]) -> bool:
     """Whether a metric of the evaluation, such as 'top1' or '<head>/mae', is better when it is less."""
-    decreasing = {of_head(name, figure) for name, head in heads.items() for figure in ('loss', *head.decreasing)}
-    return metric in ('loss', 'simclr_loss') or metric in decreasing
+    of_heads = {of_head(name, each) for name, head in heads.items() for each in ('loss', *head.lower_is_better)}
+    return metric in ('loss', 'simclr_loss') or metric in of_heads
 
 
 class MultiLabelEvaluator:
-    """Loss and figures of each head over its labelled rows, and their weighted means.
+    """Loss and metrics of each head over its labelled rows, and their weighted means.
 
     It answers timm's evaluator contract (`timm.task.ClassificationEvaluator`). What each head keeps of a row
     (`Head.measure`) stays on the device until the end.
@@ -100,25 +100,25 @@ class MultiLabelEvaluator:
             self.widths = [part.shape[1] for part in measured]
 
     def compute(self, distributed: bool = False) -> dict[str, float]:
-        """'loss' and others of `MEANS` as means over heads, then '<head>/loss' and '<head>/<figure>' of each head.
+        """'loss' and others of `MEANS` as means over heads, then '<head>/loss' and '<head>/<metric>' of each head.
 
-        'score', the mean of the heads' main figures (0 where one is less), is there where not every head's is 'top1'. A
-        head without any label has NaN and stays out of the means, as does a figure that the labels do not allow.
+        'score', the mean of the heads' main metrics (0 where one is less), is there where not every head's is 'top1'. A
+        head without any label has NaN and stays out of the means, as does a metric that the labels do not allow.
         Afterwards `of_tags` has {head: {tag: {metric: value}}} of the heads of tags that have labels.
         """
         loss, count = (sum_over_ranks(self.sums) if distributed else self.sums).cpu().numpy()
-        figures, labelled, self.of_tags = {}, {}, {}
+        metrics, labelled, self.of_tags = {}, {}, {}
         for column, (name, (target, measured)) in enumerate(self.predictions(distributed).items()):
             head = self.heads[name]
-            figures[name] = dict.fromkeys(('loss', *head.figures), np.nan)
+            metrics[name] = dict.fromkeys(('loss', *head.metric_names), np.nan)
             if len(target):
                 if np.isfinite(measured).all():  # else the loss tells
                     found: dict[str, Any] = head.metrics(target, measured)
                     self.of_tags |= {name: found['tags']} if 'tags' in found else {}
-                    figures[name] |= {figure: found[figure] for figure in head.figures}
-                figures[name]['loss'] = loss[column] / count[column]
+                    metrics[name] |= {metric: found[metric] for metric in head.metric_names}
+                metrics[name]['loss'] = loss[column] / count[column]
                 # A score goes down to 0, so that one head that is far off does not hide what the others do.
-                labelled[name] = {**figures[name], 'score': np.maximum(figures[name][head.figures[0]], 0)}
+                labelled[name] = {**metrics[name], 'score': np.maximum(metrics[name][head.metric_names[0]], 0)}
         means = {}
         for metric in MEANS:
             having = {
@@ -129,10 +129,10 @@ class MultiLabelEvaluator:
             if having or metric in ('loss', self.default_metric):
                 means[metric] = mean_over_heads(having, self.head_weights)
         return means | {
-            of_head(name, metric): float(value) for name, its in figures.items() for metric, value in its.items()}
+            of_head(name, metric): float(value) for name, its in metrics.items() for metric, value in its.items()}
 
     def summary(self) -> dict[str, float]:
-        """The figures of this rank so far."""
+        """The metrics of this rank so far."""
         return self.compute(distributed=False)
 
     def predictions(self, distributed: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -163,7 +163,7 @@ class MultiLabelEvaluator:
 
 
 def class_metrics(true: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
-    """Figures that weigh classes alike, as percentages.
+    """Metrics that weigh classes alike, as percentages.
 
     'balanced_accuracy' is the mean recall of the classes that occur among the labels; 'macro_f1' the mean F1 of the
     classes that occur among labels or predictions.
@@ -239,13 +239,13 @@ class TrainingMeter:
             tensors = [sum_over_ranks(tensor) for tensor in tensors]
         (total, *terms), losses, (correct, labels), shares, (steps,) = (tensor.tolist() for tensor in tensors)
         steps = steps or math.nan
-        figures = {'train_loss': total / steps}
-        figures |= {f'{name}_loss': value / steps for name, value in zip(self.terms, terms, strict=True)}
+        metrics = {'train_loss': total / steps}
+        metrics |= {f'{name}_loss': value / steps for name, value in zip(self.terms, terms, strict=True)}
         for column, (name, head) in enumerate(self.heads.items()):
-            figures[in_summary('train', of_head(name, 'loss'))] = losses[column] / steps
+            metrics[in_summary('train', of_head(name, 'loss'))] = losses[column] / steps
             if _has_accuracy(head):
-                figures[in_summary('train', of_head(name, 'top1'))] = (
+                metrics[in_summary('train', of_head(name, 'top1'))] = (
                     100 * correct[column] / labels[column] if labels[column] else float('nan'))
             if 'pseudo_label' in self.terms and head.distribution:
-                figures[in_summary('train', of_head(name, 'pseudo_labelled'))] = 100 * shares[column] / steps
-        return figures
+                metrics[in_summary('train', of_head(name, 'pseudo_labelled'))] = 100 * shares[column] / steps
+        return metrics

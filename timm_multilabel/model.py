@@ -1,7 +1,8 @@
 """A timm backbone with a head for each label, and the projector."""
 import difflib
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -12,6 +13,7 @@ import torch
 from timm.models import resolve_model_input_args
 from torch import nn
 
+from timm_multilabel.config.train import ObjectiveSettings
 from timm_multilabel.errors import UserError
 from timm_multilabel.heads import REGISTRY, Head, create_head, resolve_options
 from timm_multilabel.labels import LabelSet, LabelSpace
@@ -54,10 +56,10 @@ class MultiLabelModel(nn.Module):
             backbone: nn.Module,
             label_space: LabelSpace,
             drop: float = 0.0,
-            smoothing: float = 0.1,
+            smoothing: float = ObjectiveSettings.smoothing,
             head_options: Mapping[str, Mapping[str, Any]] | None = None,
             registry: Mapping[str, type[Head]] = REGISTRY,
-            projection_dim: int = 64,
+            projection_dim: int = ObjectiveSettings.projection_dim,
     ):
         super().__init__()
         self.backbone = backbone
@@ -162,14 +164,14 @@ def create_backbone(
     kwargs = dict(model_kwargs or {}, num_classes=0)
     if drop_path is not None:
         kwargs['drop_path_rate'] = drop_path
-    if (pretrained and not pretrained_path) or name.startswith('hf-hub:'):
-        _go_offline_if_cut_off()
+    asks_hub = pretrained and not pretrained_path or name.startswith('hf-hub:')
     try:
-        kwargs = resolve_model_input_args(name, input_size, **kwargs)
-        if pretrained_path:
-            backbone = create_from_file(kwargs, pretrained_path, say)
-        else:
-            backbone = timm.create_model(**kwargs, pretrained=pretrained)
+        with _offline_if_cut_off() if asks_hub else nullcontext():
+            kwargs = resolve_model_input_args(name, input_size, **kwargs)
+            if pretrained_path:
+                backbone = create_from_file(kwargs, pretrained_path, say)
+            else:
+                backbone = timm.create_model(**kwargs, pretrained=pretrained)
     except UserError:
         raise
     except Exception as error:  # timm, its models, safetensors and the hub each raise their own kind
@@ -199,11 +201,20 @@ def _explain(error: Exception, name: str, pretrained: bool, pretrained_path: str
     return error
 
 
-def _go_offline_if_cut_off() -> None:
-    """Where the hub's host is unknown, let the hub answer from its cache at once and not after a minute of retries."""
-    host = urlsplit(huggingface_hub.constants.ENDPOINT).hostname
+@contextmanager
+def _offline_if_cut_off() -> Iterator[None]:
+    """Within it, where the hub's host is unknown, the hub answers from its cache at once, not after a minute of tries.
+
+    The hub knows this as a constant of its module alone, which afterwards is what it was.
+    """
+    constants, before = huggingface_hub.constants, huggingface_hub.constants.HF_HUB_OFFLINE
+    host = urlsplit(constants.ENDPOINT).hostname
     try:
         if not getproxies():
             socket.getaddrinfo(host, 443)
     except OSError:
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

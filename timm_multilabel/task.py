@@ -10,6 +10,7 @@ from timm.utils import unwrap_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from timm_multilabel.config.train import ObjectiveSettings, UnlabelledSettings
 from timm_multilabel.distributed import sum_over_ranks, world
 from timm_multilabel.gradient_cache import run_with_gradient_cache
 from timm_multilabel.heads import Head
@@ -35,7 +36,7 @@ class Pool:
     entropy_ramp_up: int = 0
     marginal_entropy_weight: float = 0.0
     pseudo_label_weight: float = 0.0
-    pseudo_label_threshold: float = 0.95
+    pseudo_label_threshold: float = UnlabelledSettings.pseudo_label_threshold
 
     def __post_init__(self) -> None:
         weights = (self.entropy_weight, self.marginal_entropy_weight, self.pseudo_label_weight)
@@ -130,10 +131,10 @@ class JointTask(TrainingTask):
     def __init__(
             self,
             model: MultiLabelModel,
-            simclr_weight: float = 0.5,
-            classification_weight: float = 0.5,
-            temperature: float = 0.5,
-            projection_dim: int = 64,
+            simclr_weight: float = ObjectiveSettings.simclr_loss_weight,
+            classification_weight: float = ObjectiveSettings.classification_loss_weight,
+            temperature: float = ObjectiveSettings.temperature,
+            projection_dim: int = ObjectiveSettings.projection_dim,
             head_weights: dict[str, float] | None = None,
             first_view_only: bool = False,
             pool: Pool = Pool(),  # noqa: B008 (frozen)

@@ -17,6 +17,7 @@ from timm_multilabel.errors import UserError, printable
 from timm_multilabel.files import write_atomic
 from timm_multilabel.heads import load_registry
 from timm_multilabel.labels import LabelSpace
+from timm_multilabel.progress import OFF_TERMINAL
 from timm_multilabel.reports.data_check import Report, report_on
 
 
@@ -46,7 +47,7 @@ def run_check(settings: CheckSettings) -> Report:
     path = _prepare_output(settings.json)
     contents = _read_contents(settings)
     with tqdm(total=len(contents.files), desc=printable(f'{contents.folder}: images'), unit=' images', leave=False,
-              disable=None) as bar:
+              disable=OFF_TERMINAL) as bar:
         scans = scan_images(contents.files, settings.workers, bar.update)
     report = report_on(contents, scans, settings.examples)
     if path is not None:

@@ -18,6 +18,7 @@ from timm_multilabel.data.split_names import find_split
 from timm_multilabel.errors import UserError, escaped
 from timm_multilabel.files import write_atomic
 from timm_multilabel.log import say
+from timm_multilabel.progress import OFF_TERMINAL
 from timm_multilabel.reports.bootstrap import RESAMPLES
 from timm_multilabel.reports.experiment_pages import (
     Experiments,
@@ -32,7 +33,6 @@ from timm_multilabel.reports.experiments import (
     compare_groups,
     flat_settings,
     group_runs,
-    run_figures,
     share,
     shared_heads,
 )
@@ -109,7 +109,7 @@ def run_comparison(settings: CompareSettings) -> Comparison:
     for ending, path in outputs.items():
         write_atomic(path, _WRITERS[ending](experiments))
     return Comparison(
-        {result.name: result.figures for result in results}, {result.name: result.differences for result in results},
+        {result.name: result.metrics for result in results}, {result.name: result.differences for result in results},
         experiments_markdown(experiments), list(outputs.values()))
 
 
@@ -126,7 +126,7 @@ def _run_paths(words: list[str]) -> list[Path]:
             raise UserError(f'{path}: is no run folder (there is no args.yaml in it); {way_out}')
         if not (path / 'summary.csv').is_file() or not (path / 'model_best.pth.tar').is_file():
             raise UserError(f'{path}: no epoch of this run (with phases, of its last one) is finished, so it has no '
-                            'figures yet; leave it out')
+                            'metrics yet; leave it out')
     places = [path.resolve() for path in paths]
     for number, place in enumerate(places):
         if place in places[:number]:
@@ -215,7 +215,7 @@ def _compare_split(
         baseline: int,
         remark: Callable[[str], None],
 ) -> SplitResult:
-    """The figures and differences on a split."""
+    """The metrics and differences on a split."""
     names = [run.name for run in runs]
     heads = shared_heads(answers)
     if not heads:
@@ -226,6 +226,6 @@ def _compare_split(
     if others:
         remark(f'{split}: not a head of the same classes in every run, so not compared and not in the mean: '
                f'{", ".join(others)}')
-    with tqdm(total=RESAMPLES, desc=f'{split}: bootstrap', leave=False, disable=None) as bar:
+    with tqdm(total=RESAMPLES, desc=f'{split}: bootstrap', leave=False, disable=OFF_TERMINAL) as bar:
         differences = compare_groups(answers, groups, [run.seed for run in runs], baseline, bar.update)
-    return SplitResult(split, len(answers[0].images), run_figures(answers), differences)
+    return SplitResult.of(split, answers, differences)

@@ -8,12 +8,12 @@ from typing import Any
 from timm_multilabel.api.arguments import api_function, make_settings
 from timm_multilabel.config.commands import ExportSettings
 from timm_multilabel.errors import UserError
-from timm_multilabel.export.compare import TOLERANCE, check_finite
-from timm_multilabel.export.examples import images_of_paths, images_of_run, read_images
-from timm_multilabel.export.exportable import Exportable, describe
-from timm_multilabel.export.formats import FORMATS, check_free, missing_libraries
-from timm_multilabel.export.formats import export as write_format
-from timm_multilabel.export.hub import build_folder, check_repo, hub_files, push_folder
+from timm_multilabel.exports.compare import TOLERANCE, check_finite
+from timm_multilabel.exports.examples import images_of_paths, images_of_run, read_images
+from timm_multilabel.exports.exportable import Exportable, describe
+from timm_multilabel.exports.formats import FORMATS, check_free, missing_libraries
+from timm_multilabel.exports.formats import export as write_format
+from timm_multilabel.exports.hub import build_folder, check_repo, hub_files, push_folder
 from timm_multilabel.heads import load_registry
 from timm_multilabel.log import say
 from timm_multilabel.training.checkpoint import Checkpoint, load_model, read_checkpoint

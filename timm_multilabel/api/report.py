@@ -22,9 +22,10 @@ from timm_multilabel.errors import UserError, one_line, shortened
 from timm_multilabel.files import write_atomic
 from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.log import say
+from timm_multilabel.progress import OFF_TERMINAL
 from timm_multilabel.reports.curves import all_curves
 from timm_multilabel.reports.embedding_map import Coloring, color_points, place_points
-from timm_multilabel.reports.head_section import describe_target, head_section, mean_row
+from timm_multilabel.reports.head_section import head_section, mean_row
 from timm_multilabel.reports.page import Map, Page, render
 from timm_multilabel.reports.pictures import Thumbnails, figure_uri, jpeg_uri
 from timm_multilabel.task import resolve_head_weights
@@ -134,7 +135,7 @@ def build_page(
     """Work out all that the page says; also what could not be had, as lines."""
     thumbnails = Thumbnails(predictions.images.tolist(), predictions.rows.tolist())
     heads = predictions.label_space.heads
-    with tqdm(total=len(heads) + 3, desc='Report', leave=False, disable=None) as bar:
+    with tqdm(total=len(heads) + 3, desc='Report', leave=False, disable=OFF_TERMINAL) as bar:
         sections = []
         for labels, known in zip(heads, _known(predictions).T, strict=True):
             bar.set_postfix_str('a head')
@@ -196,7 +197,7 @@ def build_map(predictions: Predictions) -> Map | str:
 
 def _describe_row(predictions: Predictions, row: int) -> str:
     """An image's name and labels."""
-    labels = (f'{shortened(labels.name)}: {describe_target(labels, predictions.target(labels.name)[row])}'
+    labels = (f'{shortened(labels.name)}: {labels.describe(predictions.target(labels.name)[row])}'
               for labels in predictions.label_space.heads)
     return ' \u00b7 '.join([Path(predictions.images[row]).name, *labels])
 

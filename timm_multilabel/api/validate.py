@@ -20,6 +20,7 @@ from timm_multilabel.assembly.head_options import dialect
 from timm_multilabel.assembly.knn import KNN_FIGURE, knn_figures, with_heads_of_data
 from timm_multilabel.assembly.splits import split_of_run
 from timm_multilabel.config.commands import ValidateSettings
+from timm_multilabel.config.train import DataSettings
 from timm_multilabel.data.remarks import useless_labels
 from timm_multilabel.data.split_names import files_of_split, find_split
 from timm_multilabel.data.streams import StreamedRows
@@ -83,7 +84,8 @@ def validate(data: str | Path | pd.DataFrame, checkpoint: str | Path, **settings
     given = {**settings, 'checkpoint': checkpoint}
     if not isinstance(data, pd.DataFrame):
         return _scored(make_settings(ValidateSettings, {**given, 'data_dir': data}))
-    column = str(settings.get('image_column') or read_checkpoint(checkpoint).state.get('image_column', 'image_path'))
+    of_run = read_checkpoint(checkpoint).state.get('image_column', DataSettings.image_column)
+    column = str(settings.get('image_column') or of_run)
     with tempfile.TemporaryDirectory() as folder:
         written = write_frames({'val': data}, Path(folder), column)
         return _scored(make_settings(ValidateSettings, {
@@ -244,7 +246,7 @@ def gather_results(
     results: dict[str, dict[str, Any]] = {}
     for name, head in heads.items():
         target, measured = predictions[name]
-        results[name] = {figure: figures[of_head(name, figure)] for figure in head.figures}
+        results[name] = {figure: figures[of_head(name, figure)] for figure in head.metric_names}
         if isinstance(head.labels, LabelSet) and len(head.labels.classes) > 1:
             results[name] |= class_metrics(target[:, 0].astype(int), measured[:, 0].astype(int))
         results[name] |= {'loss': figures[of_head(name, 'loss')], 'labels': len(target)}

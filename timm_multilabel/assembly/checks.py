@@ -180,7 +180,7 @@ def check_metric(
     metric = settings.run.eval_metric or default_metric(heads)
     if data.eval_rows is None:
         return 'simclr_loss'
-    figures = {head.labels.name: ('loss', *head.figures) for head in heads}
+    figures = {head.labels.name: ('loss', *head.metric_names) for head in heads}
     known = [mean for mean in MEANS if mean in ('loss', default_metric(heads))
              or any(mean in its for its in figures.values())]
     of_heads = [of_head(name, figure) for name, its in figures.items() for figure in its]
@@ -203,7 +203,7 @@ def check_metric(
     for head in heads:
         name = head.labels.name
         for figure in figures[name]:
-            allowed = labelled if figure in ('loss', *head.decreasing) else scored
+            allowed = labelled if figure in ('loss', *head.lower_is_better) else scored
             if metric == of_head(name, figure) and name not in allowed:
                 raise UserError(
                     f"--eval-metric {metric}: '{name}' has no weight, or no labels in {source} that allow it; choose "

@@ -6,6 +6,7 @@ import torch
 from timm_multilabel.assembly.device import loader_options
 from timm_multilabel.assembly.splits import Splits, read_stored
 from timm_multilabel.assembly.views import scoring_views
+from timm_multilabel.config.train import DataSettings
 from timm_multilabel.data.images import FilePhotos
 from timm_multilabel.data.split_names import check_folder, find_split
 from timm_multilabel.data.streams import Stored, StreamedRows, StreamedTable, encode
@@ -44,7 +45,7 @@ def splits_of_checkpoint(
         stored,
         known,
         say,
-        image_column or state.get('image_column', 'image_path'),
+        image_column or state.get('image_column', DataSettings.image_column),
         separator or state.get('separator'),
         missing_value if missing_value is not None else state.get('missing_value'),
     )

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from timm_multilabel.assembly.checks import check_phases
 from timm_multilabel.assembly.device import start_device
@@ -30,22 +30,33 @@ from timm_multilabel.errors import UserError, escaped, one_line, shortened
 from timm_multilabel.escaping import spreadsheet_text_back
 from timm_multilabel.files import read_json, reading, write_atomic
 from timm_multilabel.log import say
+from timm_multilabel.progress import OFF_TERMINAL
 from timm_multilabel.reports.experiments import (
     IMAGES,
     SEEDS_AND_IMAGES,
+    TOP1,
     RunPredictions,
     compare_groups,
-    run_figures,
+    describe_metrics,
+    run_metrics,
     share,
 )
 from timm_multilabel.reports.experiments import MEAN as MEAN_HEAD
-from timm_multilabel.reports.grid import MEAN, GridResults, draw_grid, grid_markdown
+from timm_multilabel.reports.grid import (
+    MEAN,
+    GridResults,
+    draw_grid,
+    grid_markdown,
+    metric_columns,
+    metrics_text,
+    read_metrics,
+)
 from timm_multilabel.reports.pictures import png
 
 RESULTS, DIFFERENCES, TABLES, PICTURE = 'results.csv', 'differences.csv', 'results.md', 'results.png'
 _WHERE = ('commit', 'machine', 'torch')  # what is noted of the program and the machine
 _LARGEST = 1e12  # number in a table
-_TEXTS = ('setting', 'head', 'over', 'command', *_WHERE)  # columns that are texts, whatever they look like
+_TEXTS = ('setting', 'head', 'over', 'command', 'metrics', *_WHERE)  # columns that are texts, whatever they look like
 
 
 def file_of(folder: Path, name: str, split: str) -> Path:
@@ -154,7 +165,7 @@ def train_runs(grid: Grid, settings: GridSettings, output: Path) -> None:
     def starts(name: str) -> None:
         write_record(runs[name], output, {'run': record_of(runs[name], settings), 'where': where()})
 
-    with tqdm(total=len(runs), initial=len(done), desc=shortened(grid.title), disable=None) as bar:
+    with tqdm(total=len(runs), initial=len(done), desc=shortened(grid.title), disable=OFF_TERMINAL) as bar:
         def write(line: str) -> None:
             bar.write(one_line(line), file=sys.stderr)
 
@@ -204,7 +215,7 @@ def collect(
         output: Path,
         flags: Mapping[str, TrainSettings],
 ) -> GridResults:
-    """The figures of all runs, and the differences of settings to the first one, value by value."""
+    """The metrics of all runs, and the differences of settings to the first one, value by value."""
     runs = [run for run in grid.runs if not run.is_start]
     device = start_device(None)
     answers = []
@@ -215,14 +226,16 @@ def collect(
             output / run.name, split, Path(settings.named_data_dir), device, 0, lambda line: None,
             head_module=of_run.head_module)))
     answers = share(answers, [run.name for run in runs], settings.split, say)
-    figures = run_figures(answers)
-    heads = [head for head, figure in figures.columns if figure == 'top1' and head != MEAN_HEAD]
-    mean = (MEAN_HEAD if (MEAN_HEAD, 'top1') in figures else heads[0], 'top1') if heads else None
-    taken = {*_TEXTS, grid.axis, 'seed', MEAN, 'minutes', 'cpu_minutes'}.intersection(heads)
-    if taken or mean is None:
+    metrics, described = run_metrics(answers), describe_metrics(answers)
+    columns = metric_columns(metrics)
+    of_columns = {column: described[key] for column, key in columns.items()}
+    top1 = [key for key in ((MEAN_HEAD, TOP1), *columns.values()) if key in metrics and key[1] == TOP1]
+    means = metrics[top1[0]] if top1 else pd.Series(np.nan, metrics.index)
+    facts = {} if all(metric.name == TOP1 for metric in of_columns.values()) else {'metrics': metrics_text(of_columns)}
+    taken = {*_TEXTS, grid.axis, 'seed', MEAN, 'minutes', 'cpu_minutes'}.intersection(columns)
+    if taken:
         raise UserError(
-            f"{output}: a head is called '{taken.pop()}', as a column of {RESULTS}; rename it in the CSVs" if taken else
-            f'{output}: no head of classes, which alone are compared here; see timm-multilabel compare')
+            f"{output}: a head is called '{taken.pop()}', as a column of {RESULTS}; rename it in the CSVs")
     words = ['timm-multilabel', 'grid', settings.experiment, settings.named_data_dir,
              *(['--output', settings.output] if settings.output else []),
              *(['--jobs', str(settings.jobs)] if settings.jobs > 1 else []),
@@ -232,12 +245,12 @@ def collect(
     rows = []
     for number, run in enumerate(runs):
         row = {'setting': run.setting, **({grid.axis: run.value} if grid.axis else {}), 'seed': run.seed}
-        row |= {head: figures[head, 'top1'].iloc[number] for head in heads} | {MEAN: figures[mean].iloc[number]}
+        row |= {column: metrics[key].iloc[number] for column, key in columns.items()} | {MEAN: means.iloc[number]}
         records = [read_record(each, output) for each in (run, run.start) if each is not None]
         for name, key in (('minutes', 'seconds'), ('cpu_minutes', 'cpu_seconds')):
             spent = [record[key] for record in records]
             row[name] = sum(spent) / 60 if None not in spent else None
-        rows.append({**row, **records[0]['where'], 'command': command})
+        rows.append({**row, **records[0]['where'], 'command': command, **facts})
     differences = []
     for value in grid.values or [None]:
         of_value = [number for number, run in enumerate(runs) if run.value == value]
@@ -245,14 +258,15 @@ def collect(
         groups = [[place for place, number in enumerate(of_value) if runs[number].setting == name] for name in names]
         found = compare_groups(
             [answers[number] for number in of_value], groups, [runs[number].seed for number in of_value], 0)
-        for row in found[found['figure'] == 'top1'].itertuples(index=False):
+        names_of = {key: column for column, key in columns.items()} | {(MEAN_HEAD, TOP1): MEAN}
+        for row in found.itertuples(index=False):
             differences.append({
                 **({grid.axis: value} if grid.axis else {}), 'setting': names[row.group],
-                'head': row.head or MEAN, 'difference': row.difference, 'low': row.low, 'high': row.high, 'p': row.p,
-                'holm': row.holm, 'over': row.over})
+                'head': names_of[row.head, row.metric], 'difference': row.difference, 'low': row.low, 'high': row.high,
+                'p': row.p, 'holm': row.holm, 'over': row.over})
     return GridResults(
         grid.title, grid.about, settings.split, grid.axis, grid.settings, pd.DataFrame(rows), pd.DataFrame(differences),
-        heads)
+        of_columns)
 
 
 def read_results(folder: Path, split: str, grid: Grid) -> GridResults:
@@ -270,13 +284,13 @@ def read_results(folder: Path, split: str, grid: Grid) -> GridResults:
             tables.append(_read_table(path, grid, name == RESULTS))
             if name == RESULTS:
                 columns = list(tables[0].columns)
-                heads = columns[columns.index('seed') + 1:columns.index(MEAN)]
-                if not heads:
+                metrics = read_metrics(tables[0], columns[columns.index('seed') + 1:columns.index(MEAN)])
+                if not metrics:
                     raise ValueError('no heads')
-            elif len(tables[1]) and not tables[1]['head'].isin([MEAN, *heads]).all():
+            elif len(tables[1]) and not tables[1]['head'].isin([MEAN, *metrics]).all():
                 raise ValueError('a head that the results have not')
     runs, differences = tables
-    return GridResults(grid.title, grid.about, split, grid.axis, grid.settings, runs, differences, heads)
+    return GridResults(grid.title, grid.about, split, grid.axis, grid.settings, runs, differences, metrics)
 
 
 def _read_table(path: Path, grid: Grid, of_runs: bool) -> pd.DataFrame:

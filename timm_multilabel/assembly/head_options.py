@@ -1,13 +1,12 @@
 """`--head`: from texts to the options of heads."""
-import inspect
-import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 from timm_multilabel.config.values import HeadOptions, at_least_0
 from timm_multilabel.errors import UserError, listed
-from timm_multilabel.heads import Head, default_kind, options_of
+from timm_multilabel.heads import Head, default_kind, options_of, parse_option
+from timm_multilabel.heads.options import option_list
 from timm_multilabel.labels import Labels, LabelSpace, Quantity, TagSet
 
 
@@ -48,7 +47,7 @@ def match_columns(given: HeadOptions, columns: Sequence[str]) -> HeadOptions:
     found = {}
     for name, options in given.items():
         group = []
-        for each in _list(options.get('columns', [])):
+        for each in option_list(options.get('columns', [])):
             if each in columns or not is_pattern(each):
                 group.append(each)
                 continue
@@ -122,7 +121,7 @@ def readers(given: HeadOptions, registry: Mapping[str, type[Head]]) -> dict[str,
 
 def groups(given: HeadOptions) -> dict[str, tuple[str, ...]]:
     """The 0/1 columns of heads of tags; patterns as they are, unless `match_columns` has replaced them."""
-    return {name: tuple(_list(options['columns'])) for name, options in given.items() if 'columns' in options}
+    return {name: tuple(option_list(options['columns'])) for name, options in given.items() if 'columns' in options}
 
 
 def resolve(
@@ -159,36 +158,12 @@ def resolve(
                 elif key == 'class_weights' and key in known:
                     made[key] = _class_weights(value, kind, head, target)
                 elif key in known:
-                    made[key] = _typed(value, known[key])
+                    made[key] = parse_option(value, known[key])
                 elif key != 'columns':  # they are in the label space
                     made[key] = value  # also an option that the kind has not, which the model names
             except Exception as error:
                 raise UserError(f'--head {name}:{key}={value}: {error}') from error
     return resolved, weights
-
-
-def _typed(value: Any, parameter: inspect.Parameter) -> Any:
-    """A text as its parameter's annotation (or default) says; a value of a YAML file as it is, where that fits."""
-    annotation = type(parameter.default) if parameter.annotation is parameter.empty else parameter.annotation
-    found = re.search(r'\b(list|bool|int|float)\b', str(annotation))
-    kind = found[1] if found else ''
-    if kind == 'list':
-        element = re.search(r'list\[(int|float)\]', str(annotation))
-        return [{'int': int, 'float': float}[element[1]](part) for part in _list(value)] if element else _list(value)
-    if kind in ('int', 'float') and isinstance(value, bool):
-        raise ValueError('expected a number')
-    if kind == 'bool':
-        if str(value).lower() not in ('true', 'false'):
-            raise ValueError('expected true or false')
-        return str(value).lower() == 'true'
-    if kind == 'int':
-        return int(str(value))
-    return float(value) if kind == 'float' else value
-
-
-def _list(value: Any) -> list[str]:
-    """A list of a YAML file, in which classes and columns may look like numbers, or text with + between the parts."""
-    return [str(part) for part in value] if isinstance(value, list) else str(value).split('+')
 
 
 def _class_weights(value: Any, kind: type[Head], labels: Labels, target: Any) -> list[float]:

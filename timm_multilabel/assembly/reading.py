@@ -3,6 +3,7 @@ from pathlib import Path
 
 from timm_multilabel.assembly.device import choose_precision, loader_workers, start_device
 from timm_multilabel.config.commands import ReadingSettings
+from timm_multilabel.config.train import DataSettings
 from timm_multilabel.data.arguments import rows_of_arguments
 from timm_multilabel.data.table import Rows
 from timm_multilabel.distributed import world
@@ -30,7 +31,8 @@ def load_checkpoint_model(settings: ReadingSettings, checkpoint: Checkpoint, wei
 def read_rows(settings: ReadingSettings, checkpoint: Checkpoint, space: LabelSpace) -> Rows:
     """The images that the user names."""
     return rows_of_arguments(
-        settings.images, space, settings.image_column or checkpoint.state.get('image_column', 'image_path'),
+        settings.images, space,
+        settings.image_column or checkpoint.state.get('image_column', DataSettings.image_column),
         separator=settings.separator or checkpoint.state.get('separator'), say=say)
 
 

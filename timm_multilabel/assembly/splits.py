@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from timm_multilabel.assembly import head_options
 from timm_multilabel.config.values import HeadOptions
@@ -17,6 +17,7 @@ from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import UserError
 from timm_multilabel.heads import Head
 from timm_multilabel.labels import LabelSpace
+from timm_multilabel.progress import OFF_TERMINAL
 
 
 class Splits:
@@ -118,7 +119,7 @@ def _pass_over_labels(shards: Shards) -> StreamedTable:
     rank, ranks = world()
     samples = shards.samples(rank, ranks, images=False)
     labels = read_labels(tqdm(
-        samples, f'{shards.source}: labels', unit=' samples', disable=None if rank == 0 else True))
+        samples, f'{shards.source}: labels', unit=' samples', disable=OFF_TERMINAL if rank == 0 else True))
     return table_of_labels(shards, all_objects(labels))
 
 

@@ -130,10 +130,7 @@ def _predict(
     if news is None or not isinstance(dataset, ImageDataset) or dataset.bad is None:
         return made
     say(news)
-    good = ~dataset.bad.numpy()
-    return replace(
-        made, outputs={name: values[good] for name, values in made.outputs.items()},
-        **{name: getattr(made, name)[good] for name in ('rows', 'images', 'targets', 'features')})
+    return made.select((~dataset.bad).nonzero()[:, 0].numpy())
 
 
 def _read_rows(folder: Path, split: str, checkpoint: Checkpoint, say: Say) -> Rows:

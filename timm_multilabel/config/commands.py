@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from timm_multilabel.config import shared
@@ -265,8 +266,8 @@ class SplitSettings(Settings):
     image_column: str = shared.image_column('column of paths to write', DataSettings.image_column)
     separator: str | None = shared.cell_separator(
         'what is between cells: a character, tab, or whitespace for runs of blanks (default: found)')
-    ratios: list[float] = setting(
-        [80, 10, 10], 'shares of the rows; a split with 0 gets no file (default: 80 10 10)', at_least_0, nargs=3,
+    ratios: Sequence[float] = setting(
+        (80, 10, 10), 'shares of the rows; a split with 0 gets no file (default: 80 10 10)', at_least_0, nargs=3,
         metavar=('TRAIN', 'VAL', 'TEST'))
     stratify: str | None = setting(
         None, 'give each split the same share of the rows of each label of this head', metavar='HEAD')

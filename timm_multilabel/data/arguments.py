@@ -10,12 +10,11 @@ from typing import BinaryIO
 
 import numpy as np
 
+from timm_multilabel.config.train import DataSettings
 from timm_multilabel.data.folders import images_of_folder, walk
 from timm_multilabel.data.table import Rows, find_images, look_for_images, missing_targets, read_table
 from timm_multilabel.errors import UserError
 from timm_multilabel.labels import LabelSpace
-
-HELP = "files, folders, globs in quotes ('photos/**/*.jpg'), CSVs with an image column; - for paths on standard input"
 
 Found = Iterable[tuple[str, int]]
 """Image paths, each with its number in what names it, or 0."""
@@ -24,7 +23,7 @@ Found = Iterable[tuple[str, int]]
 def rows_of_arguments(
         arguments: Sequence[str],
         label_space: LabelSpace,
-        image_column: str = 'image_path',
+        image_column: str = DataSettings.image_column,
         stdin: BinaryIO | None = None,
         separator: str | None = None,
         say: Callable[[str], None] = lambda line: None,

@@ -6,8 +6,6 @@ from timm_multilabel.data.shards import find_library
 from timm_multilabel.data.table import Table, find_images
 from timm_multilabel.files import atomic_write
 
-FORMATS = ('webdataset', 'parquet')
-
 
 def check_packing(kind: str) -> None:
     """Raise UserError where the library of a format is missing."""
@@ -21,15 +19,15 @@ def pack(table: Table, folder: Path, name: str, kind: str, size: int = 1000) -> 
         table: The rows, whose images must be on disk.
         folder: Where the shards go.
         name: The split, with which the names of the shards begin.
-        kind: One of `FORMATS`.
+        kind: One of `SHARD_FORMATS`.
         size: Rows of a shard; the last one may have fewer.
 
     Raises:
         UserError: An image or a library is missing.
     """
     images = list(map(Path, find_images(table)))
-    labels = [{column: text or None for column, text in row.items()}
-              for row in table.frame[table.label_columns].to_dict('records')]
+    labels = [{column: text or None for column, text in zip(table.label_columns, cells)}
+              for cells in table.frame[table.label_columns].to_numpy()]
     starts = range(0, len(images), size)
     write, ending = (_write_tar, 'tar') if kind == 'webdataset' else (_write_parquet, 'parquet')
     paths = []

@@ -70,7 +70,7 @@ def useless_labels(label_space: LabelSpace, targets: torch.Tensor, source: str, 
 
 def _useless(head: Labels, target: np.ndarray, scored: bool) -> Iterator[str]:
     effect = 'not scored' if scored else 'nothing to learn'
-    known = target != MISSING if not isinstance(head, Quantity) else ~np.isnan(target)
+    known = target != MISSING if head.classes else ~np.isnan(target)
     if not known.any():
         yield f'has no label: {effect}'
     elif isinstance(head, LabelSet):

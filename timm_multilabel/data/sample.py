@@ -8,13 +8,15 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
+from timm_multilabel.config.commands import SampleSettings
 from timm_multilabel.data.packing import check_packing, pack
 from timm_multilabel.data.streams import Stored
 from timm_multilabel.data.table import read_table
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import write_atomic
+from timm_multilabel.progress import OFF_TERMINAL
 
 # Mean and spread of the hue in degrees. Neighbours overlap a little, so that nobody reaches 100 %. Gray shapes are
 # called NA, since readers that take the text NA for a missing label lose a whole class without a word.
@@ -41,13 +43,13 @@ OVERSAMPLING = 2  # drawn larger, then averaged: smooth edges
 def write_sample(
         directory: str | Path,
         *,
-        train: int = 2400,
-        val: int = 400,
-        test: int = 400,
-        unlabelled: int = 1200,
-        size: int = 64,
-        seed: int = 0,
-        kind: str = 'csv',
+        train: int = SampleSettings.train,
+        val: int = SampleSettings.val,
+        test: int = SampleSettings.test,
+        unlabelled: int = SampleSettings.unlabelled,
+        size: int = SampleSettings.size,
+        seed: int = SampleSettings.seed,
+        kind: str = SampleSettings.format,
         force: bool = False,
 ) -> None:
     """Draw images/, train.csv, val.csv, test.csv, unlabelled.csv and preview.png into a folder; or shards and preview.
@@ -103,7 +105,7 @@ def _draw(directory: Path, counts: dict[str, int], size: int, seed: int) -> None
     rng = np.random.default_rng(seed)
     splits: dict[str, list[dict[str, str]]] = {}
     number = 0
-    with tqdm(total=sum(counts.values()), unit='picture', disable=None) as progress:
+    with tqdm(total=sum(counts.values()), unit='picture', disable=OFF_TERMINAL) as progress:
         for name, count in counts.items():
             truth = pick_labels(count, rng)
             rows = empty_cells(truth, MISSING_SHARE, rng) if name == 'train' else truth

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from timm_multilabel.cells import BadCell
+from timm_multilabel.config.train import DataSettings
 from timm_multilabel.data.columns import Columns, choose_columns
 from timm_multilabel.data.images import open_image, read_photo
 from timm_multilabel.data.pool import real_paths
@@ -160,7 +161,7 @@ class Scans:
 
 def read_contents(
         folder: Path,
-        image_column: str = 'image_path',
+        image_column: str = DataSettings.image_column,
         separator: str | None = None,
         missing_value: str | None = None,
         heads: Sequence[str] | None = None,

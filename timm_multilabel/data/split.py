@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from timm_multilabel.config.commands import SplitSettings
 from timm_multilabel.data.table import read_cells
 from timm_multilabel.errors import UserError, escaped, is_utf8
 from timm_multilabel.escaping import csv_line
@@ -24,10 +25,10 @@ def split_csv(
         *,
         image: str,
         heads: Sequence[tuple[str, str]],
-        image_column: str = 'image_path',
+        image_column: str = SplitSettings.image_column,
         separator: str | None = None,
-        ratios: Sequence[float] = (80, 10, 10),
-        seed: int = 42,
+        ratios: Sequence[float] = SplitSettings.ratios,
+        seed: int = SplitSettings.seed,
         stratify: str | None = None,
         group: str | None = None,
         force: bool = False,

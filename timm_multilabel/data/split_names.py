@@ -2,6 +2,7 @@
 import shlex
 from pathlib import Path
 
+from timm_multilabel.config.train import DataSettings
 from timm_multilabel.data.shards import Shards, find_shards
 from timm_multilabel.errors import UserError
 
@@ -20,7 +21,7 @@ def split_path(folder: Path, name: str) -> Path:
 def find_split(
         folder: Path,
         name: str,
-        image_column: str = 'image_path',
+        image_column: str = DataSettings.image_column,
         missing_value: str | None = None,
 ) -> Path | Shards | None:
     """The CSV of a split, or else its shards; None where there is neither.

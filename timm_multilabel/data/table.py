@@ -15,6 +15,8 @@ import pandas as pd
 import torch
 
 from timm_multilabel.cells import BadCell, csv_rows, missing_texts
+from timm_multilabel.config.train import DataSettings
+from timm_multilabel.config.values import WHITESPACE
 from timm_multilabel.errors import UserError, listed, printable, shortened
 from timm_multilabel.files import open_regular
 from timm_multilabel.labels import (
@@ -27,9 +29,6 @@ from timm_multilabel.labels import (
     TagSet,
     missing_row,
 )
-
-WHITESPACE = 'whitespace'
-"""The separator that stands for runs of blanks and tabs."""
 
 FIX_LABELS = 'fix them, or take them as missing with --unknown-labels ignore'
 """What to advise where labels are unknown, unless told otherwise."""
@@ -101,7 +100,7 @@ class Rows:
 
 def read_table(
         path: str | Path,
-        image_column: str = 'image_path',
+        image_column: str = DataSettings.image_column,
         separator: str | None = None,
         missing_value: str | None = None,
 ) -> Table:

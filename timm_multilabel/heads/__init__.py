@@ -1,15 +1,17 @@
-"""What a head is: its layer, its loss, its prediction, its figures. A new kind is a subclass of `Head`."""
+"""What a head is: its layer, its loss, its prediction, its metrics. A new kind is a subclass of `Head`."""
 from timm_multilabel.heads.classes import ArcFaceHead, SoftmaxHead
 from timm_multilabel.heads.head import Head
 from timm_multilabel.heads.numeric import NumericHead
+from timm_multilabel.heads.options import options_of, parse_option
 from timm_multilabel.heads.registry import (
     COMMON_OPTIONS,
     REGISTRY,
     create_head,
     default_kind,
+    has_own_metrics,
     load_registry,
-    options_of,
     resolve_options,
+    standard_head,
 )
 from timm_multilabel.heads.tags import TagsHead
 
@@ -23,7 +25,10 @@ __all__ = [
     'TagsHead',
     'create_head',
     'default_kind',
+    'has_own_metrics',
     'load_registry',
     'options_of',
+    'parse_option',
     'resolve_options',
+    'standard_head',
 ]

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_multilabel.heads.head import Head, LinearHead, check_fractions, class_weights_tensor
-from timm_multilabel.labels import MISSING, LabelSet
+from timm_multilabel.labels import MISSING, Labels, LabelSet
 from timm_multilabel.losses import (
     arcface_logits,
     categorical_entropy,
@@ -19,7 +19,12 @@ from timm_multilabel.losses.precision import float32
 
 class ClassHead(Head):
     """What heads of one class an image share; outputs are logits (B, C) without a margin."""
-    figures = ('top1', 'top5')
+    labels: LabelSet
+    metric_names = ('top1', 'top5')
+    metric_titles = {'top1': 'top-1 accuracy', 'top5': 'top-5 accuracy', 'balanced_accuracy': 'balanced accuracy',
+                     'macro_f1': 'macro F1'}
+    metric_formats = dict.fromkeys(metric_titles, '.2f %')
+    compared = ('top1',)
     distribution = True
 
     def predict(self, output: torch.Tensor) -> torch.Tensor:
@@ -35,9 +40,13 @@ class ClassHead(Head):
     def metrics(self, target: np.ndarray, measured: np.ndarray) -> dict[str, float]:
         """'top1' and 'top5'; NaN of a single class, where every answer is right."""
         if len(self.labels.classes) == 1:
-            return dict.fromkeys(self.figures, np.nan)
+            return dict.fromkeys(self.metric_names, np.nan)
         hits = measured == target
         return {'top1': 100 * hits[:, 0].mean(), 'top5': 100 * hits.any(axis=1).mean()}
+
+    def row_metrics(self, target: np.ndarray, measured: np.ndarray) -> dict[str, np.ndarray]:
+        hits = measured == target
+        return {'top1': 100.0 * hits[:, 0], 'top5': 100.0 * hits.any(axis=1)}
 
     def eval_loss(self, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return index_cross_entropy(output, target)
@@ -48,15 +57,21 @@ class ClassHead(Head):
     def marginal_entropy(self, output: torch.Tensor) -> torch.Tensor:
         return marginal_entropy(float32(output).softmax(dim=1))
 
-    def pseudo_label_loss(self, strong, weak, threshold):
+    def pseudo_label_loss(
+            self,
+            strong: torch.Tensor,
+            weak: torch.Tensor,
+            threshold: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return pseudo_label_loss(strong, weak, threshold)
 
     @staticmethod
-    def balance(target: torch.Tensor, labels: LabelSet) -> list[float]:
+    def balance(target: torch.Tensor, labels: Labels) -> list[float]:
         """N / (C * rows of the class), as scikit-learn has it; 1 for a class without rows."""
         counts = torch.bincount(target[target != MISSING], minlength=len(labels.classes))
         weights = counts.sum() / (len(labels.classes) * counts.clamp(min=1))
-        return torch.where(counts > 0, weights, 1.0).tolist()
+        balanced: list[float] = torch.where(counts > 0, weights, 1.0).tolist()
+        return balanced
 
 
 class SoftmaxHead(LinearHead, ClassHead):
@@ -83,6 +98,7 @@ class ArcFaceHead(ClassHead):
         scale: Factor on cosines.
         margin: Angle, in radians, that a row must be nearer to its class.
     """
+    class_weights: torch.Tensor | None
     kind = 'arcface'
     inherits = ('drop',)
 
@@ -93,7 +109,7 @@ class ArcFaceHead(ClassHead):
             *,
             drop: float = 0.0,
             smoothing: float = 0.0,
-            class_weights: list | None = None,
+            class_weights: list[float] | None = None,
             scale: float = 30.0,
             margin: float = 0.5,
     ):

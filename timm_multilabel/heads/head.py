@@ -1,10 +1,16 @@
 """What every kind of head says of itself."""
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_multilabel.labels import Labels, LabelSet, TagSet
+from timm_multilabel.deprecation import RenamedAttribute, take_earlier_names
+from timm_multilabel.labels import Labels, LabelSet, Quantity, TagSet
+from timm_multilabel.metric_names import Metric
 
 
 class Head(nn.Module):
@@ -19,16 +25,28 @@ class Head(nn.Module):
 
     kind = ''
     """Its name in `--head COLUMN:loss=NAME`."""
-    reads: type[Labels] = LabelSet
+    reads: type[LabelSet] | type[TagSet] | type[Quantity] = LabelSet
     """The type of labels it learns: `LabelSet`, `TagSet` or `Quantity`."""
-    figures: tuple[str, ...] = ()
+    metric_names: tuple[str, ...] = ()
     """The names of what `metrics` gives; the first ranks checkpoints: a percentage, higher is better."""
-    decreasing: tuple[str, ...] = ()
-    """The figures of which less is better."""
+    lower_is_better: tuple[str, ...] = ()
+    """The metrics that are better when they are lower."""
+    metric_titles: Mapping[str, str] = {}
+    """What reports call metrics that have no readable name."""
+    metric_formats: Mapping[str, str] = {}
+    """How their values are written, such as '.4g', or '.2f %' with a unit; '.2f' where nothing is said."""
+    compared: tuple[str, ...] = ()
+    """The metrics that comparisons of runs show; all of them where it is empty."""
+    figures = RenamedAttribute('metric_names')
+    decreasing = RenamedAttribute('lower_is_better')
     distribution = False
     """Whether it predicts a distribution, and so learns from unlabelled images: the last three methods."""
     inherits: tuple[str, ...] = ('drop', 'smoothing')
     """Options that, where they are not given, have the value of the flag of that name."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        take_earlier_names(cls)
 
     def __init__(self, labels: Labels):
         super().__init__()
@@ -64,16 +82,51 @@ class Head(nn.Module):
             return type(self).probabilities is not Head.probabilities
         return isinstance(self.labels, TagSet)
 
+    @property
+    def gives(self) -> str:
+        """What `probabilities` are, in words."""
+        if not self.labels.classes:
+            return 'numbers'
+        return 'probabilities' if self.has_probabilities else '1 of the predicted class, 0 of others'
+
     def measure(self, output: torch.Tensor) -> torch.Tensor:
         """What evaluation keeps of each row (B, K), float32; the first columns are those of `predict`."""
         return self.predict(output).float().reshape(len(output), -1)
 
     def metrics(self, target: np.ndarray, measured: np.ndarray) -> dict[str, float]:
-        """Figures of all labelled rows: what `labels` encodes (N, W), and what `measure` kept (N, K).
+        """The metrics of all labelled rows: what `labels` encodes (N, W), and what `measure` kept (N, K).
 
         Beside them there may be 'tags': {tag: {metric: value}}.
         """
         raise NotImplementedError
+
+    def row_metrics(self, target: np.ndarray, measured: np.ndarray) -> dict[str, np.ndarray]:
+        """The metrics that are means over the rows, each with the values of the rows (N,).
+
+        Differences between runs are of these metrics. They are found by asking `metrics` for each row alone, and for
+        some sets of rows whether the mean is what it gives for them; a kind may know them without.
+        """
+        def of(rows: np.ndarray) -> dict[str, float]:
+            return self.metrics(target[rows], measured[rows])
+
+        everything = np.arange(len(target))
+        sets = everything, everything[::2], np.random.default_rng(0).integers(len(target), size=len(target))
+        try:
+            with warnings.catch_warnings(), np.errstate(all='ignore'):
+                warnings.simplefilter('ignore')  # of metrics that a single row does not allow
+                alone = [of(rows) for rows in np.split(everything, len(target))]
+                whole = [of(rows) for rows in sets]
+            values = {name: np.array([each[name] for each in alone], dtype=float) for name in self.metric_names}
+        except Exception:  # whatever the metrics of the user's kind do with a single row
+            return {}
+        return {name: of_rows for name, of_rows in values.items() if all(
+            np.isclose(of_rows[rows].mean(), each[name], rtol=1e-5) for rows, each in zip(sets, whole))}
+
+    @classmethod
+    def metric(cls, name: str) -> Metric:
+        """What there is to say of a metric."""
+        return Metric(name, cls.metric_titles.get(name, name), name in cls.lower_is_better,
+                      cls.metric_formats.get(name, Metric.form))
 
     def entropy(self, output: torch.Tensor) -> torch.Tensor:
         """Entropy of the prediction (B,)."""
@@ -108,6 +161,7 @@ class LinearHead(Head):
         smoothing: Label smoothing.
         class_weights: A weight for each class, or for the ones of each tag, in their order.
     """
+    class_weights: torch.Tensor | None
 
     def __init__(
             self,
@@ -116,7 +170,7 @@ class LinearHead(Head):
             *,
             drop: float = 0.0,
             smoothing: float = 0.0,
-            class_weights: list | None = None,
+            class_weights: list[float] | None = None,
     ):
         super().__init__(labels)
         check_fractions(drop=drop, smoothing=smoothing)
@@ -127,7 +181,8 @@ class LinearHead(Head):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Logits (B, C) of features (B, F)."""
-        return self.fc(self.drop(features))
+        logits: torch.Tensor = self.fc(self.drop(features))
+        return logits
 
 
 def check_fractions(**values: float) -> None:
@@ -137,7 +192,7 @@ def check_fractions(**values: float) -> None:
             raise ValueError(f'{name} is {value:g}, expected a number from 0 to 1')
 
 
-def class_weights_tensor(weights: list | None, labels: Labels) -> torch.Tensor | None:
+def class_weights_tensor(weights: list[float] | None, labels: Labels) -> torch.Tensor | None:
     """Weights of an option (C,), checked."""
     if weights is None:
         return None

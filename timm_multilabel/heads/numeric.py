@@ -16,10 +16,14 @@ class NumericHead(Head):
         in_features: Width of the input.
         drop: Dropout rate before the layer.
     """
+    labels: Quantity
     kind = 'numeric'
     reads = Quantity
-    figures = ('r2', 'mae')
-    decreasing = ('mae',)
+    metric_names = ('r2', 'mae')
+    lower_is_better = ('mae',)
+    metric_titles = {'r2': 'explained variance (R²)', 'mae': 'mean absolute error'}
+    metric_formats = {'r2': '.2f %', 'mae': '.4g'}
+    compared = ('mae',)
 
     def __init__(self, labels: Quantity, in_features: int, *, drop: float = 0.0):
         super().__init__(labels)
@@ -29,7 +33,8 @@ class NumericHead(Head):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Standardised predictions (B,) of features (B, F)."""
-        return self.fc(self.drop(features))[:, 0]
+        numbers: torch.Tensor = self.fc(self.drop(features))[:, 0]
+        return numbers
 
     def loss(self, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return smooth_l1(output, target)
@@ -43,3 +48,6 @@ class NumericHead(Head):
         variance = target[:, 0].astype(np.float64).var()
         r2 = 100 * (1 - np.square(error).mean() / variance) if variance else np.nan
         return {'mae': self.labels.std * np.abs(error).mean(), 'r2': r2}
+
+    def row_metrics(self, target: np.ndarray, measured: np.ndarray) -> dict[str, np.ndarray]:
+        return {'mae': self.labels.std * np.abs(measured[:, 0] - target[:, 0])}

@@ -1,8 +1,7 @@
 """The kinds of heads by name: ours, and those of a file of the user's."""
 import importlib.util
-import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from timm_multilabel.errors import UserError
 from timm_multilabel.heads.classes import ArcFaceHead, SoftmaxHead
 from timm_multilabel.heads.head import Head
 from timm_multilabel.heads.numeric import NumericHead
+from timm_multilabel.heads.options import options_of
 from timm_multilabel.heads.tags import TagsHead
 from timm_multilabel.labels import Labels, LabelSet, LabelSpace, Quantity, TagSet, missing_row
 from timm_multilabel.metric_names import check_metric_names
@@ -36,6 +36,7 @@ def load_registry(path: str | None) -> dict[str, type[Head]]:
         raise UserError(f'--head-module {path}: no such file')
     name = f'timm_multilabel_head_module_{Path(path).stem}'
     spec = importlib.util.spec_from_file_location(name, path, loader=SourceFileLoader(name, path))
+    assert spec is not None and spec.loader is not None  # there is a loader, since one is given
     try:
         module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
         spec.loader.exec_module(module)
@@ -49,12 +50,6 @@ def load_registry(path: str | None) -> dict[str, type[Head]]:
     for name in found.keys() & REGISTRY.keys():
         raise UserError(f"--head-module {path}: '{name}' is a kind of ours; give yours another name")
     return {**REGISTRY, **found}
-
-
-def options_of(kind: type[Head]) -> dict[str, inspect.Parameter]:
-    """The options that a kind has, beside those that every head has."""
-    parameters = inspect.signature(kind.__init__).parameters.values()
-    return {each.name: each for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def resolve_options(
@@ -103,11 +98,12 @@ def create_head(
         ValueError: The kind does not take a value, or does not do what a kind must.
     """
     kind = registry[options['loss']]
+    make: Callable[..., Head] = kind
     own = {key: value for key, value in options.items() if key not in COMMON_OPTIONS}
     if kind in REGISTRY.values():
-        return kind(labels, in_features, **own)
+        return make(labels, in_features, **own)
     try:
-        head = kind(labels, in_features, **own)
+        head = make(labels, in_features, **own)
         _try_out(head, in_features)
     except ValueError:
         raise
@@ -122,7 +118,12 @@ def _try_out(head: Head, in_features: int) -> None:
     Raises:
         ValueError: It does not give what it must.
     """
-    check_metric_names(head.kind, head.figures)
+    check_metric_names(head.kind, head.metric_names)
+    for name in head.metric_names:
+        head.metric(name)
+    for name in (*head.lower_is_better, *head.compared):
+        if name not in head.metric_names:
+            raise ValueError(f"'{head.kind}' has no metric '{name}', which its lower_is_better or compared names")
     target = torch.zeros(2, head.labels.width)
     space = LabelSpace((head.labels,))
     with torch.no_grad():
@@ -139,11 +140,24 @@ def _try_out(head: Head, in_features: int) -> None:
             head.entropy(output), head.marginal_entropy(output), head.pseudo_label_loss(output, output, 0.5)
     if measured.ndim != 2 or len(measured) != 2:
         raise ValueError(f"what '{head.kind}' measures must be (B, K), and is {tuple(measured.shape)} for B = 2")
-    figures = head.metrics(target.numpy(), measured.numpy())
-    if not isinstance(figures, dict) or not set(head.figures) <= figures.keys():
-        raise ValueError(f"the metrics of '{head.kind}' must be a dict with its figures {', '.join(head.figures)}")
+    metrics = head.metrics(target.numpy(), measured.numpy())
+    if not isinstance(metrics, dict) or not set(head.metric_names) <= metrics.keys():
+        raise ValueError(f"the metrics of '{head.kind}' must be a dict with {', '.join(head.metric_names)}")
+
+
+def has_own_metrics(head: Head) -> bool:
+    """Whether a head measures itself in another way than our kinds, whose metrics follow from stored predictions."""
+    return not head.has_probabilities and bool(head.labels.classes) or type(head).metrics not in {
+        kind.metrics for kind in REGISTRY.values()}
+
+
+def standard_head(labels: Labels) -> Head:
+    """A head of the default kind of labels without weights, to ask for their metrics."""
+    with torch.device('meta'):
+        return create_head(labels, 1, {'loss': default_kind(labels)}, REGISTRY)
 
 
 def default_kind(labels: Labels) -> str:
     """The kind of head that labels have where none is named."""
-    return {LabelSet: SoftmaxHead, TagSet: TagsHead, Quantity: NumericHead}[type(labels)].kind
+    kinds: dict[str, type[Head]] = {LabelSet.kind: SoftmaxHead, TagSet.kind: TagsHead, Quantity.kind: NumericHead}
+    return kinds[labels.kind].kind

@@ -6,7 +6,7 @@ import torch
 from sklearn.metrics import average_precision_score, f1_score
 
 from timm_multilabel.heads.head import LinearHead
-from timm_multilabel.labels import MISSING, TagSet
+from timm_multilabel.labels import MISSING, Labels, TagSet
 from timm_multilabel.losses import (
     binary_cross_entropy,
     binary_entropy,
@@ -18,9 +18,14 @@ from timm_multilabel.losses.precision import float32
 
 class TagsHead(LinearHead):
     """Any number of tags: a linear layer, trained with binary cross-entropy; options as of `LinearHead`."""
+    labels: TagSet
     kind = 'tags'
     reads = TagSet
-    figures = ('map', 'f1', 'micro_f1', 'accuracy')
+    metric_names = ('map', 'f1', 'micro_f1', 'accuracy')
+    metric_titles = {'map': 'mean average precision', 'f1': 'F1 (mean over tags)', 'micro_f1': 'F1 (over all labels)',
+                     'accuracy': 'accuracy (mean over tags)'}
+    metric_formats = dict.fromkeys(metric_names, '.2f %')
+    compared = ('map',)
     distribution = True
 
     def loss(self, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,7 +46,7 @@ class TagsHead(LinearHead):
         tags = {tag: tag_metrics(target[:, place], measured[:, place]) for place, tag in enumerate(self.labels.classes)}
         scored = [its for its in tags.values() if not np.isnan(its['ap'])]
         if not scored:
-            return {**dict.fromkeys(self.figures, np.nan), 'tags': tags}
+            return {**dict.fromkeys(self.metric_names, np.nan), 'tags': tags}
         known = target != MISSING
         return {
             'map': np.mean([its['ap'] for its in scored]),
@@ -51,20 +56,30 @@ class TagsHead(LinearHead):
             'tags': tags,
         }
 
+    def row_metrics(self, target: np.ndarray, measured: np.ndarray) -> dict[str, np.ndarray]:
+        """None: each of its metrics is of all rows of a tag together."""
+        return {}
+
     def entropy(self, output: torch.Tensor) -> torch.Tensor:
         return binary_entropy(output)
 
     def marginal_entropy(self, output: torch.Tensor) -> torch.Tensor:
         return binary_marginal_entropy(float32(output).sigmoid())
 
-    def pseudo_label_loss(self, strong, weak, threshold):
+    def pseudo_label_loss(
+            self,
+            strong: torch.Tensor,
+            weak: torch.Tensor,
+            threshold: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return binary_pseudo_label_loss(strong, weak, threshold)
 
     @staticmethod
-    def balance(target: torch.Tensor, labels: TagSet) -> list[float]:
+    def balance(target: torch.Tensor, labels: Labels) -> list[float]:
         """Zeros for each one of a tag; 1 for a tag without either."""
         zeros, ones = (target == 0).sum(dim=0), (target == 1).sum(dim=0)
-        return torch.where((zeros > 0) & (ones > 0), zeros / ones.clamp(min=1), 1.0).tolist()
+        balanced: list[float] = torch.where((zeros > 0) & (ones > 0), zeros / ones.clamp(min=1), 1.0).tolist()
+        return balanced
 
 
 def tag_metrics(target: np.ndarray, probability: np.ndarray) -> dict[str, float]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from timm_multilabel.errors import UserError
-from timm_multilabel.labels import Labels, LabelSpace, Quantity, TagSet
+from timm_multilabel.labels import Labels, LabelSpace, TagSet
 
 UNKNOWN = 'unknown'
 """The label of an image none of whose classes is as probable as it must be."""
@@ -44,13 +44,12 @@ def check_thresholds(
         without_probabilities: Names of the heads of classes that have none.
     """
     heads = dict(zip(label_space.names, label_space.heads))
-    if thresholds and all(isinstance(labels, Quantity) or name in without_probabilities
-                          for name, labels in heads.items()):
+    if thresholds and all(not labels.classes or name in without_probabilities for name, labels in heads.items()):
         raise UserError('threshold: no head of the checkpoint has probabilities; leave it out')
     for name, value in thresholds.items():
         if name and name not in heads:
             raise UserError(f"threshold of '{name}': the checkpoint has no such head (it has: {', '.join(heads)})")
-        if name and isinstance(heads[name], Quantity):
+        if name and not heads[name].classes:
             raise UserError(f"threshold of '{name}': the head gives a number, which has no probability; leave it out")
         if name in without_probabilities:
             raise UserError(f"threshold of '{name}': this kind of head has no probabilities; leave it out")
@@ -84,8 +83,8 @@ def guess(
     if not np.isfinite(values).all():
         raise UserError(f"head '{labels.name}': its outputs are not finite (did training diverge?); take another "
                         'checkpoint')
-    if isinstance(labels, Quantity):
-        return [Guess(float(values[0]) * labels.std + labels.mean, None)]
+    if not labels.classes:
+        return [Guess(labels.in_unit(float(values[0])), None)]
     if not has_probabilities:
         return [Guess(labels.classes[values.argmax()], None)]
     tags = isinstance(labels, TagSet)

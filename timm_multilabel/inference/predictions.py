@@ -2,9 +2,8 @@
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,15 +12,56 @@ from timm_multilabel.arrays import check_array, read_arrays, write_arrays
 from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import reading
-from timm_multilabel.heads import Head
+from timm_multilabel.heads import Head, has_own_metrics
 from timm_multilabel.inference.loaded import Progress, check_finite
-from timm_multilabel.labels import LabelSpace, Quantity
+from timm_multilabel.labels import LabelSpace
 from timm_multilabel.loading.batches import Batch
+from timm_multilabel.metric_names import Metric, check_metric_names
 from timm_multilabel.model import MultiLabelModel
 from timm_multilabel.training.trainer import Precision
 
 _ROUNDING = 1e-3
 _CELLS = 2 ** 28  # numbers, of 4 bytes each, that the outputs of all rows are at most
+
+
+@dataclass(frozen=True)
+class OwnMetrics:
+    """The metrics of a head of a kind that has its own ones, measured where the model was at hand.
+
+    Args:
+        metrics: What they are.
+        values: By name over the rows that have a label; empty without such a row.
+        of_rows: Those that are means over rows, by name: the values of the N rows, NaN where there is no label.
+        has_probabilities: Whether the head has; else its outputs are 1 for the class it predicts.
+    """
+    metrics: tuple[Metric, ...]
+    values: dict[str, float]
+    of_rows: dict[str, np.ndarray]
+    has_probabilities: bool
+
+    @classmethod
+    def of(cls, head: Head, target: torch.Tensor, measured: torch.Tensor) -> 'OwnMetrics':
+        """Those of a head, from the labels of all rows and what it kept of them (N, K)."""
+        known = head.labels.known(target)
+        values: dict[str, float] = {}
+        of_rows: dict[str, np.ndarray] = {}
+        if known.any():
+            labelled = target[known].reshape(-1, head.labels.width).numpy(), measured[known].numpy()
+            found = head.metrics(*labelled)
+            values = {name: float(found[name]) for name in head.metric_names}
+            for name, those in head.row_metrics(*labelled).items():
+                of_rows[name] = np.full(len(target), np.nan, dtype=np.float32)
+                of_rows[name][known.numpy()] = those
+        return cls(tuple(map(head.metric, head.metric_names)), values, of_rows, head.has_probabilities)
+
+    def select(self, rows: np.ndarray, count: int) -> 'OwnMetrics':
+        """Those of some of `count` rows, by number; a metric that is no mean over rows has no value then."""
+        of_rows = {name: those[rows] for name, those in self.of_rows.items()}
+        if len(rows) == count and len(np.unique(rows)) == count:  # the same rows in another order
+            return replace(self, of_rows=of_rows)
+        means = {name: float(np.nanmean(those, dtype=np.float64))
+                 for name, those in of_rows.items() if not np.isnan(those).all()}
+        return replace(self, values={**dict.fromkeys(self.values, np.nan), **means}, of_rows=of_rows)
 
 
 @dataclass(frozen=True)
@@ -37,8 +77,8 @@ class Predictions:
             (N, 1); float32.
         features: Pooled features of the backbone (N, F), float32.
         made_from: What tells the checkpoint and the table that they were made from; who keeps them compares it.
-        own_metrics: The metrics, by name, of each head whose kind has no probabilities, and whose outputs are 1 for
-            the class it predicts. None where a file from before these were kept does not say.
+        own_metrics: By head the metrics of those of kinds with their own ones. None where a file from before these
+            were kept does not say.
     """
     label_space: LabelSpace
     rows: np.ndarray
@@ -47,7 +87,7 @@ class Predictions:
     outputs: dict[str, np.ndarray]
     features: np.ndarray
     made_from: tuple[str, str] = ('', '')
-    own_metrics: dict[str, dict[str, float]] | None = field(default_factory=dict)
+    own_metrics: dict[str, OwnMetrics] | None = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -55,6 +95,14 @@ class Predictions:
     def target(self, head: str) -> np.ndarray:
         """The labels of a head: class indices (N,) or tags (N, C), -1 where missing, or numbers (N,), NaN where so."""
         return self.label_space.of(torch.from_numpy(self.targets), head).numpy()
+
+    def select(self, rows: np.ndarray) -> 'Predictions':
+        """Some rows, by number."""
+        return replace(
+            self, outputs={name: values[rows] for name, values in self.outputs.items()},
+            own_metrics=self.own_metrics and {
+                name: its.select(rows, len(self)) for name, its in self.own_metrics.items()},
+            **{name: getattr(self, name)[rows] for name in ('rows', 'images', 'targets', 'features')})
 
     def save(self, path: str | Path) -> None:
         """Write them as an npz file.
@@ -71,7 +119,8 @@ class Predictions:
         # By number, since a head may be called anything.
         arrays |= {f'output_{number}': self.outputs[name] for number, name in enumerate(self.label_space.names)}
         arrays['made_from'] = np.array(self.made_from)
-        arrays['own_metrics'] = np.array(json.dumps(self.own_metrics))
+        if self.own_metrics is not None:
+            arrays |= _own_arrays(self.own_metrics, self.label_space)
         arrays['label_space'] = np.array(json.dumps(self.label_space.to_dict()))
         write_arrays(path, arrays, compress=True)
 
@@ -87,8 +136,7 @@ class Predictions:
             label_space = LabelSpace.from_dict(json.loads(str(stored['label_space'])))
             outputs = {name: stored[f'output_{number}'] for number, name in enumerate(label_space.names)}
             check_array('made_from', stored['made_from'], str, 2)
-            own_metrics = json.loads(str(stored['own_metrics'])) if 'own_metrics' in stored else None
-            _check_metrics(own_metrics, label_space)
+            own_metrics = _read_own_metrics(stored, label_space) if 'head_metrics' in stored else None
             checkpoint, table = stored['made_from'].tolist()
             found = cls(label_space, stored['rows'], stored['images'], stored['targets'], outputs, stored['features'],
                         (checkpoint, table), own_metrics)
@@ -112,16 +160,41 @@ class Predictions:
             check_array(labels.name, output, np.float32, count, labels.outputs)
             if not np.isfinite(output).all():
                 raise ValueError(f"head '{labels.name}': a number that is not finite")
-            if not isinstance(labels, Quantity) and ((output < -_ROUNDING) | (output > 1 + _ROUNDING)).any():
+            if labels.classes and ((output < -_ROUNDING) | (output > 1 + _ROUNDING)).any():
                 raise ValueError(f"head '{labels.name}': a probability that is not between 0 and 1")
 
 
-def _check_metrics(metrics: Any, label_space: LabelSpace) -> None:
-    """Raise ValueError unless these are numbers by head and name, or None."""
-    if metrics is not None and not (isinstance(metrics, dict) and set(metrics) <= set(label_space.names) and all(
-            isinstance(of_head, dict) and all(isinstance(value, float) for value in of_head.values())
-            for of_head in metrics.values())):
-        raise ValueError('metrics that are not numbers of its heads')
+def _own_arrays(own_metrics: dict[str, OwnMetrics], label_space: LabelSpace) -> dict[str, np.ndarray]:
+    """The arrays of a file that hold heads' own metrics: 'head_metrics', and those of the rows by the head's number."""
+    arrays, described = {}, {}
+    for name, own in own_metrics.items():
+        described[name] = {
+            'has_probabilities': own.has_probabilities, 'values': own.values, 'of_rows': list(own.of_rows),
+            'metrics': [asdict(metric) for metric in own.metrics]}
+        if own.of_rows:
+            arrays[f'own_{label_space.names.index(name)}'] = np.stack(list(own.of_rows.values()), axis=1)
+    return {**arrays, 'head_metrics': np.array(json.dumps(described))}
+
+
+def _read_own_metrics(stored: dict[str, np.ndarray], label_space: LabelSpace) -> dict[str, OwnMetrics]:
+    """What `_own_arrays` made; raises ValueError where it is none."""
+    found = {}
+    try:
+        for name, its in json.loads(str(stored['head_metrics'])).items():
+            number, metrics = label_space.names.index(name), tuple(Metric(**each) for each in its['metrics'])
+            check_metric_names(name, [metric.name for metric in metrics])
+            rows = stored[f'own_{number}'].T if its['of_rows'] else ()
+            names, values = {metric.name for metric in metrics}, its['values']
+            if not isinstance(its['has_probabilities'], bool) or not {*values, *its['of_rows']} <= names or not all(
+                    isinstance(value, float) for value in values.values()):
+                raise ValueError(f"values of head '{name}'")
+            for each in rows:
+                check_array(name, each, np.float32, len(stored['rows']))
+            found[name] = OwnMetrics(metrics, values, dict(zip(its['of_rows'], rows, strict=True)),
+                                     its['has_probabilities'])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError('metrics that are not numbers of its heads') from error
+    return found
 
 
 def check_size(rows: int, label_space: LabelSpace, path: str | Path) -> None:
@@ -159,7 +232,8 @@ def predict_rows(
     check_size(len(rows), model.label_space, path)
     features: list[torch.Tensor] = []
     outputs: dict[str, list[torch.Tensor]] = {name: [] for name in model.named_heads}
-    measured: dict[str, list[torch.Tensor]] = {name: [] for name in model.without_probabilities}
+    measured: dict[str, list[torch.Tensor]] = {
+        name: [] for name, head in model.named_heads.items() if has_own_metrics(head)}
     for images, _ in loader:
         with precision.autocast():
             pooled = model.backbone(precision.layout(images))
@@ -179,15 +253,6 @@ def predict_rows(
         {name: torch.cat(parts).numpy() for name, parts in outputs.items()},
         torch.cat(features).numpy(),
         own_metrics={
-            name: _own_metrics(model.named_heads[name], model.label_space.of(rows.targets, name), torch.cat(parts))
+            name: OwnMetrics.of(model.named_heads[name], model.label_space.of(rows.targets, name), torch.cat(parts))
             for name, parts in measured.items()},
     )
-
-
-def _own_metrics(head: Head, target: torch.Tensor, measured: torch.Tensor) -> dict[str, float]:
-    """The metrics of a head over its labelled rows; none where there is no such row."""
-    known = head.labels.known(target)
-    if not known.any():
-        return {}
-    made = head.metrics(target[known].reshape(-1, head.labels.width).numpy(), measured[known].numpy())
-    return {name: float(made[name]) for name in head.figures}

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import PIL
 import simplejpeg
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from timm_multilabel.arrays import check_array, read_arrays, write_arrays
 from timm_multilabel.data.images import MAX_PIXELS, REDUCTIONS, DecodedPhoto, FilePhotos, Photo
@@ -22,6 +22,7 @@ from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import reading
 from timm_multilabel.loading.shared import SharedBytes, format_size, free_memory
+from timm_multilabel.progress import OFF_TERMINAL
 from timm_multilabel.temporary import RANDOM_NAME, remove_leftovers
 
 FORMAT = 1  # of the files; another one is another cache
@@ -400,4 +401,4 @@ def _remove_others(index: Path, data: Path) -> None:
 
 
 def _bar(title: str, total: int, visible: bool) -> tqdm:
-    return tqdm(total=total, desc=title, unit=' images', leave=False, disable=None if visible else True)
+    return tqdm(total=total, desc=title, unit=' images', leave=False, disable=OFF_TERMINAL if visible else True)

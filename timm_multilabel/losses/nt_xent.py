@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from timm_multilabel.config.train import ObjectiveSettings
 from timm_multilabel.distributed import assert_same_on_all_ranks, gather, world
 
 _SHORTEST = 1e-12
@@ -17,7 +18,11 @@ _LARGEST_EXPONENT = 50
 
 # A loop over tiles is nothing to compile: the graph would grow with the batch.
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch's has no types
-def nt_xent_loss(view_a: torch.Tensor, view_b: torch.Tensor, temperature: float = 0.5) -> torch.Tensor:
+def nt_xent_loss(
+        view_a: torch.Tensor,
+        view_b: torch.Tensor,
+        temperature: float = ObjectiveSettings.temperature,
+) -> torch.Tensor:
     """Normalised temperature-scaled cross-entropy over all pairs of the global batch.
 
     With z the 2N normalised projections of all ranks and p(i) the other view of i's image, the mean over the anchors i

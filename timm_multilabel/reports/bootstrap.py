@@ -1,26 +1,82 @@
-"""Whether a difference holds: a bootstrap over images and seeds, and Holm's correction for several comparisons.
+"""The bootstrap over images: intervals of metrics, and whether a difference between runs holds.
 
-Two levels vary. The images are resampled: as many as there are, drawn with replacement, the same for both sides of a
-difference. The models vary too: another seed trains another one. Two or three seeds are too few to be resampled (of two
-seeds, every second resample is one of them twice, and its intervals cover far less than 95 %), so what other seeds
-would add to each resample is drawn from Student's t distribution with the standard error of the seeds. With one run on
-a side that is not known: the images alone are resampled then, and nothing is said of models trained anew. Images are
-taken to be independent of each other.
+A difference varies on two levels. The images are resampled: as many as there are, drawn with replacement, the same for
+both sides of a difference. The models vary too: another seed trains another one. Two or three seeds are too few to be
+resampled (of two seeds, every second resample is one of them twice, and its intervals cover far less than 95 %), so
+what other seeds would add to each resample is drawn from Student's t distribution with the standard error of the seeds.
+With one run on a side that is not known: the images alone are resampled then, and nothing is said of models trained
+anew. Images are taken to be independent of each other.
 """
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.stats
 
 RESAMPLES = 10_000
-"""Resamples of a bootstrap: a p of 0.05 is then known to some 0.004, and none is below 0.0002."""
+"""Resamples of a difference: a p of 0.05 is then known to some 0.004, and none is below 0.0002."""
+
+METRIC_RESAMPLES = 1000
+"""Resamples of a single metric, of which an interval is enough."""
 
 LEVEL = 0.95
 """Confidence of an interval."""
 
+_TAILS = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+
 _CELLS = 2 ** 21  # counts that are in memory at once
+
+
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share, as fractions; NaN of none."""
+    if not count:
+        return math.nan, math.nan
+    interval = scipy.stats.binomtest(hits, count).proportion_ci(LEVEL, method='wilson')
+    return float(interval.low), float(interval.high)
+
+
+def resample(count: int, resamples: int = METRIC_RESAMPLES, seed: int = 0) -> Iterator[np.ndarray]:
+    """How often each of N images is drawn in each resample, a part of the resamples at a time: (R, N) int64.
+
+    The same seed and N give the same resamples, whatever the parts.
+    """
+    generator = np.random.default_rng(seed)
+    step = max(1, _CELLS // max(1, count))
+    for first in range(0, resamples, step):
+        rows = min(step, resamples - first)
+        drawn = generator.integers(count, size=(rows, count)) + np.arange(rows)[:, None] * count
+        yield np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
+
+
+def bootstrap(
+        metrics: Callable[[np.ndarray], dict[str, np.ndarray]],
+        count: int,
+        resamples: int = METRIC_RESAMPLES,
+        seed: int = 0,
+) -> dict[str, tuple[float, float, float]]:
+    """Metrics of N images with percentile 95 % intervals over resamples of the images.
+
+    Args:
+        metrics: Weights of the images (R, N), whole numbers -> {metric: values (R,)}.
+        count: N.
+        resamples: Their number.
+        seed: Of the draws.
+
+    Returns:
+        {metric: (value, low, high)}; NaN where there is none. Resamples in which a metric has no value do not count.
+    """
+    if not count:
+        return {}
+    whole = metrics(np.ones((1, count), np.int32))
+    parts = [metrics(weights.astype(np.int32)) for weights in resample(count, resamples, seed)]
+    found = {}
+    for name, (value,) in whole.items():
+        values = np.concatenate([part[name] for part in parts])
+        values = values[~np.isnan(values)]
+        low, high = np.quantile(values, _TAILS) if len(values) and not np.isnan(value) else (np.nan, np.nan)
+        found[name] = float(value), float(low), float(high)
+    return found
 
 
 @dataclass(frozen=True)
@@ -52,24 +108,17 @@ def resampled_means(
     Returns:
         The means (R, K), NaN where a resample has no row with a value.
     """
-    generator = np.random.default_rng(seed)
-    images = len(values)
     known = ~np.isnan(values)
     masks, which = np.unique(known, axis=1, return_inverse=True)  # heads without missing labels share one
     columns = np.concatenate([np.where(known, values, 0), masks], axis=1).astype(np.float64)
-    at_once = max(1, _CELLS // images)
-    means = np.empty((resamples, values.shape[1]))
-    for start in range(0, resamples, at_once):
-        number = min(at_once, resamples - start)
-        drawn = generator.integers(images, size=(number, images))
-        drawn += images * np.arange(number)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=number * images).reshape(number, images)
+    parts = []
+    for counts in resample(len(values), resamples, seed):
         sums = counts.astype(np.float64) @ columns
         totals = sums[:, values.shape[1]:][:, which.reshape(-1)]
         with np.errstate(invalid='ignore'):
-            means[start:start + number] = np.where(totals > 0, sums[:, :values.shape[1]] / totals, np.nan)
-        advance(number)
-    return means
+            parts.append(np.where(totals > 0, sums[:, :values.shape[1]] / totals, np.nan))
+        advance(len(counts))
+    return np.concatenate(parts)
 
 
 @dataclass(frozen=True)
@@ -128,7 +177,7 @@ def describe_difference(value: float, resampled: np.ndarray) -> Difference:
         return Difference(value, np.nan, np.nan, np.nan)
     # Sums of thirds that cancel leave some rounding, which is no difference.
     resampled = np.where(np.abs(resampled) <= 1e-12 * np.abs(resampled).max(), 0, resampled)
-    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(resampled, _TAILS)
     rarer = min((resampled <= 0).sum(), (resampled >= 0).sum())
     return Difference(value, float(low), float(high), min(1.0, 2 * (rarer + 1) / (len(resampled) + 1)))
 
@@ -138,10 +187,10 @@ def holm(ps: Sequence[float]) -> list[float]:
 
     A NaN, of a comparison that could not be made, stays NaN and does not count.
     """
-    corrected = [float('nan')] * len(ps)
-    order = sorted((index for index, p in enumerate(ps) if not np.isnan(p)), key=lambda index: ps[index])
-    largest = 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * ps[index]))
-        corrected[index] = largest
-    return corrected
+    from statsmodels.stats.multitest import multipletests  # here, since it takes a second to import
+
+    corrected = np.array(ps, dtype=float)
+    made = ~np.isnan(corrected)
+    if made.any():
+        corrected[made] = multipletests(corrected[made], method='holm')[1]
+    return [float(p) for p in corrected]

@@ -5,7 +5,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from timm_multilabel.labels import MISSING, Labels, LabelSet, TagSet
-from timm_multilabel.reports.intervals import wilson
+from timm_multilabel.reports.bootstrap import wilson
 
 BINS = 15
 
@@ -33,12 +33,13 @@ class Reliability:
     @property
     def true(self) -> float:
         """The share of all that came true."""
-        return self.hits.sum() / self.count.sum()
+        return float(self.hits.sum() / self.count.sum())
 
     @property
     def hits(self) -> np.ndarray:
         """How many of each bin came true (B,)."""
-        return np.rint(np.nan_to_num(self.count * self.accuracy)).astype(int)
+        hits: np.ndarray = np.rint(np.nan_to_num(self.count * self.accuracy)).astype(int)
+        return hits
 
     def intervals(self) -> np.ndarray:
         """Wilson's 95 % interval of the share of each bin (B, 2), NaN of an empty one."""

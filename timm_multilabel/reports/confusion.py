@@ -26,7 +26,7 @@ _TITLE = 60  # letters of a run and a split
 
 def confusion_stems(names: Sequence[str]) -> list[str]:
     """A file name without suffix for each head: `confusion-<head>`, with a number where two would be the same."""
-    stems = []
+    stems: list[str] = []
     for name in names:
         stem = 'confusion-' + re.sub(r'[^\w.-]+', '_', name)[:100]
         taken = sum(other.rpartition('~')[0] == stem or other == stem for other in stems)

@@ -3,6 +3,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -42,7 +43,7 @@ class _Curve:
     values: np.ndarray
     color: str
     marker: str = 'o'
-    style: str = '-'
+    style: Literal['-', '--', ':'] = '-'
     width: float = 1.4
     best: Callable[[np.ndarray], int] | None = None  # np.nanargmax, np.nanargmin
     layer: int = 2  # the higher ones are drawn over the lower ones
@@ -123,21 +124,21 @@ def _panels(summary: pd.DataFrame) -> dict[str, _Panel]:
 
 def _accuracy(summary: pd.DataFrame) -> _Panel:
     """The main metric of each head, and their mean; the heads of the weights that did better, the mean of both."""
-    figures = {head: _main_figure(summary, head) for head in heads_of_summary(summary)}
+    metrics = {head: _main_metric(summary, head) for head in heads_of_summary(summary)}
     means = [_mean(summary, part) for part in ('eval', 'eval_ema')]
     values, curves = _main_values(summary), []
     for head, look in _looks(values).items():
-        figure = figures.get(head)
-        name = _name(head) + ('' if figure in ('top1', None) else f', {_name(figure)}')
+        metric = metrics.get(head)
+        name = _name(head) + ('' if metric in ('top1', None) else f', {_name(metric)}')
         curves.append(_head_curve(values[head], name, look, best=np.nanargmax))
     curves = _with_others(curves)
-    if len(figures) > 1:
+    if len(metrics) > 1:
         curves.append(_Curve('mean', means[0], 'black', width=2.2, best=np.nanargmax))
         curves.append(_Curve('mean of EMA', means[1], '#555555', 'o', '--', 2.2, np.nanargmax))
-    label = 'val accuracy (%)' if set(figures.values()) <= {'top1', None} else 'val metric (%)'
-    curves = _drawable(curves)
+    label = 'val accuracy (%)' if set(metrics.values()) <= {'top1', None} else 'val metric (%)'
+    drawn = _drawable(curves)
     return _Panel(label + (',\nheads of EMA' if _ema_is_better(summary) else ''),
-                  2.5 + 0.16 * max(0, _named(curves) - 11), curves, floor=0)
+                  2.5 + 0.16 * max(0, _named(drawn) - 11), drawn, floor=0)
 
 
 def _loss(summary: pd.DataFrame) -> _Panel:
@@ -156,8 +157,8 @@ def _terms(summary: pd.DataFrame) -> _Panel:
     curves = [
         _head_curve(_values(summary, f'{name}_loss'), _name(name.replace('_', ' ').replace('simclr', 'SimCLR')), number)
         for number, name in enumerate(names)]
-    curves = _drawable(curve for curve in curves if np.nan_to_num(curve.values).any())
-    return _Panel('weighted terms of\ntrain loss', 1.6, curves if len(curves) > 1 else ())
+    drawn = _drawable(curve for curve in curves if np.nan_to_num(curve.values).any())
+    return _Panel('weighted terms of\ntrain loss', 1.6, drawn if len(drawn) > 1 else ())
 
 
 def _head_losses(summary: pd.DataFrame) -> _Panel:
@@ -168,8 +169,8 @@ def _head_losses(summary: pd.DataFrame) -> _Panel:
     for head, look in _looks(_main_values(summary)).items():
         curves.append(_head_curve(losses['train'][head], '', look, style=':'))
         curves.append(_head_curve(losses['eval'][head], _name(head), look, best=np.nanargmin))
-    curves = _drawable(_with_others(curves))
-    return _Panel('loss of each head\n(dotted: train, full: val)', 2.1 + 0.16 * max(0, _named(curves) - 9), curves)
+    drawn = _drawable(_with_others(curves))
+    return _Panel('loss of each head\n(dotted: train, full: val)', 2.1 + 0.16 * max(0, _named(drawn) - 9), drawn)
 
 
 def _learning_rate(summary: pd.DataFrame) -> _Panel:
@@ -190,7 +191,7 @@ def _main_values(summary: pd.DataFrame) -> dict[str, np.ndarray]:
     """The main metric (N,) of each head, of the weights that did better."""
     found, ema_is_better = {}, _ema_is_better(summary)
     for head in heads_of_summary(summary):
-        column = of_head(head, _main_figure(summary, head))
+        column = of_head(head, _main_metric(summary, head) or 'top1')
         found[head], of_ema = (_values(summary, in_summary(part, column)) for part in ('eval', 'eval_ema'))
         if ema_is_better:  # a phase may be without
             found[head] = np.where(np.isnan(of_ema), found[head], of_ema)
@@ -228,8 +229,8 @@ def _named(curves: Sequence[_Curve]) -> int:
     return sum(bool(curve.name) for curve in curves)
 
 
-def _main_figure(summary: pd.DataFrame, head: str) -> str | None:
-    """The figure that comes first after a head's loss: 'top1', 'map', 'r2' or one of the user's own."""
+def _main_metric(summary: pd.DataFrame, head: str) -> str | None:
+    """The metric that comes first after a head's loss: 'top1', 'map', 'r2' or one of the user's own."""
     before = in_summary('eval', of_head(head, 'loss'))
     its = [column for column in summary if column.rpartition('/')[0] == before.rpartition('/')[0]]
     return next((column.rpartition('/')[2] for column in its if column != before), None)
@@ -252,7 +253,7 @@ def _head_curve(
         values: np.ndarray,
         name: str,
         number: int | None,
-        style: str = '-',
+        style: Literal['-', '--', ':'] = '-',
         best: Callable[[np.ndarray], int] | None = None,
 ) -> _Curve:
     """A curve with the color and the marker of the head, or term, of this number; thin and gray without a number."""

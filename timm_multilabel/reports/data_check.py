@@ -137,8 +137,8 @@ def _counted(count: int, one: str, many: str | None = None) -> str:
 
 def _class_counts(split: Split, head: Labels) -> Counter[str]:
     """How many rows have each class or tag, those that no row has included; then each label that is none of them."""
-    labels, counts = split.labels(head), Counter({name: 0 for name in getattr(head, 'classes', ())})
-    if labels is None or isinstance(head, Quantity):
+    labels, counts = split.labels(head), Counter({name: 0 for name in head.classes})
+    if labels is None or not head.classes:
         return counts
     if isinstance(head, LabelSet):
         counts.update(sorted(label for label in labels if label))
@@ -196,14 +196,15 @@ def _images_without_pixels(contents: Contents, scans: Scans, limit: int) -> Iter
                 f'{split.csv}: {len(missing)} of {_counted(len(split), "image")} not on disk; add them or remove their '
                 'rows', len(missing), (split.name,),
                 examples=tuple(f'{split.row(position)} ({texts.iloc[position]})' for position in missing[:limit]))
-        bad = [position for position, file in enumerate(split.files) if file in scans.bad]
+        bad = {position: scans.bad[file] for position, file in enumerate(split.files)
+               if file is not None and file in scans.bad}
         if bad:
             yield Finding(
                 'unreadable-images', ERROR,
                 f'{split.csv}: {len(bad)} of {_counted(len(split), "image")} cannot be decoded; replace them, remove '
                 'their rows, or pass over them with --skip-bad-images', len(bad), (split.name,),
                 examples=tuple(
-                    f'{split.image(position)}: {scans.bad[split.files[position]]}' for position in bad[:limit]))
+                    f'{split.image(position)}: {why}' for position, why in [*bad.items()][:limit]))
 
 
 def _same_images(contents: Contents, scans: Scans) -> list[dict[str, list[int]]]:
@@ -217,7 +218,7 @@ def _same_images(contents: Contents, scans: Scans) -> list[dict[str, list[int]]]
 
 
 def _same_image_across_splits(contents: Contents, groups: list[dict[str, list[int]]], limit: int) -> Iterator[Finding]:
-    learnt = 'training has seen them, so figures on them say too much'
+    learnt = 'training has seen them, so metrics on them say too much'
     left = 'training leaves out the same files only, so they stay in the pool'
     known = {file for split in contents.labelled for file in split.files}
     for first, second, severity, why in (
@@ -231,7 +232,8 @@ def _same_image_across_splits(contents: Contents, groups: list[dict[str, list[in
             continue
         one, other = contents.splits[first], contents.splits[second]
         left_out = known if second == UNLABELLED else set()
-        pairs, images = [], 0
+        pairs: list[tuple[int, int]] = []
+        images = 0
         for rows in groups:
             here = [position for position in rows.get(second, ()) if other.files[position] not in left_out]
             if first in rows and here:
@@ -250,7 +252,9 @@ def _same_image_across_splits(contents: Contents, groups: list[dict[str, list[in
 def _two_labels(contents: Contents, groups: list[dict[str, list[int]]], limit: int) -> Iterator[Finding]:
     for head in contents.label_space.heads:
         columns = {split.name: split.labels(head) for split in contents.labelled}
-        conflicts, splits, labelled = [], set(), 0
+        conflicts: list[dict[str, str]] = []
+        splits: set[str] = set()
+        labelled = 0
         for rows in groups:
             found = [
                 (column[position], name, position) for name, positions in rows.items()
@@ -280,8 +284,8 @@ def _heads_without_labels(contents: Contents) -> Iterator[Finding]:
         yield Finding('no-heads', NOTE, 'no label column, so only SimCLR (-wlc 0) can learn from this', 1)
     for split in contents.labelled:
         for head in contents.label_space.heads:
-            if line := split.bad_cell(head):
-                yield Finding('bad-cell', ERROR, f'{line}: training stops; fix it, or leave it empty', 1, (split.name,),
+            if bad := split.bad_cell(head):
+                yield Finding('bad-cell', ERROR, f'{bad}: training stops; fix it, or leave it empty', 1, (split.name,),
                               head.name)
             for name in head.columns:
                 if split.table.has_label(name):
@@ -356,11 +360,12 @@ def _rows_without_labels(contents: Contents, limit: int) -> Iterator[Finding]:
 def _classes_without_images(contents: Contents, limit: int) -> Iterator[Finding]:
     """Classes that train.csv has few images of, and those of it that val.csv has none of."""
     train, val = contents.splits.get('train'), contents.splits.get('val')
-    heads = contents.label_space.heads if train is not None else ()
-    for head in heads:
+    if train is None:
+        return
+    for head in contents.label_space.heads:
         if isinstance(head, Quantity):
             continue
-        one, many = ('class', 'classes') if isinstance(head, LabelSet) else ('tag', 'tags')
+        one, many = head.noun
         counts = _class_counts(train, head)
         classes = sorted(head.classes, key=lambda name: counts[name])
         rare = [name for name in classes if counts[name] < RARE]
@@ -388,7 +393,9 @@ def _labels_of_little_use(contents: Contents) -> Iterator[Finding]:
     """Tags that seem to be written otherwise than they are read; tags and numbers that can teach or score nothing."""
     for name in ('train', 'val'):
         split = contents.splits.get(name)
-        for head in split.readable(contents.label_space).heads if split is not None else ():
+        if split is None:
+            continue
+        for head in split.readable(contents.label_space).heads:
             if isinstance(head, LabelSet):
                 continue
             label_space = LabelSpace((head,))

@@ -3,12 +3,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.colors import CSS4_COLORS, XKCD_COLORS, to_rgb
+import torch
+from matplotlib.colors import CSS4_COLORS, XKCD_COLORS, to_hex, to_rgb
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from timm_multilabel.errors import shortened
-from timm_multilabel.labels import MISSING, Labels, LabelSet, TagSet
+from timm_multilabel.labels import MISSING, Labels, Quantity, TagSet
 
 POINTS = 2000
 COLORS = ('#4477aa', '#ee6677', '#228833', '#ccbb44', '#66ccee', '#aa3377', '#ee7733', '#004488', '#999933',
@@ -69,22 +70,20 @@ def color_points(labels: Labels, target: np.ndarray) -> Coloring:
         labels: The head's labels.
         target: As `Predictions.target` gives it, of the points.
     """
-    if not isinstance(labels, LabelSet | TagSet):
+    if isinstance(labels, Quantity):
         return _color_numbers(labels, target)
-    if isinstance(labels, TagSet):
-        counts = (target == 1).sum(axis=0)
-    else:
-        counts = np.bincount(target[target != MISSING], minlength=len(labels.classes))
+    tags = isinstance(labels, TagSet)
+    counts = (target == 1).sum(axis=0) if tags else np.bincount(
+        target[target != MISSING], minlength=len(labels.classes))
     order = [index for index in np.argsort(-counts, kind='stable')[:len(COLORS)].tolist() if counts[index]]
     of_point = np.full(len(target), -1)
     for color, index in reversed(list(enumerate(order))):  # of several tags the most frequent one
-        of_point[(target[:, index] == 1) if isinstance(labels, TagSet) else target == index] = color
+        of_point[(target[:, index] == 1) if tags else target == index] = color
     others = int((counts > 0).sum()) - len(order)
-    what = 'tags' if isinstance(labels, TagSet) else 'classes'
-    rest = f'{others} other {what}' if others else ''
-    known = target != MISSING
-    bare = isinstance(labels, TagSet) and bool((known.any(axis=1) & ~(target == 1).any(axis=1)).any())
-    unlabelled = not (known.any(axis=1) if isinstance(labels, TagSet) else known).all()
+    rest = f'{others} other {labels.noun[1]}' if others else ''
+    known = labels.known(torch.from_numpy(target)).numpy()
+    bare = tags and bool((known & ~(target == 1).any(axis=1)).any())
+    unlabelled = not known.all()
     rest = ', '.join(filter(None, [rest, 'no tag' if bare else '', 'no label' if unlabelled else '']))
     names = [f'{shortened(labels.classes[index])} ({counts[index]})' for index in order]
     return Coloring(names, _class_colors([labels.classes[index] for index in order]), of_point, rest)
@@ -95,15 +94,14 @@ def _class_colors(names: Sequence[str]) -> tuple[str, ...]:
     named = [_color_called(name) for name in names]
     if 2 * len(set(named) - {None}) < len(names):
         return COLORS[:len(names)]
-    found: list[str | None] = [
-        color if color not in named[:place] else None for place, color in enumerate(named)]
+    found = ['' if color is None or color in named[:place] else color for place, color in enumerate(named)]
 
     def distance(color: str) -> float:
         """That to the nearest of the colors that are taken."""
-        return min(np.linalg.norm(np.subtract(to_rgb(color), to_rgb(other))) for other in found if other)
+        return min(float(np.linalg.norm(np.subtract(to_rgb(color), to_rgb(other)))) for other in found if other)
 
     for place, color in enumerate(found):
-        if color is None:
+        if not color:
             found[place] = next((free for free in COLORS if distance(free) > _APART), max(COLORS, key=distance))
     return tuple(found)
 
@@ -113,10 +111,11 @@ def _color_called(name: str) -> str | None:
     name = ' '.join(name.lower().replace('_', ' ').replace('-', ' ').split())
     if name in _NO_COLOR:
         name = 'gray'
-    return XKCD_COLORS.get(f'xkcd:{name}') or CSS4_COLORS.get(name.replace(' ', ''), '').lower() or None
+    color = XKCD_COLORS.get(f'xkcd:{name}') or CSS4_COLORS.get(name.replace(' ', ''))
+    return None if color is None else to_hex(color)
 
 
-def _color_numbers(labels: Labels, target: np.ndarray) -> Coloring:
+def _color_numbers(labels: Quantity, target: np.ndarray) -> Coloring:
     """Numbers in six parts of about equal size, or fewer where many are equal."""
     known = ~np.isnan(target)
     of_point = np.full(len(target), -1)
@@ -125,7 +124,7 @@ def _color_numbers(labels: Labels, target: np.ndarray) -> Coloring:
     edges = np.unique(np.quantile(target[known], np.linspace(0, 1, len(NUMBERS) + 1)))
     part = np.searchsorted(edges[1:-1], target[known], side='right')
     of_point[known] = part
-    in_unit = edges * labels.std + labels.mean
+    in_unit = labels.in_unit(edges)
     parts = max(1, len(edges) - 1)
     names = [f'{in_unit[index]:.4g} to {in_unit[min(index + 1, len(edges) - 1)]:.4g} ({(part == index).sum()})'
              for index in range(parts)]

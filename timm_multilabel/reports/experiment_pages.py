@@ -1,15 +1,28 @@
 """The experiments table as CSV, Markdown and HTML."""
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from timm_multilabel.errors import one_line
-from timm_multilabel.escaping import html_text, markdown_text, spreadsheet_csv
+from timm_multilabel.escaping import markdown_text, spreadsheet_csv
+from timm_multilabel.metric_names import Metric
 from timm_multilabel.reports.bootstrap import LEVEL, RESAMPLES
-from timm_multilabel.reports.experiments import BETTER, MEAN, SURE, WORSE, Run, differing_settings, verdict
+from timm_multilabel.reports.experiments import (
+    BETTER,
+    MEAN,
+    SURE,
+    WORSE,
+    Run,
+    RunPredictions,
+    describe_metrics,
+    differing_settings,
+    run_metrics,
+    verdict,
+)
 from timm_multilabel.reports.tables import html_table, markdown_table
+from timm_multilabel.reports.templates import render_template
 
 _OF_GROUP = {'difference': 'difference', 'low': 'low', 'high': 'high', 'p': 'p', 'holm': 'p Holm'}  # in the CSV
 _INTERVAL = f'{100 * LEVEL:.0f} %'
@@ -22,17 +35,24 @@ class SplitResult:
     Args:
         name: The split.
         images: How many images of it all runs share.
-        figures: Of `run_figures`.
+        metrics: Of `run_metrics`.
+        described: Of `describe_metrics`.
         differences: Of `compare_groups`.
     """
     name: str
     images: int
-    figures: pd.DataFrame
+    metrics: pd.DataFrame
+    described: Mapping[tuple[str, str], Metric]
     differences: pd.DataFrame
 
-    def title(self, head: str, figure: str) -> str:
-        """What a column of a figure is called."""
-        return f'{self.name} {figure} (mean)' if head == MEAN else f'{self.name} {head} {figure}'
+    @classmethod
+    def of(cls, name: str, answers: Sequence[RunPredictions], differences: pd.DataFrame) -> 'SplitResult':
+        """The results of runs' answers to the images that they share."""
+        return cls(name, len(answers[0].images), run_metrics(answers), describe_metrics(answers), differences)
+
+    def title(self, head: str, metric: str) -> str:
+        """What a column of a metric is called."""
+        return f'{self.name} {metric} (mean)' if head == MEAN else f'{self.name} {head} {metric}'
 
 
 @dataclass(frozen=True)
@@ -56,11 +76,12 @@ class Experiments:
         """What a group is called: its runs."""
         return ', '.join(self.runs[number].name for number in self.groups[group])
 
-    def verdict(self, row: pd.Series) -> str:
-        """What a row of `compare_groups` says."""
+    def verdict(self, split: SplitResult, row: pd.Series) -> str:
+        """What a row of `compare_groups` of a split says."""
         ours, theirs = (len({self.runs[number].seed for number in self.groups[group]})
                         for group in (row['group'], self.baseline))
-        return verdict(row['difference'], row['holm'], row['figure'], row['over'], (ours, theirs))
+        lower_is_better = split.described[row['head'], row['metric']].lower_is_better
+        return verdict(row['difference'], row['holm'], lower_is_better, row['over'], (ours, theirs))
 
     def rows(self) -> list[tuple[int, list[int]]]:
         """The rows of the table: a group and the runs that they are of, each run alone, then several as a group."""
@@ -72,7 +93,7 @@ class Experiments:
 
 
 def _about(experiments: Experiments, numbers: list[int]) -> dict[str, str]:
-    """What a row says of its runs beside their figures."""
+    """What a row says of its runs beside their metrics."""
     runs = [experiments.runs[number] for number in numbers]
     settings = {name: runs[0].settings.get(name, '') for name in differing_settings(experiments.runs)}
     return {
@@ -87,20 +108,20 @@ def _about(experiments: Experiments, numbers: list[int]) -> dict[str, str]:
 def experiments_csv(experiments: Experiments) -> str:
     """One table of everything: a row a run and one a group of several, with full precision.
 
-    Columns of a figure: '<title>', the value, or of a group the mean; '<title> sd' over the runs of a group (n - 1);
+    Columns of a metric: '<title>', the value, or of a group the mean; '<title> sd' over the runs of a group (n - 1);
     and of the rows that stand for a group, which for one of one run is the run's, '<title> difference', 'low', 'high',
     'p', 'p Holm' and 'verdict'.
     """
     made = []
     for group, numbers in experiments.rows():
-        row = dict(_about(experiments, numbers))
+        row: dict[str, str | float] = {**_about(experiments, numbers)}
         for split in experiments.splits:
-            for head, figure in split.figures.columns:
-                title, values = split.title(head, figure), split.figures[head, figure].iloc[numbers]
+            for head, metric in split.metrics.columns:
+                title, values = split.title(head, metric), split.metrics[head, metric].iloc[numbers]
                 row[title] = values.mean(skipna=False)
                 row[f'{title} sd'] = values.std(ddof=1, skipna=False)
                 stands_for = group if len(numbers) == len(experiments.groups[group]) else None
-                differs = _difference(experiments, split, stands_for, head)
+                differs = _difference(experiments, split, stands_for, head, metric)
                 row |= {f'{title} {name}': value for name, value in differs.items()}
         made.append(row)
     table = pd.DataFrame(made)
@@ -113,28 +134,31 @@ def _difference(
         split: SplitResult,
         group: int | None,
         head: str,
+        metric: str,
 ) -> dict[str, float | str]:
-    """What a group differs by in a head: NaN for the baseline and for None; empty where no group was compared."""
-    of_head = split.differences[split.differences['head'] == head]
-    if not len(of_head):
+    """What a group differs by in a metric: NaN for the baseline and for None; empty where no group was compared."""
+    compared = split.differences
+    of_metric = compared[(compared['head'] == head) & (compared['metric'] == metric)]
+    if not len(of_metric):
         return {}
-    found = of_head[of_head['group'] == group]
+    found = of_metric[of_metric['group'] == group]
     if not len(found):
-        return {name: np.nan for name in (*_OF_GROUP.values(), 'verdict')}
+        return dict.fromkeys((*_OF_GROUP.values(), 'verdict'), np.nan)
     row = found.iloc[0]
-    return {**{name: row[key] for key, name in _OF_GROUP.items()}, 'verdict': experiments.verdict(row)}
+    return {**{name: row[key] for key, name in _OF_GROUP.items()}, 'verdict': experiments.verdict(split, row)}
 
 
 def shown_experiments(experiments: Experiments) -> tuple[pd.DataFrame, list[int]]:
     """The table for reading, and its rows that are groups."""
-    made, strong = [], []
+    made: list[dict[str, str]] = []
+    strong: list[int] = []
     for _, numbers in experiments.rows():
         row = _about(experiments, numbers)
         for split in experiments.splits:
-            for head, figure in split.figures.columns:
-                values = split.figures[head, figure].iloc[numbers]
-                row[split.title(head, figure)] = _shown(values.mean(skipna=False), figure) + (
-                    f' ± {_shown(values.std(ddof=1, skipna=False), figure)}' if len(numbers) > 1 else '')
+            for head, name in split.metrics.columns:
+                metric, values = split.described[head, name], split.metrics[head, name].iloc[numbers]
+                row[split.title(head, name)] = metric.text(values.mean(skipna=False)) + (
+                    f' ± {metric.text(values.std(ddof=1, skipna=False))}' if len(numbers) > 1 else '')
         strong += [len(made)] if len(numbers) > 1 else []
         made.append(row)
     return pd.DataFrame(made), strong
@@ -142,41 +166,42 @@ def shown_experiments(experiments: Experiments) -> tuple[pd.DataFrame, list[int]
 
 def shown_differences(experiments: Experiments) -> pd.DataFrame:
     """The differences for reading, a row each."""
-    made = []
+    made: list[dict[str, str]] = []
     for split in experiments.splits:
         for _, row in split.differences.iterrows():
-            shown = {name: _shown(row[name], row['figure'], '+') for name in ('difference', 'low', 'high')}
+            metric = split.described[row['head'], row['metric']]
+            shown = {name: metric.text(row[name], '+') for name in ('difference', 'low', 'high')}
             made.append({
                 'runs': experiments.name(row['group']),
-                'figure': split.title(row['head'], row['figure']),
+                'metric': split.title(row['head'], row['metric']),
                 'difference': shown['difference'],
                 f'{_INTERVAL} interval': f'{shown["low"]} to {shown["high"]}',
                 'p': f'{row["p"]:.4f}',
                 'p (Holm)': f'{row["holm"]:.4f}',
-                'verdict': experiments.verdict(row),
+                'verdict': experiments.verdict(split, row),
             })
     return pd.DataFrame(made)
 
 
-def _shown(value: float, figure: str, sign: str = '') -> str:
-    if np.isnan(value):
-        return ''
-    return format(value, f'{sign}.4g' if figure == 'mae' else f'{sign}.2f')
-
-
 def _notes(experiments: Experiments) -> list[str]:
     """How to read the tables."""
-    figures = {figure for split in experiments.splits for _, figure in split.figures.columns}
+    metrics = {metric.name: metric for split in experiments.splits for metric in split.described.values()}
+    compared = {name for split in experiments.splits for name in split.differences['metric']}
     images = ', '.join(f'{split.images} images of {split.name}' for split in experiments.splits)
     notes = [
-        f'Figures are of the best checkpoint of each run, on {images}. An '
+        f'Metrics are of the best checkpoint of each run, on {images}. An '
         'empty setting was not given.']
     words = {
         'top1': "top1: accuracy in percent; its mean is the plain one over the heads, whatever their weights.",
         'map': 'map: mean average precision in percent; no mean over images, so it is not compared.',
         'mae': "mae: mean absolute error in the column's unit; less is better.",
     }
-    notes += [text for figure, text in words.items() if figure in figures]
+    notes += [text for name, text in words.items() if name in metrics]
+    for name, metric in metrics.items():
+        said = [metric.title] * (metric.title != name) + ['lower is better'] * metric.lower_is_better + [
+            'no mean over images, so it is not compared'] * (bool(compared) and name not in compared)
+        if said and name not in words:
+            notes.append(f'{name}: {"; ".join(said)}.')
     if any(len(numbers) > 1 for numbers in experiments.groups):
         notes.append('Runs that differ in nothing but seed and whereabouts form a group, in bold: mean ± standard '
                      'deviation over its runs (n - 1).')
@@ -192,7 +217,7 @@ def _notes(experiments: Experiments) -> list[str]:
             f'corrected p is below {SURE}.',
             'With one run on a side, interval and p are over the images alone: they say what these models would do on '
             'other images, and nothing of other runs.',
-            'The best epoch was chosen on val, which flatters figures on it; test is the fairer judge.',
+            'The best epoch was chosen on val, which flatters metrics on it; test is the fairer judge.',
         ]
     return [*notes, *experiments.remarks]
 
@@ -211,44 +236,11 @@ def experiments_html(experiments: Experiments) -> str:
     """The tables as a page that needs nothing else."""
     differences = shown_differences(experiments)
     table, groups = shown_experiments(experiments)
-    parts = [html_table(table, dict.fromkeys(groups, 'group'))]
-    if len(differences):
-        colors = {number: said for number, said in enumerate(differences['verdict']) if said in (BETTER, WORSE)}
-        parts += [f'<h2>Against {html_text(one_line(experiments.name(experiments.baseline)))}</h2>',
-                  html_table(differences, colors)]
-    notes = '\n'.join(f'<li>{html_text(one_line(note))}</li>' for note in _notes(experiments))
-    title = f'{len(experiments.runs)} runs on {", ".join(split.name for split in experiments.splits)}'
-    return _PAGE.replace('TITLE', title).replace('BODY', '\n'.join([*parts, f'<ul>\n{notes}\n</ul>']))
-
-
-_PAGE = '''<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>TITLE</title>
-<style>
-body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; max-width: 90rem; padding: 0 1rem; color: #1a1a1a;
-  background: #fff }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .35rem .7rem; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap }
-thead th { vertical-align: bottom; border-bottom: 2px solid #555; white-space: normal }
-thead span { white-space: nowrap }
-th:first-child { text-align: left; position: sticky; left: 0; background: #fff; min-width: 4.5rem; max-width: 14rem;
-  white-space: normal }
-tbody th { font-weight: normal }
-td:last-child { white-space: normal; min-width: 7rem }
-.group > * { font-weight: 600; background: #eef3f8 }
-.group > th:first-child { background: #eef3f8 }
-.better > *, .better > th:first-child { background: #e6f4e7 }
-.worse > *, .worse > th:first-child { background: #fae8e4 }
-ul { max-width: 50rem; padding-left: 1.2rem; color: #444 }
-</style>
-</head>
-<body>
-<h1>TITLE</h1>
-BODY
-</body>
-</html>
-'''
+    colors = {number: said for number, said in enumerate(differences.get('verdict', ())) if said in (BETTER, WORSE)}
+    return render_template(
+        'experiments.html',
+        title=f'{len(experiments.runs)} runs on {", ".join(split.name for split in experiments.splits)}',
+        runs=html_table(table, dict.fromkeys(groups, 'group')),
+        baseline=one_line(experiments.name(experiments.baseline)),
+        differences=html_table(differences, colors) if len(differences) else None,
+        notes=[one_line(note) for note in _notes(experiments)])

@@ -1,16 +1,18 @@
 """Runs beside each other: their settings, their metrics, and which differences are more than chance."""
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from timm_multilabel.errors import UserError, escaped
-from timm_multilabel.heads import TagsHead
-from timm_multilabel.inference.predictions import Predictions
-from timm_multilabel.labels import Labels, LabelSet, Quantity, TagSet
+from timm_multilabel.heads import standard_head
+from timm_multilabel.inference.predictions import OwnMetrics, Predictions
+from timm_multilabel.labels import Labels, Quantity
+from timm_multilabel.metric_names import Metric
 from timm_multilabel.reports.bootstrap import (
     Difference,
     describe_difference,
@@ -26,13 +28,10 @@ WHEREABOUTS = (
 """Settings of a run that are not of its experiment: runs that differ in nothing else form a group."""
 
 MEAN = ''
-"""What stands in place of a head, none of which is called so, for the mean over the heads of classes."""
+"""What stands in place of a head, none of which is called so, for the mean over the heads that have a top-1."""
 
-FIGURES = {LabelSet: 'top1', TagSet: 'map', Quantity: 'mae'}
-"""The figure of a head of each kind of labels."""
-
-COMPARED = ('top1', 'mae')
-"""The figures that are means over images, as a bootstrap over images needs them."""
+TOP1 = 'top1'
+"""The metric that has a mean over heads."""
 
 SURE = 0.05
 """A difference holds where its corrected p is below."""
@@ -67,54 +66,78 @@ class RunPredictions:
     """What is kept of a run's predictions of a split: what each head should have said (N, ...), and what it did say.
 
     Of classes indices (N,), of tags (N, C) zeros and ones and probabilities, of numbers the standardised ones (N,).
-    `images` are the images' paths (N,).
+    `images` are the images' paths (N,); `own` has the metrics of heads of kinds with their own ones.
     """
     images: np.ndarray
     labels: Mapping[str, Labels]
     targets: Mapping[str, np.ndarray]
     said: Mapping[str, np.ndarray]
+    own: Mapping[str, OwnMetrics] = field(default_factory=dict)
 
     @classmethod
     def of(cls, predictions: Predictions) -> 'RunPredictions':
         """Without the features and probabilities that a comparison does not need."""
         labels = {head.name: head for head in predictions.label_space.heads}
-        said = dict(predictions.outputs)
-        for name, head in labels.items():
-            if isinstance(head, LabelSet):
-                said[name] = said[name].argmax(axis=1)
-            elif isinstance(head, Quantity):
-                said[name] = said[name][:, 0]
+        said = {name: head.predicted(predictions.outputs[name]) for name, head in labels.items()}
         images = np.array([os.path.realpath(image) for image in predictions.images])
-        return cls(images, labels, {name: predictions.target(name) for name in labels}, said)
+        return cls(images, labels, {name: predictions.target(name) for name in labels}, said,
+                   predictions.own_metrics or {})
 
     def select(self, rows: np.ndarray) -> 'RunPredictions':
         """Some rows, by number."""
         return RunPredictions(
             self.images[rows], self.labels, {name: values[rows] for name, values in self.targets.items()},
-            {name: values[rows] for name, values in self.said.items()})
+            {name: values[rows] for name, values in self.said.items()},
+            {name: own.select(rows, len(self.images)) for name, own in self.own.items()})
 
     def known(self, head: str) -> np.ndarray:
         """Which images have a label of a head (N,)."""
-        target, labels = self.targets[head], self.labels[head]
-        if isinstance(labels, Quantity):
-            return ~np.isnan(target)
-        return target >= 0 if target.ndim == 1 else (target >= 0).any(axis=1)
+        return self.labels[head].known(torch.from_numpy(self.targets[head])).numpy()
 
-    def of_images(self, head: str) -> np.ndarray:
-        """What the figure of a head of classes or a number is the mean of (N,), NaN where there is no label."""
-        target, said, labels = self.targets[head], self.said[head], self.labels[head]
-        each = 100.0 * (said == target) if isinstance(labels, LabelSet) else labels.std * np.abs(said - target)
-        return np.where(self.known(head), each, np.nan)
+    def metrics(self, head: str) -> tuple[Metric, ...]:
+        """The metrics of a head."""
+        if head in self.own:
+            return self.own[head].metrics
+        kind = standard_head(self.labels[head])
+        return tuple(map(kind.metric, kind.compared))
 
-    def figure(self, head: str) -> float:
-        """The figure of a head over its labels; NaN without any."""
+    def of_images(self, head: str) -> dict[str, np.ndarray]:
+        """Those that are means over images, by name: what they are the means of (N,), NaN where there is no label."""
+        if head in self.own:
+            return dict(self.own[head].of_rows)
         known = self.known(head)
-        if not known.any():
+        return {name: np.where(known, values, np.nan)
+                for name, values in standard_head(self.labels[head]).row_metrics(*self._measured(head)).items()}
+
+    def value(self, head: str, metric: str) -> float:
+        """A metric of a head over its labels; NaN without any."""
+        known, of_images = self.known(head), self.of_images(head)
+        if head in self.own and metric in self.own[head].values:
+            return self.own[head].values[metric]
+        if head in self.own or not known.any():
             return np.nan
-        if isinstance(self.labels[head], TagSet):
-            measured = TagsHead(self.labels[head], 1).metrics(self.targets[head][known], self.said[head][known])
-            return float(measured['map'])
-        return float(np.nanmean(self.of_images(head)))
+        if metric in of_images:
+            return float(np.nanmean(of_images[metric]))
+        return float(standard_head(self.labels[head]).metrics(*(of[known] for of in self._measured(head)))[metric])
+
+    def with_standard_metrics(self, head: str) -> 'RunPredictions':
+        """The same, where a head of a kind with its own metrics has those of the default kind of its labels too."""
+        if head not in self.own:
+            return self
+        own = self.own[head]
+        standard = replace(self, own={name: its for name, its in self.own.items() if name != head})
+        added = [metric for metric in standard.metrics(head) if metric.name not in own.values]
+        of_images = standard.of_images(head)
+        return replace(self, own={**self.own, head: replace(
+            own, metrics=(*own.metrics, *added),
+            values={**own.values, **{metric.name: standard.value(head, metric.name) for metric in added}},
+            of_rows={**own.of_rows, **{
+                metric.name: of_images[metric.name] for metric in added if metric.name in of_images}})})
+
+    def _measured(self, head: str) -> tuple[np.ndarray, np.ndarray]:
+        """Targets (N, W) and what `Head.measure` keeps (N, K)."""
+        count = len(self.images)
+        return self.targets[head].reshape(count, -1), self.said[head].reshape(count, -1)
 
 
 def flat_settings(
@@ -164,7 +187,7 @@ def _shown(value: Any) -> str:
 
 def group_runs(runs: Sequence[Run]) -> list[list[int]]:
     """The runs by number in groups of the same settings, both in their order."""
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for number, run in enumerate(runs):
         settled = {name: value for name, value in run.settings.items() if value}
         groups.setdefault(tuple(sorted(settled.items())), []).append(number)
@@ -206,9 +229,12 @@ def share(
         counts = ', '.join(f'{name} {len(each)}' for name, each in zip(names, keys))
         say(f'{split}: compared on the {len(shared)} images that all runs share (of {counts})')
     found = [each.select(own.get_indexer(shared)) for each, own in zip(answers, keys)]
-    first = found[0]
+    heads, first = shared_heads(found), found[0]
+    for head in heads:
+        if len({each.metrics(head) for each in found}) > 1:  # kinds that measure themselves differently
+            found = [each.with_standard_metrics(head) for each in found]
     for name, each in zip(names[1:], found[1:]):
-        for head in shared_heads(found):
+        for head in heads:
             differ = ~_same_labels(first, each, head) & first.known(head) & each.known(head)
             if differ.any():
                 raise UserError(
@@ -220,18 +246,17 @@ def share(
 
 def _keys(images: np.ndarray) -> pd.MultiIndex:
     """What tells rows apart: the image, and which of the rows of the same image it is."""
-    images = pd.Series([image.encode('utf-8', 'surrogatepass') for image in images])  # pandas takes no other text
-    return pd.MultiIndex.from_arrays([images, images.groupby(images).cumcount()])
+    names = pd.Series([image.encode('utf-8', 'surrogatepass') for image in images])  # pandas takes no other text
+    return pd.MultiIndex.from_arrays([names, names.groupby(names).cumcount()])
 
 
 def _same_labels(a: RunPredictions, b: RunPredictions, head: str) -> np.ndarray:
     """Which images have the same label for two runs (N,)."""
     ours, theirs, labels = a.targets[head], b.targets[head], a.labels[head]
     if isinstance(labels, Quantity):
-        other = b.labels[head]
-        return np.isclose(ours * labels.std + labels.mean, theirs * other.std + other.mean, rtol=1e-4,
-                          atol=1e-4 * labels.std)
-    return ours == theirs if ours.ndim == 1 else (ours == theirs).all(axis=1)
+        ours, theirs = labels.in_unit(ours), b.labels[head].in_unit(theirs)
+        return np.asarray(np.isclose(ours, theirs, rtol=1e-4, atol=1e-4 * labels.std))
+    return np.asarray((ours == theirs).reshape(len(ours), -1).all(axis=1))
 
 
 def shared_heads(answers: Sequence[RunPredictions]) -> list[str]:
@@ -242,42 +267,51 @@ def shared_heads(answers: Sequence[RunPredictions]) -> list[str]:
 
 
 def _alike(a: Labels, b: Labels | None) -> bool:
-    return isinstance(b, Quantity) if isinstance(a, Quantity) else a == b
+    return b is not None and (a.kind, a.columns, a.classes) == (b.kind, b.columns, b.classes)
 
 
-def run_figures(answers: Sequence[RunPredictions]) -> pd.DataFrame:
-    """The figures of each run (rows), by head and figure (columns), then the mean over the heads of classes.
+def run_metrics(answers: Sequence[RunPredictions]) -> pd.DataFrame:
+    """The metrics of each run (rows), by head and metric (columns), then the mean over the heads that have a top-1.
 
     The mean is plain, and over those heads that all runs share and that have labels; there is none where they are less
     than two.
     """
-    figures = [
-        {(name, FIGURES[type(labels)]): each.figure(name) for name, labels in each.labels.items()}
-        for each in answers]
-    table = pd.DataFrame({key: [of_run.get(key, np.nan) for of_run in figures]
-                          for key in dict.fromkeys(key for of_run in figures for key in of_run)})
-    averaged = _averaged(answers)
+    metrics = [{(name, metric.name): each.value(name, metric.name) for name in each.labels
+                for metric in each.metrics(name)} for each in answers]
+    table = pd.DataFrame({key: [of_run.get(key, np.nan) for of_run in metrics]
+                          for key in dict.fromkeys(key for of_run in metrics for key in of_run)})
+    averaged = [name for name, metric in shared_metrics(answers) if metric == TOP1]
     if len(averaged) > 1:
-        table[MEAN, 'top1'] = table[[(name, 'top1') for name in averaged]].mean(axis=1)
+        table[MEAN, TOP1] = table[[(name, TOP1) for name in averaged]].mean(axis=1)
     return table
 
 
-def _averaged(answers: Sequence[RunPredictions]) -> list[str]:
-    return [name for name in shared_heads(answers)
-            if isinstance(answers[0].labels[name], LabelSet) and _known_by_all(answers, name).any()]
+def describe_metrics(answers: Sequence[RunPredictions]) -> dict[tuple[str, str], Metric]:
+    """What there is to say of each column of `run_metrics`."""
+    found = {(name, metric.name): metric for each in answers for name in each.labels for metric in each.metrics(name)}
+    top1 = next((metric for metric in found.values() if metric.name == TOP1), None)
+    return found if top1 is None else {**found, (MEAN, TOP1): top1}
+
+
+def shared_metrics(answers: Sequence[RunPredictions]) -> list[tuple[str, str]]:
+    """The metrics, with their heads, that are means over images, for all runs, and have labels."""
+    return [
+        (name, metric.name) for name in shared_heads(answers) if _known_by_all(answers, name).any()
+        for metric in answers[0].metrics(name) if all(
+            metric in each.metrics(name) and metric.name in each.of_images(name) for each in answers)]
 
 
 def _known_by_all(answers: Sequence[RunPredictions], head: str) -> np.ndarray:
-    return np.all([each.known(head) for each in answers], axis=0)
+    return np.asarray(np.all([each.known(head) for each in answers], axis=0))
 
 
-def verdict(difference: float, corrected: float, figure: str, over: str, seeds: tuple[int, int]) -> str:
+def verdict(difference: float, corrected: float, lower_is_better: bool, over: str, seeds: tuple[int, int]) -> str:
     """What a difference says, in words.
 
     Args:
         difference: Ours less theirs.
         corrected: Its p, corrected for the comparisons beside it.
-        figure: Of 'mae' less is better, of others more.
+        lower_is_better: Whether it is of an error.
         over: What its p is over: IMAGES or SEEDS_AND_IMAGES.
         seeds: How many seeds each side has.
     """
@@ -287,7 +321,7 @@ def verdict(difference: float, corrected: float, figure: str, over: str, seeds: 
         return 'images alone resampled: nothing said of other runs'
     if not corrected < SURE:
         return 'no difference shown'
-    return BETTER if (difference > 0) != (figure == 'mae') else WORSE
+    return BETTER if (difference > 0) != lower_is_better else WORSE
 
 
 def compare_groups(
@@ -299,7 +333,7 @@ def compare_groups(
 ) -> pd.DataFrame:
     """The differences of groups of runs to one of them, by a bootstrap over images and seeds.
 
-    What each image adds to a figure is first averaged over the runs of a group. See `reports.bootstrap` for what is
+    What each image adds to a metric is first averaged over the runs of a group. See `reports.bootstrap` for what is
     resampled. p is corrected (Holm) over the groups for the mean over heads, and over groups and heads for the single
     heads.
 
@@ -311,42 +345,43 @@ def compare_groups(
         advance: See `resampled_means`.
 
     Returns:
-        A row a comparison: 'group' (number), 'head', 'figure', 'difference', 'low', 'high', 'p', 'holm', 'over' (what
+        A row a comparison: 'group' (number), 'head', 'metric', 'difference', 'low', 'high', 'p', 'holm', 'over' (what
         interval and p are over: IMAGES with one seed on a side, else SEEDS_AND_IMAGES); the means over heads first.
     """
-    columns = ['group', 'head', 'figure', 'difference', 'low', 'high', 'p', 'holm', 'over']
-    heads = [name for name in shared_heads(answers)
-             if FIGURES[type(answers[0].labels[name])] in COMPARED and _known_by_all(answers, name).any()]
+    columns = ['group', 'head', 'metric', 'difference', 'low', 'high', 'p', 'holm', 'over']
+    metrics = shared_metrics(answers)
     others = [number for number in range(len(groups)) if number != baseline]
-    if not heads or not others:
+    if not metrics or not others:
         return pd.DataFrame(columns=columns)
-    figures = [FIGURES[type(answers[0].labels[name])] for name in heads]
-    values = [_group_values(answers, groups, number, heads) for number in range(len(groups))]
-    differences = np.concatenate([values[number] - values[baseline] for number in others], axis=1)
-    resampled = resampled_means(differences, advance=advance).reshape(-1, len(others), len(heads))
-    found = np.nanmean(differences, axis=0).reshape(len(others), len(heads))
-    of_runs = _run_means(answers, heads)
+    of_images = np.stack([_image_values(answers, head, metric) for head, metric in metrics], axis=2)
+    of_groups = [of_images[list(group)].mean(axis=0) for group in groups]
+    differences = np.concatenate([of_groups[number] - of_groups[baseline] for number in others], axis=1)
+    resampled = resampled_means(differences, advance=advance).reshape(-1, len(others), len(metrics))
+    found = np.nanmean(differences, axis=0).reshape(len(others), len(metrics))
+    of_runs = np.nanmean(of_images, axis=1)
+    hits = [bool(np.isin(values[~np.isnan(values)], (0, 100)).all()) for values in np.moveaxis(of_images, 2, 0)]
 
-    def describe(row: int, chosen: Sequence[int]) -> tuple[Difference, str]:
-        """The mean difference of some of the heads, and what it is over."""
-        spread = seed_spread(*(_by_seed(of_runs[:, chosen].mean(axis=1), groups[group], seeds)
-                               for group in (others[row], baseline)),
-                             step=100 / (len(answers[0].images) * len(chosen)) if figures[chosen[0]] == 'top1' else 0.0)
+    def describe(row: int, chosen: list[int]) -> tuple[Difference, str]:
+        """The mean difference of some of the metrics, and what it is over."""
+        ours, theirs = (_by_seed(of_runs[:, chosen].mean(axis=1), groups[group], seeds)
+                        for group in (others[row], baseline))
+        # Shares of images that are right, in percent, come in steps.
+        spread = seed_spread(ours, theirs, 100 / (len(answers[0].images) * len(chosen)) if hits[chosen[0]] else 0.0)
         drawn = resampled[:, row, chosen].mean(axis=1)
         if spread is not None:
             drawn = with_seeds(drawn, spread)
-            if figures[chosen[0]] == 'top1':
+            if hits[chosen[0]]:
                 drawn = np.clip(drawn, -100, 100)  # Student's t knows no largest difference
         return (describe_difference(float(found[row, chosen].mean()), drawn),
                 IMAGES if spread is None else SEEDS_AND_IMAGES)
 
-    averaged = [heads.index(name) for name in _averaged(answers)]
+    averaged = [place for place, (_, metric) in enumerate(metrics) if metric == TOP1]
     means, singles = [], []
     for row, group in enumerate(others):
         if len(averaged) > 1:
-            means.append((group, MEAN, 'top1', *describe(row, averaged)))
-        for column, name in enumerate(heads):
-            singles.append((group, name, figures[column], *describe(row, [column])))
+            means.append((group, MEAN, TOP1, *describe(row, averaged)))
+        for place, (head, metric) in enumerate(metrics):
+            singles.append((group, head, metric, *describe(row, [place])))
     rows = []
     for family in (means, singles):
         for (*which, each, over), corrected in zip(family, holm([each.p for *_, each, _ in family])):
@@ -354,26 +389,13 @@ def compare_groups(
     return pd.DataFrame(rows, columns=columns)
 
 
-def _run_means(answers: Sequence[RunPredictions], heads: Sequence[str]) -> np.ndarray:
-    """The figures of heads, of each run on the images that all have a label of (R, H)."""
-    known = {name: _known_by_all(answers, name) for name in heads}
-    return np.array([[each.of_images(name)[known[name]].mean() for name in heads] for each in answers])
+def _image_values(answers: Sequence[RunPredictions], head: str, metric: str) -> np.ndarray:
+    """What images add to a metric of each run (R, N), NaN where not all runs have a label."""
+    values = np.stack([each.of_images(head)[metric] for each in answers])
+    return np.where(_known_by_all(answers, head), values, np.nan)
 
 
 def _by_seed(values: np.ndarray, runs: Sequence[int], seeds: Sequence[object]) -> dict[str, float]:
     """The mean of some runs' values by their seed."""
-    return pd.Series(values[runs], [str(seeds[run]) for run in runs]).groupby(level=0).mean().to_dict()
-
-
-def _group_values(
-        answers: Sequence[RunPredictions],
-        groups: Sequence[Sequence[int]],
-        number: int,
-        heads: Sequence[str],
-) -> np.ndarray:
-    """What images add to the figures of heads, averaged over the runs of a group (N, H)."""
-    columns = []
-    for name in heads:
-        of_group = np.mean([answers[run].of_images(name) for run in groups[number]], axis=0)
-        columns.append(np.where(_known_by_all(answers, name), of_group, np.nan))
-    return np.stack(columns, axis=1)
+    of_runs = pd.Series(values[list(runs)], [str(seeds[run]) for run in runs])
+    return {str(seed): float(value) for seed, value in of_runs.groupby(level=0).mean().items()}

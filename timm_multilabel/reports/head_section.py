@@ -1,26 +1,22 @@
 """What a report says of one head."""
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from timm_multilabel.errors import shortened
+from timm_multilabel.heads import standard_head
 from timm_multilabel.heads.tags import tag_metrics
-from timm_multilabel.inference.predictions import Predictions
+from timm_multilabel.inference.predictions import OwnMetrics, Predictions
 from timm_multilabel.labels import MISSING, Labels, LabelSet, TagSet
+from timm_multilabel.metric_names import Metric
+from timm_multilabel.reports.bootstrap import METRIC_RESAMPLES, bootstrap
 from timm_multilabel.reports.calibration import Reliability, head_reliability
 from timm_multilabel.reports.confusion import READABLE, draw_confusion
-from timm_multilabel.reports.intervals import RESAMPLES, Figure, bootstrap, head_figures, mean_accuracy
-from timm_multilabel.reports.mistakes import confused_pairs, listed, worst_mistakes
+from timm_multilabel.reports.intervals import Interval, head_intervals, mean_accuracy, own_intervals
+from timm_multilabel.reports.mistakes import confused_pairs, worst_mistakes
 from timm_multilabel.reports.pictures import Thumbnail, figure_uri, reliability_figure
-
-NAMES = {
-    'top1': 'top-1 accuracy', 'top5': 'top-5 accuracy', 'balanced_accuracy': 'balanced accuracy',
-    'macro_f1': 'macro F1', 'map': 'mean average precision', 'f1': 'F1 (mean over tags)',
-    'micro_f1': 'F1 (over all labels)', 'accuracy': 'accuracy (mean over tags)',
-    'r2': 'explained variance (R²)', 'mae': 'mean absolute error'}
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class HeadSection:
         kind: Such as '140 classes'.
         labelled: Images with a label.
         unranked: No probability says which mistakes are the worst.
-        figures: Rows (name, value, interval, how the interval was made).
+        metrics: Rows (name, value, interval, how the interval was made).
         tags: Of tags, rows (tag, AP, F1, accuracy, labels, ones); else none.
         calibration: {picture, ece, words} or None.
         confusion: The picture, or ''.
@@ -43,12 +39,12 @@ class HeadSection:
     kind: str
     labelled: int
     unranked: bool
-    figures: list[tuple[str, str, str, str]]
-    tags: list[tuple[str, ...]]
-    calibration: dict[str, Any] | None
-    confusion: str
-    pairs: list[dict[str, Any]]
-    mistakes: list[dict[str, Any]]
+    metrics: list[tuple[str, str, str, str]] = field(default_factory=list)
+    tags: list[tuple[str, ...]] = field(default_factory=list)
+    calibration: dict[str, Any] | None = None
+    confusion: str = ''
+    pairs: list[dict[str, Any]] = field(default_factory=list)
+    mistakes: list[dict[str, Any]] = field(default_factory=list)
 
 
 def head_section(
@@ -58,7 +54,7 @@ def head_section(
         output: np.ndarray,
         rows: np.ndarray,
         thumbnail: Thumbnail,
-        own_metrics: Mapping[str, float] | None = None,
+        own: OwnMetrics | None = None,
 ) -> HeadSection:
     """Work out what there is to say of a head.
 
@@ -69,31 +65,36 @@ def head_section(
         output: What the head says of them (N, C).
         rows: Each row's name (N,).
         thumbnail: The pictures.
-        own_metrics: Of a kind that has no probabilities.
+        own: Of a kind with its own metrics.
     """
     used = np.flatnonzero(known)
     of_used, said = target[used], output[used]
-    section = {'name': shortened(labels.name), 'kind': _kind(labels), 'labelled': len(used),
-               'unranked': own_metrics is not None,
-               'tags': _tag_rows(labels, of_used, said) if len(used) else []}
+    has_probabilities = own is None or own.has_probabilities
+    section = HeadSection(
+        name=shortened(labels.name), kind=labels.counted, labelled=len(used), unranked=not has_probabilities)
     if not len(used):
-        return HeadSection(**section, figures=[], calibration=None, confusion='', pairs=[], mistakes=[])
-    if own_metrics is None:
-        figures = [_figure_row(figure) for figure in head_figures(labels, of_used, said)]
-        found = head_reliability(labels, of_used, said)
+        return section
+    if own is None:
+        kind = type(standard_head(labels))
+        metrics = [_metric_row(kind.metric(each.name), each) for each in head_intervals(labels, of_used, said)]
     else:
-        figures = [(name, f'{value:.2f}', '', '') for name, value in own_metrics.items()]
-        found = None
-    calibration = found and {
-        'picture': figure_uri(reliability_figure(found)), 'ece': f'{100 * found.ece:.2f} %',
-        'words': _calibration_words(found, isinstance(labels, TagSet))}
+        described = {metric.name: metric for metric in own.metrics}
+        metrics = [_metric_row(described[each.name], each) for each in own_intervals(own, known)]
+    found = head_reliability(labels, of_used, said) if has_probabilities else None
     pairs = []
     for pair in confused_pairs(labels, of_used, said) if isinstance(labels, LabelSet) else []:
         pairs.append({**vars(pair), 'thumbnails': [_thumbnail(used[row], rows, thumbnail) for row in pair.rows]})
-    mistakes = [{**vars(mistake), **_thumbnail(used[mistake.row], rows, thumbnail)}
-                for mistake in worst_mistakes(labels, of_used, said, has_probabilities=own_metrics is None)]
-    return HeadSection(**section, figures=figures, calibration=calibration,
-                       confusion=_confusion(labels, of_used, said), pairs=pairs, mistakes=mistakes)
+    return replace(
+        section,
+        metrics=metrics,
+        tags=_tag_rows(labels, of_used, said) if isinstance(labels, TagSet) else [],
+        calibration=None if found is None else {
+            'picture': figure_uri(reliability_figure(found)), 'ece': f'{100 * found.ece:.2f} %',
+            'words': _calibration_words(found, isinstance(labels, TagSet))},
+        confusion=_confusion(labels, of_used, said),
+        pairs=pairs,
+        mistakes=[{**vars(mistake), **_thumbnail(used[mistake.row], rows, thumbnail)}
+                  for mistake in worst_mistakes(labels, of_used, said, has_probabilities=has_probabilities)])
 
 
 def _calibration_words(found: Reliability, of_tags: bool) -> str:
@@ -103,15 +104,6 @@ def _calibration_words(found: Reliability, of_tags: bool) -> str:
     what = 'a tag' if of_tags else 'the class that it predicts'
     return (f'On average this head gives {what} a probability of {100 * found.said:.1f} %, and {true}: '
             f'{found.verdict()}.')
-
-
-def describe_target(labels: Labels, target: Any) -> str:
-    """A label in words: an element of `Predictions.target`; '-' where it is missing."""
-    if isinstance(labels, LabelSet):
-        return shortened(labels.classes[target]) if target != MISSING else '-'
-    if isinstance(labels, TagSet):
-        return listed(labels.classes, target == 1) if (target != MISSING).any() else '-'
-    return '-' if math.isnan(target) else f'{target * labels.std + labels.mean:.4g}'
 
 
 def mean_row(predictions: Predictions, head_weights: dict[str, float]) -> tuple[str, str, str, str] | None:
@@ -138,31 +130,24 @@ def mean_row(predictions: Predictions, head_weights: dict[str, float]) -> tuple[
     found = bootstrap(
         lambda weights: mean_accuracy([hits[name] for name in names], [head_weights[name] for name in names], weights),
         len(predictions))
-    return _figure_row(Figure('top1', *found['top1'], 'bootstrap'))
+    return _metric_row(type(standard_head(heads[0])).metric('top1'), Interval('top1', *found['top1'], 'bootstrap'))
 
 
-def _kind(labels: Labels) -> str:
-    if isinstance(labels, LabelSet | TagSet):
-        one, many = ('class', 'classes') if isinstance(labels, LabelSet) else ('tag', 'tags')
-        return f'{len(labels.classes)} {one if len(labels.classes) == 1 else many}'
-    return 'a number'
+def _metric_row(metric: Metric, found: Interval) -> tuple[str, str, str, str]:
+    """Title, value, interval and method as texts."""
+    if math.isnan(found.value):
+        return metric.title, 'none', '', ''
+    value = metric.text(found.value) + metric.unit
+    if math.isnan(found.low):
+        return metric.title, value, '', ''
+    return (metric.title, value, f'{metric.text(found.low)} to {metric.text(found.high)}{metric.unit}',
+            found.method if found.method == 'Wilson' else f'bootstrap of {METRIC_RESAMPLES:,}')
 
 
-def _figure_row(figure: Figure) -> tuple[str, str, str, str]:
-    """Name, value, interval and method as texts."""
-    unit = '' if figure.name == 'mae' else ' %'
-    def text(value: float) -> str:
-        return f'{value:.4g}' if figure.name == 'mae' else f'{value:.2f}'
-    if math.isnan(figure.value):
-        return NAMES[figure.name], 'none', '', ''
-    return (NAMES[figure.name], text(figure.value) + unit, f'{text(figure.low)} to {text(figure.high)}{unit}',
-            figure.method if figure.method == 'Wilson' else f'bootstrap of {RESAMPLES:,}')
-
-
-def _tag_rows(labels: Labels, target: np.ndarray, output: np.ndarray) -> list[tuple[str, ...]]:
+def _tag_rows(labels: TagSet, target: np.ndarray, output: np.ndarray) -> list[tuple[str, ...]]:
     """The metrics of each tag as texts; a dash where its labels, without a 0 or without a 1, do not allow one."""
     rows = []
-    for place, tag in enumerate(labels.classes if isinstance(labels, TagSet) else []):
+    for place, tag in enumerate(labels.classes):
         metrics = tag_metrics(target[:, place], output[:, place])
         texts = ['-' if math.isnan(metrics[name]) else f'{metrics[name]:.2f} %' for name in ('ap', 'f1', 'accuracy')]
         rows.append((shortened(tag), *texts, str(metrics['labels']), str(metrics['ones'])))
@@ -175,10 +160,8 @@ def _thumbnail(row: int, rows: np.ndarray, thumbnail: Thumbnail) -> dict[str, st
 
 def _confusion(labels: Labels, target: np.ndarray, output: np.ndarray) -> str:
     """The picture of what is taken for what; none of more classes than are legible, whose pairs are listed."""
-    if isinstance(labels, LabelSet):
-        if len(labels.classes) > READABLE:
-            return ''
-        measured = output.argmax(axis=1)[:, None]
-        return figure_uri(draw_confusion(labels, target[:, None], measured)[1])
-    target = target if isinstance(labels, TagSet) else target[:, None]
-    return figure_uri(draw_confusion(labels, target, output)[1])
+    if isinstance(labels, LabelSet) and len(labels.classes) > READABLE:
+        return ''
+    count = len(target)
+    measured = labels.predicted(output).reshape(count, -1)
+    return figure_uri(draw_confusion(labels, target.reshape(count, -1), measured)[1])

@@ -1,21 +1,19 @@
-"""Figures of a head with confidence intervals: Wilson's of accuracies, the bootstrap over images of all others."""
+"""Metrics of a head with confidence intervals: Wilson's of accuracies, the bootstrap over images of all others."""
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.sparse import csr_array
 
+from timm_multilabel.inference.predictions import OwnMetrics
 from timm_multilabel.labels import MISSING, Labels, LabelSet, TagSet
-
-RESAMPLES = 1000
-_Z = 1.959963984540054  # of a normal distribution, 95 % lie within so many standard deviations
-_CELLS = 4_000_000  # of resamples x images at once
+from timm_multilabel.reports.bootstrap import bootstrap, wilson
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure of a head.
+class Interval:
+    """A metric of a head with its interval.
 
     Args:
         name: Such as 'top1'.
@@ -31,87 +29,51 @@ class Figure:
     method: str
 
 
-def wilson(hits: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval (1927) of a share, as fractions; NaN of none.
-
-    (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
-    """
-    if not count:
-        return math.nan, math.nan
-    share, square = hits / count, _Z ** 2 / count
-    center = (share + square / 2) / (1 + square)
-    reach = _Z * math.sqrt(share * (1 - share) / count + square / 4 / count) / (1 + square)
-    return max(0.0, center - reach), min(1.0, center + reach)
-
-
-def resample(count: int, resamples: int = RESAMPLES, seed: int = 0) -> Iterator[np.ndarray]:
-    """How often each of N images is drawn in each resample, a part of the resamples at a time: (R, N) int32."""
-    generator = np.random.default_rng(seed)
-    step = max(1, _CELLS // max(1, count))
-    for first in range(0, resamples, step):
-        rows = min(step, resamples - first)
-        drawn = generator.integers(count, size=(rows, count)) + np.arange(rows)[:, None] * count
-        yield np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count).astype(np.int32)
-
-
-def bootstrap(
-        figures: Callable[[np.ndarray], dict[str, np.ndarray]],
-        count: int,
-        resamples: int = RESAMPLES,
-        seed: int = 0,
-) -> dict[str, tuple[float, float, float]]:
-    """Figures of N images with percentile 95 % intervals over resamples of the images.
-
-    Args:
-        figures: Weights of the images (R, N), whole numbers -> {figure: values (R,)}.
-        count: N.
-        resamples: Their number.
-        seed: Of the draws.
-
-    Returns:
-        {figure: (value, low, high)}; NaN where there is none. Resamples in which a figure has no value do not count.
-    """
-    if not count:
-        return {}
-    whole = figures(np.ones((1, count), np.int32))
-    parts = [figures(weights) for weights in resample(count, resamples, seed)]
-    found = {}
-    for name, (value,) in whole.items():
-        values = np.concatenate([part[name] for part in parts])
-        values = values[~np.isnan(values)]
-        ends = np.percentile(values, [2.5, 97.5]) if len(values) and not np.isnan(value) else (np.nan, np.nan)
-        found[name] = float(value), *map(float, ends)
-    return found
-
-
-def head_figures(labels: Labels, target: np.ndarray, output: np.ndarray) -> list[Figure]:
-    """The figures of a head over its labelled images.
+def head_intervals(labels: Labels, target: np.ndarray, output: np.ndarray) -> list[Interval]:
+    """The metrics of a head, as our kinds measure it, over its labelled images.
 
     Args:
         labels: The head's labels.
         target: As `Predictions.target` gives it, of labelled rows only.
         output: What the head says of them (N, C).
     """
-    if isinstance(labels, LabelSet) and len(labels.classes) == 1:  # every answer is right
-        return [Figure('top1', math.nan, math.nan, math.nan, 'Wilson')]
+    accuracies = []
     if isinstance(labels, LabelSet):
+        if len(labels.classes) == 1:  # every answer is right
+            return [Interval('top1', math.nan, math.nan, math.nan, 'Wilson')]
         ranks = (output > output[np.arange(len(target)), target][:, None]).sum(axis=1)
         predicted = output.argmax(axis=1)
-        figures = [_accuracy('top1', predicted == target)]
+        accuracies = [_accuracy('top1', predicted == target)]
         if len(labels.classes) > 5:
-            figures.append(_accuracy('top5', ranks < 5))
-        more = bootstrap(lambda weights: class_figures(target, predicted, weights), len(target))
+            accuracies.append(_accuracy('top5', ranks < 5))
+        found = bootstrap(lambda weights: weighted_class_metrics(target, predicted, weights), len(target))
     elif isinstance(labels, TagSet):
-        figures, more = [], bootstrap(lambda weights: tag_figures(target, output, weights), len(target))
+        found = bootstrap(lambda weights: weighted_tag_metrics(target, output, weights), len(target))
     else:
-        figures, more = [], bootstrap(
-            lambda weights: number_figures(target, output[:, 0], labels.std, weights), len(target))
-    return figures + [Figure(name, *values, 'bootstrap') for name, values in more.items()]
+        std = labels.std
+        found = bootstrap(lambda weights: weighted_number_metrics(target, output[:, 0], std, weights), len(target))
+    return accuracies + [Interval(name, *values, 'bootstrap') for name, values in found.items()]
 
 
-def _accuracy(name: str, hits: np.ndarray) -> Figure:
+def own_intervals(own: OwnMetrics, known: np.ndarray) -> list[Interval]:
+    """The metrics of a head of a kind with its own ones; those that are no means over images have no interval.
+
+    Args:
+        own: The metrics.
+        known: Which images have a label (N,).
+    """
+    of_images = {name: values[known].astype(np.float64) for name, values in own.of_rows.items()}
+    found = bootstrap(
+        lambda weights: {name: weights @ values / weights.sum(axis=1) for name, values in of_images.items()},
+        int(known.sum()))
+    return [Interval(name, value, *found.get(name, (value, math.nan, math.nan))[1:], 'bootstrap')
+            for name, value in own.values.items()]
+
+
+def _accuracy(name: str, hits: np.ndarray) -> Interval:
     share = 100 * float(hits.mean()) if len(hits) else math.nan
-    return Figure(name, share, *(100 * end for end in wilson(int(hits.sum()), len(hits))), 'Wilson')
+    low, high = wilson(int(hits.sum()), len(hits))
+    return Interval(name, share, 100 * low, 100 * high, 'Wilson')
 
 
 def mean_accuracy(
@@ -134,29 +96,30 @@ def mean_accuracy(
     return {'top1': 100 * np.average(accuracies, axis=0, weights=head_weights)}
 
 
-def class_figures(
+def weighted_class_metrics(
         target: np.ndarray,
         predicted: np.ndarray,
         weights: np.ndarray,
 ) -> dict[str, np.ndarray]:
     """'balanced_accuracy' and 'macro_f1' in percent, as `metrics.class_metrics` has them, of weighted images.
 
-    A class without weight counts with its figure of all images: left out, it would make resamples better than the
-    whole, since rare classes have low figures.
+    A class without weight counts with its metric of all images: left out, it would make resamples better than the
+    whole, since rare classes have low metrics.
 
     Args:
         target: Class indices (N,).
         predicted: Class indices (N,).
         weights: Of the images (R, N).
     """
-    occurring, places = np.unique([target, predicted], return_inverse=True)  # others count in neither figure
+    occurring, places = np.unique([target, predicted], return_inverse=True)  # others count in neither metric
     (target, predicted), classes = places.reshape(2, -1), len(occurring)
 
     def totals(indices: np.ndarray, which: np.ndarray) -> np.ndarray:
         """The weight of each class that occurs (C, R) over some of the images."""
         images = np.flatnonzero(which)
         members = csr_array((np.ones(len(images), np.int32), (indices[images], images)), shape=(classes, len(which)))
-        return members @ weights.T
+        found: np.ndarray = members @ weights.T
+        return found
 
     everywhere = np.ones(len(target), bool)
     true, said = totals(target, everywhere), totals(predicted, everywhere)
@@ -172,20 +135,20 @@ def class_figures(
 def _share(part: np.ndarray, whole: np.ndarray, all_part: np.ndarray, all_whole: np.ndarray) -> np.ndarray:
     """part / whole (C, R); where that is 0 / 0, the share of all images, from (C, 1); NaN where that is so as well."""
     with np.errstate(invalid='ignore', divide='ignore'):
-        return np.where(whole > 0, part / whole, all_part / all_whole)
+        return np.asarray(np.where(whole > 0, part / whole, all_part / all_whole))
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
     """The mean (R,) over those of (C, R) that are numbers."""
     there = ~np.isnan(values)
     with np.errstate(invalid='ignore', divide='ignore'):
-        return np.where(there, values, 0).sum(axis=0) / there.sum(axis=0)
+        return np.asarray(np.where(there, values, 0).sum(axis=0) / there.sum(axis=0))
 
 
-def tag_figures(target: np.ndarray, probability: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+def weighted_tag_metrics(target: np.ndarray, probability: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     """'map', 'f1', 'micro_f1' and 'accuracy' in percent, as `TagsHead.metrics` has them, of weighted images.
 
-    A tag of which the weighted images have no 1, or no 0, counts with its figure of all images.
+    A tag of which the weighted images have no 1, or no 0, counts with its metrics of all images.
 
     Args:
         target: 0, 1 or MISSING (N, C).
@@ -202,8 +165,8 @@ def tag_figures(target: np.ndarray, probability: np.ndarray, weights: np.ndarray
         if true.all() or not true.any():
             continue
         both = (counts[1] > 0) & (counts[1] < its.sum(axis=1))
-        whole = _tag_figures(true, of_tag, np.ones((1, len(true)), np.int32))
-        each.append(np.where(both, _tag_figures(true, of_tag, its), whole))
+        whole = _one_tag(true, of_tag, np.ones((1, len(true)), np.int32))
+        each.append(np.where(both, _one_tag(true, of_tag, its), whole))
     if not each:
         return dict.fromkeys(('map', 'f1', 'micro_f1', 'accuracy'), np.full(len(weights), np.nan))
     with np.errstate(invalid='ignore', divide='ignore'):
@@ -212,7 +175,7 @@ def tag_figures(target: np.ndarray, probability: np.ndarray, weights: np.ndarray
     return {'map': precision, 'f1': f1, 'micro_f1': 100 * micro, 'accuracy': accuracy}
 
 
-def _tag_figures(true: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _one_tag(true: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """F1 at 0.5, average precision, and accuracy at 0.5 of a tag (3, R), NaN without a weighted positive."""
     found = score >= 0.5
     positive = weights[:, true].sum(axis=1)
@@ -239,10 +202,15 @@ def average_precision(true: np.ndarray, score: np.ndarray, weights: np.ndarray) 
     positive = np.cumsum(weights * true[order], axis=1)[:, last]
     with np.errstate(invalid='ignore', divide='ignore'):
         precision = np.nan_to_num(positive / everything)
-        return (np.diff(positive, axis=1, prepend=0) * precision).sum(axis=1) / positive[:, -1]
+        return np.asarray((np.diff(positive, axis=1, prepend=0) * precision).sum(axis=1) / positive[:, -1])
 
 
-def number_figures(target: np.ndarray, output: np.ndarray, std: float, weights: np.ndarray) -> dict[str, np.ndarray]:
+def weighted_number_metrics(
+        target: np.ndarray,
+        output: np.ndarray,
+        std: float,
+        weights: np.ndarray,
+) -> dict[str, np.ndarray]:
     """'r2' in percent and 'mae' in the column's unit, as `NumericHead.metrics` has them, of weighted images.
 
     Args:

@@ -1,13 +1,10 @@
 """What a head gets wrong: pairs of classes that it takes for each other, and the rows with the worst mistakes."""
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from timm_multilabel.errors import shortened
 from timm_multilabel.labels import MISSING, Labels, LabelSet, Quantity, TagSet
-
-_LISTED = 8  # tags of a mistake
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ def worst_mistakes(
 
 def _worst(badness: np.ndarray, wrong: np.ndarray, most: int) -> list[int]:
     rows = np.flatnonzero(wrong)
-    return rows[np.argsort(-badness[rows], kind='stable')][:most].tolist()
+    return [int(row) for row in rows[np.argsort(-badness[rows], kind='stable')][:most]]
 
 
 def _wrong_classes(labels: LabelSet, target: np.ndarray, output: np.ndarray, most: int) -> list[Mistake]:
@@ -118,24 +115,17 @@ def _wrong_tags(labels: TagSet, target: np.ndarray, output: np.ndarray, most: in
     for row in _worst(loss, wrong, most):
         missed = int((known[row] & (target[row] == 1) & ~said[row]).sum())
         found.append(Mistake(
-            row, listed(labels.classes, target[row] == 1), listed(labels.classes, said[row]),
+            row, labels.listed(target[row] == 1), labels.listed(said[row]),
             f'{missed} missed, {int((known[row] & (target[row] == 0) & said[row]).sum())} wrongly found'))
     return found
-
-
-def listed(classes: Sequence[str], which: np.ndarray) -> str:
-    """The tags that are marked (C,), the first of them by name; 'none' where none is."""
-    indices = np.flatnonzero(which)
-    more = f', {len(indices) - _LISTED} more' if len(indices) > _LISTED else ''
-    return ', '.join(shortened(classes[index]) for index in indices[:_LISTED]) + more or 'none'
 
 
 def _wrong_numbers(labels: Quantity, target: np.ndarray, output: np.ndarray, most: int) -> list[Mistake]:
     error = np.abs(output - target)
     found = []
     for row in _worst(error, ~np.isnan(error), most):
-        label, prediction = (float(values[row]) * labels.std + labels.mean for values in (target, output))
-        found.append(Mistake(row, f'{label:.4g}', f'{prediction:.4g}', f'off by {error[row] * labels.std:.4g}'))
+        found.append(Mistake(
+            row, labels.describe(target[row]), labels.describe(output[row]), f'off by {error[row] * labels.std:.4g}'))
     return found
 
 

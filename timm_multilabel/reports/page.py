@@ -1,15 +1,12 @@
 """The page of a report: one HTML file without scripts, into which nothing is loaded."""
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 
-from timm_multilabel.escaping import shown
 from timm_multilabel.reports.embedding_map import Coloring
 from timm_multilabel.reports.head_section import HeadSection
+from timm_multilabel.reports.templates import render_template
 
 _GREY = '#e4e4e4'  # lighter than a class that is called gray
 
@@ -43,7 +40,7 @@ class Page:
         settings: args.yaml.
         recipe: The run has phases, which only `settings` tells.
         curves: Their picture.
-        mean: The row of the mean over heads, as those of `HeadSection.figures`, or None.
+        mean: The row of the mean over heads, as those of `HeadSection.metrics`, or None.
         heads: The heads.
         map: The map, or why there is none.
         views: Photos, each a list of pictures of its views, or why there are none.
@@ -66,16 +63,8 @@ class Page:
 
 def render(page: Page) -> str:
     """The page as HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, finalize=_shown)
     drawn = _draw_map(page.map) if isinstance(page.map, Map) else None
-    return environment.get_template('report.html').render(page=page, map=drawn)
-
-
-def _shown(value: Any) -> Any:
-    """What stands on the page of a value; what a macro has made is escaped already."""
-    return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return render_template('report.html', page=page, map=drawn)
 
 
 def _draw_map(found: Map) -> dict[str, Any]:

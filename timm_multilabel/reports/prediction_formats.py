@@ -10,7 +10,7 @@ import numpy as np
 from timm_multilabel.errors import UserError, one_line, shortened
 from timm_multilabel.escaping import csv_line, spreadsheet_text
 from timm_multilabel.inference.image_predictions import Guess, ImagePrediction
-from timm_multilabel.labels import LabelSet, LabelSpace, Quantity
+from timm_multilabel.labels import Labels, LabelSet, LabelSpace, TagSet
 
 _COLUMNS = 16_384
 """Columns that spreadsheets take."""
@@ -29,7 +29,7 @@ def csv_columns(label_space: LabelSpace, top_k: int, without_probabilities: Coll
         UserError: Two would have the same name, or there would be too many.
     """
     places = {labels.name: _places(labels, top_k, without_probabilities) for labels in label_space.heads}
-    alone = {labels.name for labels in label_space.heads if isinstance(labels, Quantity)} | set(without_probabilities)
+    alone = {labels.name for labels in label_space.heads if not labels.classes} | set(without_probabilities)
     count = 2 + sum((2 - (name in alone)) * number for name, number in places.items())
     if count > _COLUMNS:
         raise UserError(f'--top-k {top_k}: the CSV would have {count:,} columns, and {_COLUMNS:,} is the most; lower '
@@ -46,7 +46,7 @@ def csv_columns(label_space: LabelSpace, top_k: int, without_probabilities: Coll
     return columns
 
 
-def _places(labels: Any, top_k: int, without_probabilities: Collection[str]) -> int:
+def _places(labels: Labels, top_k: int, without_probabilities: Collection[str]) -> int:
     """How many labels a head has columns for; tags share one cell."""
     if not isinstance(labels, LabelSet) or labels.name in without_probabilities:
         return 1
@@ -69,23 +69,23 @@ def csv_lines(
         for labels in label_space.heads:
             guesses = answer.guesses.get(labels.name, [])
             places = _places(labels, top_k, without_probabilities)
-            if isinstance(labels, Quantity):
-                cells.append(_number(guesses[0].label) if guesses else '')
-            elif labels.name in without_probabilities:
-                cells.append(spreadsheet_text(guesses[0].label) if guesses else '')
-            elif isinstance(labels, LabelSet):
-                pairs = [(spreadsheet_text(guess.label), _number(guess.probability)) for guess in guesses]
-                cells += [cell for pair in pairs + [('', '')] * (places - len(pairs)) for cell in pair]
-            else:
-                tags = labels.separator.join(guess.label for guess in guesses)
+            texts = [guess.label if isinstance(guess.label, str) else _number(guess.label) for guess in guesses]
+            probabilities = [_number(guess.probability) for guess in guesses]
+            if not labels.classes:
+                cells += texts or ['']
+            elif isinstance(labels, TagSet):
                 none = '' if answer.error is not None else labels.none or ''
-                cells += [spreadsheet_text(tags or none),
-                          labels.separator.join(_number(guess.probability) for guess in guesses)]
+                cells += [spreadsheet_text(labels.separator.join(texts) or none), labels.separator.join(probabilities)]
+            elif labels.name in without_probabilities:
+                cells += [spreadsheet_text(text) for text in texts] or ['']
+            else:
+                pairs = [(spreadsheet_text(text), number) for text, number in zip(texts, probabilities)]
+                cells += [cell for pair in pairs + [('', '')] * (places - len(pairs)) for cell in pair]
         yield csv_line(cells)
 
 
-def _number(value: float) -> str:
-    return f'{value:.6g}'
+def _number(value: float | None) -> str:
+    return '' if value is None else f'{value:.6g}'
 
 
 def json_lines(
@@ -100,20 +100,19 @@ def json_lines(
     of an image a byte that is not UTF-8, such as ff, is written as `\\udcff`, which Python reads back, and
     `os.fsencode` makes that byte of.
     """
-    numbers = {labels.name for labels in label_space.heads if isinstance(labels, Quantity)}
     for answer in answers:
         made: dict[str, Any] = {'image': answer.image}
         if answer.error is not None:
             made['error'] = answer.error
         else:
             made['heads'] = {
-                name: [_json_guess(guess, name in numbers) for guess in guesses]
+                name: [_json_guess(guess) for guess in guesses]
                 for name, guesses in answer.guesses.items()}
         yield json.dumps(made)
 
 
-def _json_guess(guess: Guess, number: bool) -> dict[str, Any]:
-    if number:
+def _json_guess(guess: Guess) -> dict[str, Any]:
+    if not isinstance(guess.label, str):
         return {'value': _finite(guess.label)}
     if guess.probability is None:
         return {'label': guess.label}

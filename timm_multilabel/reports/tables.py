@@ -1,9 +1,10 @@
-"""Tables of texts as Markdown and HTML, whatever the texts hold."""
+"""Tables of texts for Markdown and HTML, whatever the texts hold."""
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import pandas as pd
 
-from timm_multilabel.escaping import cell_text, html_text, markdown_text
+from timm_multilabel.escaping import cell_text, markdown_text
 
 
 def markdown_table(table: pd.DataFrame, strong: Collection[int] = ()) -> str:
@@ -23,19 +24,14 @@ def markdown_table(table: pd.DataFrame, strong: Collection[int] = ()) -> str:
     return '\n'.join(lines)
 
 
-def html_table(table: pd.DataFrame, classes: Mapping[int, str]) -> str:
-    """A table of texts as HTML, its first column as row headings.
+def html_table(table: pd.DataFrame, classes: Mapping[int, str]) -> dict[str, Any]:
+    """A table of texts as experiments.html shows it: titles as lists of words, and rows.
 
     Args:
-        table: The texts.
+        table: The texts; the first column is that of the row headings.
         classes: The CSS class of rows, by number.
     """
-    # Words in spans, so that a page can keep the dashes of a flag with its name.
-    words = [' '.join(f'<span>{html_text(word)}</span>' for word in cell_text(name).split()) for name in table.columns]
-    head = ''.join(f'<th scope="col">{name}</th>' for name in words)
-    lines = ['<div class="scroll"><table>', f'<thead><tr>{head}</tr></thead>', '<tbody>']
-    for number, (first, *cells) in enumerate(table.to_numpy().tolist()):
-        row = ''.join(f'<td>{html_text(cell_text(cell))}</td>' for cell in cells)
-        of_row = f' class="{classes[number]}"' if number in classes else ''
-        lines.append(f'<tr{of_row}><th scope="row">{html_text(cell_text(first))}</th>{row}</tr>')
-    return '\n'.join([*lines, '</tbody>', '</table></div>'])
+    return {
+        'titles': [cell_text(name).split() for name in table.columns],
+        'rows': [{'css': classes.get(number, ''), 'cells': [cell_text(cell) for cell in cells]}
+                 for number, cells in enumerate(table.to_numpy().tolist())]}

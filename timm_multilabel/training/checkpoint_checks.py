@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from timm_multilabel.data.table import WHITESPACE
+from timm_multilabel.config.values import WHITESPACE
 from timm_multilabel.model_names import LARGEST_PROJECTION, LARGEST_SIDE, check_arguments
 from timm_multilabel.training.pickle_checks import check_pickle
 

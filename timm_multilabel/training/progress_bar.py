@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from tqdm.utils import disp_len
 
 from timm_multilabel.errors import one_line
+from timm_multilabel.log import logger
+from timm_multilabel.progress import OFF_TERMINAL
 
 _COLUMNS = 100  # of a line where the output is no terminal
 _BAR = 37  # columns of a progress bar and its times, beside the title, the numbers of steps and the metrics
@@ -90,7 +92,7 @@ class ProgressBar:
             bar_format='{desc} {bar:12} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}',
             dynamic_ncols=True,
             leave=False,
-            disable=None if visible else True,  # None: only on a terminal
+            disable=OFF_TERMINAL if visible else True,
         )
         self.started = time.perf_counter()
 
@@ -121,9 +123,10 @@ class ProgressBar:
             first = f'{self.title}  step {step}/{self.steps}'
             left = f'left {tqdm.format_interval(elapsed / (step - self.first) * (self.steps - step))}'
             taken = sum(disp_len(part) + 2 for part in (first, speed, left))
-            print(f'{first}  {fitted(metrics, line_width() - taken)}  {speed}  {left}', flush=True)
+            logger.info('%s', f'{first}  {fitted(metrics, line_width() - taken)}  {speed}  {left}')
 
     def say(self, line: str) -> None:
-        """Print a line that stays."""
+        """Tell a line that stays."""
         if self.visible:
-            tqdm.write(one_line(line))
+            with tqdm.external_write_mode():
+                logger.info('%s', one_line(line))

@@ -11,6 +11,7 @@ from timm.utils import NativeScaler, distribute_bn
 from torch import nn
 from tqdm.utils import disp_len
 
+from timm_multilabel.config.train import RunSettings
 from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import UserError, abbreviated
 from timm_multilabel.heads import Head
@@ -127,7 +128,7 @@ class Trainer:
     trackers: Trackers | None = None
     saver: WholeSaver | None = None
     bad_images: BadImages | None = None
-    log_interval: int = 50
+    log_interval: int = RunSettings.log_interval
     save_interval: int | None = None
     signals: StopSignals | None = None
     task: JointTask = field(init=False)
@@ -379,7 +380,7 @@ def epoch_lines(title: str, row: dict[str, Any], task: JointTask, width: int) ->
     for part in ('eval', 'eval_ema'):
         if in_summary(part, mean) in row:
             means.append(f'{part} {_percent(row[in_summary(part, mean)], 2)}')
-            heads.append([_head_score(head, row[in_summary(part, of_head(name, head.figures[0]))])
+            heads.append([_head_score(head, row[in_summary(part, of_head(name, head.metric_names[0]))])
                           for name, head in task.heads.items()])
     speed = f'lr {row["lr"]:.2g}  {row["images_per_second"]:.0f} images/s'
     line = '  '.join([*losses, *(f'{score}  ({"  ".join(its)})' for score, its in zip(means, heads)), speed])
@@ -391,7 +392,7 @@ def epoch_lines(title: str, row: dict[str, Any], task: JointTask, width: int) ->
 
 def _head_score(head: Head, value: float) -> str:
     """A head's main metric."""
-    figure = head.figures[0]
+    figure = head.metric_names[0]
     return f'{abbreviated(head.labels.name, _NAME)} {_percent(value, 1)}' + ('' if figure == 'top1' else f' {figure}')
 
 

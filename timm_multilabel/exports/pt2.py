@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from timm_multilabel.export.compare import Run
-from timm_multilabel.export.exportable import DESCRIPTION, Exportable, ReadableModel
+from timm_multilabel.exports.compare import Run
+from timm_multilabel.exports.exportable import DESCRIPTION, Exportable, ReadableModel
 
 NAME = 'pt2'
 FILES = ('multilabel.pt2',)

@@ -7,9 +7,9 @@ from pathlib import Path
 from types import ModuleType
 
 from timm_multilabel.errors import UserError, escaped, is_utf8
-from timm_multilabel.export import backbone, onnx, pt2, weights
-from timm_multilabel.export.compare import TOLERANCE, largest_difference
-from timm_multilabel.export.exportable import Exportable
+from timm_multilabel.exports import backbone, onnx, pt2, weights
+from timm_multilabel.exports.compare import TOLERANCE, largest_difference
+from timm_multilabel.exports.exportable import Exportable
 from timm_multilabel.files import link_whole
 from timm_multilabel.temporary import temporary_folder
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import timm
 from timm.models import save_for_hf
 
-from timm_multilabel.export.compare import Run
-from timm_multilabel.export.exportable import Exportable
-from timm_multilabel.export.weights import write_tensors
+from timm_multilabel.exports.compare import Run
+from timm_multilabel.exports.exportable import Exportable
+from timm_multilabel.exports.weights import write_tensors
 from timm_multilabel.files import write_atomic
 
 FILES = ('model.safetensors', 'config.json')
@@ -22,7 +22,7 @@ def write(exportable: Exportable, path: Path) -> None:
     preprocessing = dict(exportable.description['preprocessing'])
     del preprocessing['pixels']
     save_for_hf(
-        exportable.model.backbone, path.parent, safe_serialization=True, data_config=preprocessing,
+        exportable.model.backbone, str(path.parent), safe_serialization=True, data_config=preprocessing,
         model_args=exportable.description['model_kwargs'])
     write_tensors(path, exportable.model.backbone.state_dict())  # safetensors' own files none but their owner can read
     config = json.loads((path.parent / 'config.json').read_text(encoding='utf-8'))

@@ -92,5 +92,5 @@ def read_images(checkpoint: Checkpoint, paths: Sequence[str]) -> torch.Tensor:
     loader = create_eval_loader(
         ImageDataset(rows, FilePhotos(rows), views), len(paths), mean=tuple(config['mean']), std=tuple(config['std']),
         device=torch.device('cpu'), workers=0)
-    images, _ = next(iter(loader))
+    images: torch.Tensor = next(iter(loader))[0]
     return (images if len(images) > 1 else images.repeat(2, 1, 1, 1)).contiguous()

@@ -1,11 +1,11 @@
-"""The model card of a hub's folder: what the model is, its labels, its figures, how it is used."""
+"""The model card of a hub's folder: what the model is, its labels, its metrics, how it is used."""
 from huggingface_hub import ModelCardData
 
 from timm_multilabel.errors import shortened
 from timm_multilabel.escaping import markdown_text
-from timm_multilabel.export.exportable import Exportable
+from timm_multilabel.exports.exportable import Exportable
 from timm_multilabel.labels import Quantity
-from timm_multilabel.metric_names import in_summary, of_head
+from timm_multilabel.metric_names import Metric, in_summary, of_head
 from timm_multilabel.training.run_folder import read_summary
 from timm_multilabel.training.trackers import numbers
 
@@ -16,7 +16,7 @@ _USAGE = '''```python
 import torch
 from huggingface_hub import hf_hub_download
 
-from timm_multilabel.export.weights import load_exported
+from timm_multilabel.exports.weights import load_exported
 
 path = hf_hub_download('{repo}', 'multilabel.safetensors')
 hf_hub_download('{repo}', 'multilabel.json')
@@ -61,7 +61,7 @@ def model_card(exportable: Exportable, repo: str | None) -> str:
         f'({described["weights"]} weights), for images of {width}x{height} pixels.\n',
     ]
     if heads:
-        lines += ['## Labels\n', *_labels(exportable), *_figures(exportable)]
+        lines += ['## Labels\n', *_labels(exportable), *_metrics(exportable)]
     lines.append('## Usage\n')
     if heads:
         lines += [_USAGE.format(**names), 'The backbone alone, by timm:\n']
@@ -90,14 +90,18 @@ def _labels(exportable: Exportable) -> list[str]:
     return [*lines, '']
 
 
-def _figures(exportable: Exportable) -> list[str]:
-    """The figures of the checkpoint's epoch, a line a head."""
+def _metrics(exportable: Exportable) -> list[str]:
+    """The metrics of the checkpoint's epoch, a line a head."""
     row = summary_row(exportable)
     part = 'eval_ema' if exportable.description['weights'] == 'ema' else 'eval'
-    rows = {
-        name: {figure: row[column] for figure in (*head.figures, 'loss')
-               if (column := in_summary(part, of_head(name, figure))) in row}
-        for name, head in exportable.model.named_heads.items()}
+    rows, lower = {}, ['loss']
+    for name, head in exportable.model.named_heads.items():
+        metrics = [*map(head.metric, head.metric_names), Metric('loss')]
+        lower += head.lower_is_better
+        rows[name] = {
+            # With a digit more than elsewhere, unless the head says how it is written.
+            metric.name: format(row[column], '.3f') if metric.form.startswith('.2f') else metric.text(row[column])
+            for metric in metrics if (column := in_summary(part, of_head(name, metric.name))) in row}
     rows = {name: values for name, values in rows.items() if values}
     if not rows:
         return []
@@ -107,9 +111,10 @@ def _figures(exportable: Exportable) -> list[str]:
     lines.append(f'| head | {" | ".join(map(markdown_text, titles))} |')
     lines.append('| --- |' + ' --- |' * len(titles))
     for name, values in rows.items():
-        cells = [f'{values[title]:.3f}' if title in values else '' for title in titles]
+        cells = [values.get(title, '') for title in titles]
         lines.append(f'| {markdown_text(shortened(name))} | {" | ".join(cells)} |')
-    return [*lines, '']
+    better = ', '.join(markdown_text(title) for title in titles if title in lower)
+    return [*lines, '', f'Lower is better: {better}.\n']
 
 
 def summary_row(exportable: Exportable) -> dict[str, float]:

@@ -6,9 +6,9 @@ from typing import Any
 import timm
 from timm.models import resolve_model_input_args
 
-from timm_multilabel.export.compare import Run
-from timm_multilabel.export.exportable import Exportable
-from timm_multilabel.export.weights import write_tensors
+from timm_multilabel.exports.compare import Run
+from timm_multilabel.exports.exportable import Exportable
+from timm_multilabel.exports.weights import write_tensors
 from timm_multilabel.files import write_atomic
 
 NAME = 'backbone'
@@ -28,7 +28,8 @@ def model_arguments(exportable: Exportable) -> dict[str, Any]:
     del arguments['pretrained_cfg']
     if arguments.get('in_chans') == 3:
         del arguments['in_chans']
-    return json.loads(json.dumps(arguments))
+    plain: dict[str, Any] = json.loads(json.dumps(arguments))
+    return plain
 
 
 def note(exportable: Exportable, path: Path) -> str:

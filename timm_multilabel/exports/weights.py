@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
-from timm_multilabel.export.compare import Run
-from timm_multilabel.export.exportable import Exportable, readable
+from timm_multilabel.exports.compare import Run
+from timm_multilabel.exports.exportable import Exportable, readable
 from timm_multilabel.files import read_json, reading, write_atomic
 from timm_multilabel.heads import REGISTRY, Head
 from timm_multilabel.model import MultiLabelModel
@@ -69,7 +69,9 @@ def load_exported(
 
 def load(exportable: Exportable, path: Path) -> Run:
     """The model of a file, by this library."""
-    registry = {**REGISTRY, **{head.kind: type(head) for head in exportable.model.heads}}
+    registry = dict(REGISTRY)
+    for head in exportable.model.named_heads.values():
+        registry[head.kind] = type(head)
     model = load_exported(path, registry, allow_hub=True)  # as the checkpoint, whose model is loaded already
 
     def run(images: torch.Tensor) -> list[torch.Tensor]:

@@ -3,7 +3,7 @@ from collections.abc import Callable
 
 import torch
 
-from timm_multilabel.export.exportable import Exportable, readable
+from timm_multilabel.exports.exportable import Exportable, readable
 from timm_multilabel.inference import loaded as finite
 from timm_multilabel.labels import Quantity
 from timm_multilabel.model import MultiLabelModel

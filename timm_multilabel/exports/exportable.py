@@ -10,7 +10,6 @@ from torch import nn
 
 from timm_multilabel.errors import UserError
 from timm_multilabel.heads import Head
-from timm_multilabel.labels import Quantity
 from timm_multilabel.model import MultiLabelModel
 from timm_multilabel.training.checkpoint import Checkpoint
 
@@ -39,13 +38,13 @@ class ReadableModel(nn.Module):
         outputs = self.model(images)
         return {
             name: readable(head, outputs[head.labels.name])
-            for name, head in zip(self.names, self.model.heads, strict=True)}
+            for name, head in zip(self.names, self.model.named_heads.values(), strict=True)}
 
 
 def readable(head: Head, output: torch.Tensor) -> torch.Tensor:
     """A head's output as probabilities (B, C), or numbers in their column's unit (B, 1)."""
-    values = head.probabilities(output)
-    return values * head.labels.std + head.labels.mean if isinstance(head.labels, Quantity) else values
+    values: torch.Tensor = head.labels.in_unit(head.probabilities(output))
+    return values
 
 
 @dataclass(frozen=True)
@@ -86,14 +85,9 @@ def describe(checkpoint: Checkpoint, weights: str, model: MultiLabelModel) -> di
         UserError: A setting of the checkpoint is nothing that JSON knows.
     """
     state, labels = checkpoint.state, checkpoint.label_space
-    values = {
-        name: 'numbers' if isinstance(head.labels, Quantity) else
-        'probabilities' if head.has_probabilities else '1 of the predicted class, 0 of others'
-        for name, head in model.named_heads.items()}
     outputs = [
-        {'name': name, 'head': head.name, 'columns': head.outputs,
-         'values': values[head.name]}
-        for name, head in zip(output_names(labels.names), labels.heads, strict=True)]
+        {'name': name, 'head': head.labels.name, 'columns': head.labels.outputs, 'values': head.gives}
+        for name, head in zip(output_names(labels.names), model.named_heads.values(), strict=True)]
     config = checkpoint.data_config
     preprocessing = {
         **{name: list(config[name]) for name in ('input_size', 'mean', 'std')},
@@ -114,9 +108,10 @@ def describe(checkpoint: Checkpoint, weights: str, model: MultiLabelModel) -> di
         'projection_dim': state.get('projection_dim', 64),
     }
     try:
-        return json.loads(json.dumps(description))
+        found: dict[str, Any] = json.loads(json.dumps(description))
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f'{checkpoint.path}: its settings cannot be written as JSON ({error})') from error
+    return found
 
 
 def output_names(heads: Sequence[str]) -> list[str]:

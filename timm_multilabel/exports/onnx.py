@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from timm_multilabel.export.compare import Run
-from timm_multilabel.export.exportable import DESCRIPTION, INPUT, Exportable, ReadableModel
+from timm_multilabel.exports.compare import Run
+from timm_multilabel.exports.exportable import DESCRIPTION, INPUT, Exportable, ReadableModel
 
 NAME = 'onnx'
 FILES = ('multilabel.onnx',)
@@ -52,6 +52,7 @@ def write(exportable: Exportable, path: Path) -> None:
             external_data=False,
             verbose=False,
         )
+    assert program is not None  # it is what this exporter returns
     graph = program.model.graph
     # Inner values are called after PyTorch's operators, as a column may be (`linear`): those get a sign that no name of
     # an output has.

@@ -3,13 +3,13 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is public, and not in its __all__
 
 from timm_multilabel.errors import UserError
-from timm_multilabel.export import timm_folder, weights
-from timm_multilabel.export.card import model_card
-from timm_multilabel.export.exportable import Exportable
-from timm_multilabel.export.formats import put_in_place, write_compared
+from timm_multilabel.exports import timm_folder, weights
+from timm_multilabel.exports.card import model_card
+from timm_multilabel.exports.exportable import Exportable
+from timm_multilabel.exports.formats import put_in_place, write_compared
 from timm_multilabel.files import write_atomic
 
 

@@ -1,0 +1,21 @@
+"""The notebook of the repository runs from its first cell to its last, and is stored without outputs."""
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOK = Path(__file__).parent.parent / 'notebooks' / 'quickstart.ipynb'
+
+
+@pytest.mark.slow
+def test_quickstart(tmp_path, monkeypatch):
+    monkeypatch.setenv('PYTHONPATH', str(NOTEBOOK.parent.parent))
+    notebook = nbformat.read(NOTEBOOK, 4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == 'code']
+    assert not any(cell.outputs or cell.execution_count for cell in cells)
+    NotebookClient(notebook, timeout=300, resources={'metadata': {'path': str(tmp_path)}}).execute()
+    assert (tmp_path / 'runs' / 'quickstart' / 'report.html').is_file()
+    text = [''.join(str(output.get('text') or output.get('data', {}).get('text/plain')) for output in cell.outputs)
+            for cell in cells]
+    assert 'Epoch 2/2' in ''.join(text) and 'report.html' in text[-1] and 'probability' in text[-2]
