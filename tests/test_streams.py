@@ -19,7 +19,8 @@ from test_training import TINY, validated
 from timm_multilabel.assembly.splits import Splits
 from timm_multilabel.cells import list_cell
 from timm_multilabel.cli.main import run_command
-from timm_multilabel.data.packing import FORMATS, pack
+from timm_multilabel.config.commands import SHARD_FORMATS
+from timm_multilabel.data.packing import pack
 from timm_multilabel.data.shards import find_shards
 from timm_multilabel.data.streams import Stored, encode, read_labels, table_of_labels
 from timm_multilabel.data.table import find_label_space, read_table
@@ -34,7 +35,7 @@ PLAIN = {'mean': (0.0, 0.0, 0.0), 'std': (1.0, 1.0, 1.0), 'device': torch.device
 IDS = LabelSpace((LabelSet('id', tuple(f'{number:02d}' for number in range(12))),))
 
 
-@pytest.fixture(params=FORMATS)
+@pytest.fixture(params=SHARD_FORMATS)
 def kind(request):
     return request.param
 
