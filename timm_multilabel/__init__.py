@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from timm_multilabel.api.train import train
     from timm_multilabel.api.validate import validate
     from timm_multilabel.data.table import encode_rows, find_label_space, read_table
-    from timm_multilabel.errors import UserError
+    from timm_multilabel.errors import CheckpointError, DataError, OutputError, SettingError, UserError
     from timm_multilabel.inference.predictor import Predictor
     from timm_multilabel.labels import LabelSpace
     from timm_multilabel.loading.dataset import MultiLabelDataset
@@ -36,6 +36,10 @@ _MODULES = {
     'MultiLabelDataset': 'loading.dataset',
     'MultiLabelModel': 'model',
     'Predictor': 'inference.predictor',
+    'CheckpointError': 'errors',
+    'DataError': 'errors',
+    'OutputError': 'errors',
+    'SettingError': 'errors',
     'UserError': 'errors',
     'create_backbone': 'model',
     'create_optimizer': 'optim',
@@ -49,6 +53,10 @@ __all__ = [
     'MultiLabelDataset',
     'MultiLabelModel',
     'Predictor',
+    'CheckpointError',
+    'DataError',
+    'OutputError',
+    'SettingError',
     'UserError',
     'check',
     'compare',

@@ -21,6 +21,18 @@ class UserError(Exception):
         return one_line(str(self).rpartition(f'{__name__}.{type(self).__name__}: ')[2]).strip()
 
 
+class DataError(UserError):
+    """Tables, images or shards that cannot be read, or are not what training or a checkpoint needs."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint, a run folder, weights or embeddings that cannot be read or do not fit."""
+
+
+class OutputError(UserError):
+    """A file that cannot be written, or is there already."""
+
+
 class SettingError(UserError):
     """A setting that there is none of, a value that it may not have, or settings that do not go together.
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from timm_multilabel.errors import UserError, printable
+from timm_multilabel.errors import DataError, OutputError, UserError, printable
 from timm_multilabel.temporary import lock, temporary_file, temporary_path
 
 # Writing
@@ -29,11 +29,11 @@ def atomic_write(path: str | Path, read_only: bool = False) -> Iterator[BinaryIO
         read_only: Nobody may write to it afterwards; it can only be replaced.
 
     Raises:
-        UserError: The disk is full, or the folder cannot be written to; what was there before is left as it is.
+        OutputError: The disk is full, or the folder cannot be written to; what was there before is left as it is.
     """
     path = Path(path)
     if path.exists() and not path.is_file():  # as root it would take the place of /dev/null
-        raise UserError(f'{path}: cannot be written: it is a folder, a device or a pipe; name a file')
+        raise OutputError(f'{path}: cannot be written: it is a folder, a device or a pipe; name a file')
     temporary = None
     try:
         descriptor, temporary = temporary_file(path.parent, path.name)
@@ -54,7 +54,7 @@ def atomic_write(path: str | Path, read_only: bool = False) -> Iterator[BinaryIO
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save puts its own error over it
         if not isinstance(cause, OSError):
             raise
-        raise UserError(
+        raise OutputError(
             f'{path}: cannot be written ({cause.strerror or cause}), and what was there before is left as it is; make '
             'room or check the permissions') from error
     finally:
@@ -75,7 +75,7 @@ def link_whole(source: str | Path, path: str | Path) -> None:
     """Give a file another name, in place of the file that may have it; where there are no links, a copy.
 
     Raises:
-        UserError: See `atomic_write`.
+        OutputError: See `atomic_write`.
     """
     path = Path(path)
     temporary = temporary_path(path.parent, path.name)
@@ -97,16 +97,16 @@ def open_to_append(path: str | Path) -> BinaryIO:
     """Open a file to add to, made where there is none.
 
     Raises:
-        UserError: It is a link, which might lead anywhere, or no file, or cannot be opened.
+        OutputError: It is a link, which might lead anywhere, or no file, or cannot be opened.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         file = open(os.open(path, flags, 0o666), 'ab')
     except OSError as error:
-        raise UserError(f'{path}: cannot be opened to add to it ({error.strerror}); remove it') from error
+        raise OutputError(f'{path}: cannot be opened to add to it ({error.strerror}); remove it') from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise UserError(f'{path}: is no file; remove it')
+        raise OutputError(f'{path}: is no file; remove it')
     return file
 
 
@@ -168,7 +168,7 @@ def reading(path: str | Path, what: str, way_out: str) -> Iterator[None]:
         way_out: What the user can do.
 
     Raises:
-        UserError: Any Exception was raised within.
+        DataError: Any Exception was raised within.
     """
     try:
         with warnings.catch_warnings():
@@ -179,7 +179,7 @@ def reading(path: str | Path, what: str, way_out: str) -> Iterator[None]:
     except Exception as error:  # damaged files make libraries raise nearly anything
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         reason = ' '.join(printable(reason).split())[:200] or type(error).__name__
-        raise UserError(f'{path}: cannot be read as {what} ({reason}); {way_out}') from error
+        raise DataError(f'{path}: cannot be read as {what} ({reason}); {way_out}') from error
 
 
 def read_json(
@@ -199,7 +199,7 @@ def read_json(
         most: Bytes that it may have.
 
     Raises:
-        UserError: It cannot be read, or holds something else.
+        DataError: It cannot be read, or holds something else.
     """
     with reading(path, what, way_out):
         value = json.loads(read_text(path, most))

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from timm_multilabel.cells import TAG_SEPARATOR, BadCell, singles, tags_of, truth
-from timm_multilabel.errors import UserError, shortened
+from timm_multilabel.errors import DataError, shortened
 from timm_multilabel.files import read_text, reading, write_atomic
 
 MISSING = -1
@@ -449,12 +449,12 @@ class LabelSpace:
         """Write the label space as JSON.
 
         Raises:
-            UserError: `load` would refuse it, or the file cannot be written.
+            DataError: `load` would refuse it, or the file cannot be written.
         """
         try:
             self.from_dict(self.to_dict())
         except ValueError as error:
-            raise UserError(f'{path}: cannot be written ({error}); rename it in the data') from error
+            raise DataError(f'{path}: cannot be written ({error}); rename it in the data') from error
         write_atomic(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + '\n')
 
     @classmethod
@@ -462,7 +462,7 @@ class LabelSpace:
         """Read what `save` wrote.
 
         Raises:
-            UserError: The file is missing or holds no label space.
+            DataError: The file is missing or holds no label space.
         """
         with reading(path, 'a label space', 'restore it, or remove it to have it made again'):
             return cls.from_dict(json.loads(read_text(path, _MAX_BYTES)))

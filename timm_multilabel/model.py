@@ -14,7 +14,7 @@ from timm.models import resolve_model_input_args
 from torch import nn
 
 from timm_multilabel.config.train import ObjectiveSettings
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import SettingError, UserError
 from timm_multilabel.heads import REGISTRY, Head, create_head, resolve_options
 from timm_multilabel.labels import LabelSet, LabelSpace
 from timm_multilabel.weights_file import create_from_file
@@ -159,7 +159,7 @@ def create_backbone(
         say: Prints a line on what of a local file was taken, where it is not all.
 
     Raises:
-        UserError: The model is unknown, has no pooled features, does not take an argument, or weights cannot be had.
+        SettingError: The model is unknown, has no pooled features, does not take an argument, or weights cannot be had.
     """
     kwargs = dict(model_kwargs or {}, num_classes=0)
     if drop_path is not None:
@@ -177,7 +177,7 @@ def create_backbone(
     except Exception as error:  # timm, its models, safetensors and the hub each raise their own kind
         raise _explain(error, name, pretrained, pretrained_path) from error
     if not getattr(backbone, 'head_hidden_size', None):
-        raise UserError(f"--model {name}: the model has no pooled features to put heads on; choose another")
+        raise SettingError(f"--model {name}: the model has no pooled features to put heads on; choose another")
     return backbone
 
 
@@ -187,17 +187,18 @@ def _explain(error: Exception, name: str, pretrained: bool, pretrained_path: str
     if 'Unknown model' in reason or 'has no source prefix' in reason:
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f'; did you mean {" or ".join(near)}?' if near else ''
-        return UserError(f'--model {name}: timm {timm.__version__} has no such model{hint}')
+        return SettingError(f'--model {name}: timm {timm.__version__} has no such model{hint}')
     if ':' in name:
-        return UserError(f'--model {name}: cannot be had ({reason[:200]})')
+        return SettingError(f'--model {name}: cannot be had ({reason[:200]})')
     if pretrained_path:
-        return UserError(f'--pretrained-path {pretrained_path}: its weights do not load into {name} ({reason[:300]})')
+        return SettingError(
+            f'--pretrained-path {pretrained_path}: its weights do not load into {name} ({reason[:300]})')
     if pretrained:
-        return UserError(
+        return SettingError(
             f'--pretrained: the weights of {name} could not be downloaded ({type(error).__name__}); '
             'pass a local timm checkpoint or safetensors file with --pretrained-path FILE instead')
     if isinstance(error, TypeError | ValueError | AssertionError):
-        return UserError(f'--model {name}: timm cannot make it so ({reason[:300]})')
+        return SettingError(f'--model {name}: timm cannot make it so ({reason[:300]})')
     return error
 
 

@@ -8,7 +8,7 @@ import torch
 from timm.models import load_state_dict
 from torch import nn
 
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import CheckpointError
 
 _COUNTS = 'num_batches_tracked'  # of batch norm; no result depends on it, and old files have none
 
@@ -26,7 +26,7 @@ def create_from_file(kwargs: dict[str, Any], path: str, say: Callable[[str], Non
         say: Prints a line.
 
     Raises:
-        UserError: The file lacks a weight or a buffer of the model.
+        CheckpointError: The file lacks a weight or a buffer of the model.
     """
     if path.endswith('.npz'):  # of JAX; its reader asks for every weight by name
         return timm.create_model(**kwargs, pretrained=True, pretrained_cfg_overlay={'file': path})
@@ -40,7 +40,7 @@ def create_from_file(kwargs: dict[str, Any], path: str, say: Callable[[str], Non
     counts = [name for name in lacking if name.endswith(_COUNTS)]
     lacking = [name for name in lacking if name not in counts]
     if lacking:
-        raise UserError(
+        raise CheckpointError(
             f'--pretrained-path {path}: lacks {len(lacking)} of the {len(names)} weights and buffers of '
             f'{kwargs["model_name"]} ({_some(lacking)}); name a file of that model, or with --initial-checkpoint one '
             'of a run')
@@ -85,7 +85,7 @@ def _without_prefix(
         The weights without the prefix that most names of the model have, and that prefix.
 
     Raises:
-        UserError: Two models of this kind are in the file.
+        CheckpointError: Two models of this kind are in the file.
     """
     wanted = set(names)
     found: Counter[str] = Counter()
@@ -100,7 +100,7 @@ def _without_prefix(
         return state, ''
     rivals = [prefix for prefix, other in ranked if other == number]
     if len(rivals) > 1:
-        raise UserError(
+        raise CheckpointError(
             f'--pretrained-path {path}: holds the weights of {len(rivals)} such models, under {", ".join(rivals)}; '
             'save one of them into a file of its own')
     # The others keep their whole names, as what is left out.

@@ -9,7 +9,7 @@ from timm_multilabel.assembly.pool import wants_pool
 from timm_multilabel.assembly.views import which_views
 from timm_multilabel.config.train import Phase, TrainSettings
 from timm_multilabel.data.remarks import can_be_scored
-from timm_multilabel.errors import UserError, listed
+from timm_multilabel.errors import SettingError, UserError, listed
 from timm_multilabel.heads import Head
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.metric_names import earlier_name, of_head
@@ -24,7 +24,7 @@ def check_phases(settings: TrainSettings) -> list[Phase]:
     """The phases of a run, checked; a run without phases is one that has no name.
 
     Raises:
-        UserError: A phase without epochs or with a setting of the whole run, or settings that do not go together.
+        SettingError: A phase without epochs or with a setting of the whole run, or settings that do not go together.
     """
     if not settings.phases:
         check_settings(settings, frozenset(settings.settings()))
@@ -33,14 +33,14 @@ def check_phases(settings: TrainSettings) -> list[Phase]:
     for phase in settings.phases:
         where = f"{settings.config}, phase '{phase.name}'"
         if phase.given.get('epochs') is None:
-            raise UserError(f"{where}: it has no epochs; add 'epochs: N'")
+            raise SettingError(f"{where}: it has no epochs; add 'epochs: N'")
         for name in _RUN_WIDE:
             if name in phase.given:
-                raise UserError(f"{where}: '{name}' applies to the whole run; put it above the phases")
+                raise SettingError(f"{where}: '{name}' applies to the whole run; put it above the phases")
         try:
             check_settings(phase.settings, frozenset(phase.given))
         except UserError as error:
-            raise UserError(f'{where}: {error}') from error
+            raise SettingError(f'{where}: {error}') from error
         if not phase.settings.objective.classification_loss_weight:
             phase = replace(phase, settings=_without_heads(phase.settings))
         checked.append(phase)
@@ -65,57 +65,58 @@ def check_settings(settings: TrainSettings, given: Collection[str]) -> None:
         given: The settings that may not be idle.
 
     Raises:
-        UserError: Settings that do not go together.
+        SettingError: Settings that do not go together.
     """
     objective, views, run, backbone = settings.objective, settings.augmentation, settings.run, settings.backbone
     if not objective.simclr_loss_weight and not objective.classification_loss_weight:
-        raise UserError('-wls 0 with -wlc 0 leaves nothing to train; make one of them more than 0')
+        raise SettingError('-wls 0 with -wlc 0 leaves nothing to train; make one of them more than 0')
     pool = wants_pool(settings)
     pool_batch = settings.pool.unlabelled_batch_size or (
         run.batch_size if pool and objective.classification_loss_weight else 0)
     if objective.simclr_loss_weight and run.batch_size + pool_batch == 1:
-        raise UserError('-b 1: SimCLR contrasts the images of a batch, so it needs 2 or more; raise -b, or pass -wls 0')
+        raise SettingError(
+            '-b 1: SimCLR contrasts the images of a batch, so it needs 2 or more; raise -b, or pass -wls 0')
     _check_idle(settings, pool, given)
     if backbone.freeze_backbone and objective.simclr_loss_weight:
-        raise UserError('--freeze-backbone trains the heads alone, and SimCLR the backbone: pass -wls 0 with it')
+        raise SettingError('--freeze-backbone trains the heads alone, and SimCLR the backbone: pass -wls 0 with it')
     mixing = views.mixup or views.cutmix
     if mixing and (pool or any(options.get('loss', 'softmax') != 'softmax' for options in settings.data.head.values())):
-        raise UserError('--mixup and --cutmix mix the labels of classes; leave them out with other heads or a pool')
+        raise SettingError('--mixup and --cutmix mix the labels of classes; leave them out with other heads or a pool')
     if mixing and objective.simclr_loss_weight:
-        raise UserError(
+        raise SettingError(
             '--mixup and --cutmix make one picture of two photos, which SimCLR would take for one photo: '
             'pass -wls 0 with them')
     if mixing and run.batch_size % 2:
-        raise UserError(f'-b {run.batch_size}: --mixup and --cutmix mix pairs, so they need an even batch')
+        raise SettingError(f'-b {run.batch_size}: --mixup and --cutmix mix pairs, so they need an even batch')
     if views.aa and views.views in ('simclr', 'simclr-exact'):
-        raise UserError(
+        raise SettingError(
             f"--aa is a policy of timm's views, and --views {views.views} has its own recipe; leave one out")
     if settings.data.cache == 'device' and which_views(settings) != 'simclr':
-        raise UserError(
+        raise SettingError(
             f"--cache device makes SimCLR's views on the device, and the views here are {which_views(settings)}; pass "
             '--views simclr, or --cache ram')
     jitter = views.color_jitter
     if jitter and (len(jitter) not in (1, 3, 4) or max(jitter[3:], default=0) > 0.5):
-        raise UserError('--color-jitter takes 1, 3 or 4 numbers, the fourth (hue) 0.5 at most')
+        raise SettingError('--color-jitter takes 1, 3 or 4 numbers, the fourth (hue) 0.5 at most')
     if views.aa and jitter and '3a' not in views.aa:
-        raise UserError('--aa has colors of its own, and timm then leaves --color-jitter out; pass one of them')
+        raise SettingError('--aa has colors of its own, and timm then leaves --color-jitter out; pass one of them')
     if views.aa and views.color_jitter_prob is not None and '3a' not in views.aa:
-        raise UserError('--aa has colors of its own, and timm then leaves --color-jitter-prob out; pass one of them')
+        raise SettingError('--aa has colors of its own, and timm then leaves --color-jitter-prob out; pass one of them')
     for name, range_ in (('scale', views.scale), ('ratio', views.ratio)):
         if range_ and (range_[0] > range_[1] or name == 'scale' and range_[1] > 1):
-            raise UserError(f'--{name} {range_[0]:g} {range_[1]:g}: the least comes first'
-                            + (', and the most is 1' if name == 'scale' else ''))
+            raise SettingError(f'--{name} {range_[0]:g} {range_[1]:g}: the least comes first'
+                               + (', and the most is 1' if name == 'scale' else ''))
     if backbone.grad_checkpointing and (backbone.torchcompile or '').startswith('eager'):
-        raise UserError(f"--torchcompile {backbone.torchcompile} compiles nothing and cannot recompute activations; "
-                        "pass another backend, or leave --grad-checkpointing out")
+        raise SettingError(f"--torchcompile {backbone.torchcompile} compiles nothing and cannot recompute activations; "
+                           "pass another backend, or leave --grad-checkpointing out")
     if settings.optimizer.layer_decay and settings.schedule.sched == 'none':
-        raise UserError('--layer-decay works through the schedule; pass --sched constant in place of none')
+        raise SettingError('--layer-decay works through the schedule; pass --sched constant in place of none')
     if settings.schedule.sched == 'plateau' and settings.schedule.sched_on_updates:
-        raise UserError('--sched plateau goes by epochs; leave --sched-on-updates out')
+        raise SettingError('--sched plateau goes by epochs; leave --sched-on-updates out')
     if run.resume == 'auto' and not run.experiment:
-        raise UserError('--resume auto goes on with a run that has a name: add --experiment NAME')
+        raise SettingError('--resume auto goes on with a run that has a name: add --experiment NAME')
     if backbone.input_size and backbone.input_size[0] != 3:
-        raise UserError(f'--input-size {backbone.input_size[0]} ...: images are RGB, so the first number is 3')
+        raise SettingError(f'--input-size {backbone.input_size[0]} ...: images are RGB, so the first number is 3')
 
 
 def _check_idle(settings: TrainSettings, pool: bool, given: Collection[str]) -> None:
@@ -138,14 +139,14 @@ def _check_idle(settings: TrainSettings, pool: bool, given: Collection[str]) -> 
     }
     for name, reason in reasons.items():
         if reason and name in changed and name in given:
-            raise UserError(f'--{name.replace("_", "-")} would change nothing: {reason}; leave it out')
+            raise SettingError(f'--{name.replace("_", "-")} would change nothing: {reason}; leave it out')
 
 
 def resolve_weights(settings: TrainSettings, data: Data, weights: dict[str, float]) -> dict[str, float]:
     """The weight of each head: `--head-weights`, or 1 / H each, and over them what `--head` says.
 
     Raises:
-        UserError: A weight is missing or of a head that there is none of, or all are 0.
+        SettingError: A weight is missing or of a head that there is none of, or all are 0.
     """
     names = data.label_space.names
     base = settings.objective.head_weights
@@ -153,7 +154,7 @@ def resolve_weights(settings: TrainSettings, data: Data, weights: dict[str, floa
     try:
         return resolve_head_weights(names, {**base, **weights})
     except ValueError as error:
-        raise UserError(f'--head-weights: {error}') from error
+        raise SettingError(f'--head-weights: {error}') from error
 
 
 def check_terms(settings: TrainSettings, heads: Iterable[Head]) -> None:
@@ -161,7 +162,7 @@ def check_terms(settings: TrainSettings, heads: Iterable[Head]) -> None:
     pool = settings.pool
     if (pool.entropy_weight or pool.marginal_entropy_weight or pool.pseudo_label_weight) and not any(
             head.distribution for head in heads):
-        raise UserError('--entropy-weight, --pseudo-label-weight: no head predicts classes or tags; leave them out')
+        raise SettingError('--entropy-weight, --pseudo-label-weight: no head predicts classes or tags; leave them out')
 
 
 def check_metric(
@@ -174,7 +175,7 @@ def check_metric(
     """The metric that ranks checkpoints: by default that of the heads, or the loss where no label allows one.
 
     Raises:
-        UserError: There is no such metric, or the labels of the evaluation do not allow it.
+        SettingError: There is no such metric, or the labels of the evaluation do not allow it.
     """
     heads = list(heads)
     metric = settings.run.eval_metric or default_metric(heads)
@@ -188,24 +189,25 @@ def check_metric(
     if metric not in known:
         meant = [name for name in of_heads if earlier_name(name) == metric]  # args.yaml of earlier versions has it
         if len(meant) != 1:
-            raise UserError(f"--eval-metric '{metric}': no such metric (there are: {listed(known)})")
+            raise SettingError(f"--eval-metric '{metric}': no such metric (there are: {listed(known)})")
         metric, = meant
     labelled, scored = _scored_heads(data.label_space, data.eval_rows.targets, weights)
     source = data.eval_rows.source
     if not labelled:
-        raise UserError(f'{source}: no row has a label of a head with a weight; there is nothing to score')
+        raise SettingError(f'{source}: no row has a label of a head with a weight; there is nothing to score')
     if not scored and settings.run.eval_metric is None:
         say(f'{source}: its labels allow no {metric} of any head, so checkpoints are ranked by loss')
         return 'loss'
     if metric in MEANS and metric != 'loss' and not any(metric in ('score', *figures[name]) for name in scored):
-        raise UserError(f'--eval-metric {metric}: {source} has no labels of a head that allow it; choose another, such '
+        raise SettingError(
+            f'--eval-metric {metric}: {source} has no labels of a head that allow it; choose another, such '
                         'as loss')
     for head in heads:
         name = head.labels.name
         for figure in figures[name]:
             allowed = labelled if figure in ('loss', *head.lower_is_better) else scored
             if metric == of_head(name, figure) and name not in allowed:
-                raise UserError(
+                raise SettingError(
                     f"--eval-metric {metric}: '{name}' has no weight, or no labels in {source} that allow it; choose "
                     'another')
     return metric

@@ -23,7 +23,7 @@ from timm_multilabel.data.table import (
     unknown_labels,
 )
 from timm_multilabel.distributed import world
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import DataError
 from timm_multilabel.heads import Head, load_registry
 from timm_multilabel.labels import LabelSet, LabelSpace, TagSet
 from timm_multilabel.log import Say
@@ -64,7 +64,7 @@ def read_data(settings: TrainSettings, say: Say) -> Data:
     """Read what the flags name.
 
     Raises:
-        UserError: Something is missing, cannot be read, or is too small for its batches.
+        DataError: Something is missing, cannot be read, or is too small for its batches.
     """
     folder = Path(settings.data.data_dir)
     check_folder(folder)
@@ -74,7 +74,7 @@ def read_data(settings: TrainSettings, say: Say) -> Data:
     train = splits.read(settings.data.train_split)
     streamed = isinstance(train, StreamedTable)
     if streamed and (settings.pool.unlabelled or wants_pool(settings)):
-        raise UserError(
+        raise DataError(
             f'{train.path}: shards go without --unlabelled and the terms that learn from it; leave them out, or train '
             'on a CSV')
     if not settings.objective.classification_loss_weight:
@@ -94,13 +94,13 @@ def read_data(settings: TrainSettings, say: Say) -> Data:
             [*tables, train], heads, head_options.readers(head, registry), head_options.groups(head), dialect)
     check_dialect(dialect, settings.data.missing_value, label_space, train.path)
     if not label_space.heads:
-        raise UserError(
+        raise DataError(
             f"{train.path}: no label column beside '{settings.data.image_column}'; add one, or pass -wlc 0 for SimCLR "
             'alone'
         )
     views = settings.augmentation
     if (views.mixup or views.cutmix) and not all(isinstance(labels, LabelSet) for labels in label_space.heads):
-        raise UserError('--mixup and --cutmix mix classes, not tags or numbers; leave them out, or choose --heads')
+        raise DataError('--mixup and --cutmix mix classes, not tags or numbers; leave them out, or choose --heads')
     for name, options in head.items():
         if options.get('loss') == 'arcface' and name in label_space.names:
             check_single_class(train, name)
@@ -109,7 +109,7 @@ def read_data(settings: TrainSettings, say: Say) -> Data:
     for labels in label_space.heads:
         for column in labels.columns:
             if column not in val.label_columns:
-                raise UserError(
+                raise DataError(
                     f"{val.path}: no column '{column}', which is a head; add it, or choose others with --heads")
     way_out = f'add rows with them to {all_path}'
     if label_space is splits.label_space:
@@ -123,7 +123,7 @@ def read_data(settings: TrainSettings, say: Say) -> Data:
     if isinstance(train_rows, Rows):
         train_rows, pool_rows = _divide(settings, train_rows, label_space, say)
     elif asked := settings.pool.labelled_rows:
-        raise UserError(f'--labelled-rows {asked}: {train_rows.source} are shards; train on a CSV')
+        raise DataError(f'--labelled-rows {asked}: {train_rows.source} are shards; train on a CSV')
     pool_batch_size = 0 if pool_rows is None else settings.pool.unlabelled_batch_size or settings.run.batch_size
     for line in (
         *how_read(train, label_space),
@@ -146,17 +146,17 @@ def check_dialect(
     for name, value in dialect.items():
         flag = {'separator': '--tag-separator', 'none': '--none-value'}[name]
         if not any(isinstance(labels, TagSet) and not labels.group for labels in label_space.heads):
-            raise UserError(f"{flag} '{value}': no head of {source} reads tags in one column; leave it out, or pass "
+            raise DataError(f"{flag} '{value}': no head of {source} reads tags in one column; leave it out, or pass "
                             '--head COLUMN:loss=tags')
         if name == 'none' and value in missing_texts(missing_value):
-            raise UserError(f"{flag} '{value}': --missing-value is the same text; leave one of them out")
+            raise DataError(f"{flag} '{value}': --missing-value is the same text; leave one of them out")
 
 
 def _divide(settings: TrainSettings, rows: Rows, label_space: LabelSpace, say: Say) -> tuple[Rows, Rows | None]:
     """The rows of the (labelled) batches, and those of the unlabelled ones, if there are to be such.
 
     Raises:
-        UserError: There are none of them, or fewer labels than `--labelled-rows` asks for.
+        DataError: There are none of them, or fewer labels than `--labelled-rows` asks for.
     """
     asked = settings.pool.labelled_rows
     if asked:
@@ -164,7 +164,7 @@ def _divide(settings: TrainSettings, rows: Rows, label_space: LabelSpace, say: S
     if wants_pool(settings):
         labelled, without = split_labelled(rows, label_space)
         if not len(labelled):
-            raise UserError(f'{rows.source}: no row has a label; pass -wlc 0 for SimCLR alone')
+            raise DataError(f'{rows.source}: no row has a label; pass -wlc 0 for SimCLR alone')
         return labelled, find_pool(settings, label_space, without, labelled, say)
     if settings.objective.simclr_loss_weight and not asked:
         return rows, None
@@ -179,11 +179,11 @@ def _hide_labels(rows: Rows, label_space: LabelSpace, asked: int, seed: int, say
     """The labels of so many rows alone.
 
     Raises:
-        UserError: There are not so many.
+        DataError: There are not so many.
     """
     labelled = int(label_space.labelled(rows.targets).any(dim=1).sum())
     if labelled < asked:
-        raise UserError(f'--labelled-rows {asked}: {rows.source} has {labelled} rows with labels; ask for as many at '
+        raise DataError(f'--labelled-rows {asked}: {rows.source} has {labelled} rows with labels; ask for as many at '
                         'most')
     say(f'{rows.source}: the labels of {asked} of {labelled} rows, drawn by --seed {seed}')
     return keep_labels(rows, label_space, asked, seed)
@@ -198,13 +198,13 @@ def _choose_heads(
     """The heads to learn, after a look at the columns, which is told.
 
     Raises:
-        UserError: A column looks like a number, and no flag says what it is.
+        DataError: A column looks like a number, and no flag says what it is.
     """
     columns = choose_columns(train, settings.data.heads, given, head_options.groups(given), settings.data.tag_separator)
     for line in columns.lines():
         say(f'{train.path}: {line}')
     for name in columns.asked:
-        raise UserError(f'{train.path}: {columns.question(name)}')
+        raise DataError(f'{train.path}: {columns.question(name)}')
     return columns.heads
 
 
@@ -242,18 +242,18 @@ def _count_steps(
     """The batches of an epoch.
 
     Raises:
-        UserError: Rows do not fill a batch.
+        DataError: Rows do not fill a batch.
     """
     ranks = world()[1]
     steps = labelled = len(rows) // ranks // batch_size
     if not labelled:
-        raise UserError(
+        raise DataError(
             f'{rows.source}: {len(rows)} rows do not fill a batch of {batch_size} on each of {ranks} processes; '
             'lower -b')
     if pool is not None:
         unlabelled = len(pool) // ranks // pool_batch_size
         if not unlabelled:
-            raise UserError(
+            raise DataError(
                 f'{pool.source}: {len(pool)} unlabelled images do not fill a batch of {pool_batch_size} on each of '
                 f'{ranks} processes; lower --unlabelled-batch-size')
         by = {'labelled': labelled, 'unlabelled': unlabelled, 'larger': max(labelled, unlabelled)}

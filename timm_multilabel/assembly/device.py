@@ -8,7 +8,7 @@ import torch
 from timm.utils.distributed import init_distributed_device_so
 
 from timm_multilabel.distributed import world
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import SettingError
 from timm_multilabel.temporary import hold
 from timm_multilabel.training.parent import STORE, watch_launcher
 from timm_multilabel.training.trainer import Precision
@@ -22,7 +22,7 @@ def start_device(name: str | None) -> torch.device:
     watch_launcher()
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     if name.startswith('cuda') and not torch.cuda.is_available():
-        raise UserError(f'--device {name}: this machine has no CUDA device; pass --device cpu')
+        raise SettingError(f'--device {name}: this machine has no CUDA device; pass --device cpu')
     try:
         torch.device(name)
     except RuntimeError as error:
@@ -30,7 +30,7 @@ def start_device(name: str | None) -> torch.device:
     try:
         device = torch.device(init_distributed_device_so(name, dist_url=_meeting_place())['device'])
     except (RuntimeError, ValueError) as error:
-        raise UserError(
+        raise SettingError(
             f'the processes of this run cannot join ({_one_line(error)}); start them with ./distributed_train.sh, or '
             'unset WORLD_SIZE and SLURM_NTASKS for one process') from error
     try:
@@ -64,8 +64,8 @@ def _meeting_place() -> str | None:
     return f'file://{os.environ[STORE]}-{os.environ["TORCHELASTIC_RESTART_COUNT"]}{query}'
 
 
-def _unusable(name: str, error: Exception) -> UserError:
-    return UserError(f'--device {name}: cannot be used ({_one_line(error)})')
+def _unusable(name: str, error: Exception) -> SettingError:
+    return SettingError(f'--device {name}: cannot be used ({_one_line(error)})')
 
 
 def _one_line(error: Exception) -> str:
@@ -78,7 +78,7 @@ def choose_precision(device: torch.device, amp: bool, amp_dtype: str | None, cha
     if amp:
         dtype = getattr(torch, amp_dtype or ('float16' if device.type == 'cuda' else 'bfloat16'))
         if dtype is torch.float16 and device.type != 'cuda':
-            raise UserError(f'--amp-dtype float16 needs CUDA, and the device is {device}; pass --amp-dtype bfloat16')
+            raise SettingError(f'--amp-dtype float16 needs CUDA, and the device is {device}; pass --amp-dtype bfloat16')
     return Precision(device, dtype, channels_last)
 
 

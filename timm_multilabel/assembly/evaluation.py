@@ -11,7 +11,7 @@ from timm_multilabel.data.images import FilePhotos
 from timm_multilabel.data.split_names import check_folder, find_split
 from timm_multilabel.data.streams import Stored, StreamedRows, StreamedTable, encode
 from timm_multilabel.data.table import Rows, describe_unknown, unknown_labels
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import DataError
 from timm_multilabel.labels import LabelSpace, missing_row
 from timm_multilabel.loading.batches import EvalBatches, ImageDataset
 from timm_multilabel.loading.loaders import create_eval_loader
@@ -72,7 +72,7 @@ def read_split(
         missing_value: A cell that means no label.
 
     Raises:
-        UserError: There is no such split, or no label in it that the checkpoint knows.
+        DataError: There is no such split, or no label in it that the checkpoint knows.
     """
     if not folder.is_dir() and find_split(folder, split) is None:
         check_folder(folder)
@@ -84,7 +84,7 @@ def read_split(
     path = table.path
     absent = [head.name for head in checkpoint.label_space.heads if not set(head.columns) <= set(table.label_columns)]
     if len(absent) == len(checkpoint.label_space.names):
-        raise UserError(
+        raise DataError(
             f"{path}: none of the checkpoint's heads ({', '.join(absent)}) is a column "
             f"(there are: {', '.join(table.frame.columns)})")
     if absent:
@@ -95,7 +95,7 @@ def read_split(
     splits.save(None)
     spared = isinstance(table, StreamedTable) and table.spared
     if not spared and not checkpoint.label_space.labelled(rows.targets).any():
-        raise UserError(f'{path}: no row has a label that the checkpoint knows; there is nothing to score')
+        raise DataError(f'{path}: no row has a label that the checkpoint knows; there is nothing to score')
     return rows
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from timm_multilabel.config.files import TRUST, read_yaml
 from timm_multilabel.config.settings import named_setting
 from timm_multilabel.config.train import TrainSettings
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import SettingError
 
 _KEYS = ('title', 'about', 'flags', 'seeds', 'axis', 'starts', 'settings')
 
@@ -71,20 +71,21 @@ def read_grid(path: Path) -> Grid:
     from one, and `values: [...]` where they are run with some values of the axis only).
 
     Raises:
-        UserError: It cannot be read, or is something else.
+        SettingError: It cannot be read, or is something else.
     """
     content = read_yaml(path)
     unknown = [key for key in content if key not in _KEYS]
     if unknown:
-        raise UserError(f"{path}: there is no '{unknown[0]}' in a grid; there are {', '.join(_KEYS)}")
+        raise SettingError(f"{path}: there is no '{unknown[0]}' in a grid; there are {', '.join(_KEYS)}")
     seeds = content.get('seeds', [0])
     flags, starts, settings = (_mappings(path, content, key) for key in ('flags', 'starts', 'settings'))
     if not settings or not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
-        raise UserError(f"{path}: expected 'settings' by name, each a mapping of flags, and 'seeds', a list of numbers")
+        raise SettingError(
+            f"{path}: expected 'settings' by name, each a mapping of flags, and 'seeds', a list of numbers")
     axis = content.get('axis') or {}
     if not isinstance(axis, dict) or len(axis) > 1 or not all(
             isinstance(each, list) and each for each in axis.values()):
-        raise UserError(f"{path}: expected one flag and a list of its values as 'axis', such as {{lr: [0.1, 0.2]}}")
+        raise SettingError(f"{path}: expected one flag and a list of its values as 'axis', such as {{lr: [0.1, 0.2]}}")
     flag, values = next(iter(axis.items())) if axis else (None, [None])
     if flag is not None:
         flag = _check_flags(path, 'axis', {flag: None}, None)[0]
@@ -99,16 +100,16 @@ def read_grid(path: Path) -> Grid:
         plain[name] = {key: value for key, value in own.items() if key not in ('start', 'values')}
         _check_flags(path, f"setting '{name}'", plain[name], flag)
         if 'start' in own and not (isinstance(own['start'], str) and own['start'] in starts):
-            raise UserError(f"{path}: '{name}' starts from '{own['start']}', which is none of the 'starts'")
+            raise SettingError(f"{path}: '{name}' starts from '{own['start']}', which is none of the 'starts'")
         wanted[name] = own.get('values', values)
         if not isinstance(wanted[name], list) or any(each not in values for each in wanted[name]):
-            raise UserError(f"{path}: the 'values' of '{name}' are no list of some of the axis' {values}")
+            raise SettingError(f"{path}: the 'values' of '{name}' are no list of some of the axis' {values}")
     first = next(iter(settings))
     if 'values' in settings[first]:
-        raise UserError(f"{path}: '{first}' is what the others are compared with, so it takes no 'values'")
+        raise SettingError(f"{path}: '{first}' is what the others are compared with, so it takes no 'values'")
     idle = set(starts) - {own.get('start') for own in settings.values()}
     if idle:
-        raise UserError(f"{path}: no setting starts from '{idle.pop()}'; leave it out")
+        raise SettingError(f"{path}: no setting starts from '{idle.pop()}'; leave it out")
     for value in values:
         for seed in seeds:
             for name, own in settings.items():
@@ -118,7 +119,8 @@ def read_grid(path: Path) -> Grid:
     names = [run.name for run in runs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise UserError(f"{path}: two runs would be called '{twice}'; name settings and starts otherwise, and a seed "
+        raise SettingError(
+            f"{path}: two runs would be called '{twice}'; name settings and starts otherwise, and a seed "
                         'once')
     return Grid(str(content.get('title') or path.parent.name), str(content.get('about') or ''), flag,
                 [] if flag is None else values, list(settings), runs)
@@ -132,14 +134,14 @@ def _mappings(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any
             return found
         if all(isinstance(each, dict | None) for each in found.values()):
             return {str(name): each or {} for name, each in found.items()}
-    raise UserError(f"{path}: '{key}' is no mapping" + (' of names to flags' if key != 'flags' else ''))
+    raise SettingError(f"{path}: '{key}' is no mapping" + (' of names to flags' if key != 'flags' else ''))
 
 
 def _check_flags(path: Path, where: str, flags: Mapping[str, Any], axis: str | None) -> list[str]:
     """The flags that a mapping names, as args.yaml calls them.
 
     Raises:
-        UserError: One is no flag, set by the grid itself, or what varies.
+        SettingError: One is no flag, set by the grid itself, or what varies.
     """
     phases = flags.get('phases') or []
     keys = [key for key in flags if key != 'phases']
@@ -148,10 +150,10 @@ def _check_flags(path: Path, where: str, flags: Mapping[str, Any], axis: str | N
     for name in names:
         if name in OWN_FLAGS or name == axis:
             what = 'what varies' if name == axis else 'set by the grid itself'
-            raise UserError(f"{path}, {where}: '{name}' is {what}; leave it out")
+            raise SettingError(f"{path}, {where}: '{name}' is {what}; leave it out")
         if name in TRUST:
-            raise UserError(f"{path}, {where}: '{name}' counts on the command line only; leave it out, and end the "
-                            f"command with --flags --{name.replace('_', '-')} ...")
+            raise SettingError(f"{path}, {where}: '{name}' counts on the command line only; leave it out, and end the "
+                               f"command with --flags --{name.replace('_', '-')} ...")
     return names
 
 

@@ -4,7 +4,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 from timm_multilabel.config.values import HeadOptions, at_least_0
-from timm_multilabel.errors import UserError, listed
+from timm_multilabel.errors import SettingError, listed
 from timm_multilabel.heads import Head, default_kind, options_of, parse_option
 from timm_multilabel.heads.options import option_list
 from timm_multilabel.labels import Labels, LabelSpace, Quantity, TagSet
@@ -42,7 +42,7 @@ def match_columns(given: HeadOptions, columns: Sequence[str]) -> HeadOptions:
         columns: The label columns.
 
     Raises:
-        UserError: A pattern that no column matches.
+        SettingError: A pattern that no column matches.
     """
     found = {}
     for name, options in given.items():
@@ -53,7 +53,7 @@ def match_columns(given: HeadOptions, columns: Sequence[str]) -> HeadOptions:
                 continue
             matching = [column for column in columns if fnmatchcase(column, each.replace('[', '[[]'))]
             if not matching:
-                raise UserError(
+                raise SettingError(
                     f"--head {name}:columns: no label column matches '{each}' (there are: {listed(columns) or 'none'})")
             group += [column for column in matching if column not in group]
         found[name] = {**options, 'columns': group} if 'columns' in options else options
@@ -83,38 +83,39 @@ def check_groups(given: HeadOptions, columns: list[str]) -> None:
         columns: The label columns.
 
     Raises:
-        UserError: A column that there is none of, that is named twice, or that is the name of another head.
+        SettingError: A column that there is none of, that is named twice, or that is the name of another head.
     """
     if 'columns' in given.get('*', {}):
-        raise UserError("--head '*': columns are of one head; name it")
+        raise SettingError("--head '*': columns are of one head; name it")
     taken: dict[str, str] = {}
     for name, group in groups(given).items():
         for column in group:
             if column not in columns:
-                raise UserError(
+                raise SettingError(
                     f"--head {name}:columns: no label column '{column}' (there are: {listed(columns) or 'none'})")
             if column in taken:
-                raise UserError(f"--head {name}:columns: '{column}' is named twice; each column is one tag of one head")
+                raise SettingError(
+                    f"--head {name}:columns: '{column}' is named twice; each column is one tag of one head")
             taken[column] = name
         if name in columns and name not in group:
-            raise UserError(f"--head {name}:columns: there is a column '{name}' too; give the group another name")
+            raise SettingError(f"--head {name}:columns: there is a column '{name}' too; give the group another name")
 
 
 def readers(given: HeadOptions, registry: Mapping[str, type[Head]]) -> dict[str, type[Labels]]:
     """The labels that each head reads, where its kind is named.
 
     Raises:
-        UserError: There is no such kind.
+        SettingError: There is no such kind.
     """
     found = {}
     for name, options in given.items():
         loss = options.get('loss', 'tags' if 'columns' in options else 'softmax')
         if not isinstance(loss, str) or loss not in registry:
-            raise UserError(
+            raise SettingError(
                 f"--head {name}:loss={loss}: there is no such loss (there are: {', '.join(registry)}); --head-module "
                 'brings your own')
         if 'columns' in options and registry[loss].reads is not TagSet:
-            raise UserError(f"--head {name}: columns are of tags, and '{loss}' reads {registry[loss].reads.kind}")
+            raise SettingError(f"--head {name}: columns are of tags, and '{loss}' reads {registry[loss].reads.kind}")
         found[name] = registry[loss].reads
     return found
 
@@ -139,14 +140,14 @@ def resolve(
         targets: The training targets of each head, for balanced class weights.
 
     Raises:
-        UserError: A head or an option that there is none of, or a value that it does not take.
+        SettingError: A head or an option that there is none of, or a value that it does not take.
     """
     resolved: HeadOptions = {}
     weights: dict[str, float] = {}
     labels = {head.name: (head, target) for head, target in zip(label_space.heads, targets, strict=True)}
     for name, options in given.items():
         if name not in labels:
-            raise UserError(f"--head {name}: there is no such head (there are: {', '.join(label_space.names)})")
+            raise SettingError(f"--head {name}: there is no such head (there are: {', '.join(label_space.names)})")
         head, target = labels[name]
         kind = registry[options.get('loss', default_kind(head))]
         known = options_of(kind)
@@ -162,7 +163,7 @@ def resolve(
                 elif key != 'columns':  # they are in the label space
                     made[key] = value  # also an option that the kind has not, which the model names
             except Exception as error:
-                raise UserError(f'--head {name}:{key}={value}: {error}') from error
+                raise SettingError(f'--head {name}:{key}={value}: {error}') from error
     return resolved, weights
 
 

@@ -14,7 +14,7 @@ from timm_multilabel.config.train import DataSettings, TrainSettings
 from timm_multilabel.data.images import FilePhotos, Photos
 from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.data.table import Rows
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import SettingError
 from timm_multilabel.labels import missing_row
 from timm_multilabel.loading.batches import BadImages, EvalBatches, ImageDataset, LeavesOutBad, TrainBatches
 from timm_multilabel.loading.cache import CachedPhotos, open_cache
@@ -72,7 +72,7 @@ def create_loaders(
         cache: Open the cache; without it nothing is read, and no process is started.
 
     Raises:
-        UserError: A cache that cannot be had.
+        SettingError: A cache that cannot be had.
     """
     of_data, augmentation, run = settings.data, settings.augmentation, settings.run
     options = loader_options(data_config, device, of_data.workers)
@@ -87,7 +87,7 @@ def create_loaders(
         're_num_splits': 2 if views == 2 and weak_first(settings) else 0,  # the first, weak views stay whole
     }
     if of_data.cache and any(isinstance(rows, StreamedRows) for rows in (data.train_rows, data.eval_rows)):
-        raise UserError(f'--cache {of_data.cache}: shards are streamed, and nothing of them is kept; leave it out')
+        raise SettingError(f'--cache {of_data.cache}: shards are streamed, and nothing of them is kept; leave it out')
     photos = _Photos(of_data, options['workers'], device, say, of_data.cache if cache else None)
     labelled_views = train_views(settings, data_config, views, augmentation.weak_first_view)
     train: TrainBatches

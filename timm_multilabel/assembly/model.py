@@ -8,7 +8,7 @@ from timm_multilabel.assembly.data import Data
 from timm_multilabel.compat import BatchNorm
 from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.config.values import HeadOptions
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import SettingError
 from timm_multilabel.log import Say
 from timm_multilabel.model import MultiLabelModel, create_backbone
 from timm_multilabel.model_names import check_arguments
@@ -35,7 +35,7 @@ def create_model(
     try:
         check_arguments(wanted.model_kwargs)  # now: some would have timm read other files, or ask other hosts
     except ValueError as error:
-        raise UserError(f'--model-kwargs: {error}') from error
+        raise SettingError(f'--model-kwargs: {error}') from error
     size = {'img_size': wanted.img_size, 'input_size': wanted.input_size}
     backbone = create_backbone(
         wanted.model,
@@ -52,22 +52,22 @@ def create_model(
             assert callable(switch)  # as timm's models have it
             switch(enable=True)
         except (AttributeError, AssertionError) as error:
-            raise UserError(f'--grad-checkpointing: {wanted.model} has none') from error
+            raise SettingError(f'--grad-checkpointing: {wanted.model} has none') from error
     for name, numbers in (('mean', wanted.mean), ('std', wanted.std)):
         if numbers and len(numbers) not in (1, 3):
-            raise UserError(f'--{name} takes 1 or 3 numbers, not {len(numbers)}')
+            raise SettingError(f'--{name} takes 1 or 3 numbers, not {len(numbers)}')
     wishes = {'mean': wanted.mean, 'std': wanted.std, 'interpolation': settings.augmentation.interpolation,
               'crop_pct': settings.augmentation.crop_pct}
     data_config = resolve_data_config({**size, **wishes}, model=backbone)
     for name in ('input_size', 'mean', 'std'):
         data_config[name] = list(data_config[name])  # as YAML and checkpoints hold it
     if not is_data_config(data_config):
-        raise UserError(
+        raise SettingError(
             f'--img-size, --crop-pct, --mean, --std: {data_config} is out of the range that a checkpoint may hold')
     alone = try_out(wanted.model, backbone, data_config['input_size'])
     if alone and data.batch_size + data.pool_batch_size == 1 and has_one_view(settings) and not (
             wanted.freeze_backbone or wanted.sync_bn):
-        raise UserError(
+        raise SettingError(
             f'-b 1: {wanted.model} has batch norm that sees one number a channel of one image of '
             f'{"x".join(map(str, data_config["input_size"]))}, and no statistics come of that; raise -b or --img-size')
     try:
@@ -75,7 +75,7 @@ def create_model(
             backbone, data.label_space, wanted.drop, objective.smoothing, options, data.registry,
             objective.projection_dim)
     except ValueError as error:
-        raise UserError(f'--head: {error}') from error
+        raise SettingError(f'--head: {error}') from error
     return made, data_config
 
 
@@ -91,7 +91,7 @@ def try_out(name: str, backbone: torch.nn.Module, input_size: list[int]) -> bool
         Whether a batch norm gets one number a channel of it, from which it could not train.
 
     Raises:
-        UserError: It takes no images of the size, or gives no pooled features.
+        SettingError: It takes no images of the size, or gives no pooled features.
     """
     size = 'x'.join(map(str, input_size))
     norms = [module for module in backbone.modules() if isinstance(module, BatchNorm)]
@@ -104,10 +104,11 @@ def try_out(name: str, backbone: torch.nn.Module, input_size: list[int]) -> bool
         backbone.train()
     except Exception as error:  # each model has its own ways to refuse a size
         reason = ' '.join(str(error).split())[:200]
-        raise UserError(f'--model {name}: it does not take images of {size} ({reason}); see --img-size') from error
+        raise SettingError(f'--model {name}: it does not take images of {size} ({reason}); see --img-size') from error
     finally:
         for hook in hooks:
             hook.remove()
     if not isinstance(features, torch.Tensor) or features.shape != (1, backbone.head_hidden_size):
-        raise UserError(f'--model {name}: no pooled features come out of it; choose another, or other --model-kwargs')
+        raise SettingError(
+            f'--model {name}: no pooled features come out of it; choose another, or other --model-kwargs')
     return any(alone)

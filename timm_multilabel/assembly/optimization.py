@@ -4,7 +4,7 @@ from pathlib import Path
 from timm.scheduler import create_scheduler_v2
 
 from timm_multilabel.config.train import OptimizerSettings, ScheduleSettings
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import SettingError
 from timm_multilabel.log import Say
 from timm_multilabel.metrics import less_is_better
 from timm_multilabel.optim import create_optimizer
@@ -62,7 +62,7 @@ def create_optimizer_step(
             **further,
         )
     except (ValueError, TypeError, AssertionError, LookupError) as error:
-        raise UserError(f'--opt {wanted.opt}: {" ".join(str(error).split())}') from error
+        raise SettingError(f'--opt {wanted.opt}: {" ".join(str(error).split())}') from error
     made = OptimizerStep(
         task,
         optimizer,
@@ -89,7 +89,7 @@ def create_optimizer_step(
             updates_per_epoch=made.updates_per_epoch(steps),
         )
     except ValueError as error:
-        raise UserError(f'--sched {schedule.sched}: {error}') from error
+        raise SettingError(f'--sched {schedule.sched}: {error}') from error
     length = RunLength(schedule.epochs, epochs - schedule.epochs)
     if schedule.cooldown_epochs and not length.cooldown:
         say(f'--cooldown-epochs {schedule.cooldown_epochs}: --sched {schedule.sched} has no cooldown; trains {length}')

@@ -7,7 +7,7 @@ from timm_multilabel.data.shards import Shards
 from timm_multilabel.data.split_names import find_split, split_path
 from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.data.table import Rows, Table, find_images, read_table
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import DataError, UserError
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.log import Say
 
@@ -35,18 +35,18 @@ def find_pool(
     """The unlabelled images: rows of the training table, and what `--unlabelled` names; no labelled or scored image.
 
     Raises:
-        UserError: There are none.
+        DataError: There are none.
     """
     parts = [unlabelled] if len(unlabelled) else []
     if settings.pool.unlabelled:
         parts.append(_read_unlabelled(settings.data, settings.pool.unlabelled, label_space, say))
     if not parts:
-        raise UserError(
+        raise DataError(
             f'{unlabelled.source}: every row has a label, so there is no unlabelled image; name some with --unlabelled')
     taken = _scored(settings, say) | set(real_paths(labelled.images))
     pool = _leave_out(join_rows(parts, label_space), taken, say)
     if not len(pool):
-        raise UserError(
+        raise DataError(
             f'{pool.source}: all of its images are labelled or scored elsewhere; name others with --unlabelled')
     return pool
 
@@ -68,13 +68,13 @@ def _read_unlabelled(data: DataSettings, source: str, label_space: LabelSpace, s
     folder = Path(data.data_dir)
     split = find_split(folder, source, data.image_column)
     if isinstance(split, Shards):
-        raise UserError(f'--unlabelled {source}: {split.source} are shards; name a CSV or a folder of images')
+        raise DataError(f'--unlabelled {source}: {split.source} are shards; name a CSV or a folder of images')
     if split is not None:
         return rows_of_table(read_split_table(data, split), label_space)
     for place in (Path(source), folder / source):
         if place.is_dir():
             return rows_of_folder(place, label_space, say)
-    raise UserError(
+    raise DataError(
         f'--unlabelled {source}: no such CSV, folder or split; looked for {split_path(folder, source)}, '
         f'{folder / source} and {source}')
 

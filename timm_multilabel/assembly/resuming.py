@@ -9,7 +9,7 @@ import yaml
 from timm_multilabel.config.files import read_yaml
 from timm_multilabel.config.train import RunSettings, TrainSettings
 from timm_multilabel.distributed import all_objects, world
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import CheckpointError, UserError
 from timm_multilabel.log import Say
 from timm_multilabel.training.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from timm_multilabel.training.run_folder import RunLock, find_launched, phase_folder, run_folder_path
@@ -29,7 +29,7 @@ def find_checkpoint(
     All ranks call it; the first one decides.
 
     Raises:
-        UserError: There is none, or it is not whole.
+        CheckpointError: There is none, or it is not whole.
     """
     restarted = any(all_objects(int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))))  # a machine may have joined
     path: Path | None = None
@@ -42,7 +42,7 @@ def find_checkpoint(
             wrong = error.line
     path, lines, wrong = all_objects((path, lines, wrong))[0]
     if wrong is not None:
-        raise UserError(wrong)
+        raise CheckpointError(wrong)
     for line in lines:
         say(line)
     return None if path is None else read_or_offer(path)
@@ -57,7 +57,7 @@ def choose_checkpoint(
     """The checkpoint to go on from, if any, and lines about the choice.
 
     Raises:
-        UserError: No checkpoint of the run folder is whole, or another process trains in it.
+        CheckpointError: No checkpoint of the run folder is whole, or another process trains in it.
     """
     named = None if run.resume in ('auto', None) else Path(run.resume)
     experiment = Path(run.output) / run.experiment if run.experiment else None
@@ -74,7 +74,8 @@ def choose_checkpoint(
     lock.take(folder)  # else another process may write while this one chooses
     path, damaged = newest_checkpoint(folder)
     if path is None and (damaged or named is not None):
-        raise UserError(f'{folder}: no whole checkpoint in this run folder; start anew under another --experiment')
+        raise CheckpointError(
+            f'{folder}: no whole checkpoint in this run folder; start anew under another --experiment')
     return path, [f'{line}: passed over' for line in damaged] + [f'{path}: goes on from here'] * (path is not None)
 
 
@@ -86,7 +87,7 @@ def read_or_offer(path: Path) -> Checkpoint:
         before, _ = newest_checkpoint(path.parent)
         if before is None:
             raise
-        raise UserError(f'{error.line}; the newest whole one beside it: --resume {before}') from error
+        raise CheckpointError(f'{error.line}; the newest whole one beside it: --resume {before}') from error
 
 
 def find_phase(checkpoint: Checkpoint, names: list[str]) -> int:
@@ -97,13 +98,13 @@ def find_phase(checkpoint: Checkpoint, names: list[str]) -> int:
         names: The phases of this run.
 
     Raises:
-        UserError: The run that it is of has other phases.
+        CheckpointError: The run that it is of has other phases.
     """
     theirs = checkpoint.state.get('phases') or []
     if theirs != names:
         described = [f'a run with the phases {", ".join(each)}' if each else 'a run without phases'
                      for each in (theirs, names)]
-        raise UserError(
+        raise CheckpointError(
             f'{checkpoint.path}: a checkpoint of {described[0]}, and this is {described[1]}; resume with what it was '
             'trained with (-c args.yaml of its run folder)')
     phase: int = checkpoint.state.get('phase', 0)
@@ -127,7 +128,7 @@ def find_folder(
         index: The phase that it goes on with.
 
     Raises:
-        UserError: The checkpoint lies where its run would not have put it.
+        CheckpointError: The checkpoint lies where its run would not have put it.
     """
     run = settings.run
     if checkpoint is None:
@@ -135,7 +136,7 @@ def find_folder(
     folder = checkpoint.path.absolute().parent
     whole = folder if index + 1 >= len(names) else folder.parent
     if phase_folder(whole, names, index) != folder:
-        raise UserError(
+        raise CheckpointError(
             f"{checkpoint.path}: a checkpoint of phase '{names[index]}' that lies elsewhere than its run put it; put "
             f'it back into the folder {phase_folder(whole, names, index).name} of a run folder')
     return whole

@@ -13,7 +13,7 @@ from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.data.split_names import check_folder, split_path
 from timm_multilabel.data.streams import StreamedRows, encode
 from timm_multilabel.data.table import Rows
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import CheckpointError
 from timm_multilabel.heads import load_registry
 from timm_multilabel.inference.predictions import Predictions, check_size, predict_rows
 from timm_multilabel.loading.batches import BadImages, ImageDataset
@@ -28,14 +28,14 @@ def best_checkpoint(run: Path) -> Path:
     """The best checkpoint of a run.
 
     Raises:
-        UserError: There is none yet.
+        CheckpointError: There is none yet.
     """
     path = run / 'model_best.pth.tar'
     if not path.is_file():
         earlier = sorted(run.glob('*/model_best.pth.tar'))
         way_out = (f'its last phase has none; name one of an earlier phase, such as --checkpoint {earlier[-1]}'
                    if earlier else 'train it for an epoch first')
-        raise UserError(f'{run}: no epoch has been finished, so there is no model_best.pth.tar; {way_out}')
+        raise CheckpointError(f'{run}: no epoch has been finished, so there is no model_best.pth.tar; {way_out}')
     return path
 
 
@@ -74,7 +74,7 @@ def stored_predictions(
         allow_hub: See `load_model`.
 
     Raises:
-        UserError: The folder is no run, it has no checkpoint yet, or the split cannot be read.
+        CheckpointError: The folder is no run, it has no checkpoint yet, or the split cannot be read.
     """
     settings = last_phase(read_run_settings(run, head_module))
     folder = Path(data_dir or settings.data.data_dir)
@@ -89,7 +89,7 @@ def stored_predictions(
         if not stale and (found.made_from == now or table_is_gone):
             return found
     if not folder.is_dir():
-        raise UserError(f'{folder}: no such data directory, and it is that of {run}; name it with --data')
+        raise CheckpointError(f'{folder}: no such data directory, and it is that of {run}; name it with --data')
     made = _predict(read_checkpoint(model_file), settings, folder, split, device, workers, say, allow_hub)
     if checkpoint is None:
         replace(made, made_from=now).save(kept)
@@ -137,7 +137,7 @@ def _read_rows(folder: Path, split: str, checkpoint: Checkpoint, say: Say) -> Ro
     """The rows of a split; of a checkpoint without heads, whatever labels they have.
 
     Raises:
-        UserError: They cannot be read, or lie in shards.
+        CheckpointError: They cannot be read, or lie in shards.
     """
     if checkpoint.label_space.heads:
         rows = read_split(folder, split, checkpoint, say)
@@ -146,8 +146,8 @@ def _read_rows(folder: Path, split: str, checkpoint: Checkpoint, say: Say) -> Ro
         splits = splits_of_checkpoint(read_stored(folder), checkpoint.label_space, checkpoint, say)
         rows = encode(splits.read(split), checkpoint.label_space)
     if isinstance(rows, StreamedRows):
-        raise UserError(
+        raise CheckpointError(
             f'{rows.source}: predictions of shards are not kept; write the split as a CSV, or score it with validate')
     if not len(rows):
-        raise UserError(f'{rows.source}: no rows')
+        raise CheckpointError(f'{rows.source}: no rows')
     return rows

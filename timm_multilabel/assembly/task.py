@@ -8,7 +8,7 @@ from timm_multilabel.assembly.data import Data
 from timm_multilabel.assembly.model import has_one_view
 from timm_multilabel.compat import BatchNorm
 from timm_multilabel.config.train import ModelSettings, TrainSettings
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import SettingError
 from timm_multilabel.model import MultiLabelModel
 from timm_multilabel.model_names import plain_model
 from timm_multilabel.task import JointTask, Pool
@@ -26,7 +26,7 @@ def create_task(
     backbone, objective, pool, of_data = settings.backbone, settings.objective, settings.pool, settings.data
     if backbone.sync_bn:
         if device.type != 'cuda':
-            raise UserError(f'--sync-bn needs CUDA, and the device is {device}; leave it out')
+            raise SettingError(f'--sync-bn needs CUDA, and the device is {device}; leave it out')
         model = convert_sync_batchnorm(model)
     _check_micro_batch(settings, model, data)
     arch, model_kwargs = plain_model(backbone.model, backbone.model_kwargs)
@@ -78,7 +78,7 @@ def _check_micro_batch(settings: TrainSettings, model: MultiLabelModel, data: Da
         return
     least = images // -(-images // micro_batch)
     if least == 1 and any(isinstance(module, BatchNorm) for module in model.modules()):
-        raise UserError(
+        raise SettingError(
             f'--micro-batch {micro_batch}: {settings.backbone.model} has batch norm, whose statistics are over 2 '
             f'images or more, and of {images} images a step some would go through it alone; choose another')
 
@@ -93,4 +93,5 @@ def setup_ema_and_compile(backbone: ModelSettings, made: JointTask) -> None:
             if backbone.model_ema:
                 made.compile_ema(backend=backbone.torchcompile)
         except RuntimeError as error:
-            raise UserError(f'--torchcompile {backbone.torchcompile}: {" ".join(str(error).split())[:200]}') from error
+            raise SettingError(
+                f'--torchcompile {backbone.torchcompile}: {" ".join(str(error).split())[:200]}') from error

@@ -5,7 +5,7 @@ from typing import Any, TypedDict
 from timm.data import Mixup
 
 from timm_multilabel.config.train import AugmentationSettings, TrainSettings
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import SettingError
 from timm_multilabel.views.opencv import OpenCVViews
 from timm_multilabel.views.pillow import PillowViews, Transform, eval_views, exact_transform, timm_transform
 from timm_multilabel.views.recipe import ViewRecipe, weak_recipe
@@ -121,7 +121,7 @@ def _timm_transform(views: AugmentationSettings, data_config: dict[str, Any]) ->
     except (AssertionError, ValueError, KeyError) as error:
         if not views.aa:
             raise
-        raise UserError(f'--aa {views.aa}: timm knows no such policy') from error
+        raise SettingError(f'--aa {views.aa}: timm knows no such policy') from error
 
 
 def make_mixup(views: AugmentationSettings, classes: int) -> Mixup:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from timm_multilabel.config.settings import Setting, Settings, layered, named_setting, read_values
 from timm_multilabel.config.train import Phase, TrainSettings
-from timm_multilabel.errors import SettingError, UserError
+from timm_multilabel.errors import SettingError
 from timm_multilabel.files import read_text
 from timm_multilabel.model_names import is_from_elsewhere
 
@@ -38,16 +38,16 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     """A YAML file of settings, or of what else is a mapping.
 
     Raises:
-        UserError: It cannot be read, or is no mapping.
+        SettingError: It cannot be read, or is no mapping.
     """
     import yaml  # here, so that a command without a file answers sooner
 
     try:
         settings = yaml.safe_load(read_text(path, _MOST_BYTES))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f'{path}: cannot be read as YAML ({" ".join(str(error).split())})') from error
+        raise SettingError(f'{path}: cannot be read as YAML ({" ".join(str(error).split())})') from error
     if not isinstance(settings, dict):
-        raise UserError(f'{path}: expected a mapping of flags to values, such as "lr: 0.1"')
+        raise SettingError(f'{path}: expected a mapping of flags to values, such as "lr: 0.1"')
     _check_extent(path, settings)
     return settings
 
@@ -58,7 +58,7 @@ def _check_extent(path: Path, settings: Any) -> None:
     while left:
         value, seen = left.pop(), seen + 1
         if seen > _VALUES:
-            raise UserError(f'{path}: holds more than {_VALUES} values, or itself; expected flags and their values')
+            raise SettingError(f'{path}: holds more than {_VALUES} values, or itself; expected flags and their values')
         if isinstance(value, dict | list):
             left.extend([*value, *value.values()] if isinstance(value, dict) else value)
 
@@ -70,7 +70,8 @@ def build(cls: type[S], given: Mapping[str, Any]) -> S:
     go before what the file says for all. What is given goes before both.
 
     Raises:
-        UserError: A required setting is missing, or the file cannot be read, names a setting that there is none of, or
+        SettingError: A required setting is missing, or the file cannot be read, names a setting that there is none of,
+            or
             decides what only the user may.
     """
     path = given.get('config')
@@ -90,17 +91,17 @@ def _phases(recipe: Any, content: Mapping[Any, Any], given: Mapping[str, Any], p
     """The phases of a recipe.
 
     Raises:
-        UserError: One is no mapping of settings, or its name is none or taken.
+        SettingError: One is no mapping of settings, or its name is none or taken.
     """
     if not isinstance(recipe, list) or not recipe or not all(isinstance(phase, dict) for phase in recipe):
-        raise UserError(f"{path}: 'phases' is no list of mappings, such as '- {{name: pretrain, epochs: 100}}'")
+        raise SettingError(f"{path}: 'phases' is no list of mappings, such as '- {{name: pretrain, epochs: 100}}'")
     phases: list[Phase] = []
     for number, mapping in enumerate(recipe, 1):
         own = dict(mapping)
         name = str(own.pop('name', number))
         where = f"{path}, phase '{name}'"
         if not re.fullmatch(r'[\w.-]+', name) or name in (phase.name for phase in phases):
-            raise UserError(f'{where}: a name is of letters, digits, ., - and _, and no other phase has it')
+            raise SettingError(f'{where}: a name is of letters, digits, ., - and _, and no other phase has it')
         if isinstance(content.get('head'), dict) and isinstance(own.get('head'), dict):
             own['head'] = {**content['head'], **own['head']}
         overrides = {named_setting(TrainSettings, f'{where}: ', key).name: value for key, value in own.items()}

@@ -13,7 +13,7 @@ import numpy as np
 from timm_multilabel.config.train import DataSettings
 from timm_multilabel.data.folders import images_of_folder, walk
 from timm_multilabel.data.table import Rows, find_images, look_for_images, missing_targets, read_table
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import DataError
 from timm_multilabel.labels import LabelSpace
 
 Found = Iterable[tuple[str, int]]
@@ -42,7 +42,7 @@ def rows_of_arguments(
         say: Told what was passed over in folders, see `images_of_folder`.
 
     Raises:
-        UserError: A word names no image: an empty folder or standard input, a glob that nothing matches, a CSV that
+        DataError: A word names no image: an empty folder or standard input, a glob that nothing matches, a CSV that
             cannot be read or of whose images none is there.
     """
     images, numbers, which = [], [], []
@@ -87,7 +87,7 @@ def _of_lines(stream: BinaryIO) -> Found:
     lines = text.split('\0') if '\0' in text else [line.rstrip('\r') for line in text.split('\n')]
     found = [(line, number) for number, line in enumerate(lines, 1) if line]
     if not found:
-        raise UserError('-: standard input names no image; write a path on each line')
+        raise DataError('-: standard input names no image; write a path on each line')
     return found
 
 
@@ -107,7 +107,7 @@ def _of_glob(pattern: str, say: Callable[[str], None]) -> list[str]:
         elif '**' not in pattern:  # which matches what is in the folder as well
             images.extend(images_of_folder(match, say, needed=False))
     if not images:
-        raise UserError(f'{pattern}: no file matches; correct the pattern')
+        raise DataError(f'{pattern}: no file matches; correct the pattern')
     return images
 
 

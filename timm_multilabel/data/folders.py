@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from timm_multilabel.data.images import ENDINGS
-from timm_multilabel.errors import UserError, listed
+from timm_multilabel.errors import DataError, listed
 
 _HIDDEN, _LINKED = 'hidden files and folders', 'links to folders already taken'
 _UNREADABLE, _BARE = 'folders that cannot be read', 'files without an ending'
@@ -23,11 +23,11 @@ def images_of_folder(folder: str | Path, say: Callable[[str], None], needed: boo
         needed: Whether there must be an image.
 
     Raises:
-        UserError: There is no image and one is needed, or the folder cannot be read.
+        DataError: There is no image and one is needed, or the folder cannot be read.
     """
     images, passed = _find(folder)
     if needed and not images:
-        raise UserError(f'{folder}: no images in this folder (files that end in {", ".join(sorted(ENDINGS))}); '
+        raise DataError(f'{folder}: no images in this folder (files that end in {", ".join(sorted(ENDINGS))}); '
                         f'passed over: {_counted(passed) or "nothing"}')
     if passed:
         say(f'{folder}: {len(images)} images; passed over: {_counted(passed)}')
@@ -58,11 +58,11 @@ def walk(folder: str | Path, passed: Counter[str]) -> Iterator[tuple[str, list[s
         passed: Counts what is passed over.
 
     Raises:
-        UserError: The folder itself cannot be read.
+        DataError: The folder itself cannot be read.
     """
     def note(error: OSError) -> None:
         if error.filename == str(folder):
-            raise UserError(f'{folder}: cannot be read ({error.strerror}); check its permissions') from error
+            raise DataError(f'{folder}: cannot be read ({error.strerror}); check its permissions') from error
         passed[_UNREADABLE] += 1
 
     seen, starts = set(), [str(folder)]

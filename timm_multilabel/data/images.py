@@ -11,7 +11,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from timm_multilabel.data.expensive import check_bytes, check_opened, check_scans
 from timm_multilabel.data.table import Rows
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import DataError, UserError
 from timm_multilabel.files import open_regular
 
 MAX_PIXELS = 178_956_970
@@ -99,7 +99,7 @@ class EncodedPhoto:
         name: What messages call it: the file, and where the file is named.
 
     Raises:
-        UserError: The header cannot be read, or says that the image has more than `MAX_PIXELS`, or is a bomb.
+        DataError: The header cannot be read, or says that the image has more than `MAX_PIXELS`, or is a bomb.
     """
 
     def __init__(self, data: bytes, name: str):
@@ -146,7 +146,7 @@ class EncodedPhoto:
         """The pixels, RGB, uint8: (ceil(height / reduction), ceil(width / reduction), 3).
 
         Raises:
-            UserError: They cannot be decoded.
+            DataError: They cannot be decoded.
         """
         pixels = self._decode_jpeg(reduction) if len(self.reductions) > 1 else self._decode_by_pillow()
         expected = -(-self.height // reduction), -(-self.width // reduction)
@@ -172,9 +172,9 @@ class EncodedPhoto:
         turn = _TURNS.get(self.orientation)
         return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
-    def _unreadable(self, error: Exception | str) -> UserError:
+    def _unreadable(self, error: Exception | str) -> DataError:
         reason = ' '.join(re.sub(r'<_io.BytesIO .*?>', '', str(error)).split()) or type(error).__name__
-        return UserError(f'{self.name}: cannot be decoded as an image ({reason}); replace it or leave it out')
+        return DataError(f'{self.name}: cannot be decoded as an image ({reason}); replace it or leave it out')
 
 
 def open_image(file: BinaryIO | str) -> ImageFile.ImageFile:
@@ -204,16 +204,16 @@ def read_photo(path: str, where: str) -> EncodedPhoto:
         where: Where the file is named ("train.csv row 7"), for the message.
 
     Raises:
-        UserError: It cannot be read, or its header cannot.
+        DataError: It cannot be read, or its header cannot.
     """
     try:
         with open_regular(path) as file:
             if os.fstat(file.fileno()).st_size > MAX_BYTES:
-                raise UserError(f'{path} ({where}): cannot be read as an image, of more than {MAX_BYTES:,} bytes; '
+                raise DataError(f'{path} ({where}): cannot be read as an image, of more than {MAX_BYTES:,} bytes; '
                                 'replace it or leave it out')
             data = file.read()
     except OSError as error:
-        raise UserError(
+        raise DataError(
             f'{path} ({where}): cannot be read ({error.strerror}); fix that or leave it out') from error
     return EncodedPhoto(data, f'{path} ({where})')
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from timm_multilabel.data.folders import images_of_folder
 from timm_multilabel.data.table import Rows, Table, find_images, missing_targets
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import DataError
 from timm_multilabel.labels import LabelSpace
 
 
@@ -16,7 +16,7 @@ def rows_of_table(table: Table, label_space: LabelSpace) -> Rows:
     """All images of a table, whatever labels it has.
 
     Raises:
-        UserError: Images are missing.
+        DataError: Images are missing.
     """
     images = np.array(find_images(table))
     return Rows(
@@ -36,12 +36,12 @@ def rows_of_folder(
     """The images of a folder as rows without labels, see `images_of_folder`.
 
     Raises:
-        UserError: There is none, or what has the name of an image is no file.
+        DataError: There is none, or what has the name of an image is no file.
     """
     images = images_of_folder(folder, say)
     for image in images:
         if not os.path.isfile(image):
-            raise UserError(f'{image}: is no file (a link that leads nowhere, perhaps); fix or remove it')
+            raise DataError(f'{image}: is no file (a link that leads nowhere, perhaps); fix or remove it')
     return Rows(
         images=np.array(images),
         targets=missing_targets(label_space, len(images)),

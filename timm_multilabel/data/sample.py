@@ -14,7 +14,7 @@ from timm_multilabel.config.commands import SampleSettings
 from timm_multilabel.data.packing import check_packing, pack
 from timm_multilabel.data.streams import Stored
 from timm_multilabel.data.table import read_table
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import DataError
 from timm_multilabel.files import write_atomic
 from timm_multilabel.progress import OFF_TERMINAL
 
@@ -66,7 +66,7 @@ def write_sample(
         force: Overwrite files of these names.
 
     Raises:
-        UserError: The folder holds such files already, or cannot be made, or a library is missing.
+        DataError: The folder holds such files already, or cannot be made, or a library is missing.
     """
     directory = Path(directory)
     counts = {'train': train, 'val': val, 'test': test, 'unlabelled': unlabelled}
@@ -78,11 +78,11 @@ def write_sample(
     if kind != 'csv':
         check_packing(kind)
     if taken and not force:
-        raise UserError(f'{directory} already holds {", ".join(taken)}; overwrite with --force or choose another DIR')
+        raise DataError(f'{directory} already holds {", ".join(taken)}; overwrite with --force or choose another DIR')
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f'{directory}: cannot make this folder ({error.strerror}); choose another DIR') from error
+        raise DataError(f'{directory}: cannot make this folder ({error.strerror}); choose another DIR') from error
     for path in tables:  # old tables must not describe new pictures if this run is killed
         path.unlink(missing_ok=True)
     if kind == 'csv':

@@ -20,7 +20,7 @@ from timm_multilabel.data.pool import real_paths
 from timm_multilabel.data.split import SPLITS
 from timm_multilabel.data.split_names import check_folder, find_split
 from timm_multilabel.data.table import Table, find_label_space, look_for_images, read_table
-from timm_multilabel.errors import UserError, shortened
+from timm_multilabel.errors import DataError, UserError, shortened
 from timm_multilabel.labels import Labels, LabelSet, LabelSpace, Quantity
 
 UNLABELLED = 'unlabelled'
@@ -186,7 +186,7 @@ def read_contents(
         tag_separator: See `choose_columns`.
 
     Raises:
-        UserError: There is no such directory, or no CSV in it, or one that cannot be read, or no CSV has a head.
+        DataError: There is no such directory, or no CSV in it, or one that cannot be read, or no CSV has a head.
     """
     check_folder(folder)
     splits, shards = {}, {}
@@ -198,7 +198,7 @@ def read_contents(
             shards[name] = str(found.source)
     if not splits:
         also = f'; {", ".join(shards.values())} are shards, which are not checked' if shards else ''
-        raise UserError(
+        raise DataError(
             f'{folder}: no {", ".join(f"{name}.csv" for name in SPLITS)} or {UNLABELLED}.csv to check{also}')
     path = folder / 'all.csv'
     tables = [read_table(path, image_column, separator, missing_value)] if path.is_file() else []
@@ -231,7 +231,7 @@ def _find_heads(
     """The label space of tables as training finds it, and why columns cannot be heads.
 
     Raises:
-        UserError: A head that was asked for is a column of no table at all.
+        DataError: A head that was asked for is a column of no table at all.
     """
     found: list[Labels] = []
     bad: dict[str, str] = {}

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from timm_multilabel.cells import list_cell, missing_texts
 from timm_multilabel.data.images import ENDINGS, MAX_BYTES
-from timm_multilabel.errors import UserError, escaped, listed, shortened
+from timm_multilabel.errors import DataError, escaped, listed, shortened
 from timm_multilabel.files import open_regular
 
 BUFFER = 1000
@@ -89,7 +89,7 @@ class Shards:
         """A number of samples that the files hold at most; of Parquet, the number that they hold.
 
         Raises:
-            UserError: A file cannot be read.
+            DataError: A file cannot be read.
         """
         return sum(map(_most_in_tar if self.tars else _rows_of_parquet, self.files))
 
@@ -103,7 +103,7 @@ class Shards:
             images: Read the images too, not the labels alone.
 
         Raises:
-            UserError: A shard or a sample cannot be read, or a library is missing.
+            DataError: A shard or a sample cannot be read, or a library is missing.
         """
         wanted = None if self.columns is None else set(self.columns)
         missing = missing_texts(self.missing_value)
@@ -130,7 +130,7 @@ class Shards:
             for members in islice(stream, 0 if by_file else rank, None, 1 if by_file else ranks):
                 yield _from_tar(members, images)
         except ValueError as error:
-            raise UserError(f'{self.source}: cannot be read as tars ({error.args[0]})') from error
+            raise DataError(f'{self.source}: cannot be read as tars ({error.args[0]})') from error
 
     def _parquet_samples(self, rank: int, ranks: int, seed: int | None, images: bool) -> Iterator[_Read]:
         datasets = find_library(self.library)
@@ -175,7 +175,7 @@ def _most_in_tar(path: str) -> int:
     try:
         return os.stat(path).st_size // tarfile.BLOCKSIZE  # a header is of one block
     except OSError as error:
-        raise UserError(f'{path}: cannot be read ({error.strerror})') from error
+        raise DataError(f'{path}: cannot be read ({error.strerror})') from error
 
 
 def _rows_of_parquet(path: str) -> int:
@@ -193,13 +193,13 @@ def find_library(name: str) -> ModuleType:
     """Import a library that only shards need.
 
     Raises:
-        UserError: It is not installed.
+        DataError: It is not installed.
     """
     try:
         return import_module(name)
     except ImportError as error:
         extra = 'webdataset' if name == 'webdataset' else 'parquet'
-        raise UserError(
+        raise DataError(
             f"{name} cannot be imported ({error}), and these shards need it: pip install 'timm-multilabel[{extra}]'"
         ) from error
 
@@ -208,7 +208,7 @@ def _read_tars(files: Iterable[str], images: bool) -> Iterator[dict[str, Any]]:
     """The members of tars as `group_by_keys` takes them, {} after each tar.
 
     Raises:
-        UserError: A tar cannot be read, or is compressed.
+        DataError: A tar cannot be read, or is compressed.
     """
     for path in files:
         try:
@@ -217,7 +217,7 @@ def _read_tars(files: Iterable[str], images: bool) -> Iterator[dict[str, Any]]:
                     yield {'fname': name, 'data': data, '__url__': path}
         except (tarfile.TarError, RecursionError, EOFError, ValueError, OSError) as error:
             reason = getattr(error, 'strerror', None) or error
-            raise UserError(f'{path}: cannot be read as a tar ({reason}); write it as a plain one, not '
+            raise DataError(f'{path}: cannot be read as a tar ({reason}); write it as a plain one, not '
                             'compressed') from error
         yield {}
 
@@ -276,15 +276,15 @@ def _from_tar(members: dict[str, Any], images: bool) -> _Read:
     name = f'{escaped(Path(members["__url__"]).name)} sample {shortened(members["__key__"], 200)}'
     image = next((data for ending, data in members.items() if f".{ending.rpartition('.')[2]}" in ENDINGS), None)
     if image is None:
-        raise UserError(
+        raise DataError(
             f'{name}: no image ({", ".join(sorted(ENDINGS))}) among its files, which stand side by side in the tar: '
             f'{listed([ending for ending in members if ending[0] != "_"])}')
     try:
         cells = json.loads(members.get('json', b'{}'))
     except (ValueError, RecursionError) as error:
-        raise UserError(f'{name}: its JSON cannot be read ({error}); fix it') from error
+        raise DataError(f'{name}: its JSON cannot be read ({error}); fix it') from error
     if not isinstance(cells, dict):
-        raise UserError(f'{name}: its JSON is no mapping of label columns to labels; fix it')
+        raise DataError(f'{name}: its JSON is no mapping of label columns to labels; fix it')
     return name, image if images else None, cells
 
 
@@ -293,7 +293,7 @@ def _open_parquet(path: str) -> Iterator[tuple[BinaryIO, Any]]:
     """A Parquet file, as a file and as a table.
 
     Raises:
-        UserError: It cannot be opened, or read within the context.
+        DataError: It cannot be opened, or read within the context.
     """
     pyarrow, parquet = find_library('pyarrow'), find_library('pyarrow.parquet')
     try:
@@ -301,7 +301,7 @@ def _open_parquet(path: str) -> Iterator[tuple[BinaryIO, Any]]:
             yield file, table
     except (pyarrow.ArrowException, ValueError, OSError, RecursionError) as error:
         reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())
-        raise UserError(f'{path}: cannot be read as Parquet ({reason}); write it anew') from error
+        raise DataError(f'{path}: cannot be read as Parquet ({reason}); write it anew') from error
 
 
 def _read_parquet(files: Sequence[str], *args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
@@ -322,15 +322,15 @@ def _rows(
     columns = table.schema_arrow.names
     column = next((name for name in (image_column, 'image') if name in columns), None)
     if column is None:
-        raise UserError(f"{file}: no column '{image_column}' or 'image' (there are: {listed(columns)}); "
+        raise DataError(f"{file}: no column '{image_column}' or 'image' (there are: {listed(columns)}); "
                         'name the one that holds the images with --image-column')
     if twice := [name for name, count in Counter(columns).items() if count > 1]:
-        raise UserError(f"{file}: two columns are called '{shortened(twice[0])}'; rename or remove one")
+        raise DataError(f"{file}: two columns are called '{shortened(twice[0])}'; rename or remove one")
     try:
         features = find_library('datasets').Features.from_arrow_schema(table.schema_arrow)
     except Exception as error:  # whatever absurd metadata make of the reader
         reason = shortened(' '.join(str(error).split()), 200)
-        raise UserError(f'{file}: its metadata of columns cannot be read ({reason}); write it anew') from error
+        raise DataError(f'{file}: its metadata of columns cannot be read ({reason}); write it anew') from error
     labels = set(columns if label_columns is None else label_columns)
     wanted = [name for name in columns if (images if name == column else name in labels)]
     number = 0
@@ -372,7 +372,7 @@ def _batches(table: Any, wanted: list[str], size: int, images: bool) -> Iterator
 def _image_bytes(value: Any, name: str, column: str) -> bytes:
     data = value.get('bytes') if isinstance(value, dict) else value
     if not isinstance(data, bytes):
-        raise UserError(f"{name}: column '{column}' holds no image bytes; write them into the table")
+        raise DataError(f"{name}: column '{column}' holds no image bytes; write them into the table")
     return data
 
 
@@ -385,16 +385,16 @@ def _class_name(value: Any, feature: Any, name: str, column: str) -> Any:
     if isinstance(value, list):
         return [_class_name(part, feature, name, column) for part in value]
     if not -1 <= value < len(names):
-        raise UserError(f"{name}: '{shortened(column)}' is class {value}, and its metadata name {len(names)}")
+        raise DataError(f"{name}: '{shortened(column)}' is class {value}, and its metadata name {len(names)}")
     return names[value] if value >= 0 else None
 
 
 def _check_columns(cells: dict[str, Any], name: str) -> None:
     for column in cells:
         if not column.strip():
-            raise UserError(f'{name}: a label column without a name; name it or remove it')
+            raise DataError(f'{name}: a label column without a name; name it or remove it')
         if not column.isprintable():
-            raise UserError(f'{name}: the name of a label column, {shortened(ascii(column))}, holds a character that '
+            raise DataError(f'{name}: the name of a label column, {shortened(ascii(column))}, holds a character that '
                             'cannot be shown; rename it')
 
 
@@ -408,10 +408,10 @@ def _text(value: Any, name: str, column: str) -> str:
         texts = [text for part in value if (text := _text(part, name, column))]
         return list_cell(texts) if texts or not value else ''  # of nulls alone nothing is known
     if isinstance(value, dict | bytes | list):
-        raise UserError(f"{name}: '{shortened(column)}' is no text, number or list of tags; choose --heads without it")
+        raise DataError(f"{name}: '{shortened(column)}' is no text, number or list of tags; choose --heads without it")
     try:
         text = str(value).strip()
         text.encode()
     except ValueError as error:  # half a surrogate pair, which JSON can spell; an integer of thousands of digits
-        raise UserError(f"{name}: '{shortened(column)}' cannot be written as text ({error})") from error
+        raise DataError(f"{name}: '{shortened(column)}' cannot be written as text ({error})") from error
     return text

@@ -12,7 +12,7 @@ import pandas as pd
 
 from timm_multilabel.config.commands import SplitSettings
 from timm_multilabel.data.table import read_cells
-from timm_multilabel.errors import UserError, escaped, is_utf8
+from timm_multilabel.errors import DataError, escaped, is_utf8
 from timm_multilabel.escaping import csv_line
 from timm_multilabel.files import write_atomic
 
@@ -56,7 +56,7 @@ def split_csv(
         'missing'.
 
     Raises:
-        UserError: Something is wrong with the source or the arguments; nothing has been written then.
+        DataError: Something is wrong with the source or the arguments; nothing has been written then.
     """
     source, directory = Path(source), Path(directory)
     outputs = {name: directory / f'{name}.csv' for name in (*SPLITS, 'all')}
@@ -64,7 +64,7 @@ def split_csv(
     _check_outputs(source, list(outputs.values()), force)
     names = [image_column, *(name for name, _ in heads)]
     if not heads or len(set(names)) < len(names):
-        raise UserError(f'{", ".join(names)}: expected the image column and one or more heads, all named differently')
+        raise DataError(f'{", ".join(names)}: expected the image column and one or more heads, all named differently')
 
     frame = read_cells(source, separator, join_surplus=True)
     _check_columns(source, frame, dict(heads), stratify, group)
@@ -78,7 +78,7 @@ def split_csv(
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f'{directory}: cannot make this folder ({error.strerror}); choose another --out') from error
+        raise DataError(f'{directory}: cannot make this folder ({error.strerror}); choose another --out') from error
     for name, indices in {**chosen, 'all': range(len(table))}.items():
         if name in SPLITS and not ratios[SPLITS.index(name)]:
             outputs[name].unlink(missing_ok=True)
@@ -100,14 +100,14 @@ def _check_columns(
     """Raise UserError unless the columns that are asked for are there."""
     unknown = [column for column in heads.values() if column not in frame]
     if unknown:
-        raise UserError(
+        raise DataError(
             f'{source}: no column {", ".join(unknown)} (there are: {", ".join(frame)}); name them as '
             '--heads NAME=COLUMN'
         )
     if stratify is not None and stratify not in heads:
-        raise UserError(f'--stratify {stratify}: no such head (there are: {", ".join(heads)})')
+        raise DataError(f'--stratify {stratify}: no such head (there are: {", ".join(heads)})')
     if group is not None and group not in frame:
-        raise UserError(f'--group {group}: {source} has no such column (there are: {", ".join(frame)})')
+        raise DataError(f'--group {group}: {source} has no such column (there are: {", ".join(frame)})')
 
 
 def _rows_with_image(
@@ -119,7 +119,7 @@ def _rows_with_image(
     """The rows whose image exists, each with its path as the files in `directory` are to have it.
 
     Raises:
-        UserError: The pattern cannot be filled, no image is there, or two rows have the same.
+        DataError: The pattern cannot be filled, no image is there, or two rows have the same.
     """
     numbered = list(zip(frame.index.tolist(), frame.to_dict('records')))
     paths = _fill(image, source, list(frame), numbered)
@@ -134,14 +134,14 @@ def _rows_with_image(
         if not os.path.isfile(base / path):
             continue
         if path in seen:  # it could land in two splits
-            raise UserError(
+            raise DataError(
                 f'{source} row {number}: its image {path} is that of row {seen[path]} already; remove one of the two '
                 f'rows or correct --image {image}'
             )
         seen[path] = number
         written = os.path.relpath(base.resolve() / path, directory.resolve()) if moved else path
         if not is_utf8(written):
-            raise UserError(f'{escaped(directory / written)}: this path to an image is not UTF-8, as a CSV needs it; '
+            raise DataError(f'{escaped(directory / written)}: this path to an image is not UTF-8, as a CSV needs it; '
                             'rename the folder, or leave out --out')
         rows.append((written, row))
     return rows
@@ -207,15 +207,15 @@ def _check_ratios(ratios: Sequence[float]) -> None:
     usable = all(math.isfinite(ratio) and ratio >= 0 for ratio in ratios)
     if len(ratios) != 3 or not usable or sum(ratios) <= 0:
         text = ' '.join(f'{ratio:g}' for ratio in ratios)
-        raise UserError(f'ratios {text}: expected three numbers of 0 or more that are not all 0, such as 80 10 10')
+        raise DataError(f'ratios {text}: expected three numbers of 0 or more that are not all 0, such as 80 10 10')
 
 
 def _check_outputs(source: Path, outputs: Sequence[Path], force: bool) -> None:
     if any(path.resolve() == source.resolve() for path in outputs):
-        raise UserError(f'{source} would be overwritten by its own split; choose another folder with --out')
+        raise DataError(f'{source} would be overwritten by its own split; choose another folder with --out')
     taken = [str(path) for path in outputs if path.exists()]
     if taken and not force:
-        raise UserError(f'{", ".join(taken)}: already there; overwrite with --force or choose another --out')
+        raise DataError(f'{", ".join(taken)}: already there; overwrite with --force or choose another --out')
 
 
 def _fill(image: str, source: Path, columns: list[str], numbered: list[tuple[int, dict[str, str]]]) -> list[str]:
@@ -223,7 +223,7 @@ def _fill(image: str, source: Path, columns: list[str], numbered: list[tuple[int
     try:
         return [image.format_map(row) for _, row in numbered]
     except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
-        raise UserError(
+        raise DataError(
             f'--image {image} cannot be filled from {source} ({error}); put its columns in braces, such as '
             f'{{{columns[0]}}} (there are: {", ".join(columns)})'
         ) from error
@@ -235,7 +235,7 @@ def _find_base(source: Path, paths: list[str]) -> Path:
         if any(os.path.isfile(base / path) for path in paths):
             return base
     looked = ', '.join(dict.fromkeys(str(base) for base in bases))
-    raise UserError(
+    raise DataError(
         f'{source}: none of its {len(paths)} images is on disk: {paths[0]}, ...; looked in {looked}; put them there '
         '(those of styles.csv: kaggle.com/datasets/paramaggarwal/fashion-product-images-small) or correct --image'
     )

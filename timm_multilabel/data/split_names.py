@@ -4,7 +4,7 @@ from pathlib import Path
 
 from timm_multilabel.config.train import DataSettings
 from timm_multilabel.data.shards import Shards, find_shards
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import DataError
 
 _OTHER_SPLITS = ('val', 'test', 'unlabelled')
 
@@ -43,12 +43,12 @@ def check_folder(folder: Path) -> None:
     if folder.is_file():
         hint = {'.yaml': 'pass a recipe or the args.yaml of a run with -c', '.csv': _make_of(folder)}.get(
             folder.suffix.lower(), 'name the folder that holds train.csv, val.csv and the images')
-        raise UserError(f'{folder}: a file, where a data directory is expected; {hint}')
+        raise DataError(f'{folder}: a file, where a data directory is expected; {hint}')
     if not folder.is_dir():
-        raise UserError(f'{folder}: no such data directory; it holds train.csv, val.csv and the images')
+        raise DataError(f'{folder}: no such data directory; it holds train.csv, val.csv and the images')
 
 
-def no_split(folder: Path, name: str) -> UserError:
+def no_split(folder: Path, name: str) -> DataError:
     """The error of a split that `find_split` does not find."""
     places = ', '.join(map(str, _candidates(folder, name)))
     tables = sorted(path for path in folder.glob('*.csv') if path.is_file() and path.stem not in _OTHER_SPLITS)
@@ -57,7 +57,7 @@ def no_split(folder: Path, name: str) -> UserError:
         hint = (f'; {_make_of(tables[0])}' if tables else
                 '; write a CSV with the path of an image and its labels in each row, and split it with: '
                 'timm-multilabel split')
-    return UserError(f'{split_path(folder, name)}: no such file; looked for {places} and shards of this name{hint}')
+    return DataError(f'{split_path(folder, name)}: no such file; looked for {places} and shards of this name{hint}')
 
 
 def _make_of(table: Path) -> str:

@@ -11,7 +11,7 @@ import torch
 from timm_multilabel.cells import TAG_SEPARATOR
 from timm_multilabel.data.shards import Sample, Shards
 from timm_multilabel.data.table import FIX_LABELS, Rows, Table, encode_rows, encode_targets
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import DataError
 from timm_multilabel.files import read_json, write_atomic
 from timm_multilabel.labels import Labels, LabelSet, LabelSpace, TagSet
 
@@ -66,7 +66,7 @@ class StreamedRows:
         """The targets (B, W) of samples.
 
         Raises:
-            UserError: A label is unknown, or a cell cannot be read.
+            DataError: A label is unknown, or a cell cannot be read.
         """
         if len(self.seen) > _SEEN:
             self.seen.clear()
@@ -86,7 +86,7 @@ def read_labels(samples: Iterable[Sample]) -> pd.DataFrame:
     """The cells of samples as text, by their names; one that is missing may be NaN.
 
     Raises:
-        UserError: Each sample has label columns of its own, so that a table of them would not fit into memory.
+        DataError: Each sample has label columns of its own, so that a table of them would not fit into memory.
     """
     # By parts, and equal texts as one object, which takes a tenth of the memory.
     texts: dict[str, str] = {}
@@ -97,7 +97,7 @@ def read_labels(samples: Iterable[Sample]) -> pd.DataFrame:
         rows, filled = rows + len(part), filled + sum(len(each.cells) for each in part)
         columns.update(*(each.cells for each in part))
         if rows * len(columns) > max(_MAX_CELLS, _MAX_HOLES * filled):
-            raise UserError(f'{part[-1].name}: the samples up to this one have {len(columns):,} label columns, nearly '
+            raise DataError(f'{part[-1].name}: the samples up to this one have {len(columns):,} label columns, nearly '
                             'all of them empty in each sample; write such labels as a list of tags in one column')
         cells = [{column: texts.setdefault(text, text) for column, text in each.cells.items()} for each in part]
         frames.append(pd.DataFrame(cells, [each.name for each in part], dtype=object))
@@ -108,11 +108,11 @@ def table_of_labels(shards: Shards, labels: Sequence[pd.DataFrame]) -> StreamedT
     """The table of what `read_labels` gave for all samples of shards, part by part.
 
     Raises:
-        UserError: There is no sample.
+        DataError: There is no sample.
     """
     labels = [part for part in labels if len(part)]
     if not labels:
-        raise UserError(f'{shards.source}: there are no samples in these shards')
+        raise DataError(f'{shards.source}: there are no samples in these shards')
     frame = pd.concat(labels).fillna('')
     return StreamedTable(shards.source, frame, shards.image_column, shards, len(frame))
 
@@ -121,11 +121,11 @@ def table_without_labels(shards: Shards, label_space: LabelSpace, count: int) ->
     """A table that stands for shards whose label space and number of samples are known.
 
     Raises:
-        UserError: The shards cannot hold so many samples.
+        DataError: The shards cannot hold so many samples.
     """
     most = shards.most_samples()
     if count > most:
-        raise UserError(f'{shards.source}: {Stored.ROWS} says that the split has {count} samples, and these shards '
+        raise DataError(f'{shards.source}: {Stored.ROWS} says that the split has {count} samples, and these shards '
                         f'hold {"at most " if shards.tars else ""}{most}; remove {Stored.ROWS} for a new count')
     columns = [column for head in label_space.heads for column in head.columns]
     frame = pd.DataFrame(columns=list(dict.fromkeys(columns)), dtype=object)
@@ -185,7 +185,7 @@ class Stored:
         """Read the files that are there.
 
         Raises:
-            UserError: One cannot be read.
+            DataError: One cannot be read.
         """
         path = folder / cls.LABEL_SPACE
         label_space = LabelSpace.load(path) if path.is_file() else None

@@ -17,7 +17,7 @@ import torch
 from timm_multilabel.cells import BadCell, csv_rows, missing_texts
 from timm_multilabel.config.train import DataSettings
 from timm_multilabel.config.values import WHITESPACE
-from timm_multilabel.errors import UserError, listed, printable, shortened
+from timm_multilabel.errors import DataError, listed, printable, shortened
 from timm_multilabel.files import open_regular
 from timm_multilabel.labels import (
     MISSING,
@@ -114,20 +114,20 @@ def read_table(
         missing_value: A further text that means a missing label; see `missing_texts`.
 
     Raises:
-        UserError: The file is missing, unreadable, empty, has no image column, an unnamed or a repeated column, or a
+        DataError: The file is missing, unreadable, empty, has no image column, an unnamed or a repeated column, or a
             row without an image.
     """
     path = Path(path)
     frame = read_cells(path, separator)
     if image_column not in frame.columns:
         blanks = len(frame.columns) == 1 and ' ' in frame.columns[0]
-        raise UserError(
+        raise DataError(
             f"{path}: no column '{image_column}' (there are: {listed(frame.columns)}); "
             'name the one that holds the image paths with --image-column' + (
                 f', or the blanks between columns with --separator {WHITESPACE}' if blanks else ''))
     without = frame.index[frame[image_column] == '']
     if len(without):
-        raise UserError(f"{path} row {without[0]}: no image in column '{image_column}'; name one or remove the row")
+        raise DataError(f"{path} row {without[0]}: no image in column '{image_column}'; name one or remove the row")
     if missing := missing_texts(missing_value):
         frame = frame.mask(frame.isin(missing) & (frame.columns != image_column), '')
     return Table(path, frame, image_column)
@@ -146,10 +146,10 @@ def read_cells(path: Path, separator: str | None = None, join_surplus: bool = Fa
         The rows that are not blank, by their numbers in the file (the header is row 1).
 
     Raises:
-        UserError: The file is missing, unreadable or empty, or has an unnamed or a repeated column.
+        DataError: The file is missing, unreadable or empty, or has an unnamed or a repeated column.
     """
     if not path.is_file():
-        raise UserError(f'{path}: no such file')
+        raise DataError(f'{path}: no such file')
     text = _read_text(path)
     separator = separator or _find_separator(text)
     try:
@@ -162,13 +162,13 @@ def read_cells(path: Path, separator: str | None = None, join_surplus: bool = Fa
                 keep_default_na=False, skip_blank_lines=False).fillna('').to_numpy(dtype=object)
     except (ValueError, csv.Error) as error:  # the former pandas' parser errors
         reason = ' '.join(str(error).split())
-        raise UserError(f'{path}: cannot be read as a CSV ({reason}); fix it') from error
+        raise DataError(f'{path}: cannot be read as a CSV ({reason}); fix it') from error
     # As one array of objects: pandas would spend a millisecond on each of many columns.
     cells = np.frompyfunc(str.strip, 1, 1)(cells)
     frame = pd.DataFrame(cells[1:], np.arange(2, len(cells) + 1), _check_header(path, cells[0].tolist()), dtype=object)
     filled = (cells[1:] != '').any(axis=1)
     if not filled.any():
-        raise UserError(f'{path}: the table has no rows')
+        raise DataError(f'{path}: the table has no rows')
     return frame[filled]
 
 
@@ -178,7 +178,7 @@ def _complete_rows(path: Path, text: str, separator: str) -> np.ndarray:
     Not pandas, whose way of joining cells silently drops a row that it cannot read.
 
     Raises:
-        UserError: A row that is not blank has fewer cells than the header.
+        DataError: A row that is not blank has fewer cells than the header.
         csv.Error: It cannot be read.
     """
     rows = list(csv_rows(text, delimiter=separator))
@@ -187,7 +187,7 @@ def _complete_rows(path: Path, text: str, separator: str) -> np.ndarray:
         raise csv.Error('no columns in the first row')
     for number, row in enumerate(rows, 1):
         if any(map(str.strip, row)) and len(row) < width:
-            raise UserError(f'{path} row {number}: {len(row)} cells for {width} columns; complete the row or remove it')
+            raise DataError(f'{path} row {number}: {len(row)} cells for {width} columns; complete the row or remove it')
     last = width - 1
     padded = ([*row, *[''] * (width - len(row))] for row in rows)
     return np.array([[*row[:last], separator.join(row[last:])] for row in padded], dtype=object)
@@ -197,17 +197,17 @@ def _check_header(path: Path, header: list[str]) -> pd.Index:
     """The names of the columns.
 
     Raises:
-        UserError: One is empty, cannot be shown or is there twice.
+        DataError: One is empty, cannot be shown or is there twice.
     """
     seen: set[str] = set()
     for position, name in enumerate(header, 1):
         if not name:
-            raise UserError(f'{path} row 1: column {position} has no name; name it or remove it')
+            raise DataError(f'{path} row 1: column {position} has no name; name it or remove it')
         if not name.isprintable():
-            raise UserError(f'{path} row 1: the name of column {position} holds a character that cannot be shown; '
+            raise DataError(f'{path} row 1: the name of column {position} holds a character that cannot be shown; '
                             'rename it')
         if name in seen:
-            raise UserError(f"{path} row 1: two columns are called '{shortened(name)}'; rename or remove one")
+            raise DataError(f"{path} row 1: two columns are called '{shortened(name)}'; rename or remove one")
         seen.add(name)
     return pd.Index(header, dtype=object)
 
@@ -216,7 +216,7 @@ def _read_text(path: Path) -> str:
     """The text of a file in UTF-8, with or without a byte-order mark.
 
     Raises:
-        UserError: It cannot be read, or is something else.
+        DataError: It cannot be read, or is something else.
     """
     parts = []
     try:
@@ -226,18 +226,18 @@ def _read_text(path: Path) -> str:
                 if b'\0' in part:  # the rest may be terabytes of them, which take no room on disk
                     break
     except OSError as error:
-        raise UserError(f'{path}: cannot be read ({error.strerror})') from error
+        raise DataError(f'{path}: cannot be read ({error.strerror})') from error
     data = b''.join(parts)
     try:
         text = data.decode('utf-8-sig')
     except UnicodeDecodeError as error:
         row = len(_LINE_END.split(data[:error.start].decode('latin-1')))
         utf_16 = ' (it looks like UTF-16)' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else ''
-        raise UserError(
+        raise DataError(
             f'{path} row {row}: byte 0x{data[error.start]:02x} is not UTF-8{utf_16}; save the file as UTF-8') from error
     if '\0' in text:
         row = len(_LINE_END.split(text[:text.index('\0')]))
-        raise UserError(f'{path} row {row}: holds a zero byte, so this is no text; save the table as a CSV in UTF-8')
+        raise DataError(f'{path} row {row}: holds a zero byte, so this is no text; save the table as a CSV in UTF-8')
     return text
 
 
@@ -258,7 +258,7 @@ def find_images(table: Table, passing_over: bool = False) -> list[str]:
         passing_over: Pass over images that are missing.
 
     Raises:
-        UserError: Images are missing, with how many and the first few.
+        DataError: Images are missing, with how many and the first few.
     """
     paths, exists = look_for_images(table)
     texts = table.frame[table.image_column]
@@ -268,8 +268,8 @@ def find_images(table: Table, passing_over: bool = False) -> list[str]:
     examples = ', '.join(missing[:_EXAMPLES]) + (', ...' if len(missing) > _EXAMPLES else '')
     if len(missing) == len(texts):
         looked = ', '.join(_rules(table.path.parent))
-        raise UserError(f'{table.path}: none of its {len(texts)} images is on disk: {examples}; looked {looked}')
-    raise UserError(
+        raise DataError(f'{table.path}: none of its {len(texts)} images is on disk: {examples}; looked {looked}')
+    raise DataError(
         f'{table.path}: {len(missing)} of {len(texts)} images are missing on disk: {examples}; '
         'add them or remove their rows')
 
@@ -311,7 +311,7 @@ def find_label_space(
         dialect: How tags in one column are written: 'separator' and 'none' of `TagSet`.
 
     Raises:
-        UserError: A head that is no column, a column without labels, or a cell that cannot be read.
+        DataError: A head that is no column, a column without labels, or a cell that cannot be read.
     """
     train, readers, groups = tables[-1], readers or {}, groups or {}
     grouped = {column: name for name, columns in groups.items() for column in columns}
@@ -322,12 +322,12 @@ def find_label_space(
     counts = Counter(names)
     for name in names:
         if counts[name] > 1:
-            raise UserError(f"--heads: '{shortened(name)}' is named twice")
+            raise DataError(f"--heads: '{shortened(name)}' is named twice")
         columns = list(groups.get(name, (name,)))
         for table in tables:
             for column in columns:
                 if not table.has_label(column):
-                    raise UserError(
+                    raise DataError(
                         f"{table.path}: no label column '{shortened(column)}' (there are: "
                         f"{listed(table.label_columns) or 'none'}); choose columns with --heads")
         reader = readers.get(name, LabelSet)
@@ -344,12 +344,12 @@ def find_label_space(
         except BadCell as error:
             raise _bad_cell(source, error) from error
         except ValueError as error:
-            raise UserError(f'{source.path}: {error}; leave it out with --heads') from error
+            raise DataError(f'{source.path}: {error}; leave it out with --heads') from error
     return LabelSpace(tuple(found))
 
 
-def _bad_cell(table: Table, error: BadCell) -> UserError:
-    return UserError(
+def _bad_cell(table: Table, error: BadCell) -> DataError:
+    return DataError(
         f"{table.path} row {error.row}, column '{shortened(error.column)}': {error}; fix it, or leave it empty")
 
 
@@ -357,7 +357,7 @@ def check_single_class(table: Table, name: str) -> None:
     """Raise UserError where cells of a column hold several tags."""
     several = table.frame.index[table.frame[name].str.contains('|', regex=False)]
     if len(several):
-        raise UserError(
+        raise DataError(
             f"{table.path} row {several[0]}: column '{shortened(name)}' holds several tags "
             f"('{shortened(table.frame[name][several[0]])}'), "
             f'and ArcFace takes one class an image; for tags, --head {name}:loss=tags')
@@ -367,7 +367,7 @@ def unknown_labels(table: Table, label_space: LabelSpace) -> dict[str, dict[str,
     """The labels of a table that are no classes: {head: {label: rows}}, without the heads that have none.
 
     Raises:
-        UserError: A cell cannot be read.
+        DataError: A cell cannot be read.
     """
     found = {}
     for head in label_space.heads:
@@ -407,7 +407,7 @@ def encode_rows(
     """Find a table's images and turn its labels into targets, see `encode_targets`.
 
     Raises:
-        UserError: Images are missing, a label is unknown, or a cell cannot be read.
+        DataError: Images are missing, a label is unknown, or a cell cannot be read.
     """
     targets = encode_targets(table, label_space, ignore_unknown, way_out)
     return Rows(
@@ -431,11 +431,11 @@ def encode_targets(table: Table, label_space: LabelSpace, ignore_unknown: bool, 
         way_out: What to advise where such a label is an error.
 
     Raises:
-        UserError: A label is unknown, or a cell cannot be read.
+        DataError: A label is unknown, or a cell cannot be read.
     """
     unknown = unknown_labels(table, label_space)
     if unknown and not ignore_unknown:
-        raise UserError(
+        raise DataError(
             f'{table.path}: labels that training does not know: {describe_unknown(unknown)}; {way_out}')
     targets = missing_targets(label_space, len(table.frame)).numpy().copy()
     left = 0

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from timm_multilabel.errors import UserError, escaped, is_utf8
+from timm_multilabel.errors import OutputError, escaped, is_utf8
 from timm_multilabel.exports import backbone, onnx, pt2, weights
 from timm_multilabel.exports.compare import TOLERANCE, largest_difference
 from timm_multilabel.exports.exportable import Exportable
@@ -26,16 +26,16 @@ def missing_libraries(form: ModuleType) -> list[str]:
 def check_free(folder: Path, files: Sequence[str], force: bool) -> None:
     """Raise UserError where files could not be written into a folder, or exist and are not to be replaced."""
     if not is_utf8(str(folder.absolute())):  # the libraries take the path, and not an open file
-        raise UserError(f'{escaped(folder)}: this path is not UTF-8, and the libraries that write exports take no '
-                        'other; name another folder')
+        raise OutputError(f'{escaped(folder)}: this path is not UTF-8, and the libraries that write exports take no '
+                          'other; name another folder')
     if folder.exists() and not folder.is_dir():
-        raise UserError(f'{folder}: is a file; name a folder')
+        raise OutputError(f'{folder}: is a file; name a folder')
     there = [name for name in files if (folder / name).exists()]
     if there and not force:
-        raise UserError(f'{folder / there[0]}: exists; replace it with --force, or choose another folder')
+        raise OutputError(f'{folder / there[0]}: exists; replace it with --force, or choose another folder')
     for name in there:
         if not (folder / name).is_file():
-            raise UserError(f'{folder / name}: is no file; choose another folder')
+            raise OutputError(f'{folder / name}: is no file; choose another folder')
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def export(exportable: Exportable, form: ModuleType, folder: Path) -> float:
         The largest difference to the checkpoint, see `largest_difference`.
 
     Raises:
-        UserError: See `write_compared`; nothing is left in the folder then.
+        OutputError: See `write_compared`; nothing is left in the folder then.
     """
     with put_in_place(folder, form.FILES) as aside:
         return write_compared(exportable, form, aside)
@@ -68,7 +68,7 @@ def write_compared(exportable: Exportable, form: ModuleType, folder: Path) -> fl
     """Write a model's files, load them again, and compare; the largest difference.
 
     Raises:
-        UserError: The model cannot be written or loaded so, or says something else than the checkpoint.
+        OutputError: The model cannot be written or loaded so, or says something else than the checkpoint.
     """
     path = folder / form.FILES[0]
     try:
@@ -76,8 +76,8 @@ def write_compared(exportable: Exportable, form: ModuleType, folder: Path) -> fl
         difference = largest_difference(form.load(exportable, path), exportable, form.OF_HEADS)
     except Exception as error:  # exporters, runtimes and timm raise their own kind
         reason = ' '.join(str(error).replace(f'{folder}{os.sep}', '').split())[:300] or type(error).__name__
-        raise UserError(f'{path.name}: {exportable.checkpoint.arch} cannot be exported so ({reason})') from error
+        raise OutputError(f'{path.name}: {exportable.checkpoint.arch} cannot be exported so ({reason})') from error
     if not difference <= TOLERANCE:
-        raise UserError(
+        raise OutputError(
             f'{path.name}: differs from the checkpoint by {difference:.1e}, more than {TOLERANCE:.0e}; not kept')
     return difference

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from timm_multilabel.arrays import check_array, check_expansion, read_arrays, write_arrays
-from timm_multilabel.errors import UserError, escaped, is_utf8
+from timm_multilabel.errors import CheckpointError, escaped, is_utf8
 from timm_multilabel.files import atomic_write, open_regular, reading
 from timm_multilabel.inference.loaded import WHAT, LoadedModel, Progress, check_finite, reason_of
 from timm_multilabel.loading.batches import ImageDataset
@@ -41,7 +41,7 @@ class Embeddings:
         """Write them as .npz or .parquet.
 
         Raises:
-            UserError: pyarrow is not installed, or the file cannot be written.
+            CheckpointError: pyarrow is not installed, or the file cannot be written.
         """
         if Path(path).suffix == '.parquet':
             self._save_parquet(path)
@@ -53,7 +53,8 @@ class Embeddings:
         pyarrow, parquet = import_pyarrow(path)
         for image in self.images:
             if not is_utf8(image):
-                raise UserError(f'{path}: the name of {escaped(image)} is not UTF-8, as Parquet needs it; name a .npz '
+                raise CheckpointError(
+                    f'{path}: the name of {escaped(image)} is not UTF-8, as Parquet needs it; name a .npz '
                                 'file')
         vectors = pyarrow.FixedSizeListArray.from_arrays(
             pyarrow.array(np.ascontiguousarray(self.vectors).reshape(-1)), self.vectors.shape[1])
@@ -67,11 +68,11 @@ class Embeddings:
         """Read what `save` wrote, without running anything that it contains.
 
         Raises:
-            UserError: The file is missing, damaged or something else, or pyarrow is not installed.
+            CheckpointError: The file is missing, damaged or something else, or pyarrow is not installed.
         """
         path = Path(path)
         if not path.is_file():
-            raise UserError(f'{path}: no such file of embeddings; write one with timm-multilabel embed')
+            raise CheckpointError(f'{path}: no such file of embeddings; write one with timm-multilabel embed')
         with reading(path, 'embeddings', 'write them again with timm-multilabel embed'):
             images, vectors, made_by = _load_parquet(path) if path.suffix == '.parquet' else _load_npz(path)
             if not all(isinstance(image, str) and '\0' not in image for image in images):
@@ -123,13 +124,13 @@ def import_pyarrow(path: str | Path) -> tuple[Any, Any]:
     """pyarrow and its Parquet.
 
     Raises:
-        UserError: It is not installed.
+        CheckpointError: It is not installed.
     """
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(
+        raise CheckpointError(
             f"{path}: Parquet needs pyarrow; pip install 'timm-multilabel[parquet]', or name a .npz file") from error
     return pyarrow, pyarrow.parquet
 
@@ -156,7 +157,7 @@ def embed_part(
         The embeddings, and a line for each bad image that the part keeps.
 
     Raises:
-        UserError: The checkpoint has no projector or its outputs are not finite, or no image can be read.
+        CheckpointError: The checkpoint has no projector or its outputs are not finite, or no image can be read.
     """
     embedder, vectors = loaded.embedder(what), []
     with torch.no_grad():
@@ -168,7 +169,7 @@ def embed_part(
     bad = np.zeros(len(part), dtype=bool) if part.bad is None else part.bad.numpy()
     lines = [reason_of(part, index) for index in np.flatnonzero(bad).tolist()]
     if bad.all():
-        raise UserError(f'none of {len(part)} images can be read; the first: {lines[0]}')
+        raise CheckpointError(f'none of {len(part)} images can be read; the first: {lines[0]}')
     points = torch.cat(vectors).numpy()[~bad]
     check_finite([torch.from_numpy(points)], loaded.checkpoint.path)
     return Embeddings(part.rows.images[~bad], points, loaded.maker(what)), lines
@@ -178,7 +179,7 @@ def check_maker(embeddings: Embeddings, path: str | Path, loaded: LoadedModel) -
     """Raise UserError where a model did not make embeddings: distances between its points and them mean nothing."""
     theirs, ours = embeddings.made_by, loaded.maker(embeddings.made_by['what'])
     if theirs != ours:
-        raise UserError(
+        raise CheckpointError(
             f'{path}: {theirs["what"]} of another checkpoint ({theirs["arch"]}, {str(theirs["digest"])[:8]}) than '
             f'{loaded.checkpoint.path} ({ours["arch"]}, {ours["digest"][:8]}); name the one that made them, or embed '
             'the images again')

@@ -12,7 +12,7 @@ from torch import nn
 
 from timm_multilabel.data.images import FilePhotos, Photos
 from timm_multilabel.data.table import Rows
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import CheckpointError, UserError
 from timm_multilabel.heads import REGISTRY, Head
 from timm_multilabel.labels import missing_row
 from timm_multilabel.loading.batches import ImageDataset
@@ -37,7 +37,7 @@ WHAT = ('features', 'projections')
 def check_finite(values: Iterable[torch.Tensor], path: str | Path) -> None:
     """Raise UserError where what a checkpoint's model says is not finite; one wait for the device, however many."""
     if not torch.stack([each.isfinite().all() for each in values]).all():
-        raise UserError(f'{path}: its outputs are not finite (did training diverge?); take another checkpoint')
+        raise CheckpointError(f'{path}: its outputs are not finite (did training diverge?); take another checkpoint')
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class LoadedModel:
         """Make the model of a checkpoint, with its 'best', 'plain' or 'ema' weights.
 
         Raises:
-            UserError: See `load_model`.
+            CheckpointError: See `load_model`.
         """
         weights = checkpoint.best_weights if weights == 'best' else weights
         model = load_model(checkpoint, weights, registry, allow_hub)
@@ -102,7 +102,7 @@ class LoadedModel:
         """{head: what `Head.probabilities` gives} of images, float32.
 
         Raises:
-            UserError: It is not finite.
+            CheckpointError: It is not finite.
         """
         with self.precision.autocast():
             features = self.model.backbone(images)
@@ -115,7 +115,7 @@ class LoadedModel:
         """What turns images (B, 3, H, W) into 'features' (B, F) or 'projections' (B, D).
 
         Raises:
-            UserError: The checkpoint has no projector.
+            CheckpointError: The checkpoint has no projector.
         """
         if what == 'features':
             return nn.Sequential(self.model.backbone)
@@ -129,14 +129,14 @@ class LoadedModel:
         stored = state.get('task_state' if self.weights == 'plain' else 'task_state_ema')
         stored = stored.get('projector') if isinstance(stored, dict) else None
         if not stored:
-            raise UserError(
+            raise CheckpointError(
                 f'{path}: holds no projector of its {self.weights} weights (trained with -wls 0, perhaps); take the '
                 'features')
         try:
             projector = Projector(self.model.num_features, state.get('projection_dim', 64))
             projector.load_state_dict(stored)
         except (RuntimeError, TypeError, AttributeError) as error:
-            raise UserError(f'{path}: its projector does not fit its model') from error
+            raise CheckpointError(f'{path}: its projector does not fit its model') from error
         return projector
 
     def maker(self, what: str) -> dict[str, Any]:

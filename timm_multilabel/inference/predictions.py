@@ -10,7 +10,7 @@ import torch
 
 from timm_multilabel.arrays import check_array, read_arrays, write_arrays
 from timm_multilabel.data.table import Rows
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import CheckpointError
 from timm_multilabel.files import reading
 from timm_multilabel.heads import Head, has_own_metrics
 from timm_multilabel.inference.loaded import Progress, check_finite
@@ -108,12 +108,12 @@ class Predictions:
         """Write them as an npz file.
 
         Raises:
-            UserError: They are not what `load` takes, or the file cannot be written.
+            CheckpointError: They are not what `load` takes, or the file cannot be written.
         """
         try:
             self._check()
         except ValueError as error:
-            raise UserError(f'{path}: cannot be written, since predictions of this model cannot be kept ({error})'
+            raise CheckpointError(f'{path}: cannot be written, since predictions of this model cannot be kept ({error})'
                             ) from error
         arrays = {name: getattr(self, name) for name in ('rows', 'images', 'targets', 'features')}
         # By number, since a head may be called anything.
@@ -129,7 +129,7 @@ class Predictions:
         """Read what `save` wrote, without running anything that it contains.
 
         Raises:
-            UserError: The file is missing, damaged or something else.
+            CheckpointError: The file is missing, damaged or something else.
         """
         with reading(path, 'stored predictions', 'remove it to have them made again'):
             stored = read_arrays(path)
@@ -201,7 +201,7 @@ def check_size(rows: int, label_space: LabelSpace, path: str | Path) -> None:
     """Raise UserError where the predictions of so many rows would take too much memory."""
     outputs = sum(label_space.sizes)
     if rows * outputs > _CELLS:
-        raise UserError(
+        raise CheckpointError(
             f'{path}: predictions of {rows:,} rows x {outputs:,} classes, tags and numbers would take '
             f'{4 * rows * outputs / 1e9:.1f} GB, and {4 * _CELLS / 1e9:.1f} GB is the most; take a split of at most '
             f'{_CELLS // outputs:,} rows, or score it with validate, which keeps no predictions')
@@ -227,7 +227,7 @@ def predict_rows(
         path: The checkpoint, for messages.
 
     Raises:
-        UserError: What the model says is not finite, or takes too much memory.
+        CheckpointError: What the model says is not finite, or takes too much memory.
     """
     check_size(len(rows), model.label_space, path)
     features: list[torch.Tensor] = []

@@ -12,7 +12,7 @@ from timm_multilabel.compat import shared_bytes
 from timm_multilabel.data.images import DecodedPhoto, Photo, Photos
 from timm_multilabel.data.table import Rows
 from timm_multilabel.distributed import all_objects
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import DataError, UserError
 from timm_multilabel.loading.sampling import Draw, other_rows
 
 T = TypeVar('T')
@@ -86,7 +86,7 @@ class ImageDataset:
         """Write the views of draws into `out` (V, B, H, W, 3); their targets (B, W).
 
         Raises:
-            UserError: An image cannot be read, and bad ones are not left out.
+            DataError: An image cannot be read, and bad ones are not left out.
         """
         rows, seeds = [draw.row for draw in draws], [draw.seed for draw in draws]
         if self.bad is None:
@@ -113,7 +113,7 @@ class ImageDataset:
                     bad[row] = True
             if self.stand_in is not None:
                 return None, DecodedPhoto(np.zeros((1, 1, 3), np.uint8)), self.stand_in
-        raise UserError(f'{self.rows.source}: {int(bad.sum())} of {len(self)} images are bad, too many to leave out')
+        raise DataError(f'{self.rows.source}: {int(bad.sum())} of {len(self)} images are bad, too many to leave out')
 
     def bad_names(self) -> list[str]:
         """The bad images found so far, as messages name them."""

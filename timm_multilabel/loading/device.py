@@ -8,7 +8,7 @@ from timm.data.random_erasing import RandomErasing
 
 from timm_multilabel.data.images import REDUCTIONS
 from timm_multilabel.data.table import Rows
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import DataError
 from timm_multilabel.loading.batches import Batch, EvalBatches
 from timm_multilabel.loading.cache import CachedPhotos
 from timm_multilabel.loading.loaders import RepeatableErasing, names_of, shuffled_batches
@@ -94,10 +94,10 @@ class DeviceDataset:
         """Copy photos and their targets to a device.
 
         Raises:
-            UserError: All are bad.
+            DataError: All are bad.
         """
         if photos.contents.bad.all():
-            raise UserError(f'{photos.files.rows.source}: all of its {len(photos)} images are bad')
+            raise DataError(f'{photos.files.rows.source}: all of its {len(photos)} images are bad')
         targets = photos.files.rows.targets.to(device)
         return cls(DeviceImages.copy(photos, device), targets, recipes, photos.contents.bad, photos.files.rows)
 

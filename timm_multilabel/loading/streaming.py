@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from timm_multilabel.data.images import EncodedPhoto
 from timm_multilabel.data.shards import Sample
 from timm_multilabel.data.streams import StreamedRows
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import DataError, UserError
 from timm_multilabel.loading.batches import Batch, Views, as_it_is, can_be_decoded, empty_batch
 from timm_multilabel.loading.loaders import RepeatableLoader, WatchedLoader, worker_options
 
@@ -121,7 +121,7 @@ class StreamedBatches(IterableDataset[Batch]):
             if self.steps is None:
                 return
             if not found:
-                raise UserError(
+                raise DataError(
                     f'{self.rows.source}: no image that can be read in the share of process {self.rank + 1} of '
                     f'{self.ranks}; fix the shards')
 

@@ -15,7 +15,7 @@ from timm.models import clean_state_dict
 from timm.scheduler import PlateauLRScheduler
 from torch import nn
 
-from timm_multilabel.errors import UserError, is_utf8
+from timm_multilabel.errors import CheckpointError, UserError, is_utf8
 from timm_multilabel.heads import REGISTRY, Head, default_kind
 from timm_multilabel.labels import Labels, LabelSpace
 from timm_multilabel.metric_names import earlier_name
@@ -67,10 +67,10 @@ class Checkpoint:
         """The weights of backbone and heads, 'plain' or 'ema'.
 
         Raises:
-            UserError: The checkpoint has no such weights.
+            CheckpointError: The checkpoint has no such weights.
         """
         if self.state.get(WEIGHTS[kind]) is None:
-            raise UserError(f'{self.path}: holds no {kind} weights')
+            raise CheckpointError(f'{self.path}: holds no {kind} weights')
         return clean_state_dict(self.state[WEIGHTS[kind]])
 
 
@@ -82,11 +82,11 @@ def read_checkpoint(path: str | Path, mapped: bool = False) -> Checkpoint:
         mapped: Leave the tensors in the file until they are asked for.
 
     Raises:
-        UserError: The file is missing, damaged, would run code, or comes from elsewhere.
+        CheckpointError: The file is missing, damaged, would run code, or comes from elsewhere.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f'{path}: no such checkpoint')
+        raise CheckpointError(f'{path}: no such checkpoint')
     try:
         check_archive(path)
         with torch.serialization.safe_globals([Namespace]):  # timm's script saves its flags; a Namespace runs nothing
@@ -95,7 +95,7 @@ def read_checkpoint(path: str | Path, mapped: bool = False) -> Checkpoint:
     except Exception as error:  # damaged files make it raise nearly anything
         unsafe = 'weights_only' in str(error).lower() or str(error).startswith('it calls')  # as `check_pickle` says it
         reason = 'it holds more than weights and plain values' if unsafe else 'damaged?'
-        raise UserError(f'{path}: cannot be loaded as a checkpoint ({reason})') from error
+        raise CheckpointError(f'{path}: cannot be loaded as a checkpoint ({reason})') from error
     return checkpoint_of(path, state)
 
 
@@ -105,7 +105,7 @@ def checkpoint_of(path: Path, state: Any) -> Checkpoint:
     A checkpoint of timm's own training script, which has its flags in place of a `data_config`, gets one.
 
     Raises:
-        UserError: It is none of this program, or it holds what this program does not write.
+        CheckpointError: It is none of this program, or it holds what this program does not write.
     """
     foreign = UserError(f'{path}: not a checkpoint of timm-multilabel (no weights with a label space and a model name)')
     if not isinstance(state, dict) or not isinstance(state.get('state_dict'), dict) or 'arch' not in state:
@@ -120,7 +120,7 @@ def checkpoint_of(path: Path, state: Any) -> Checkpoint:
     if not wrong and not set(state.get('head_weights') or ()) <= set(label_space.names):
         wrong = "its 'head_weights'"
     if wrong:
-        raise UserError(f'{path}: {wrong} cannot be what this program wrote; use another checkpoint')
+        raise CheckpointError(f'{path}: {wrong} cannot be what this program wrote; use another checkpoint')
     return Checkpoint(path, state, label_space)
 
 
@@ -151,11 +151,13 @@ def load_model(
         allow_hub: Look up a model that is none of timm's own (`hf-hub:...`).
 
     Raises:
-        UserError: The checkpoint has no such weights, they do not fit its model, a head is of an unknown kind, or its
+        CheckpointError: The checkpoint has no such weights, they do not fit its model, a head is of an unknown kind,
+            or its
             model would have to be looked up.
     """
     if is_from_elsewhere(checkpoint.arch) and not allow_hub:
-        raise UserError(f"{checkpoint.path}: its model {checkpoint.arch} is not one of timm's own, and no model is "
+        raise CheckpointError(
+            f"{checkpoint.path}: its model {checkpoint.arch} is not one of timm's own, and no model is "
                         'downloaded because a file asks for it; pass --allow-hub if you trust it')
     check_kinds(checkpoint, registry)
     state = checkpoint.weights(weights)
@@ -164,9 +166,9 @@ def load_model(
         if _expected_shapes(checkpoint).items() <= _shapes(state).items():
             model = _make_model(checkpoint, registry)
     except (UserError, ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
-        raise UserError(f'{checkpoint.path}: {" ".join(str(error).split())}') from error
+        raise CheckpointError(f'{checkpoint.path}: {" ".join(str(error).split())}') from error
     if model is None or _shapes(model.state_dict()) != _shapes(state):
-        raise UserError(f'{checkpoint.path}: its {weights} weights do not fit its model and heads')
+        raise CheckpointError(f'{checkpoint.path}: its {weights} weights do not fit its model and heads')
     model.load_state_dict(state)
     return model.eval()
 
@@ -209,7 +211,7 @@ def check_kinds(checkpoint: Checkpoint, registry: Mapping[str, type[Head]]) -> N
         kind = options.get('loss', '')
         if kind and kind not in registry:
             module = checkpoint.state.get('head_module')
-            raise UserError(
+            raise CheckpointError(
                 f"{checkpoint.path}: head '{name}' is of the kind '{kind}'"
                 + (f', which training had from {module}' if module else '')
                 + '; code is not run because a file names it: pass --head-module FILE with that kind')
@@ -222,14 +224,14 @@ def start_from(task: JointTask, checkpoint: Checkpoint, weights: str) -> str:
         A line on what was taken and what was not.
 
     Raises:
-        UserError: The checkpoint is of another backbone.
+        CheckpointError: The checkpoint is of another backbone.
     """
     module = task.joint_module
     state = checkpoint.weights(weights)
     try:
         module.model.backbone.load_state_dict(_below(state, 'backbone.'))
     except RuntimeError as error:
-        raise UserError(
+        raise CheckpointError(
             f'{checkpoint.path}: a checkpoint of {checkpoint.arch}, whose backbone does not fit the model') from error
     parts: dict[str, tuple[nn.Module, dict[str, torch.Tensor]]] = {}
     for name, head in module.model.named_heads.items():
@@ -295,17 +297,18 @@ def resume(
         The place to go on from.
 
     Raises:
-        UserError: The checkpoint is of other classes, another model or another optimizer, or ranked by another metric.
+        CheckpointError: The checkpoint is of other classes, another model or another optimizer, or ranked by another
+            metric.
     """
     state = checkpoint.state
     if checkpoint.label_space != task.label_space:
-        raise UserError(
+        raise CheckpointError(
             f'{checkpoint.path}: a checkpoint of other classes: {checkpoint.label_space}; the data has '
             f'{task.label_space}; resume with the data it was trained on, or start anew with --initial-checkpoint')
     for name in ('opt', 'eval_metric'):  # the metric ranks the checkpoints; earlier versions did not write it down
         theirs, ours = state.get(name), task.metadata.get(name)
         if theirs not in (ours, earlier_name(str(ours))) and (name == 'opt' or theirs is not None):
-            raise UserError(
+            raise CheckpointError(
                 f'{checkpoint.path}: trained with --{name.replace("_", "-")} {theirs}, not {ours}; resume with that, '
                 'or start anew with --initial-checkpoint')
     try:
@@ -317,7 +320,7 @@ def resume(
         load_optimizer(optimizer_step.optimizer, state['optimizer'])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = ' '.join(str(error).split())[:200]
-        raise UserError(
+        raise CheckpointError(
             f'{checkpoint.path}: does not fit this run ({reason}); give the flags it was trained with '
             '(-c args.yaml of its run folder)') from error
     task.metadata['best_weights'] = checkpoint.best_weights
@@ -331,9 +334,9 @@ def resume(
             load_plateau(scheduler, plateau, state['optimizer']['param_groups'])
         fits = place.fits(task)
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise UserError(f'{checkpoint.path}: its place in the run cannot be read; resume from another') from error
+        raise CheckpointError(f'{checkpoint.path}: its place in the run cannot be read; resume from another') from error
     if not fits:
-        raise UserError(
+        raise CheckpointError(
             f'{checkpoint.path}: saved within an epoch of other loss terms or another model; give the flags of that '
             'epoch, or go on from the end of the one before'
         )
@@ -400,7 +403,7 @@ def _place_of(checkpoint: Checkpoint) -> tuple[int, int, int]:
     """Phase, epoch and step that come next.
 
     Raises:
-        UserError: It does not say.
+        CheckpointError: It does not say.
     """
     state = checkpoint.state
     try:
@@ -408,7 +411,7 @@ def _place_of(checkpoint: Checkpoint) -> tuple[int, int, int]:
         done = (state['epoch'], within['step']) if within is not None else (state['epoch'] + 1, 0)
         return int(state.get('phase', 0)), int(done[0]), int(done[1])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f'{checkpoint.path}: its place in the run cannot be read') from error
+        raise CheckpointError(f'{checkpoint.path}: its place in the run cannot be read') from error
 
 
 def what_differs(checkpoint: Checkpoint, **ours: int | None) -> str | None:

@@ -17,7 +17,7 @@ import yaml
 from timm.models import safe_model_name
 
 from timm_multilabel.cells import csv_rows
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import CheckpointError
 from timm_multilabel.files import read_json, read_text, reading, without_nan, write_atomic
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.metric_names import current_names
@@ -40,7 +40,7 @@ def run_folder_path(output: str, experiment: str | None, model: str, size: int) 
     """Where a new run goes: `<output>/<experiment>`, by default `<output>/<stamp>-<model>-<size>`.
 
     Raises:
-        UserError: The folder holds a run already.
+        CheckpointError: The folder holds a run already.
     """
     if not experiment:
         # timm counts on where two runs of one second meet.
@@ -49,10 +49,10 @@ def run_folder_path(output: str, experiment: str | None, model: str, size: int) 
         return next(path for path in tries if not path.exists())
     path = Path(output) / experiment
     if [*path.glob('*.pth.tar'), *path.glob('[0-9]*-*/*.pth.tar')]:
-        raise UserError(
+        raise CheckpointError(
             f'{path}: holds a run already; go on with it (--resume auto), choose another --experiment, or remove it')
     if path.exists() and not path.is_dir():
-        raise UserError(f'{path}: is a file; choose another --experiment')
+        raise CheckpointError(f'{path}: is a file; choose another --experiment')
     return path
 
 
@@ -85,7 +85,7 @@ def read_summary(path: Path) -> pd.DataFrame:
     """summary.csv: a row an epoch, numbers as numbers, NaN where there is none, names of phases as they are.
 
     Raises:
-        UserError: There is no such file, or it is not what `RunFolder.add_summary` writes.
+        CheckpointError: There is no such file, or it is not what `RunFolder.add_summary` writes.
     """
     with reading(path, 'the summary of a run', 'correct it, or remove it'):
         return _as_numbers(_texts(read_text(path, _MOST_BYTES).removeprefix('\ufeff')))
@@ -167,7 +167,7 @@ class RunFolder:
         """summary.csv as text, if there is one.
 
         Raises:
-            UserError: It is none, or that of other phases.
+            CheckpointError: It is none, or that of other phases.
         """
         path = self.path / 'summary.csv'
         if not path.is_file():
@@ -192,7 +192,7 @@ class RunFolder:
             The whole of summary.csv.
 
         Raises:
-            UserError: A file cannot be read or written.
+            CheckpointError: A file cannot be read or written.
         """
         if tags or (self.path / _TAGS).is_file():
             self._add_tags(row, tags or {})
@@ -217,7 +217,7 @@ class RunFolder:
         """The epochs of summary.json; none where there is no such file.
 
         Raises:
-            UserError: It is damaged, or that of other phases.
+            CheckpointError: It is damaged, or that of other phases.
         """
         path = self.path / _TAGS
         found: list[dict[str, Any]] = read_json(
@@ -246,7 +246,7 @@ class RunLock:
         """Take the folder, which is made where there is none; once is enough.
 
         Raises:
-            UserError: Another process has it.
+            CheckpointError: Another process has it.
         """
         path.mkdir(parents=True, exist_ok=True)
         if self.path == path.resolve():
@@ -261,7 +261,8 @@ class RunLock:
                 time.sleep(1)
             except OSError:  # a file system without locks
                 return
-        raise UserError(f'{path}: another process trains in this folder; stop it first, or choose another --experiment')
+        raise CheckpointError(
+            f'{path}: another process trains in this folder; stop it first, or choose another --experiment')
 
     def close(self) -> None:
         """Let other runs in."""
