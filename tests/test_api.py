@@ -16,7 +16,17 @@ from PIL import Image
 
 import timm_multilabel as tm
 from timm_multilabel.cli.commands import COMMANDS
+from timm_multilabel.cli.grid import parse_training_flags
+from timm_multilabel.cli.parser import parse
+from timm_multilabel.config import commands
+from timm_multilabel.config.files import as_words
+from timm_multilabel.config.settings import read_values
+from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.errors import SettingError, UserError
+from timm_multilabel.exports.examples import COUNT
+from timm_multilabel.exports.formats import FORMATS
+from timm_multilabel.inference.loaded import WHAT
+from timm_multilabel.reports.prediction_formats import FORMATS as PREDICTION_FORMATS
 
 SETTINGS = {
     'model': 'test_resnet', 'img_size': 32, 'batch_size': 4, 'workers': 0, 'device': 'cpu', 'lr': 0.05,
@@ -137,6 +147,65 @@ def test_errors_of_data(folder, tmp_path):
         tm.predict(tmp_path / 'no.pth.tar', 'x.jpg')
 
 
+def test_dataframes_as_people_have_them(folder, tmp_path):
+    """Whole numbers beside missing ones, lists and sets and arrays of tags, an index of its own."""
+    images = [str(folder / path) for path in pd.read_csv(folder / 'train.csv')['image_path'][:8]]
+    cells = [1, None, 2, 1, 2, 1, 2, 1]
+    tags = [['x', 'y'], {'y', 'x'}, np.array(['x']), ('y',), ['x'], ['y'], ['x'], ['y']]
+    train = pd.DataFrame({'image_path': images, 'lab': cells, 'tags': tags}, index=range(100, 108))
+    val = pd.DataFrame({'image_path': images, 'lab': [1, 2] * 4, 'tags': tags})
+    run = tm.train(train=train, val=val, head={'tags': {'loss': 'tags'}}, tag_separator=';', output=tmp_path, epochs=1,
+                   **SETTINGS)
+    assert {'eval/lab/top1', 'eval/tags/map'} <= set(run.summary.columns)
+    written, = tmp_path.glob('data-*')
+    assert pd.read_csv(written / 'train.csv', dtype=str)['lab'].tolist()[:3] == ['1', np.nan, '2']
+    assert pd.read_csv(written / 'train.csv')['tags'].tolist()[:3] == ['x;y', 'x;y', 'x']
+    with pytest.raises(SettingError, match='val: missing'):
+        tm.train(train=train, output=tmp_path)
+    with pytest.raises(SettingError, match='separator: of files'):
+        tm.train(train=train, val=val, separator=';', output=tmp_path)
+
+
+def test_recipes(folder, tmp_path):
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text('phases:\n- {name: simclr, epochs: 1, wlc: 0}\n- {name: labels, epochs: 1, wls: 0}\n')
+    run = tm.train(folder, config=recipe, output=tmp_path, experiment='run', **SETTINGS)
+    assert run.summary['phase'].tolist() == ['simclr', 'labels']
+
+
+def test_arguments_of_an_experiment(tmp_path):
+    (tmp_path / 'grid.yaml').write_text('settings: {a: {lr: 0.1}}\n')
+    with pytest.raises(SettingError, match="there is no argument 'flags'"):
+        tm.grid(tmp_path, 'd', flags=['-j', '2'])
+    with pytest.raises(UserError, match="unrecognized arguments: foo"):
+        parse_training_flags(['foo'])
+
+
+@pytest.mark.parametrize('values, words', [
+    ({'mean': [-1.0, 0.0, 1.0]}, ['--mean', '-1.0', '0.0', '1.0']),
+    ({'head': {'x': {'columns': ['a', 'b'], 'class_weights': {'r': 2.0}}}},
+     ['--head', 'x:columns=a+b,class_weights=r:2.0']),
+    ({'allow_hub': False}, []), ({'pretrained': False}, ['--no-pretrained']),
+    ({'torchcompile': True}, ['--torchcompile', 'inductor']),
+])
+def test_settings_become_words_that_mean_them(values, words):
+    checked = read_values(TrainSettings, values)
+    known = TrainSettings.settings()
+    assert [word for name, value in checked.items() for word in as_words(known[name], value)] == words
+    assert parse(TrainSettings, 'train', words).keys() == (checked.keys() if words else set())
+
+
+def test_truth_values_where_there_are_none(folder):
+    with pytest.raises(SettingError, match="'aa' is False, expected a text or a number"):
+        tm.train(folder, aa=False)
+    assert read_values(TrainSettings, {'torchcompile': False}) == {'torchcompile': None}
+
+
+def test_choices_are_those_of_what_has_them():
+    assert tuple(FORMATS) == commands.EXPORT_FORMATS and tuple(PREDICTION_FORMATS) == commands.PREDICTION_FORMATS
+    assert WHAT == commands.EMBEDDED and COUNT == commands.EXPORT_IMAGES
+
+
 def test_nothing_of_the_process_is_changed(folder, run, tmp_path):
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     offline, hook, level = huggingface_hub.constants.HF_HUB_OFFLINE, sys.excepthook, logging.getLogger().level
@@ -196,7 +265,7 @@ def test_two_processes(folder, tmp_path, caplog):
 
 def test_signatures_show_the_settings():
     parameters = inspect.signature(tm.train).parameters
-    assert list(parameters)[:2] == ['data', 'devices'] and parameters['lr'].default == 0.05
+    assert list(parameters)[:5] == ['data', 'train', 'val', 'test', 'devices'] and parameters['lr'].default == 0.05
     assert 'settings' not in parameters and '\n        lr: learning rate\n' in tm.train.__doc__
     assert set(COMMANDS) <= set(tm.__all__)
 

@@ -16,7 +16,7 @@ from common import train_run, write_data
 from PIL import Image
 from test_cli import fails
 
-from timm_multilabel.cli.main import run_command
+from timm_multilabel.cli.main import guarded, run_command
 from timm_multilabel.cli.output import PrintedStream, print_traceback
 from timm_multilabel.errors import UserError, shortened
 from timm_multilabel.escaping import markdown_code, markdown_text, spreadsheet_text, spreadsheet_text_back
@@ -242,7 +242,7 @@ def test_streams_are_printable_and_never_fail(monkeypatch):
 
 
 def test_progress_says_one_line(capsys):
-    with ProgressBar('Validate a\nb', 2, visible=True) as progress:
+    with guarded('x'), ProgressBar('Validate a\nb', 2, visible=True) as progress:
         progress.show(1, 'head\nfake')
         progress.say('x\ny\x1b')
     assert [line.split('  ')[0] for line in capsys.readouterr().out.split('\n')] == ['Validate a b', 'x y ', '']

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import pandas as pd
 
 from timm_multilabel.config.files import build
@@ -39,7 +40,7 @@ def api_function(cls: type[Settings], *left_out: str) -> Callable[[Callable[P, R
                 return function(*args, **kwargs)
             except UserError as error:
                 line = in_arguments(error.line, cls)
-                raise (type(error)(line) if type(error) is not UserError else UserError(line)) from error.__cause__
+                raise type(error)(line) from error.__cause__
 
         signature = inspect.signature(function)
         own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -56,12 +57,14 @@ def api_function(cls: type[Settings], *left_out: str) -> Callable[[Callable[P, R
 def _describe(cls: type[Settings], names: list[str]) -> str:
     """The settings as a section of a docstring."""
     known = cls.settings()
-    return '\n\n    Settings:\n' + ''.join(f'        {name}: {known[name].help}\n' for name in names)
+    return '\n\n    Settings:\n' + ''.join(
+        f'        {name}: {in_arguments(known[name].help, cls)}\n' for name in names)
 
 
 def in_arguments(line: str, cls: type[Settings]) -> str:
     """A message that names flags, with the arguments of the same meaning in their place."""
-    names = {option: made.name for made in cls.settings().values() for option in made.options}
+    names = {option: made.name for settings in (TrainSettings, cls) for made in settings.settings().values()
+             for option in made.options}
 
     def replaced(match: re.Match[str]) -> str:
         flag, value = match[1], match[2] or ''
@@ -84,28 +87,56 @@ def make_settings(cls: type[S], values: Mapping[str, Any]) -> S:
     return build(cls, read_values(cls, values))
 
 
-def train_values(data: Data, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Checked settings of training by name, of keyword arguments; DataFrames are written where training reads them."""
-    frames = {name: value for name, value in values.items() if isinstance(value, pd.DataFrame)}
-    plain = {name: value for name, value in values.items() if name not in frames and name != 'train' and name != 'val'}
-    for name in ('train', 'val'):
-        if name in values and name not in frames:
+FRAMES = ('train', 'val', 'test', 'unlabelled')
+"""The splits that may be DataFrames."""
+
+
+def refuse_launched() -> None:
+    """Raise SettingError in one of several processes that a launcher has started: the API starts its own."""
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise SettingError('several processes were started; start one, and pass devices=N, or use the command line')
+
+
+def train_values(data: Data, frames: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Checked settings of training by name, of keyword arguments; DataFrames are written where training reads them.
+
+    Args:
+        data: The data directory, or None.
+        frames: What is given as `train`, `val` and `test`.
+        values: The other arguments; `unlabelled` may be a DataFrame.
+
+    Raises:
+        SettingError: An argument is none, or data are missing or given twice.
+    """
+    given = {name: value for name, value in frames.items() if value is not None}
+    for name, value in given.items():
+        if not isinstance(value, pd.DataFrame):
             raise SettingError(
-                f'{name}: a {type(values[name]).__name__}, expected a pandas DataFrame; a data directory comes first, '
-                'and --train-split and --val-split name its splits')
-    if data is not None and frames.keys() - {'unlabelled'}:
-        raise SettingError(f'{", ".join(frames)}: DataFrames, and a data directory too; leave one of them out')
-    if frames:
-        output = Path(plain.get('output') or TrainSettings().run.output)
-        column = str(plain.get('image_column') or TrainSettings().data.image_column)
-        folder = write_frames(frames, output, column)
-        data = folder if data is None else data
-        if 'unlabelled' in frames:
-            plain['unlabelled'] = str(folder / 'unlabelled.csv')
-    return read_values(TrainSettings, {'data_dir': data, **plain})
+                f'{name}: a {type(value).__name__}, expected a pandas DataFrame; a data directory comes first, and '
+                '--train-split and --val-split name its splits')
+    if data is not None and given:
+        raise SettingError(f'{", ".join(given)}: DataFrames, and a data directory too; leave one of them out')
+    plain = dict(values)
+    if isinstance(plain.get('unlabelled'), pd.DataFrame):
+        given['unlabelled'] = plain.pop('unlabelled')
+    if not given:
+        return read_values(TrainSettings, {'data_dir': data, **plain})
+    made = TrainSettings.of(read_values(TrainSettings, plain))  # wrong settings show before anything is written
+    if data is None and 'train' not in given:
+        raise SettingError('train: missing; pass a DataFrame, or a data directory as the first argument')
+    if data is None and 'val' not in given and made.objective.classification_loss_weight:
+        raise SettingError('val: missing; pass a DataFrame of the rows to score')
+    if data is None and made.data.separator not in (None, ','):
+        raise SettingError('separator: of files, and the data are DataFrames; leave it out')
+    folder = write_frames(given, Path(made.run.output), made.data.image_column, made.data.tag_separator or '|')
+    if 'unlabelled' in given:
+        plain['unlabelled'] = str(folder / 'unlabelled.csv')
+    if data is None:
+        plain['separator'] = ','
+    return read_values(TrainSettings, {**plain, 'data_dir': folder if data is None else data})
 
 
-def write_frames(frames: Mapping[str, pd.DataFrame], output: Path, image_column: str) -> Path:
+def write_frames(frames: Mapping[str, pd.DataFrame], output: Path, image_column: str, between_tags: str) -> Path:
     """Write DataFrames as the CSVs of a data directory named after its content; relative paths become absolute.
 
     A run that goes on, a report and a comparison read them again.
@@ -114,23 +145,33 @@ def write_frames(frames: Mapping[str, pd.DataFrame], output: Path, image_column:
         frames: A table for each split.
         output: The folder that gets the data directory.
         image_column: The column of the image paths.
+        between_tags: What is between the tags of a cell that is a list.
+
+    Returns:
+        The data directory, as an absolute path.
 
     Raises:
-        SettingError: A table has no such column, or is none that training takes.
+        SettingError: A table has no such column.
     """
+    def cell_text(cell: Any) -> Any:
+        if isinstance(cell, set | frozenset):
+            cell = sorted(cell)
+        return between_tags.join(map(str, cell)) if isinstance(cell, list | tuple | np.ndarray) else cell
+
     texts = {}
     for name, frame in frames.items():
-        if name not in ('train', 'val', 'test', 'unlabelled'):
-            raise SettingError(f'{name}: a DataFrame, which only train, val, test and unlabelled may be')
         if image_column not in frame.columns:
             raise SettingError(f"{name}: the DataFrame has no column '{image_column}' with the paths of the images; "
                                'name it with --image-column')
-        written = frame.copy()
+        written = frame.map(cell_text)
+        for column in written.columns:  # whole numbers beside a missing one are floats in pandas: 1.0
+            values = written[column]
+            if values.dtype.kind == 'f' and (values.dropna() % 1 == 0).all():
+                written[column] = values.astype('Int64')
         written[image_column] = [os.path.abspath(str(path)) for path in frame[image_column]]
-        written = written.map(lambda cell: '|'.join(map(str, cell)) if isinstance(cell, list | tuple | set) else cell)
         texts[name] = written.to_csv(index=False)
     digest = hashlib.sha256(repr(sorted(texts.items())).encode('utf-8', 'surrogateescape')).hexdigest()
-    folder = output / f'data-{digest[:12]}'
+    folder = output.resolve() / f'data-{digest[:12]}'
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         write_atomic(folder / f'{name}.csv', text)

@@ -23,6 +23,7 @@ from timm_multilabel.config.commands import GridSettings
 from timm_multilabel.config.files import as_words
 from timm_multilabel.config.settings import read_values
 from timm_multilabel.config.train import TrainSettings
+from timm_multilabel.errors import SettingError
 from timm_multilabel.escaping import spreadsheet_csv
 from timm_multilabel.files import write_atomic
 from timm_multilabel.log import say
@@ -57,6 +58,8 @@ def grid(experiment: str | Path, data: str | Path | None = None, **settings: Any
     Raises:
         UserError: The grid, data or settings do not allow it, or a run failed.
     """
+    for name in {'flags', 'data_dir'} & settings.keys():
+        raise SettingError(f"there is no argument '{name}'; settings of training are arguments of their own")
     own = {name: value for name, value in settings.items() if name in GridSettings.settings()}
     given = read_values(TrainSettings, {name: value for name, value in settings.items() if name not in own})
     known = TrainSettings.settings()

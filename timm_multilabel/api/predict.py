@@ -41,11 +41,12 @@ class Prediction:
         """A row for each image, head and guess: image, head, rank, label, probability, error."""
         rows: list[tuple[object, ...]] = []
         for each in self.images:
-            if each.error is not None:
+            if not any(each.guesses.values()):  # not read, or no tag is probable enough
                 rows.append((each.image, None, None, None, None, each.error))
             rows += [(each.image, head, rank, guess.label, guess.probability, None)
                      for head, guesses in each.guesses.items() for rank, guess in enumerate(guesses, 1)]
-        return pd.DataFrame(rows, columns=['image', 'head', 'rank', 'label', 'probability', 'error'])
+        columns = ['image', 'head', 'rank', 'label', 'probability', 'error']
+        return pd.DataFrame(rows, columns=columns).astype({'rank': 'Int64'})
 
 
 @api_function(PredictSettings, 'format', 'out', 'force')
@@ -54,7 +55,8 @@ def predict(checkpoint: str | Path, images: ImageLike | Sequence[ImageLike], **s
 
     Args:
         checkpoint: A checkpoint of a run.
-        images: Files, folders, globs or CSVs; or PIL images and pixels (H, W, 3), uint8, among files.
+        images: Files, folders, globs or CSVs; or a list with PIL images or pixels (H, W, 3), uint8, in it, where every
+            path is that of a file, and the first one that cannot be read is an error.
         **settings: The settings, named as the flags; `threshold` may be a number or {head: number}.
 
     Raises:

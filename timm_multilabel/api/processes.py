@@ -1,5 +1,6 @@
 """Training in several processes, started by torch's elastic launcher from wherever Python runs, a notebook too."""
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from timm_multilabel.api.training_run import TrainingRun
 from timm_multilabel.errors import UserError
 from timm_multilabel.log import say
 from timm_multilabel.temporary import temporary_folder
+from timm_multilabel.training.parent import LAUNCHER
 from timm_multilabel.training.signals import SAVED
 
 _PATHS = ('folder', 'best_checkpoint', 'last_checkpoint')
@@ -32,13 +34,14 @@ def train_in_processes(given: Mapping[str, Any], devices: int) -> TrainingRun:
         KeyboardInterrupt: Also where it came from outside; the run is saved, and goes on with `resume`.
     """
     with temporary_folder('timm-multilabel-train-', Path(tempfile.gettempdir())) as folder:
-        (folder / 'settings.json').write_text(json.dumps(given), encoding='utf-8')
+        (folder / 'settings.json').write_text(json.dumps(given, default=sorted), encoding='utf-8')
         # A process of its own, since the launcher takes signals, and a session of its own, since a Ctrl-C in a terminal
         # would reach it twice.
         launcher = subprocess.Popen(
             [sys.executable, '-m', 'timm_multilabel.cli.launch', '--nproc_per_node', str(devices), '-m',
              'timm_multilabel.cli.worker', str(folder)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            env={**os.environ, LAUNCHER: str(os.getpid())})  # the launcher, too, ends when this process is gone
         errors: list[str] = []
         readers = [threading.Thread(target=_tell, args=(launcher.stdout, None), daemon=True),
                    threading.Thread(target=_tell, args=(launcher.stderr, errors), daemon=True)]

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch.distributed as dist
 
-from timm_multilabel.api.arguments import Data, api_function, train_values
+from timm_multilabel.api.arguments import Data, api_function, refuse_launched, train_values
 from timm_multilabel.api.processes import train_in_processes
 from timm_multilabel.api.training_run import TrainingRun
 from timm_multilabel.assembly.checks import check_phases
@@ -26,7 +27,7 @@ from timm_multilabel.config.files import args_yaml, build
 from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.distributed import all_objects, world
-from timm_multilabel.errors import UserError, escaped, is_utf8
+from timm_multilabel.errors import SettingError, UserError, escaped, is_utf8
 from timm_multilabel.log import say
 from timm_multilabel.reports.curves import CurvesTracker
 from timm_multilabel.training.checkpoint import of_task, read_checkpoint, set_aside_later
@@ -37,14 +38,25 @@ from timm_multilabel.training.trackers import TensorBoardTracker, Tracker, Track
 
 
 @api_function(TrainSettings)
-def train(data: Data = None, *, devices: int = 1, **settings: Any) -> TrainingRun:
+def train(
+        data: Data = None,
+        *,
+        train: pd.DataFrame | None = None,
+        val: pd.DataFrame | None = None,
+        test: pd.DataFrame | None = None,
+        devices: int = 1,
+        **settings: Any,
+) -> TrainingRun:
     """Train a backbone on the labels of a folder of tables, or of pandas DataFrames.
 
     `KeyboardInterrupt` leaves a run that `resume=run_folder` goes on with from its newest checkpoint.
 
     Args:
-        data: The data directory; None where `train` and `val` are DataFrames, whose relative paths are relative to the
-            current directory.
+        data: The data directory; None where `train` and `val` are given.
+        train: The rows to train on, in place of a data directory. Relative paths of images are relative to the current
+            directory. `unlabelled` may be a DataFrame too.
+        val: The rows to score.
+        test: The rows of the test split.
         devices: Processes to start, one a GPU; 1 trains in this process.
         **settings: The settings, named as the flags; `config` may name a recipe.
 
@@ -54,10 +66,14 @@ def train(data: Data = None, *, devices: int = 1, **settings: Any) -> TrainingRu
     Raises:
         UserError: Data or settings do not allow it.
     """
-    given = train_values(data, settings)
+    refuse_launched()
+    if not isinstance(devices, int) or devices < 1:
+        raise SettingError(f'devices: {devices!r}, expected a whole number of 1 or more')
+    given = train_values(data, {'train': train, 'val': val, 'test': test}, settings)
+    made = build(TrainSettings, given)
     if devices > 1:
         return train_in_processes(given, devices)
-    run = run_training(build(TrainSettings, given))
+    run = run_training(made)
     assert run is not None  # only ranks other than the first have none
     return run
 
@@ -87,6 +103,8 @@ def run_training(settings: TrainSettings, signals: StopSignals | None = None) ->
                                 'another with --output and --experiment')
     with ExitStack() as stack:
         device = start_device(run.device)
+        for note in sorted(settings.notes):
+            say(note)
         lock = stack.enter_context(closing(RunLock()))
         prepared = [prepare_phase(each, settings.config, device, say) for each in phases]
         launchers = all_objects(launcher())
@@ -112,12 +130,13 @@ def run_training(settings: TrainSettings, signals: StopSignals | None = None) ->
                     lock.take(folder)
                     if checkpoint is not None and (line := set_aside_later(folder, checkpoint)):
                         say(line)
-                    values = args_yaml(_with_metrics(settings, first, metrics or [built.metric], built))
+                    named = _with_metrics(settings, first, metrics or [built.metric], built)
+                    values = args_yaml(named)
                     if checkpoint is not None:
                         values = settings_of_resumed(settings, values, folder, say)
                     writer = RunFolder(folder, values, prepared[-1].data.label_space, names, launchers)
                     trackers = stack.enter_context(closing(
-                        Trackers(_choose_trackers(settings, folder, checkpoint is not None), say)))
+                        Trackers(_choose_trackers(named, folder, checkpoint is not None), say)))
             saver = train_phase(
                 built, phase_folder(folder, names, index), writer, trackers, checkpoint, signals, say)
             start, checkpoint = of_task(built.task, f"phase '{built.prepared.name}'"), None

@@ -3,7 +3,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
-from timm_multilabel.api.arguments import api_function, make_settings, write_frames
+from timm_multilabel.api.arguments import api_function, make_settings, refuse_launched, write_frames
 from timm_multilabel.assembly.data import check_dialect
 from timm_multilabel.assembly.device import choose_precision, start_device
 from timm_multilabel.assembly.evaluation import create_scoring_loader, read_split
@@ -26,7 +26,7 @@ from timm_multilabel.data.split_names import files_of_split, find_split
 from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.data.table import Rows
 from timm_multilabel.distributed import world
-from timm_multilabel.errors import UserError, shortened
+from timm_multilabel.errors import SettingError, UserError, shortened
 from timm_multilabel.escaping import spreadsheet_csv
 from timm_multilabel.files import without_nan, write_atomic
 from timm_multilabel.heads import Head, load_registry
@@ -51,12 +51,14 @@ class Validation:
         results: The metrics as the JSON file has them: `heads`, `mean`, and what was scored.
         kinds: The kind of each head.
         images: Rows scored.
-        notes: Lines on how metrics were made, and on the files that were written.
+        notes: Lines on how metrics were made.
+        files: Lines on the files that were written.
     """
     results: Mapping[str, Any]
     kinds: Mapping[str, str]
     images: int
     notes: Sequence[str] = field(default=(), repr=False)
+    files: Sequence[str] = ()
 
     @property
     def heads(self) -> pd.DataFrame:
@@ -81,15 +83,18 @@ def validate(data: str | Path | pd.DataFrame, checkpoint: str | Path, **settings
     Raises:
         UserError: Data, checkpoint or settings do not allow it.
     """
+    refuse_launched()
     given = {**settings, 'checkpoint': checkpoint}
     if not isinstance(data, pd.DataFrame):
         return _scored(make_settings(ValidateSettings, {**given, 'data_dir': data}))
-    of_run = read_checkpoint(checkpoint).state.get('image_column', DataSettings.image_column)
-    column = str(settings.get('image_column') or of_run)
+    if settings.get('knn'):
+        raise SettingError('knn: the training split votes, and there is none beside a DataFrame; name a data directory')
+    state = read_checkpoint(checkpoint).state
+    column = str(settings.get('image_column') or state.get('image_column', DataSettings.image_column))
     with tempfile.TemporaryDirectory() as folder:
-        written = write_frames({'val': data}, Path(folder), column)
+        written = write_frames({'val': data}, Path(folder), column, settings.get('tag_separator') or '|')
         return _scored(make_settings(ValidateSettings, {
-            'separator': ',', **given, 'data_dir': written, 'split': 'val'}))
+            **given, 'separator': ',', 'data_dir': written, 'split': 'val'}))
 
 
 def _scored(settings: ValidateSettings) -> Validation:
@@ -98,8 +103,15 @@ def _scored(settings: ValidateSettings) -> Validation:
     return found
 
 
-def run_validation(settings: ValidateSettings) -> Validation | None:
+def run_validation(
+        settings: ValidateSettings,
+        show: Callable[[Validation], None] | None = None,
+) -> Validation | None:
     """Score a checkpoint, in this process and perhaps in others that run the same; None on ranks other than the first.
+
+    Args:
+        settings: What to score, and on what.
+        show: Called with the metrics before files are written, which may fail.
 
     Raises:
         UserError: Data, checkpoint or settings do not allow it.
@@ -165,8 +177,10 @@ def run_validation(settings: ValidateSettings) -> Validation | None:
             results['images_per_second'] = len(rows) / seconds
             notes.append(f'{len(rows)} images, {results["images_per_second"]:.0f} images/s')
         results |= {'checkpoint': str(checkpoint.path), 'weights': weights, 'csv': str(rows.source)}
-        notes += _write_outputs(settings, split, checkpoint, results, predictions)
         found = Validation(results, {name: head.kind for name, head in model.named_heads.items()}, len(rows), notes)
+        if show is not None:
+            show(found)
+        found = replace(found, files=_write_outputs(settings, split, checkpoint, results, predictions))
     if dist.is_initialized():
         dist.destroy_process_group()
     return found

@@ -34,7 +34,8 @@ def parse_training_flags(words: list[str]) -> Mapping[str, Any]:
     Raises:
         UserError: They are none.
     """
-    return vars(make_parser(TrainSettings, 'timm-multilabel train', _StrictParser).parse_args(words))
+    parser = make_parser(TrainSettings, 'timm-multilabel train', _StrictParser, positionals=False)
+    return vars(parser.parse_args(words))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -61,6 +62,8 @@ def main() -> None:
         args.signals_to_handle = 'SIGHUP,SIGQUIT'
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, forward)
+    if LAUNCHER in os.environ:  # a process of this package has started this one, and may be killed
+        end_with(int(os.environ[LAUNCHER]))
     os.environ[LAUNCHER] = str(os.getpid())
     with temporary_folder('timm-multilabel-launch-', Path(tempfile.gettempdir())) as folder:
         os.environ[SAVED_FILE] = str(folder / 'saved')
@@ -72,6 +75,17 @@ def main() -> None:
     # Where a process was killed, it may be that torchrun told the others to stop and they did so in good order.
     killed = status > 128 and not forward.received
     sys.exit(SAVED if saved and not killed and len(forward.received) < 2 else status)
+
+
+def end_with(parent: int) -> None:
+    """Tell this process to stop, as SIGTERM does, as soon as its parent is gone, so that training saves."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def meet_by_files(args: argparse.Namespace, folder: Path) -> None:

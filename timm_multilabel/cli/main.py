@@ -46,7 +46,6 @@ def _versions() -> str:
 
 def run_command(name: str, prog: str, argv: Sequence[str]) -> None:
     """Run a command; what the user can fix becomes one line on standard error and exit status 2."""
-    name = getattr(name, '__name__', name).rpartition('.')[2]
     sys.excepthook = print_traceback
     with printed_streams(patient=name == 'train'):
         settings = parse_settings(name, prog, argv)

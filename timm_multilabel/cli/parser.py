@@ -1,11 +1,10 @@
 """Settings as a command line: argparse, generated from their fields."""
 import argparse
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from timm_multilabel.config.settings import REMAINDER, Setting, Settings, put
+from timm_multilabel.config.settings import NOTES, REMAINDER, Setting, Settings, put
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -46,21 +45,22 @@ class _Put(argparse.Action):
                 value = [made.parse(words[0])] if made.repeats else made.of_words(words)
         except ValueError as error:
             raise argparse.ArgumentError(self, str(error)) from error
-        if option_string in made.hidden_flags and not int(os.environ.get('RANK', 0)):
-            print(made.hidden_note)
+        if option_string in made.hidden_flags:
+            setattr(namespace, NOTES, {made.hidden_note})
         put(vars(namespace), made, value)
 
 
-def make_parser(cls: type[Settings], prog: str, kind: type[Parser] = Parser) -> Parser:
+def make_parser(cls: type[Settings], prog: str, kind: type[Parser] = Parser, positionals: bool = True) -> Parser:
     """The parser of a command; what it parses is only what the command line says, without defaults."""
     description = ' '.join((cls.__doc__ or '').split('\n\n')[0].split())
     parser = kind(prog=prog, description=description, argument_default=argparse.SUPPRESS)
     for title, settings in cls.groups():
         where = parser if title is None else parser.add_argument_group(title)
         for made in settings.values():
-            _add(where, made, 'config' in cls.settings())
-    positionals = [str(made.metavar) for made in cls.settings().values() if made.positional]
-    parser.usage = ' '.join(['%(prog)s', *positionals, '[flags]'])
+            if positionals or not made.positional:
+                _add(where, made, 'config' in cls.settings())
+    named = [str(made.metavar) for made in cls.settings().values() if made.positional]
+    parser.usage = ' '.join(['%(prog)s', *named, '[flags]'])
     return parser
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from timm_multilabel.config.settings import Setting, Settings, layered, named_setting, read_values
+from timm_multilabel.config.settings import NOTES, Setting, Settings, layered, named_setting, read_values
 from timm_multilabel.config.train import Phase, TrainSettings
 from timm_multilabel.errors import SettingError
 from timm_multilabel.files import read_text
@@ -77,14 +77,18 @@ def build(cls: type[S], given: Mapping[str, Any]) -> S:
     path = given.get('config')
     if path is None:
         check_required(cls, given)
-        return cls.of(given)
+        return _with_notes(cls, given)
     content = read_yaml(Path(path))
     recipe = content.pop('phases') if 'phases' in content else None
     values = _over_file(cls, content, given, str(path))
-    made = cls.of(values)
+    made = _with_notes(cls, values)
     if recipe is None or not isinstance(made, TrainSettings):
         return made
     return made.replace(phases=_phases(recipe, content, given, str(path)))
+
+
+def _with_notes(cls: type[S], values: Mapping[str, Any]) -> S:
+    return cls.of(values, **({NOTES: frozenset(values[NOTES])} if NOTES in values else {}))
 
 
 def _phases(recipe: Any, content: Mapping[Any, Any], given: Mapping[str, Any], path: str) -> tuple[Phase, ...]:
@@ -152,16 +156,25 @@ def args_yaml(settings: TrainSettings) -> dict[str, Any]:
 def as_words(made: Setting, value: Any) -> list[str]:
     """A setting with its value as the words of a command line."""
     option = next((option for option in made.options if option.startswith('--')), '')
+    if made.switch == 'on' and not value:
+        return []
     if made.switch is not None:
         return [option if value else f'--no-{option[2:]}']
     if made.read_mapping is not None:
         return [option, *(
-            f'{head}:' + ','.join(f'{name}={part}' for name, part in options.items())
+            f'{head}:' + ','.join(f'{name}={_joined(part)}' for name, part in options.items())
             for head, options in value.items())]
     if isinstance(value, dict):
         return [option, *(f'{name}={part}' for name, part in value.items())]
     values = [str(part) for part in value] if isinstance(value, list | tuple) else [str(value)]
-    return [f'{option}={values[0]}'] if values[0].startswith('-') else [option, *values]
+    return [f'{option}={values[0]}'] if len(values) == 1 and values[0].startswith('-') else [option, *values]
+
+
+def _joined(value: Any) -> str:
+    """An option of a head as a command line has it: + between the parts of a list, CLASS:WEIGHT of a mapping."""
+    if isinstance(value, dict):
+        return '+'.join(f'{name}:{part}' for name, part in value.items())
+    return '+'.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def command_line(settings: TrainSettings) -> str:

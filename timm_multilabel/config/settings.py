@@ -111,6 +111,11 @@ class Setting:
         Raises:
             SettingError: It is no such value.
         """
+        value = value.tolist() if hasattr(value, 'tolist') else value  # of numpy
+        if isinstance(value, bool) and self.switch is None:
+            if self.nargs != '?' or self.positional:
+                raise SettingError(f"{where}'{self.name}' is {value!r}, expected a text or a number; put it in quotes")
+            return self.const if value else None
         if self.switch is not None:
             if not isinstance(value, bool):
                 raise SettingError(f"{where}'{self.name}' is {value!r}, expected true or false")
@@ -248,8 +253,6 @@ def _by_spelling(cls: type[Settings]) -> Mapping[str, Setting]:
     for made in cls.settings().values():
         for flag in (made.name, *made.options, *made.hidden_flags):
             found[flag.lstrip('-').replace('-', '_')] = made
-    for name in ('c', 'config'):
-        found.pop(name, None)
     return found
 
 
@@ -259,7 +262,9 @@ def named_setting(cls: type[Settings], where: str, key: Any) -> Setting:
     Raises:
         SettingError: There is none.
     """
-    known = _by_spelling(cls)
+    known = dict(_by_spelling(cls))
+    if where:  # a file names no other file
+        known = {name: made for name, made in known.items() if made.name != 'config'}
     name = str(key).lstrip('-').replace('-', '_')
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
@@ -281,10 +286,18 @@ def read_values(cls: type[Settings], values: Mapping[Any, Any], where: str = '')
     found: dict[str, Any] = {}
     for key, value in values.items():
         made = named_setting(cls, where, key)
+        if str(key).replace('_', '-') in [flag.lstrip('-') for flag in made.hidden_flags]:
+            if value is not True:
+                continue
+            found[NOTES] = {made.hidden_note}
         if value is not None:
             value = str(value) if isinstance(value, PurePath) else value
             put(found, made, made.of_value(value, where))
     return found
+
+
+NOTES = 'notes'
+"""Among values by name: what is to be said of them."""
 
 
 def put(values: dict[str, Any], made: Setting, value: Any) -> None:
@@ -299,5 +312,8 @@ def layered(cls: type[Settings], *layers: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for layer in layers:
         for name, value in layer.items():
-            put(found, known[name], value)
+            if name == NOTES:
+                found[NOTES] = found.get(NOTES, set()) | value
+            else:
+                put(found, known[name], value)
     return found

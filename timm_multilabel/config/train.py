@@ -287,3 +287,4 @@ class TrainSettings(Settings):
     schedule: ScheduleSettings = group('learning rate schedule', ScheduleSettings)
     run: RunSettings = group('run', RunSettings)
     phases: tuple[Phase, ...] = field(default=(), kw_only=True)
+    notes: frozenset[str] = field(default=frozenset(), kw_only=True, compare=False)

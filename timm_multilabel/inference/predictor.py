@@ -88,7 +88,7 @@ class Predictor:
         Args:
             images: A path, a PIL image or pixels (H, W, 3) or (H, W), uint8, RGB or grey; or a list of them.
             top_k: How many classes of a head to name at most.
-            threshold: The least probability of a label, or {head: probability}, see `answers.guess`.
+            threshold: The least probability of a label, or {head: probability}, see `image_predictions.guess`.
 
         Raises:
             UserError: An image cannot be read.
@@ -130,7 +130,7 @@ class Predictor:
             part: Of `LoadedModel.part`; where it keeps bad images, they have answers with an error.
             batch_size: Images of a batch.
             workers: Loader processes; none for a single batch.
-            top_k: See `answers.guess`, as the next.
+            top_k: See `image_predictions.guess`, as the next.
             thresholds: Those that `check_thresholds` has let pass.
         """
         first = 0

@@ -71,7 +71,7 @@ class RunLength:
 
 
 class ProgressBar:
-    """ProgressBar over the steps of an epoch, silent where `visible` is false (all ranks but the first).
+    """A bar over the steps of an epoch, silent where `visible` is false (all ranks but the first).
 
     Args:
         title: What is going on, e.g. 'Epoch 3/100 + 10 of cooldown'.
