@@ -52,7 +52,7 @@ slow(*{
     'evaluation': (MultiLabelEvaluator, 'update', 2, 0.5),
     'checkpoint': (saver.torch, 'save', 0, 3),
 }[os.environ['STAGE']])
-run_command(train, 'train.py', sys.argv[1:])
+run_command('train', 'train.py', sys.argv[1:])
 '''
 
 

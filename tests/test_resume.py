@@ -8,6 +8,7 @@ import pytest
 import torch
 from common import TINY, assert_same_summary, assert_same_weights, train_run, write_data
 
+from timm_multilabel.assembly import phases
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.sample import write_sample
 from timm_multilabel.errors import UserError
@@ -217,7 +218,7 @@ def test_a_signal_while_it_prepares_is_status_75_too(data_dir, tmp_path, monkeyp
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
 
-    monkeypatch.setattr('train', 'read_data', read_data)
+    monkeypatch.setattr(phases, 'read_data', read_data)
     with pytest.raises(SystemExit) as stop:
         train_run(data_dir, tmp_path)
     assert stop.value.code == 75 and 'train.py: stopped before it began' in capsys.readouterr().err
