@@ -48,6 +48,7 @@ def run(folder):
     return tm.train(folder, output=folder.parent / 'out', experiment='run', epochs=2, **SETTINGS)
 
 
+@pytest.mark.slow
 def test_a_run_is_that_of_the_command_line(data_dir, tmp_path):
     run = tm.train(data_dir, output=tmp_path / 'api', experiment='run', epochs=2, **SETTINGS)
     by_command = train_run(data_dir, tmp_path / 'command')
@@ -69,6 +70,7 @@ def test_validation(folder, run):
     assert tm.validate(frame, run.best_checkpoint, **HERE).mean == found.mean
 
 
+@pytest.mark.slow
 def test_dataframes_are_data(folder, run, tmp_path, monkeypatch):
     """The same rows, the same run; a report finds the rows again."""
     monkeypatch.chdir(folder)
@@ -107,6 +109,7 @@ def test_reports_exports_and_checks(folder, run, tmp_path):
     assert tm.check(folder).errors == 0
 
 
+@pytest.mark.slow
 def test_comparison(folder, run, tmp_path):
     other = tm.train(folder, output=tmp_path, experiment='other', epochs=2, **{**SETTINGS, 'lr': 0.01})
     made = tm.compare([run.folder, other.folder], **HERE)
@@ -236,6 +239,7 @@ class _Interrupts(logging.Handler):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(folder, tmp_path):
     whole = tm.train(folder, output=tmp_path / 'whole', experiment='run', epochs=3, **SETTINGS)
     settings = {**SETTINGS, 'output': tmp_path, 'experiment': 'run', 'epochs': 3}
@@ -253,6 +257,7 @@ def test_an_interrupted_run_goes_on(folder, tmp_path):
     assert_same_weights(run.last_checkpoint, whole.last_checkpoint)
 
 
+@pytest.mark.slow
 def test_two_processes(folder, tmp_path, caplog):
     """The same objective as of one process with the batch of both: SimCLR's pairs are those of all processes."""
     with caplog.at_level(logging.INFO, logger='timm_multilabel'):

@@ -325,6 +325,7 @@ def test_a_run_is_the_same_with_and_without_a_cache(photos_dir, tmp_path, capsys
     assert 'val.csv: --cache disk: decodes 6 images' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_on_device_images(photos_dir, tmp_path, capsys):
     _, plain = run(photos_dir, tmp_path / 'plain')
     _, device_run = run(photos_dir, tmp_path / 'device', '--cache', 'device')

@@ -255,6 +255,7 @@ def test_initial_checkpoint_of_another_backbone(capsys, data_dir, tmp_path, trai
     assert 'a checkpoint of test_resnet, whose backbone does not fit the model' in line
 
 
+@pytest.mark.slow
 def test_resume_with_another_optimizer(capsys, data_dir, trained):
     line = fails(capsys, 'train', [data_dir, *QUICK, '--opt', 'adamp', '--resume', trained])
     assert 'trained with --opt sgd, not adamp' in line

@@ -45,6 +45,7 @@ def data(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_kinds_train_resume_and_are_validated(data, module, tmp_path, capsys):
     flags = ['--model', 'test_resnet', '--img-size', '32', '-b', '6', '-j', '0', '--device', 'cpu', '--lr', '0.02',
              '--warmup-epochs', '0', '--cooldown-epochs', '0', '--head-module', str(module), *HEADS,

@@ -263,6 +263,7 @@ def test_a_table_that_speaks_to_a_terminal_does_not(data_dir, tmp_path, capsys):
     assert '\x1b' not in out and "color ' [31mred' in 1 row (2)" in out
 
 
+@pytest.mark.slow
 def test_a_million_rows(tmp_path):
     path = table(tmp_path, 'image_path,color,size\n' + ''.join(
         f'images/{"abc"[number % 3]}.png,{number % 47},{number % 5}\n' for number in range(1_000_000)))

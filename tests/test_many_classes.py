@@ -29,6 +29,7 @@ def labels():
     return LabelSet('id', tuple(f'c{number:06}' for number in range(MANY)))
 
 
+@pytest.mark.slow
 def test_the_confusion_of_a_million_classes_is_a_row_a_pair(labels, tmp_path):
     """Of 8 TB before."""
     target = np.array([[5], [5], [999_999], [5], [7.0]])

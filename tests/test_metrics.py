@@ -118,6 +118,7 @@ def _evaluate_rank(rank):
     return evaluator.compute(distributed=True), first
 
 
+@pytest.mark.slow
 def test_ranks_score_as_one_process():
     whole = MultiLabelEvaluator(HEADS, WEIGHTS)
     whole.update({'color': COLOR, 'shape': SHAPE}, TARGET)

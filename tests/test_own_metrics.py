@@ -82,6 +82,7 @@ def test_compare_and_report_show_its_metrics(trained, tmp_path, capsys):
     assert low <= exact <= high and (low < high or exact in (0, 100))
 
 
+@pytest.mark.slow
 def test_a_grid_has_its_metrics_in_tables_and_picture(trained, tmp_path, capsys):
     folder, module = trained
     experiment = tmp_path / 'ordinal'
@@ -116,6 +117,7 @@ def test_a_grid_has_its_metrics_in_tables_and_picture(trained, tmp_path, capsys)
     assert 'cannot be read as results of an experiment' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_with_another_kind_is_compared_by_what_both_have(trained, tmp_path, capsys):
     """The default kind does not know `exact`: both have the top-1 of their labels."""
     folder, module = trained
@@ -131,6 +133,7 @@ def test_a_run_with_another_kind_is_compared_by_what_both_have(trained, tmp_path
     assert shown['val color top1'][1] and shown['val top1 (mean)'][0]
 
 
+@pytest.mark.slow
 def test_what_an_earlier_version_stored_is_made_again(trained, tmp_path, capsys):
     folder, module = trained
     shutil.copytree(folder / 'run1', tmp_path / 'run')

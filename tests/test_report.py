@@ -360,6 +360,7 @@ def test_the_page_escapes_all_that_is_the_users(trained):
     assert 'http:' not in html and 'https:' not in html and html.count('src="data:image/') > 40
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_validation(trained, tmp_path):
     data, run = trained
     run_command('validate', 'validate.py', [

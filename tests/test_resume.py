@@ -127,6 +127,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_offered(data_dir, t
     assert_same_weights(whole / 'last.pth.tar', part / 'last.pth.tar')
 
 
+@pytest.mark.slow
 def test_nothing_whole_to_resume_from(data_dir, tmp_path, capsys):
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'last.pth.tar').write_bytes(b'')

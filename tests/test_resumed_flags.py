@@ -127,6 +127,7 @@ def test_each_flag_of_a_run_that_goes_on(made, tmp_path, monkeypatch, capsys, ba
     assert bool(changed) == ('other flags' in said.out) and (changed or '--separator' in words)
 
 
+@pytest.mark.slow
 def test_the_same_flags_say_nothing(made, tmp_path, capsys):
     capsys.readouterr()
     goes_on(made, tmp_path, 'simclr')

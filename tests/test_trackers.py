@@ -73,6 +73,7 @@ def wandb_rows(folder):
             yield {name: value for name, value in row.items() if not name.startswith('_')}
 
 
+@pytest.mark.slow
 def test_tensorboard_has_what_summary_csv_has(data_dir, tmp_path, capsys):
     folder = resumed_after_first_epoch(data_dir, tmp_path, '--log-tensorboard', '--model-ema')
     found, rows = scalars(folder / 'tensorboard'), expected(folder)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from sklearn.metrics import f1_score, recall_score
 
 from timm_multilabel.distributed import sum_over_ranks
 from timm_multilabel.heads import Head
@@ -168,6 +167,8 @@ def class_metrics(true: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
     'balanced_accuracy' is the mean recall of the classes that occur among the labels; 'macro_f1' the mean F1 of the
     classes that occur among labels or predictions.
     """
+    from sklearn.metrics import f1_score, recall_score  # here, since it takes a second to import
+
     if not len(true):
         return {'balanced_accuracy': float('nan'), 'macro_f1': float('nan')}
     recall = recall_score(true, predicted, labels=np.unique(true), average='macro', zero_division=0)

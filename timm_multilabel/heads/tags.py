@@ -3,7 +3,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import average_precision_score, f1_score
 
 from timm_multilabel.heads.head import LinearHead
 from timm_multilabel.labels import MISSING, Labels, TagSet
@@ -43,6 +42,8 @@ class TagsHead(LinearHead):
 
         A tag without a 0 or without a 1 is in no mean, since there is nothing to tell apart; NaN where none is left.
         """
+        from sklearn.metrics import f1_score  # here, since it takes a second to import
+
         tags = {tag: tag_metrics(target[:, place], measured[:, place]) for place, tag in enumerate(self.labels.classes)}
         scored = [its for its in tags.values() if not np.isnan(its['ap'])]
         if not scored:
@@ -91,6 +92,8 @@ def tag_metrics(target: np.ndarray, probability: np.ndarray) -> dict[str, float]
         target: 0, 1 or MISSING (N,).
         probability: Of the tag (N,).
     """
+    from sklearn.metrics import average_precision_score, f1_score  # here, since it takes a second to import
+
     known = target != MISSING
     true, probability = target[known] == 1, probability[known]
     metrics = dict.fromkeys(('ap', 'f1', 'accuracy'), np.nan)
