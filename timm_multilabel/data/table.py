@@ -161,7 +161,8 @@ def read_cells(path: Path, separator: str | None = None, join_surplus: bool = Fa
                 StringIO(text), sep=r'\s+' if separator == WHITESPACE else separator, header=None, dtype=object,
                 keep_default_na=False, skip_blank_lines=False).fillna('').to_numpy(dtype=object)
     except (ValueError, csv.Error) as error:  # the former pandas' parser errors
-        reason = ' '.join(str(error).split())
+        # pandas counts rows from 0 here.
+        reason = re.sub(r'\bat row (\d+)', lambda row: f'at row {int(row[1]) + 1}', ' '.join(str(error).split()))
         raise DataError(f'{path}: cannot be read as a CSV ({reason}); fix it') from error
     # As one array of objects: pandas would spend a millisecond on each of many columns.
     cells = np.frompyfunc(str.strip, 1, 1)(cells)
