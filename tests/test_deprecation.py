@@ -17,7 +17,7 @@ def test_a_kind_with_the_earlier_names_works():
             decreasing = ('rmse',)
 
     assert sorted(str(each.message) for each in caught) == [
-        f"Old: '{old}' is now called '{new}'; the earlier name works until the next release"
+        f"Old: '{old}' is now called '{new}'; the earlier name works for two minor releases"
         for old, new in (('decreasing', 'lower_is_better'), ('figures', 'metric_names'))]
     assert {each.filename for each in caught} == {__file__}
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Earlier names of what users' code defines or reads: they work for a release, with a `FutureWarning` of the new name.
+"""Earlier names of what users' code defines or reads: they work for two minor releases, with a `FutureWarning`.
 
 A class that had an attribute renamed keeps `old = RenamedAttribute('new')`, for code that reads it, and calls
 `take_earlier_names` in `__init_subclass__`, for subclasses that define it.
@@ -35,5 +35,5 @@ def take_earlier_names(subclass: type) -> None:
 
 
 def _warn(owner: type, old: str, new: str, stacklevel: int) -> None:
-    warnings.warn(f"{owner.__name__}: '{old}' is now called '{new}'; the earlier name works until the next release",
+    warnings.warn(f"{owner.__name__}: '{old}' is now called '{new}'; the earlier name works for two minor releases",
                   FutureWarning, stacklevel=stacklevel)

@@ -87,10 +87,6 @@ def make_settings(cls: type[S], values: Mapping[str, Any]) -> S:
     return build(cls, read_values(cls, values))
 
 
-FRAMES = ('train', 'val', 'test', 'unlabelled')
-"""The splits that may be DataFrames."""
-
-
 def refuse_launched() -> None:
     """Raise SettingError in one of several processes that a launcher has started: the API starts its own."""
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
