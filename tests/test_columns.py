@@ -39,6 +39,7 @@ def named(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('split', [[], ['--split', 'extra.csv'], ['--split', 'extra'],
                                    ['--split', 'validation/metadata.csv']])
 def test_validate_finds_splits_as_training_does(capsys, named, split):
@@ -49,12 +50,14 @@ def test_validate_finds_splits_as_training_does(capsys, named, split):
     assert '\n4 images, ' in out
 
 
+@pytest.mark.slow
 def test_no_row_finds_itself_whatever_its_table_is_called(capsys, named):
     status, _, err = run(capsys, 'validate', named / 'data', '--checkpoint', named / 'a' / 'model_best.pth.tar', '-j',
                          '0', '--device', 'cpu', '--knn', '2', '--split', 'most.csv')
     assert (status, '--knn: each row of most would find itself; score another split' in err) == (2, True)
 
 
+@pytest.mark.slow
 def test_another_data_directory_has_the_usual_names(capsys, named, tmp_path):
     data = write_data(tmp_path / 'other', 8, 6)
     status, out, _ = run(capsys, 'validate', data, '--checkpoint', named / 'a' / 'model_best.pth.tar', '-j', '0',

@@ -45,6 +45,7 @@ def test_the_confusion_of_a_million_classes_is_a_row_a_pair(labels, tmp_path):
     assert [text.get_text() for text in axes.texts][0] == '2 of 3'
 
 
+@pytest.mark.slow
 def test_pairs_and_matrix_say_the_same(tmp_path, monkeypatch):
     labels = LabelSet('id', ('a', 'b', '=c'))
     rng = np.random.default_rng(0)
