@@ -30,11 +30,11 @@ class Browser:
         for domain in ('Page', 'Runtime', 'Log', 'Network'):
             self.send(f'{domain}.enable')
 
-    def open(self, path: Path, width: int, height: int = 900) -> None:
-        """Open a file at a width in CSS pixels, as a phone does below 600 of them."""
+    def open(self, page: Path | str, width: int, height: int = 900) -> None:
+        """Open a file or an address at a width in CSS pixels, as a phone does below 600 of them."""
         self.send('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1,
                   mobile=width < 600)
-        self.send('Page.navigate', url=path.resolve().as_uri())
+        self.send('Page.navigate', url=page.resolve().as_uri() if isinstance(page, Path) else page)
         while self._read().get('method') != 'Page.loadEventFired':
             pass
 

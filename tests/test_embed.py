@@ -307,7 +307,7 @@ def test_another_width_than_the_models(trained, tmp_path, capsys):
 def test_without_pyarrow(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, 'pyarrow', None)
     line = fails(capsys, 'embed', [trained.both, trained.images, '--out', tmp_path / 'e.parquet'])
-    assert "pip install 'timm-multilabel[parquet]', or name a .npz file" in line
+    assert "pip install '.[parquet]', or name a .npz file" in line
 
 
 def test_the_digest_tells_weights_and_input_apart(trained, tmp_path):

@@ -359,9 +359,9 @@ def test_a_missing_extra(capsys, run_of, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'onnxscript' else find(name))
     line = fails(capsys, 'export', [run_of, '--formats', 'onnx'])
-    assert "--formats onnx: onnxscript not installed; pip install 'timm-multilabel[export]'" in line
+    assert "--formats onnx: onnxscript not installed; pip install '.[export]'" in line
     run_export(run_of)
-    assert "onnx: left out, onnxscript not installed; pip install 'timm-multilabel[export]'" in capsys.readouterr().out
+    assert "onnx: left out, onnxscript not installed; pip install '.[export]'" in capsys.readouterr().out
     assert names_in(run_of.parent / 'export') == [name for name in ALL_FILES if name != 'multilabel.onnx']
 
 

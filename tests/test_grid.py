@@ -241,9 +241,8 @@ def test_experiments_are_read_and_their_tables_are_those_of_their_csvs(name):
         assert list(zip(there['setting'], there[made.axis or ''], there['seed'])) == asked
 
 
-def test_the_tables_of_the_readme_are_those_of_the_experiments():
-    readme = (EXPERIMENTS.parent / 'README.md').read_text()
-    section = readme[readme.index('### Does SimCLR help?'):readme.index('## Batches larger than the memory')]
-    rows = [line for line in section.split('\n') if line.startswith('|') and '±' in line]
+def test_the_tables_of_the_pages_are_those_of_the_experiments():
+    pages = ''.join(path.read_text() for path in (EXPERIMENTS.parent / 'docs' / 'experiments').glob('*.md'))
+    rows = [line for line in pages.split('\n') if line.startswith('|') and '±' in line]
     tables = ''.join(path.read_text() for path in EXPERIMENTS.glob('*/results.md'))
     assert rows and all(row in tables for row in rows)

@@ -1,4 +1,4 @@
-"""Every kind of head through the commands, the README's own kind included."""
+"""Every kind of head through the commands, the documentation's own kind included."""
 import json
 import math
 import re
@@ -14,16 +14,16 @@ from timm_multilabel.cli.main import run_command
 from timm_multilabel.heads import load_registry
 from timm_multilabel.labels import LabelSet, LabelSpace
 
-README = (Path(__file__).parent.parent / 'README.md').read_text()
+PAGE = (Path(__file__).parent.parent / 'docs' / 'how-to' / 'custom-heads.md').read_text()
 HEADS = ['--head', 'color:class_weights=balanced,smoothing=0.2', 'style:loss=tags,class_weights=balanced',
          'price:loss=numeric,weight=0.5', 'season:columns=summer+winter']
 
 
 @pytest.fixture
 def module(tmp_path):
-    """The README's file, word for word."""
+    """The page's file, word for word."""
     path = tmp_path / 'my_heads.py'
-    path.write_text(re.search(r'<!-- custom head -->\n```python\n(.*?)```', README, re.S)[1])
+    path.write_text(re.search(r'<!-- custom head -->\n```python\n(.*?)```', PAGE, re.S)[1])
     return path
 
 
@@ -131,11 +131,11 @@ def test_checkpoints_are_ranked_by_the_least_error(data, tmp_path):
     assert best['epoch'] == errors.argmin() and best['metric'] == pytest.approx(errors.min())
 
 
-def test_the_kind_of_the_readme(module):
-    """Its loss by hand, its prediction, missing labels; about 30 lines, as the README says its commands."""
+def test_the_kind_of_the_page(module):
+    """Its loss by hand, its prediction, missing labels; about 30 lines, as the page says its commands."""
     lines = [line for line in module.read_text().splitlines() if line.strip()]
     assert len(lines) <= 36
-    assert '--head size:loss=ordinal,order=S+M+L' in README
+    assert '--head size:loss=ordinal,order=S+M+L' in PAGE
     labels = LabelSet('size', ('L', 'M', 'S'))
     head = load_registry(str(module))['ordinal'](labels, 4, order=['S', 'M', 'L']).double()
     output = torch.tensor([[2.0, -1.0], [0.5, 0.3], [-1.0, -2.0]], dtype=torch.float64)

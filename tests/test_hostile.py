@@ -1,4 +1,4 @@
-"""Files that are broken, absurd or hostile: each has the outcome that docs/hostile-files.md states."""
+"""Files that are broken, absurd or hostile: each has the outcome that docs/explanation/untrusted-files.md states."""
 import csv
 import io
 import json

@@ -1,4 +1,4 @@
-"""Hostile shards, images and wide tables: each has the outcome that docs/hostile-files.md states."""
+"""Hostile shards, images and wide tables: each has the outcome that docs/explanation/untrusted-files.md states."""
 import gzip
 import io
 import json

@@ -28,7 +28,7 @@ from timm_multilabel.reports.experiments import (
 )
 from timm_multilabel.reports.grid import metric_columns, metrics_text, read_metrics
 
-README = (Path(__file__).parent.parent / 'README.md').read_text()
+PAGE = (Path(__file__).parent.parent / 'docs' / 'how-to' / 'custom-heads.md').read_text()
 ORDER = ('blue', 'green', 'red')
 HEAD = ['--head', 'color:loss=ordinal,order=blue+green+red']
 DEVICE = ['-j', '0', '--device', 'cpu']
@@ -36,10 +36,10 @@ DEVICE = ['-j', '0', '--device', 'cpu']
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    """Two runs of the README's kind for colors, beside a usual head for shapes, and the kind's file."""
+    """Two runs of the documentation's kind for colors, beside a usual head for shapes, and the kind's file."""
     folder = tmp_path_factory.mktemp('own')
     module = folder / 'my_heads.py'
-    module.write_text(re.search(r'<!-- custom head -->\n```python\n(.*?)```', README, re.S)[1])
+    module.write_text(re.search(r'<!-- custom head -->\n```python\n(.*?)```', PAGE, re.S)[1])
     data = write_data(folder / 'data')
     for seed in (1, 2):
         run_command('train', 'train.py', [

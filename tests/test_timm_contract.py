@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_the_script_with_a_loop_of_ones_own(data_dir, tmp_path, capsys):
-    """Forty lines, which README shows how to call; what they save is a checkpoint for our commands."""
+    """Forty lines, which a page shows how to call; what they save is a checkpoint for our commands."""
     lines = (ROOT / 'examples/own_loop.py').read_text().splitlines()
     assert len([line for line in lines[1:] if line]) <= 40  # without the docstring
     done = subprocess.run(
@@ -41,8 +41,8 @@ def test_the_script_with_a_loop_of_ones_own(data_dir, tmp_path, capsys):
     assert f"'top1': {round(state['metric'], 2)}" in second
 
 
-def test_readme_names_the_version_of_timm_that_was_tried():
-    section = (ROOT / 'README.md').read_text().split('## A training loop of your own')[1].split('\n## ')[0]
+def test_the_page_names_the_version_of_timm_that_was_tried():
+    section = (ROOT / 'docs' / 'how-to' / 'own-loop.md').read_text()
     pinned = next(line for line in (ROOT / 'constraints.txt').read_text().splitlines() if line.startswith('timm=='))
     assert f'timm {pinned.removeprefix("timm==")}' in section and 'examples/own_loop.py' in section
 

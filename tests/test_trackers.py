@@ -193,7 +193,7 @@ def test_flags_of_trackers_are_of_the_whole_run(recipe, capsys):  # noqa: F811
 def test_extra_that_is_missing(data_dir, tmp_path, monkeypatch, capsys, package):
     monkeypatch.setitem(sys.modules, package, None)
     error = fails(capsys, 'train', [data_dir, *TINY, '--output', tmp_path, '--experiment', 'run', f'--log-{package}'])
-    assert f"--log-{package}: {package} is not installed (pip install 'timm-multilabel[{package}]')" in error
+    assert f"--log-{package}: {package} is not installed (pip install '.[{package}]')" in error
     assert not (tmp_path / 'run').exists()
 
 

@@ -16,15 +16,15 @@ from timm_multilabel.heads import load_registry
 from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.training.checkpoint import load_model, read_checkpoint
 
-README = (Path(__file__).parent.parent / 'README.md').read_text()
+PAGE = (Path(__file__).parent.parent / 'docs' / 'how-to' / 'custom-heads.md').read_text()
 
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    """A run with the README's ordinal head for colors and a usual one for shapes: its folder and the kind's file."""
+    """A run with the ordinal head for colors and a usual one for shapes: its folder and the kind's file."""
     folder = tmp_path_factory.mktemp('ordinal')
     module = folder / 'my_heads.py'
-    module.write_text(re.search(r'<!-- custom head -->\n```python\n(.*?)```', README, re.S)[1])
+    module.write_text(re.search(r'<!-- custom head -->\n```python\n(.*?)```', PAGE, re.S)[1])
     data = write_data(folder / 'data')
     run_command('train', 'train.py', [
         str(data), *TINY, '--epochs', '1', '--output', str(folder), '--experiment', 'run', '--head-module', str(module),

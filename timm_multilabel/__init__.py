@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from timm_multilabel.optim import create_optimizer
     from timm_multilabel.task import JointTask
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 _COMMANDS = (
     'check', 'compare', 'embed', 'export', 'grid', 'predict', 'report', 'sample', 'search', 'split', 'train',

@@ -113,7 +113,7 @@ def _choose_formats(
         if form.OF_HEADS and not checkpoint.label_space.heads:
             reason = f'{checkpoint.path} was trained with -wlc 0, so it has no heads; it can be written as backbone'
         elif missing:
-            reason = f"{', '.join(missing)} not installed; pip install 'timm-multilabel[export]'"
+            reason = f"{', '.join(missing)} not installed; pip install '.[export]'"
         if reason is None:
             forms.append(form)
         elif names:

@@ -17,6 +17,11 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{'allow_abbrev': False, 'formatter_class': _HelpFormatter, **kwargs})
+        self.closing = ''
+
+    def format_help(self) -> str:
+        """The help, with an example and the page of the documentation at its end."""
+        return super().format_help() + self.closing
 
     def error(self, message: str) -> NoReturn:
         print(f'{self.prog}: error: {message} (see {self.prog} --help)', file=sys.stderr)
@@ -61,12 +66,14 @@ def make_parser(cls: type[Settings], prog: str, kind: type[Parser] = Parser, pos
                 _add(where, made, 'config' in cls.settings())
     named = [str(made.metavar) for made in cls.settings().values() if made.positional]
     parser.usage = ' '.join(['%(prog)s', *named, '[flags]'])
+    if cls.EXAMPLE:
+        parser.closing = f'\nexample: {prog} {cls.EXAMPLE}\ndocumentation: docs/{cls.PAGE}\n'
     return parser
 
 
 def _add(where: Any, made: Setting, may_be_in_file: bool) -> None:
     """Add the flag, or the argument, of a setting."""
-    common: dict[str, Any] = {'action': _Put, 'made': made, 'help': _help(made).replace('%', '%%')}
+    common: dict[str, Any] = {'action': _Put, 'made': made, 'help': help_of(made).replace('%', '%%')}
     if made.switch is not None:
         options = [*made.options, *([f'--no-{made.options[-1][2:]}'] if made.switch == 'both' else [])]
         where.add_argument(*options, dest=made.name, nargs=0, **common)
@@ -84,7 +91,7 @@ def _add(where: Any, made: Setting, may_be_in_file: bool) -> None:
                            **common)
 
 
-def _help(made: Setting) -> str:
+def help_of(made: Setting) -> str:
     """The help of a setting, with its default where that says something and the help does not say it already."""
     silent = made.default is None or made.default in (False, [], {}) or 'default' in made.help
     return made.help if silent else f'{made.help} (default: {made.default})'

@@ -25,6 +25,8 @@ _AS_IN_TRAINING = '(default: as in training)'
 class ValidateSettings(Settings):
     """Score a checkpoint on a labelled split, head by head; model and classes come from the checkpoint."""
     HELP = 'score a checkpoint on a labelled split'
+    EXAMPLE = 'my-photos --checkpoint output/train/tiny/model_best.pth.tar --split test --confusion'
+    PAGE = 'how-to/own-labels.md'
 
     data_dir: str = required('folder with val.csv and the images', positional=True, metavar='DIR')
     checkpoint: str = required('checkpoint of a run', metavar='FILE')
@@ -60,6 +62,8 @@ class ValidateSettings(Settings):
 class PredictSettings(Settings):
     """Say what each head of a checkpoint makes of images: labels with their probabilities."""
     HELP = 'say what each head makes of images'
+    EXAMPLE = 'output/train/tiny/model_best.pth.tar photos/ --top-k 3 --out labels.csv'
+    PAGE = 'how-to/deploy.md'
 
     checkpoint: str = required('checkpoint of a run', positional=True, metavar='CHECKPOINT')
     images: list[str] = required(shared.IMAGES_HELP, positional=True, nargs='+', metavar='IMAGES...')
@@ -88,6 +92,8 @@ class PredictSettings(Settings):
 class EmbedSettings(Settings):
     """Write where images lie in a checkpoint's space: features or projections with the images' paths, for search."""
     HELP = "write images' features or projections to a file"
+    EXAMPLE = 'output/train/tiny/model_best.pth.tar photos/ --out photos.npz'
+    PAGE = 'how-to/deploy.md'
 
     checkpoint: str = required(
         'checkpoint of a run, with heads or without', positional=True, metavar='CHECKPOINT')
@@ -114,6 +120,8 @@ class SearchSettings(Settings):
     """Find the images of a file of `timm-multilabel embed` that are nearest to query images, as a table or a
     picture."""
     HELP = 'find the images nearest to others'
+    EXAMPLE = 'photos.npz query.jpg --checkpoint output/train/tiny/model_best.pth.tar -k 8 --sheet nearest.jpg'
+    PAGE = 'how-to/deploy.md'
 
     embeddings: str = required('embeddings that timm-multilabel embed wrote', positional=True, metavar='FILE')
     images: list[str] = required(shared.IMAGES_HELP, positional=True, nargs='+', metavar='QUERY_IMAGE...')
@@ -142,6 +150,8 @@ class ExportSettings(Settings):
     images."""
     HELP = (
         'write a checkpoint as ONNX, torch.export, safetensors, a timm backbone, or a folder for the Hugging Face hub')
+    EXAMPLE = 'output/train/tiny/model_best.pth.tar --formats onnx'
+    PAGE = 'how-to/deploy.md'
 
     checkpoint: str = required('checkpoint of a run', positional=True, metavar='CHECKPOINT')
     formats: list[str] | None = setting(
@@ -166,6 +176,8 @@ class ExportSettings(Settings):
 class ReportSettings(Settings):
     """Write one HTML page about a run: settings, curves, figures, mistakes, calibration, a map of embeddings, views."""
     HELP = 'write one HTML page about a run'
+    EXAMPLE = 'output/train/tiny'
+    PAGE = 'how-to/watch-a-run.md'
 
     run: str = required('run folder, such as output/train/NAME', positional=True, metavar='RUN')
     out: str | None = setting(None, 'the page (default: report.html in the run folder)', metavar='FILE')
@@ -184,6 +196,8 @@ class ReportSettings(Settings):
 class CompareSettings(Settings):
     """Compare runs: their settings, their metrics, and which differences are more than chance, as one table."""
     HELP = 'compare runs: settings that differ, metrics, and which differences are more than chance'
+    EXAMPLE = 'output/train/tiny output/train/other --out table'
+    PAGE = 'how-to/compare-and-grid.md'
 
     runs: list[str] = required(
         'run folders; those of one experiment, with other seeds, form a group', positional=True, nargs='+',
@@ -206,6 +220,8 @@ class GridSettings(Settings):
     """Run an experiment: every setting with every seed, side by side in tables and a picture; goes on where it
     stopped."""
     HELP = 'run an experiment of many settings and seeds, and compare them'
+    EXAMPLE = 'experiments/few-labels my-photos --jobs 2'
+    PAGE = 'how-to/compare-and-grid.md'
 
     experiment: str = required(
         'folder with a grid.yaml; results.csv, differences.csv, results.md and results.png are written there once all '
@@ -238,6 +254,8 @@ class GridSettings(Settings):
 class SampleSettings(Settings):
     """Draw a small data set with three label heads, without any download."""
     HELP = 'draw a small data set with three label heads, without any download'
+    EXAMPLE = 'sample'
+    PAGE = 'get-started/sample-data.md'
 
     directory: str = required('folder to write to', positional=True, metavar='DIR')
     train: int = setting(2400, 'rows of train.csv', positive, metavar='N')
@@ -255,6 +273,8 @@ class SampleSettings(Settings):
 class SplitSettings(Settings):
     """Split one CSV of labels into train.csv, val.csv and test.csv, with all.csv beside them."""
     HELP = 'split one CSV of labels into train.csv, val.csv and test.csv'
+    EXAMPLE = "table.csv --image 'images/{id}.jpg' --heads color size=SizeColumn"
+    PAGE = 'how-to/own-labels.md'
 
     source: str = required('table with a row for each image', positional=True, metavar='CSV')
     out: str | None = setting(None, 'folder to write to (default: that of the CSV)', metavar='DIR')
@@ -282,6 +302,8 @@ class SplitSettings(Settings):
 class CheckSettings(Settings):
     """Check a data directory for what would spoil a result: bad images, the same image twice, strange labels."""
     HELP = 'check a data directory for what would spoil a result'
+    EXAMPLE = 'my-photos'
+    PAGE = 'how-to/own-labels.md'
 
     data_dir: str = required(
         'folder with train.csv, val.csv, ... and the images', positional=True, metavar='DIR')

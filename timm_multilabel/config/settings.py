@@ -167,6 +167,10 @@ class Settings:
 
     HELP: ClassVar[str] = ''
     """What the list of commands says."""
+    EXAMPLE: ClassVar[str] = ''
+    """The arguments of an example, which its help ends with."""
+    PAGE: ClassVar[str] = ''
+    """The page of the documentation that shows its use."""
 
     @classmethod
     def settings(cls) -> Mapping[str, Setting]:

@@ -275,6 +275,8 @@ class Phase:
 class TrainSettings(Settings):
     """Train a timm backbone on several labels at once, together with SimCLR and with images that have no label."""
     HELP = 'train a backbone on the labels of a CSV, together with SimCLR'
+    EXAMPLE = 'my-photos --model convnext_tiny --pretrained -b 64 --opt adamw --lr 5e-4 --amp'
+    PAGE = 'how-to/own-labels.md'
 
     config: str | None = setting(
         None, 'YAML file that sets any of the flags below, or a recipe of phases', flags=('-c',), metavar='FILE')

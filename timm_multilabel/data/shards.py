@@ -200,7 +200,7 @@ def find_library(name: str) -> ModuleType:
     except ImportError as error:
         extra = 'webdataset' if name == 'webdataset' else 'parquet'
         raise DataError(
-            f"{name} cannot be imported ({error}), and these shards need it: pip install 'timm-multilabel[{extra}]'"
+            f"{name} cannot be imported ({error}), and these shards need it: pip install '.[{extra}]'"
         ) from error
 
 

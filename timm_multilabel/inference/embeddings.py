@@ -131,7 +131,7 @@ def import_pyarrow(path: str | Path) -> tuple[Any, Any]:
         import pyarrow.parquet
     except ImportError as error:
         raise CheckpointError(
-            f"{path}: Parquet needs pyarrow; pip install 'timm-multilabel[parquet]', or name a .npz file") from error
+            f"{path}: Parquet needs pyarrow; pip install '.[parquet]', or name a .npz file") from error
     return pyarrow, pyarrow.parquet
 
 

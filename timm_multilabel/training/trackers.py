@@ -237,7 +237,7 @@ def need(package: str, flag: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(f"{flag}: {package} is not installed (pip install 'timm-multilabel[{package}]')") from error
+        raise UserError(f"{flag}: {package} is not installed (pip install '.[{package}]')") from error
 
 
 def numbers(summary: pd.DataFrame) -> dict[str, float]:
