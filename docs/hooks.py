@@ -1,6 +1,7 @@
 """Pages that mkdocs makes from the code: every command with its flags, and the Python API."""
 import html
 import re
+import textwrap
 from importlib.metadata import PackageNotFoundError, metadata, requires
 from typing import Any
 
@@ -54,15 +55,17 @@ def command_page(name: str, cls: type[Settings]) -> str:
     """A command: its use, an example, and a table for each group of flags."""
     page = cls.PAGE
     what = ' '.join((cls.__doc__ or '').split())
-    parts = [f'# {name}\n\n{what}\n\n```text\ntimm-multilabel {name} {cls.EXAMPLE}\n```\n\n'
+    example = ' \\\n    '.join(textwrap.wrap(f'timm-multilabel {name} {cls.EXAMPLE}', 74, break_on_hyphens=False))
+    parts = [f'# {name}\n\n{what}\n\n```text\n{example}\n```\n\n'
              f'Used in [{page.removesuffix(".md")}](../../{page}). In Python: '
              f'[`tm.{name}`](../python-api.md#timm_multilabel.api.{name}.{name}).\n']
-    for title, settings in cls.groups():
-        flags = [made for made in settings.values() if not made.positional]
-        arguments = [made for made in settings.values() if made.positional]
-        for heading, rows in (('Arguments', arguments), (title.capitalize() if title else 'Flags', flags)):
-            if rows:
-                parts.append(f'\n## {heading}\n\n| | |\n| --- | --- |\n' + ''.join(map(row, rows)))
+    groups = {title.capitalize() if title else 'General': list(settings.values()) for title, settings in cls.groups()}
+    arguments = [made for of_group in groups.values() for made in of_group if made.positional]
+    for heading, of_group in {'Arguments': arguments, **groups}.items():
+        rows = [made for made in of_group if made.positional == (heading == 'Arguments')]
+        if rows:
+            first = 'argument' if heading == 'Arguments' else 'flag'
+            parts.append(f'\n## {heading}\n\n| {first} | meaning |\n| --- | --- |\n' + ''.join(map(row, rows)))
     return ''.join(parts)
 
 

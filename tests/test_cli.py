@@ -69,7 +69,7 @@ BAD_FLAGS = [
     (['--opt', 'adamm'], '--opt adamm'),
     (['--sched', 'cosin'], '--sched cosin'),
     (['--eval-metric', 'top2'], 'no such metric'),
-    (['--pretrained-path', 'nowhere.safetensors'], '--pretrained-path nowhere.safetensors'),
+    (['--pretrained-path', 'nowhere.safetensors'], '--pretrained-path nowhere.safetensors: no such file'),
     (['--initial-checkpoint', 'nowhere.pth.tar'], 'nowhere.pth.tar: no such checkpoint'),
     (['--resume', 'nowhere.pth.tar'], 'nowhere.pth.tar: no such checkpoint'),
     (['--device', 'toaster'], '--device toaster'),

@@ -10,6 +10,7 @@ import http.server
 import io
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -93,7 +94,9 @@ def run_line(line: str) -> None:
         return None
     elif words[0] == 'python' and words[1].startswith('examples/'):
         cut = ['--model', 'test_resnet', '--img-size', '32', '--batch-size', '8', '--epochs', '1', '--device', 'cpu']
-        subprocess.run([sys.executable, *words[1:], *cut], check=True, stdout=subprocess.DEVNULL)
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+            patch.setattr(sys, 'argv', [*words[1:], *cut])
+            runpy.run_path(words[1], run_name='__main__')
         return None
     else:
         raise AssertionError(f'{line}: no command that a page may have')
@@ -167,7 +170,7 @@ def folder_of_pages(tmp_path_factory):
             write_table(folder / name, split, rows, columns, first)
         write_table(folder / name, 'unlabelled', 12, {}, 300)
     for name in ('photos', 'more-photos', 'more'):
-        write_table(folder / name, 'x', 4, {}, 400)
+        write_table(folder / name, 'x', 12, {}, 400)
         for path in (folder / name / 'images').iterdir():
             path.rename(folder / name / path.name)
         (folder / name / 'images').rmdir()
@@ -229,6 +232,12 @@ def test_a_page_runs(page, folder_of_pages, tmp_path, monkeypatch, tiny_training
             else:
                 for line in commands_of(block.text):
                     run_line(line)
+
+
+@pytest.mark.parametrize('page', ['README.md', 'CONTRIBUTING.md'])
+def test_links_lead_somewhere(page):
+    links = re.findall(r'(?:\]\(|src=")([^)"#:]+)[)"#]', (ROOT / page).read_text(encoding='utf-8'))
+    assert links and not [link for link in links if not (ROOT / link).exists()]
 
 
 @pytest.fixture(scope='module')

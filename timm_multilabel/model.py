@@ -3,6 +3,7 @@ import difflib
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -169,6 +170,8 @@ def create_backbone(
         with _offline_if_cut_off() if asks_hub else nullcontext():
             kwargs = resolve_model_input_args(name, input_size, **kwargs)
             if pretrained_path:
+                if not Path(pretrained_path).is_file():
+                    raise SettingError(f'--pretrained-path {pretrained_path}: no such file')
                 backbone = create_from_file(kwargs, pretrained_path, say)
             else:
                 backbone = timm.create_model(**kwargs, pretrained=pretrained)

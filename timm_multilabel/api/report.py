@@ -1,4 +1,4 @@
-"""Write one HTML page about a run: settings, curves, figures, mistakes, calibration, a map of embeddings, views."""
+"""Write one HTML page about a run: settings, curves, metrics, mistakes, calibration, a map of embeddings, views."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

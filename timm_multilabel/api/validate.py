@@ -251,7 +251,7 @@ def _read_bank(settings: ValidateSettings, split: str, checkpoint: Checkpoint, t
 
 def gather_results(
         heads: dict[str, Head],
-        figures: dict[str, float],
+        metrics: dict[str, float],
         predictions: dict[str, tuple[Any, Any]],
         of_tags: dict[str, dict[str, dict[str, float]]],
         head_weights: dict[str, float],
@@ -260,19 +260,19 @@ def gather_results(
     results: dict[str, dict[str, Any]] = {}
     for name, head in heads.items():
         target, measured = predictions[name]
-        results[name] = {figure: figures[of_head(name, figure)] for figure in head.metric_names}
+        results[name] = {metric: metrics[of_head(name, metric)] for metric in head.metric_names}
         if isinstance(head.labels, LabelSet) and len(head.labels.classes) > 1:
             results[name] |= class_metrics(target[:, 0].astype(int), measured[:, 0].astype(int))
-        results[name] |= {'loss': figures[of_head(name, 'loss')], 'labels': len(target)}
+        results[name] |= {'loss': metrics[of_head(name, 'loss')], 'labels': len(target)}
         results[name] |= {'tags': of_tags[name]} if name in of_tags else {}
     mean = {}
-    for figure in (*MEANS, 'balanced_accuracy', 'macro_f1'):
-        having = {name: values[figure] for name, values in results.items()
-                  if values['labels'] and not math.isnan(values.get(figure, math.nan))}
+    for metric in (*MEANS, 'balanced_accuracy', 'macro_f1'):
+        having = {name: values[metric] for name, values in results.items()
+                  if values['labels'] and not math.isnan(values.get(metric, math.nan))}
         if having:
-            mean[figure] = mean_over_heads(having, head_weights)
-    if 'score' in figures:
-        mean['score'] = figures['score']
+            mean[metric] = mean_over_heads(having, head_weights)
+    if 'score' in metrics:
+        mean['score'] = metrics['score']
     return {'heads': results, 'mean': mean}
 
 

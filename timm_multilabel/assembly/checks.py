@@ -181,10 +181,10 @@ def check_metric(
     metric = settings.run.eval_metric or default_metric(heads)
     if data.eval_rows is None:
         return 'simclr_loss'
-    figures = {head.labels.name: ('loss', *head.metric_names) for head in heads}
+    metrics_of = {head.labels.name: ('loss', *head.metric_names) for head in heads}
     known = [mean for mean in MEANS if mean in ('loss', default_metric(heads))
-             or any(mean in its for its in figures.values())]
-    of_heads = [of_head(name, figure) for name, its in figures.items() for figure in its]
+             or any(mean in its for its in metrics_of.values())]
+    of_heads = [of_head(name, each) for name, its in metrics_of.items() for each in its]
     known += of_heads
     if metric not in known:
         meant = [name for name in of_heads if earlier_name(name) == metric]  # args.yaml of earlier versions has it
@@ -198,15 +198,15 @@ def check_metric(
     if not scored and settings.run.eval_metric is None:
         say(f'{source}: its labels allow no {metric} of any head, so checkpoints are ranked by loss')
         return 'loss'
-    if metric in MEANS and metric != 'loss' and not any(metric in ('score', *figures[name]) for name in scored):
+    if metric in MEANS and metric != 'loss' and not any(metric in ('score', *metrics_of[name]) for name in scored):
         raise SettingError(
             f'--eval-metric {metric}: {source} has no labels of a head that allow it; choose another, such '
                         'as loss')
     for head in heads:
         name = head.labels.name
-        for figure in figures[name]:
-            allowed = labelled if figure in ('loss', *head.lower_is_better) else scored
-            if metric == of_head(name, figure) and name not in allowed:
+        for each in metrics_of[name]:
+            allowed = labelled if each in ('loss', *head.lower_is_better) else scored
+            if metric == of_head(name, each) and name not in allowed:
                 raise SettingError(
                     f"--eval-metric {metric}: '{name}' has no weight, or no labels in {source} that allow it; choose "
                     'another')

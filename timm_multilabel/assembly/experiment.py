@@ -152,7 +152,7 @@ def check_runs(
         except UserError as error:
             raise UserError(f"setting '{run.setting}': {error.line}") from error
         if not run.is_start and not found[run.name].objective.classification_loss_weight:
-            raise UserError(f"setting '{run.setting}': trains no heads, so it has no figures; make it a start")
+            raise UserError(f"setting '{run.setting}': trains no heads, so it has no metrics; make it a start")
     return found
 
 

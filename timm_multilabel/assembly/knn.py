@@ -87,13 +87,13 @@ def knn_figures(
     heads = [number for number, head in enumerate(label_space.heads) if isinstance(head, LabelSet)]
     targets, labels = label_space.split(bank_targets), label_space.split(query_targets)
     predictions = knn_predictions(rows, points, [targets[number] for number in heads], k)
-    figures = {}
+    metrics = {}
     for number, predicted in zip(heads, predictions):
         label = labels[number]
         known = label >= 0
         right = float('nan') if predicted is None else 100 * (predicted == label)[known].double().mean().item()
-        figures[label_space.names[number]] = right, int(known.sum())
-    return figures
+        metrics[label_space.names[number]] = right, int(known.sum())
+    return metrics
 
 
 def _features(

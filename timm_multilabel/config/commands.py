@@ -174,7 +174,7 @@ class ExportSettings(Settings):
 
 @dataclass(frozen=True)
 class ReportSettings(Settings):
-    """Write one HTML page about a run: settings, curves, figures, mistakes, calibration, a map of embeddings, views."""
+    """Write one HTML page about a run: settings, curves, metrics, mistakes, calibration, a map of embeddings, views."""
     HELP = 'write one HTML page about a run'
     EXAMPLE = 'output/train/tiny'
     PAGE = 'how-to/watch-a-run.md'

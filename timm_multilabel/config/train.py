@@ -247,11 +247,11 @@ class RunSettings(Settings):
         " the heads' main metrics, where a head has tags or numbers)",
         metavar='NAME')
     checkpoint_hist: int = setting(10, 'checkpoints kept', positive, metavar='N')
-    log_interval: int = setting(50, 'steps between figures', positive, metavar='N')
+    log_interval: int = setting(50, 'steps between metrics', positive, metavar='N')
     log_tensorboard: bool = switch(
-        "write the figures for TensorBoard too, into the run folder (needs the extra 'tensorboard')")
+        "write the metrics for TensorBoard too, into the run folder (needs the extra 'tensorboard')")
     log_wandb: bool = switch(
-        "tell the figures to Weights & Biases (needs the extra 'wandb'; WANDB_MODE=offline keeps them in the run "
+        "tell the metrics to Weights & Biases (needs the extra 'wandb'; WANDB_MODE=offline keeps them in the run "
         "folder)")
     epoch_steps: int | None = setting(
         None, 'steps of an epoch (default: one pass over the images)', positive, flags=('--limit-steps',), metavar='N')

@@ -30,13 +30,13 @@ class Tracker:
     def start(self) -> str | None:
         """Begin, or go on; a line for the user, if there is something to say."""
 
-    def add_progress(self, phase: str | None, step: int, figures: dict[str, float]) -> None:
-        """Take the figures of the epoch so far, as they are named in summary.csv.
+    def add_progress(self, phase: str | None, step: int, metrics: dict[str, float]) -> None:
+        """Take the metrics of the epoch so far, as they are named in summary.csv.
 
         Args:
             phase: The phase, where the run has phases.
             step: Steps of the run, or of the phase.
-            figures: Metrics of this epoch by name, of the first rank.
+            metrics: Metrics of this epoch by name, of the first rank.
         """
 
     def add_epoch(self, summary: pd.DataFrame) -> None:
@@ -60,9 +60,9 @@ class Trackers:
             if line:
                 say(line)
 
-    def add_progress(self, phase: str | None, step: int, figures: dict[str, float]) -> None:
-        """Tell each the figures of the epoch so far."""
-        self._tell('add_progress', phase, step, figures)
+    def add_progress(self, phase: str | None, step: int, metrics: dict[str, float]) -> None:
+        """Tell each the metrics of the epoch so far."""
+        self._tell('add_progress', phase, step, metrics)
 
     def add_epoch(self, summary: pd.DataFrame) -> None:
         """Tell each the rows of summary.csv."""
@@ -88,7 +88,7 @@ class Trackers:
 class TensorBoardTracker(Tracker):
     """TensorBoard files in `<run folder>/tensorboard`: an epoch is a step, counted from 1 over all phases.
 
-    The figures of the progress line are a run of their own, `progress` or `progress-<phase>`, over steps.
+    The metrics of the progress line are a run of their own, `progress` or `progress-<phase>`, over steps.
 
     Args:
         run: The run folder.
@@ -107,8 +107,8 @@ class TensorBoardTracker(Tracker):
     def start(self) -> str:
         return f'{self.name}: tensorboard --logdir {self.folder}'
 
-    def add_progress(self, phase: str | None, step: int, figures: dict[str, float]) -> None:
-        self._add('progress' if phase is None else f'progress-{phase}', step, figures)
+    def add_progress(self, phase: str | None, step: int, metrics: dict[str, float]) -> None:
+        self._add('progress' if phase is None else f'progress-{phase}', step, metrics)
 
     def add_epoch(self, summary: pd.DataFrame) -> None:
         row = numbers(summary)
@@ -128,9 +128,9 @@ class TensorBoardTracker(Tracker):
             self.writers[part] = SummaryWriter(str(self.folder / part), purge_step=step)
         return self.writers[part]
 
-    def _add(self, part: str, step: int, figures: dict[str, float]) -> None:
+    def _add(self, part: str, step: int, metrics: dict[str, float]) -> None:
         writer = self._writer(part, step)
-        for name, value in known(figures).items():
+        for name, value in known(metrics).items():
             writer.add_scalar(name, value, step)
         writer.flush()
 
@@ -185,7 +185,7 @@ class WandbTracker(Tracker):
             dir=str(self.folder),
             config=self.settings,
             allow_val_change=True,
-            # It is told figures and flags, and shall not send the source code, or what is printed, on its own.
+            # It is told metrics and flags, and shall not send the source code, or what is printed, on its own.
             settings=wandb.Settings(silent=True, console='off', disable_code=True, disable_git=True, save_code=False),
         )
         self._keep()
@@ -193,10 +193,10 @@ class WandbTracker(Tracker):
             return f'{self.name}: off line, wandb sync {Path(self.run.dir).parent}'
         return f'{self.name}: {self.run.url}'
 
-    def add_progress(self, phase: str | None, step: int, figures: dict[str, float]) -> None:
+    def add_progress(self, phase: str | None, step: int, metrics: dict[str, float]) -> None:
         part = 'progress' if phase is None else f'progress-{phase}'
         if step > self.known['steps'].get(part, 0):  # what it has been told cannot be taken back
-            self._log(f'{part}/step', step, {f'{part}/{name}': value for name, value in known(figures).items()})
+            self._log(f'{part}/step', step, {f'{part}/{name}': value for name, value in known(metrics).items()})
             self.known['steps'][part] = step
 
     def add_epoch(self, summary: pd.DataFrame) -> None:
@@ -210,13 +210,13 @@ class WandbTracker(Tracker):
         self._keep()
         self.run.finish()
 
-    def _log(self, axis: str, step: int, figures: dict[str, float]) -> None:
-        """Log figures over an axis of their own."""
-        for name in figures.keys() - self.defined:
+    def _log(self, axis: str, step: int, metrics: dict[str, float]) -> None:
+        """Log metrics over an axis of their own."""
+        for name in metrics.keys() - self.defined:
             if '*' not in name:  # which is a pattern there
                 self.run.define_metric(name, step_metric=axis, step_sync=False)
-        self.defined |= figures.keys()
-        self.run.log({axis: step, **figures})
+        self.defined |= metrics.keys()
+        self.run.log({axis: step, **metrics})
 
     def _keep(self) -> None:
         write_atomic(self.path, json.dumps(self.known))
@@ -241,11 +241,11 @@ def need(package: str, flag: str) -> ModuleType:
 
 
 def numbers(summary: pd.DataFrame) -> dict[str, float]:
-    """The last row's figures under their names; without the phase's name, and without empty cells."""
+    """The last row's metrics under their names; without the phase's name, and without empty cells."""
     row = pd.to_numeric(summary.drop(columns='phase', errors='ignore').iloc[-1], errors='coerce')
     return known(row.astype(float).to_dict())
 
 
-def known(figures: dict[str, float]) -> dict[str, float]:
-    """The figures that are numbers."""
-    return {name: value for name, value in figures.items() if not math.isnan(value)}
+def known(metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics that are numbers."""
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}

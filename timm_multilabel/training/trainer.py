@@ -62,15 +62,15 @@ def check_finite(value: float, what: str) -> None:
         raise UserError(f'{what}: stopped, and the checkpoints of earlier epochs are kept; {WAY_OUT}')
 
 
-def training_metrics(figures: dict[str, float], task: JointTask) -> list[str]:
+def training_metrics(metrics: dict[str, float], task: JointTask) -> list[str]:
     """The metrics of a progress line, a text each: the loss, the heads, and last its terms, for which room may lack."""
-    terms = [f'{term} {figures[f"{term}_loss"]:.3f}' for term in task.terms if figures[f'{term}_loss']]
-    parts = [f'loss {figures["train_loss"]:.3f}']
-    accuracies = {name: figures.get(in_summary('train', of_head(name, 'top1')), math.nan) for name in task.heads}
+    terms = [f'{term} {metrics[f"{term}_loss"]:.3f}' for term in task.terms if metrics[f'{term}_loss']]
+    parts = [f'loss {metrics["train_loss"]:.3f}']
+    accuracies = {name: metrics.get(in_summary('train', of_head(name, 'top1')), math.nan) for name in task.heads}
     known = [accuracy for accuracy in accuracies.values() if not math.isnan(accuracy)]
     parts += [f'mean {sum(known) / len(known):.1f}%'] if len(known) > 3 else []  # of which not all may fit
     for name, accuracy in accuracies.items():
-        passed = figures.get(in_summary('train', of_head(name, 'pseudo_labelled')))
+        passed = metrics.get(in_summary('train', of_head(name, 'pseudo_labelled')))
         words = [] if math.isnan(accuracy) else [f'{accuracy:.1f}%']
         words += [] if passed is None else [f'({passed:.0f}% pass)']
         parts += [' '.join([abbreviated(name, _NAME), *words])] if words else []
@@ -106,9 +106,9 @@ class Trainer:
         eval_loader: Evaluation batches; None where no head is trained.
         images_per_step: Photos of a step, over all ranks.
         seed: Of the run; what is random in a step depends on it and on the place of the step.
-        metric: The figure of the evaluation that makes a checkpoint the best.
+        metric: The metric of the evaluation that makes a checkpoint the best.
         phase: Name of the phase, where the run has phases.
-        run_folder: Where rows of figures go (first rank only, else None).
+        run_folder: Where rows of metrics go (first rank only, else None).
         trackers: What else is told of them (first rank only, else None).
         saver: Writes checkpoints (first rank only, else None).
         bad_images: Those that are left out, where they are; else None.
@@ -160,7 +160,7 @@ class Trainer:
         epoch, lr = start.epoch, start.lr if start.step else self._mean_lr()
         started = time.perf_counter()
         with ProgressBar(title, len(self.train_loader), rank == 0, self.images_per_step, start.step) as progress:
-            figures = self.train(start, lr, progress)
+            trained = self.train(start, lr, progress)
         seconds = time.perf_counter() - started
         images_per_second = (len(self.train_loader) - start.step) * self.images_per_step / seconds
         if ranks > 1:
@@ -168,7 +168,7 @@ class Trainer:
                 module = self.task.get_trainable_module(ema=ema)
                 if module is not None:
                     distribute_bn(module, ranks, reduce=True)
-        row: dict[str, Any] = {**({'phase': self.phase} if self.phase else {}), 'epoch': epoch, **figures}
+        row: dict[str, Any] = {**({'phase': self.phase} if self.phase else {}), 'epoch': epoch, **trained}
         tags: dict[str, Any] = {}
         if self.eval_loader is not None:
             try:
@@ -197,7 +197,7 @@ class Trainer:
                 self.trackers.add_epoch(summary)
         if self.saver is not None:
             self.saver.progress = {'run': self._state()}
-            # No figure, where every update of an epoch of SimCLR alone was skipped, ranks it nowhere.
+            # No metric, where every update of an epoch of SimCLR alone was skipped, ranks it nowhere.
             self.saver.save_checkpoint(epoch, None if math.isnan(row[best]) else row[best])
         if any(all_objects(self._told())):
             raise Stopped(f'stopped after {title}, saved', self.saver.last if self.saver is not None else None)
@@ -210,7 +210,7 @@ class Trainer:
         the device is done with it: no step waits for its device.
 
         Returns:
-            The figures of `TrainingMeter`, over all ranks.
+            The metrics of `TrainingMeter`, over all ranks.
 
         Raises:
             UserError: Too many updates were skipped, since loss or gradient are not finite.
@@ -258,10 +258,10 @@ class Trainer:
             if last and skipped == optimizer_step.updates_per_epoch(steps) > 2 and optimizer_step.scaler is None:
                 self._give_up(verdicts[-1], epoch)
             if done % self.log_interval == 0 or last:
-                figures = meter.compute()
-                progress.show(done, training_metrics(figures, task))
+                metrics = meter.compute()
+                progress.show(done, training_metrics(metrics, task))
                 if self.trackers is not None:
-                    self.trackers.add_progress(self.phase, epoch * steps + done, figures)
+                    self.trackers.add_progress(self.phase, epoch * steps + done, metrics)
             stop = any(verdict.stop for verdict in verdicts)
             due = self.save_interval and update and done // self.save_interval > (
                 done - optimizer_step.batches_in_update(step, steps)) // self.save_interval
@@ -352,9 +352,9 @@ class Trainer:
                 continue
             with ProgressBar(f'{title} {part}', len(self.eval_loader), visible=world()[0] == 0) as progress:
                 evaluator = self.task.create_evaluator()
-                figures = evaluate(
+                metrics = evaluate(
                     model, until_told(self.eval_loader, self._told), evaluator, self.precision, progress)
-            row |= {in_summary(part, name): value for name, value in figures.items()}
+            row |= {in_summary(part, name): value for name, value in metrics.items()}
             tags |= {part: evaluator.of_tags} if evaluator.of_tags else {}
         check_finite(row['eval_loss'], f'the evaluation loss is {row["eval_loss"]}')
         return row, tags

@@ -19,7 +19,7 @@ class TrainingProgress:
         step: The batches of it that are done.
         lr: The learning rate that the epoch began with.
         skipped_updates: What `Trainer` counts of updates that were skipped.
-        mine: Of this rank, the sums of the epoch's figures and the buffers of the weights and of their EMA, which DDP
+        mine: Of this rank, the sums of the epoch's metrics and the buffers of the weights and of their EMA, which DDP
             makes alike only at the next step.
     """
     epoch: int
