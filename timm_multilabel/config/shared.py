@@ -16,7 +16,7 @@ HEAD_METAVAR = 'HEAD:NAME=VALUE,...'
 WEIGHTS = ('best', 'plain', 'ema')
 """Which weights of a checkpoint: those that made it what it is, or by name."""
 IMAGES_HELP = (
-    "files, folders, globs in quotes ('photos/**/*.jpg'), CSVs with an image column; - for paths on standard input")
+    "image files, folders, quoted globs ('photos/**/*.jpg') or CSVs with an image column; - reads paths from stdin")
 
 
 def image_column(help: str, default: str | None = None) -> Any:
@@ -33,12 +33,12 @@ def missing_value(help: str) -> Any:
 
 def tags_between(default: str) -> Any:
     """What is between tags in one column; `default` says what holds without it."""
-    return setting(None, f"what is between the tags of a cell, such as ';', or 'whitespace' (default: {default})",
+    return setting(None, f"separator of the tags in a cell, such as ';', or 'whitespace' (default: {default})",
                    tag_separator, metavar='TEXT')
 
 
 def no_tags() -> Any:
-    return setting(None, 'a cell of tags that means none of them, where an empty one is a missing label', none_value,
+    return setting(None, 'cell text that means no tag applies (an empty cell is a missing label)', none_value,
                    metavar='TEXT')
 
 
@@ -54,28 +54,30 @@ def head(help: str) -> Any:
 
 
 def head_module() -> Any:
-    return setting(None, 'Python file with kinds of heads of your own', metavar='FILE')
+    return setting(None, 'Python file that defines your own kinds of heads', metavar='FILE')
 
 
 def allow_hub() -> Any:
-    return switch("let a model that a file names, and that is not timm's own, be looked up (hf-hub:...)", both=False)
+    return switch("allow a model named in a config or checkpoint to come from outside timm (hf-hub:...)", both=False)
 
 
 def weights(what: str) -> Any:
-    return setting('best', f'weights to {what} (default: those that made the checkpoint what it is)', choices=WEIGHTS)
+    return setting(
+        'best', f'weights to {what}; best is plain or ema, whichever scored better in training (default: best)',
+        choices=WEIGHTS)
 
 
 def batch_size() -> Any:
-    return setting(128, 'images a batch', positive, flags=('-b',), metavar='N')
+    return setting(128, 'images per batch', positive, flags=('-b',), metavar='N')
 
 
-def workers(help: str = 'loader processes') -> Any:
+def workers(help: str = 'data loader workers') -> Any:
     return setting(4, help, count, flags=('-j',), metavar='N')
 
 
-def device(help: str = 'cpu, cuda, ... (default: cuda where there is one)') -> Any:
+def device(help: str = 'cpu, cuda, ... (default: cuda if available)') -> Any:
     return setting(None, help, metavar='NAME')
 
 
-def force(help: str = 'overwrite what is there') -> Any:
+def force(help: str = 'overwrite existing files') -> Any:
     return switch(help, both=False)
