@@ -15,6 +15,7 @@ from common import TINY, assert_same_summary, assert_same_weights, train_run
 from PIL import Image
 
 import timm_multilabel as tm
+from timm_multilabel.api.arguments import make_settings
 from timm_multilabel.cli.commands import COMMANDS
 from timm_multilabel.cli.grid import parse_training_flags
 from timm_multilabel.cli.parser import parse
@@ -292,3 +293,9 @@ def test_the_package_imports_little():
     assert TINY[1] == SETTINGS['model']
     with pytest.raises(AttributeError, match='nothing'):
         _ = tm.nothing
+
+
+@pytest.mark.parametrize('head', [
+    'price:loss=numeric', ['price:loss=numeric'], {'price': {'loss': 'numeric'}}], ids=str)
+def test_options_of_heads_are_words_or_mappings(head):
+    assert make_settings(TrainSettings, {'data_dir': 'd', 'head': head}).data.head == {'price': {'loss': 'numeric'}}

@@ -101,6 +101,7 @@ BAD_FLAGS = [
     (['-b', '13'], '12 rows do not fill a batch of 13'),
     (['-wls', '0', '-b', '3', '--micro-batch', '2'], '--micro-batch 2: test_resnet has batch norm'),
     (['--no-such-flag'], 'unrecognized arguments: --no-such-flag'),
+    (['--batchsize', '4'], '--batchsize 4; did you mean --batch-size?'),
     (['-c', 'nowhere.yaml'], 'nowhere.yaml: cannot be read'),
 ]
 

@@ -163,12 +163,13 @@ def test_words_become_rows(tmp_path, data_dir, monkeypatch):
     assert len(rows_of_arguments(['data/**/*.png'], SPACE)) == 19
     assert len(rows_of_arguments(['data/im*'], SPACE)) == 18
     assert list(rows_of_arguments(['-'], SPACE, stdin=io.BytesIO(b'a\nb\0c\xff\0')).images) == ['a\nb', 'c\udcff']
-    assert len(rows_of_arguments([str(n) for n in range(300)], SPACE)) == 300
-    assert len({rows_of_arguments([f'{n}', f'data/images/{n % 9}*'], SPACE).where(1) for n in range(9)}) == 9
+    assert len(rows_of_arguments([f'{n}.png' for n in range(300)], SPACE)) == 300
+    assert len({rows_of_arguments([f'{n}.png', f'data/images/{n % 9}*'], SPACE).where(1) for n in range(9)}) == 9
 
 
 @pytest.mark.parametrize('word, message', [
-    ('empty', 'no images in this folder'), ('*.gif', 'no file matches'), ('none.csv', 'none.csv: no such file'),
+    ('empty', 'no images in this folder'),
+    ('fotos/', 'fotos/: no such file or folder'), ('*.gif', 'no file matches'), ('none.csv', 'none.csv: no such file'),
     ('-', 'standard input names no image'), ('bad.csv', "no column 'image_path'"), ('gone.csv', 'none of its 1 images'),
 ])
 def test_words_that_name_no_image(tmp_path, monkeypatch, word, message):

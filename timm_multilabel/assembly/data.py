@@ -23,7 +23,7 @@ from timm_multilabel.data.table import (
     unknown_labels,
 )
 from timm_multilabel.distributed import world
-from timm_multilabel.errors import DataError
+from timm_multilabel.errors import DataError, SettingError, listed
 from timm_multilabel.heads import Head, load_registry
 from timm_multilabel.labels import LabelSet, LabelSpace, TagSet
 from timm_multilabel.log import Say
@@ -204,6 +204,9 @@ def _choose_heads(
     for line in columns.lines():
         say(f'{train.path}: {line}')
     for name in columns.asked:
+        for head, options in given.items():
+            if head not in ('*', *train.label_columns) and not options.get('columns'):
+                raise SettingError(f"--head {head}: no such column (there are: {listed(train.label_columns)})")
         raise DataError(f'{train.path}: {columns.question(name)}')
     return columns.heads
 

@@ -76,7 +76,7 @@ def _read_unlabelled(data: DataSettings, source: str, label_space: LabelSpace, s
             return rows_of_folder(place, label_space, say)
     raise DataError(
         f'--unlabelled {source}: no such CSV, folder or split; looked for {split_path(folder, source)}, '
-        f'{folder / source} and {source}')
+        f'{folder / source} and {source}; name your own photos with --unlabelled FOLDER')
 
 
 def _scored(settings: TrainSettings, say: Say) -> set[str]:

@@ -1,5 +1,7 @@
 """Settings as a command line: argparse, generated from their fields."""
 import argparse
+import difflib
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -17,14 +19,17 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{'allow_abbrev': False, 'formatter_class': _HelpFormatter, **kwargs})
-        self.closing = ''
+        self.closing, self.flags = '', list[str]()
 
     def format_help(self) -> str:
         """The help, with an example and the page of the documentation at its end."""
         return super().format_help() + self.closing
 
     def error(self, message: str) -> NoReturn:
-        print(f'{self.prog}: error: {message} (see {self.prog} --help)', file=sys.stderr)
+        unknown = re.match(r'unrecognized arguments: (--[\w-]+)', message)
+        near = difflib.get_close_matches(unknown[1], self.flags, n=1, cutoff=0.8) if unknown else []
+        hint = f'; did you mean {near[0]}?' if near else ''
+        print(f'{self.prog}: error: {message}{hint} (see {self.prog} --help)', file=sys.stderr)
         sys.exit(2)
 
 
@@ -66,6 +71,7 @@ def make_parser(cls: type[Settings], prog: str, kind: type[Parser] = Parser, pos
                 _add(where, made, 'config' in cls.settings())
     named = [str(made.metavar) for made in cls.settings().values() if made.positional]
     parser.usage = ' '.join(['%(prog)s', *named, '[flags]'])
+    parser.flags = [option for made in cls.settings().values() for option in made.options]
     if cls.EXAMPLE:
         parser.closing = f'\nexample: {prog} {cls.EXAMPLE}\ndocumentation: docs/{cls.PAGE}\n'
     return parser

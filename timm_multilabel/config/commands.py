@@ -64,7 +64,7 @@ class ValidateSettings(Settings):
 class PredictSettings(Settings):
     """Predict the labels of images with each head of a checkpoint, with their probabilities."""
     HELP = 'predict the labels of images with each head'
-    EXAMPLE = 'output/train/tiny/model_best.pth.tar photos/ --top-k 3 --out labels.csv'
+    EXAMPLE = 'output/train/tiny/model_best.pth.tar photos/ --top-k 3 --out predictions.csv'
     PAGE = 'how-to/deploy.md'
 
     checkpoint: str = required('checkpoint of a training run', positional=True, metavar='CHECKPOINT')

@@ -123,6 +123,12 @@ class Setting:
         if isinstance(value, list | tuple | dict) and self.nargs in (None, '?') and not self.repeats:
             raise SettingError(f"{where}'{self.name}' is {value!r}, expected one value")
         if self.read_mapping is not None:
+            words = [value] if isinstance(value, str) else value
+            if isinstance(words, list | tuple) and words and all(isinstance(word, str) for word in words):
+                try:
+                    return self.of_words(words)  # as the command line has it
+                except ValueError as error:
+                    raise SettingError(f'{where}argument {self.label}: {error}', see_help=True) from error
             found = self.read_mapping(value)
             if found is None:
                 raise SettingError(f"{where}'{self.name}' is {value!r}, expected heads with their options")

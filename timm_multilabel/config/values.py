@@ -122,7 +122,7 @@ def head_options(words: Sequence[str]) -> HeadOptions:
         head, _, text = word.partition(':')
         options = [part.partition('=') for part in text.split(',')]
         if not head or not all(name and mark for name, mark, _ in options):
-            raise ValueError(f'{word!r} is not of the form HEAD:NAME=VALUE,NAME=VALUE')
+            raise ValueError(f'{word!r} is not of the form HEAD:NAME=VALUE,NAME=VALUE, such as price:loss=numeric')
         heads[head] = {name.strip().replace('-', '_'): value.strip() for name, _, value in options}
     return heads
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from timm_multilabel.config.train import DataSettings
 from timm_multilabel.data.folders import images_of_folder, walk
+from timm_multilabel.data.images import ENDINGS
 from timm_multilabel.data.table import Rows, find_images, look_for_images, missing_targets, read_table
 from timm_multilabel.errors import DataError
 from timm_multilabel.labels import LabelSpace
@@ -79,6 +80,8 @@ def _expand(
         return Path(argument), _of_table(argument, image_column, separator)
     if not os.path.lexists(argument) and glob.has_magic(argument):
         return Path(argument), [(image, 0) for image in _of_glob(argument, say)]
+    if not os.path.lexists(argument) and Path(argument).suffix.lower() not in ENDINGS:
+        raise DataError(f'{argument}: no such file or folder')
     return Path('the command line'), [(argument, 0)]
 
 

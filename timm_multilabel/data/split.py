@@ -237,5 +237,5 @@ def _find_base(source: Path, paths: list[str]) -> Path:
     looked = ', '.join(dict.fromkeys(str(base) for base in bases))
     raise DataError(
         f'{source}: none of its {len(paths)} images is on disk: {paths[0]}, ...; looked in {looked}; put them there '
-        '(those of styles.csv: kaggle.com/datasets/paramaggarwal/fashion-product-images-small) or correct --image'
+        'or correct --image, a path relative to one of these'
     )

@@ -85,6 +85,8 @@ def read_checkpoint(path: str | Path, mapped: bool = False) -> Checkpoint:
         CheckpointError: The file is missing, damaged, would run code, or comes from elsewhere.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f'{path}: is a folder; name a checkpoint in it, such as {path / "model_best.pth.tar"}')
     if not path.is_file():
         raise CheckpointError(f'{path}: no such checkpoint')
     try:
