@@ -4,91 +4,30 @@
 anew with each figure, so that a run that is cut off still tells; what the stages print is in `DIR/gpu.log`. Where there
 is no CUDA it is a dry run: every stage with tiny sizes on the CPU, whose figures mean nothing.
 
-This module needs nothing but Python's own library, so that it can tell which of the others is missing.
+Like `runner.py`, this module needs nothing but Python's own library: it has to tell which of the others is missing.
 """
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import Any
+
+from benchmarks.gpu.runner import run_stage
 
 ROOT = Path(__file__).parents[2]
 STAGES = {'tests': 120, 'nt_xent': 60, 'step': 110, 'heads': 40, 'input': 90, 'large_batch': 30, 'throughput': 30}
 """The stages, most telling first, with their shares of the time; what one leaves goes to those after it."""
 LEAST_SECONDS = 3
 """A stage with less time than that is not started."""
-
-Told = Callable[[dict[str, Any]], None]
-
-
-def run_stage(command: Sequence[str], limit: float, log: IO[bytes], told: Told) -> dict[str, Any]:
-    """Run a stage in a process of its own, and end all that it has started.
-
-    Args:
-        command: Its command; the path of a file is added, to which it writes a line of JSON for each case: its name and
-            its figures, of which later ones take the place of earlier ones.
-        limit: Seconds after which it is killed.
-        log: Where its output goes.
-        told: Is given what is known so far whenever there is more.
-
-    Returns:
-        'status', 'seconds', 'limit', 'cases' by name, and 'error' where the status is not 'done'.
-    """
-    result: dict[str, Any] = {'status': 'running', 'seconds': 0.0, 'limit': round(limit, 1), 'cases': {}}
-    started, began = time.monotonic(), os.fstat(log.fileno()).st_size
-    with TemporaryDirectory() as folder, open(Path(folder) / 'lines', 'w+', encoding='utf-8') as lines:
-        told(result)
-        # A session of its own, so that its loader processes end with it.
-        process = subprocess.Popen(
-            [*command, lines.name], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
-        try:
-            ended, rest = False, ''
-            while not ended:
-                ended = process.poll() is not None
-                seconds = time.monotonic() - started
-                *whole, rest = (rest + lines.read()).split('\n')
-                result['cases'] |= dict(map(json.loads, whole))
-                result['seconds'] = round(seconds, 1)
-                if whole:
-                    told(result)
-                if not ended and seconds > limit:
-                    result |= {'status': 'out of time', 'error': f'it printed last: {_last_line(log, began)}'}
-                    break
-                time.sleep(0 if ended else 0.1)
-        finally:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            process.wait()
-    if result['status'] == 'running':
-        bad = [case for case, figures in result['cases'].items() if 'error' in figures]
-        last = _last_line(log, began)
-        if process.returncode:
-            lacks = last.startswith(('ImportError', 'ModuleNotFoundError'))
-            result |= {'status': 'lacks a library' if lacks else 'failed',
-                       'error': last if lacks else f'exit status {process.returncode}: {last}'}
-        elif bad:
-            result |= {'status': 'failed', 'error': f'{len(bad)} of {len(result["cases"])} cases: {", ".join(bad)}'}
-        else:
-            result['status'] = 'done'
-    return result
-
-
-def _last_line(log: IO[bytes], began: int) -> str:
-    """The last line that a stage has printed."""
-    log.seek(began)
-    text = log.read().decode(errors='replace').strip()
-    return text.splitlines()[-1][:300] if text else 'nothing'
 
 
 def environment(argv: Sequence[str], commit: str | None) -> dict[str, Any]:
@@ -141,26 +80,26 @@ def run(out: Path, stages: Sequence[str], minutes: float, facts: dict[str, Any])
     out.mkdir(parents=True, exist_ok=True)
     everything = {**facts, 'stages': {}}
     end = time.monotonic() + 60 * minutes
+    multiprocessing.set_forkserver_preload(['benchmarks.large_batch', 'benchmarks.train', 'timm_multilabel.api.train'])
     (out / 'gpu.log').unlink(missing_ok=True)
-    with open(out / 'gpu.log', 'a+b') as log:  # to append: a stage and this process have one place in it
-        for index, name in enumerate(stages):
-            def told(result: dict[str, Any], name: str = name) -> None:
-                everything['stages'][name] = result
-                scratch = out / '.gpu.json.tmp'
-                scratch.write_text(json.dumps(everything, indent=1) + '\n', encoding='utf-8')
-                os.replace(scratch, out / 'gpu.json')
+    for index, name in enumerate(stages):
+        def told(result: dict[str, Any], name: str = name) -> None:
+            everything['stages'][name] = result
+            scratch = out / '.gpu.json.tmp'
+            scratch.write_text(json.dumps(everything, indent=1) + '\n', encoding='utf-8')
+            os.replace(scratch, out / 'gpu.json')
 
-            left = end - time.monotonic()
-            limit = left * STAGES[name] / sum(STAGES[each] for each in stages[index:])
-            command = [sys.executable, '-m', 'benchmarks.gpu.stages', *(['--dry'] if facts['dry_run'] else []), name]
-            if limit < LEAST_SECONDS:
-                result = {'status': 'no time left', 'seconds': 0.0, 'limit': round(max(0.0, limit), 1), 'cases': {}}
-            else:
-                print(f'{name}: up to {limit:.0f} s', flush=True)
-                result = run_stage(command, limit, log, told)
-            told(result)
-            error = f' ({result["error"]})' if 'error' in result else ''
-            print(f'{name}: {result["status"]}{error}, {result["seconds"]:.0f} s', flush=True)
+        left = end - time.monotonic()
+        limit = left * STAGES[name] / sum(STAGES[each] for each in stages[index:])
+        if limit < LEAST_SECONDS:
+            result = {'status': 'no time left', 'seconds': 0.0, 'limit': round(max(0.0, limit), 1), 'cases': {}}
+        else:
+            print(f'{name}: up to {limit:.0f} s', flush=True)
+            result = run_stage('benchmarks.gpu.stages', 'run', name, facts['dry_run'], limit=limit, log=out / 'gpu.log',
+                               told=told, method='forkserver' if facts['dry_run'] else 'spawn')
+        told(result)
+        error = f' ({result["error"]})' if 'error' in result else ''
+        print(f'{name}: {result["status"]}{error}, {result["seconds"]:.0f} s', flush=True)
     return everything
 
 

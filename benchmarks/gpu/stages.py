@@ -1,12 +1,9 @@
 """The stages of `benchmarks.gpu`: each yields the name of a case and its figures as soon as they are known.
 
-`python -m benchmarks.gpu.stages STAGE FILE` appends them to FILE as lines of JSON. A case that has no room or lacks a
-library is 'skipped', and one that fails has an 'error', each with the reason; the others go on. What a stage needs is
-imported within it, so that a missing library costs no other stage.
+A case that has no room or lacks a library is 'skipped', and one that fails has an 'error', each with the reason; the
+others go on. What a stage needs is imported within it, so that a missing library costs no other stage.
 """
-import argparse
 import gc
-import json
 import math
 import os
 import re
@@ -32,6 +29,7 @@ if TYPE_CHECKING:
     from benchmarks.step import Steps
     from timm_multilabel.training.trainer import Precision
 
+ROOT = Path(__file__).parents[2]
 MEBIBYTE = 2 ** 20
 TEMPERATURE = 0.5
 Figures = dict[str, Any]
@@ -162,21 +160,22 @@ def flags_of(module: ModuleType, *words: str) -> Namespace:
 
 def tests(sizes: Sizes) -> Cases:
     """The tests marked `cuda`, each as it ends: their counts, and what did not pass."""
-    files = [str(path) for path in sorted(Path('tests').glob('test_*.py')) if 'mark.cuda' in path.read_text()]
-    counts = dict.fromkeys(('passed', 'failed', 'error', 'skipped'), 0)
+    files = [str(path) for path in sorted((ROOT / 'tests').glob('test_*.py')) if 'mark.cuda' in path.read_text()]
+    counts = dict.fromkeys(('passed', 'failed', 'errors', 'skipped'), 0)
     import pytest  # noqa: F401  # else the process below would be what fails
     process = subprocess.Popen(
         [sys.executable, '-u', '-m', 'pytest', '-v', '-rfEs', '--tb=short', '-p', 'no:cacheprovider', '-m', 'cuda',
          '-o', 'addopts=--strict-markers', *(['-k', sizes.tests] if sizes.tests else []), *files],
-        stdout=subprocess.PIPE, text=True, env=os.environ | {'TEST_DEVICE': sizes.device.type, 'COLUMNS': '200'})
+        stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        env=os.environ | {'TEST_DEVICE': sizes.device.type, 'COLUMNS': '200'})
     assert process.stdout is not None
     for line in process.stdout:
         print(line, end='', flush=True)
         if ended := re.match(r'\S+::(.+?) (PASSED|FAILED|ERROR|SKIPPED)\b', line):
-            counts[ended[2].lower()] += 1
+            counts[{'ERROR': 'errors'}.get(ended[2], ended[2].lower())] += 1
             yield 'tests', counts
         elif why := re.match(r'(FAILED|ERROR|SKIPPED) \S+?(?:::(\S+))?(?: - |: )(.*)', line):
-            yield why[2] or why[3][:80], {'skipped' if why[1] == 'SKIPPED' else 'error': why[3]}
+            yield why[2] or why[3][:80], {'why' if why[1] == 'SKIPPED' else 'error': why[3]}
     if process.wait() or not counts['passed']:
         yield 'tests', {**counts, 'error': f'pytest ended with status {process.returncode}'}
 
@@ -480,21 +479,10 @@ def throughput(sizes: Sizes) -> Cases:
             yield f'{name}, {len(rows):,} files, {processes} processes', {'images/s': rate, 'of_bare': rate / bare}
 
 
-def main() -> None:
-    """Run a stage, and append its cases to a file."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument('--dry', action='store_true')
-    parser.add_argument('stage')
-    parser.add_argument('file')
-    args = parser.parse_args()
-    stages = {stage.__name__: stage for stage in (tests, nt_xent, step, heads, input, large_batch, throughput)}
-    if args.dry:
+def run(stage: str, dry: bool) -> Cases:
+    """The cases of a stage; with tiny sizes on the CPU where it is a dry run."""
+    if dry:
         torch.set_num_threads(1)  # as tests have it, beside which it may run
     torch.manual_seed(0)
-    for case, figures in stages[args.stage](DRY if args.dry else FULL):
-        with open(args.file, 'a', encoding='utf-8') as file:
-            file.write(json.dumps([case, figures]) + '\n')
-
-
-if __name__ == '__main__':
-    main()
+    stages = {each.__name__: each for each in (tests, nt_xent, step, heads, input, large_batch, throughput)}
+    return stages[stage](DRY if dry else FULL)
