@@ -82,16 +82,17 @@ def test_a_stage_that_runs_out_of_time_tells_what_it_has_and_leaves_no_process(t
     assert (result['status'], result['error']) == ('out of time', 'it printed last: compiles')
     assert result['cases'] == {'first': {'ms': 1.5}} and 15 <= result['seconds'] < 20
     for pid in map(int, pids.read_text().split()):
-        with pytest.raises(psutil.NoSuchProcess):
-            assert psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-            pytest.fail('it goes on')
+        try:
+            assert psutil.Process(pid).status() == psutil.STATUS_ZOMBIE  # where nobody asks for its exit status
+        except psutil.NoSuchProcess:
+            pass
 
 
 @pytest.mark.slow
-def test_a_dry_run(tmp_path, capfd):
+def test_a_dry_run(tmp_path, capsys):
     """All stages, as the command runs them; it takes half a minute on two cores."""
-    main.main(['--minutes', '5', '--out', str(tmp_path), '--commit', 'abc'])
-    printed = capfd.readouterr().out
+    command = [sys.executable, '-m', 'benchmarks.gpu', '--minutes', '5', '--out', str(tmp_path), '--commit', 'abc']
+    printed = subprocess.run(command, cwd=main.ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=290).stdout
     made = json.loads((tmp_path / 'gpu.json').read_text())
     assert {path.name for path in tmp_path.iterdir()} == {'gpu.json', 'gpu.log'}
     assert list(made['stages']) == list(main.STAGES)
@@ -111,7 +112,7 @@ def test_a_dry_run(tmp_path, capfd):
     assert printed.endswith(main.table(made) + '\n')
 
     main.main(['--table', str(tmp_path / 'gpu.json')])
-    assert capfd.readouterr().out == main.table(made) + '\n'
+    assert capsys.readouterr().out == main.table(made) + '\n'
 
 
 def test_a_table():

@@ -350,14 +350,14 @@ def heads(sizes: Sizes) -> Cases:
     """A step of training with 200 and 40 softmax heads of 8 classes against one with 3, in turns."""
     from benchmarks import step as steps_module
     from benchmarks.step import Steps
-    steps = 10 if sizes.cuda else 2
+    steps = 20 if sizes.cuda else 1
 
     def case(model: str, size: int) -> dict[int, list[float]]:
         args = flags_of(steps_module, '--model', model, '--img-size', str(size), '--photos', str(sizes.photos))
         trainings = {count: Training(Steps(args, sizes.precision(), {f'head_{n}': 8 for n in range(count)}))
                      for count in (3, 40, 200)}
         found: dict[int, list[float]] = {count: [] for count in trainings}
-        for round_ in range(-1, 2 * sizes.rounds):
+        for round_ in range(-1, sizes.rounds):
             for count, training in trainings.items():
                 seconds = training.seconds(steps)
                 if round_ >= 0:
