@@ -1,17 +1,19 @@
-"""The proof of the GPU side as a dry run, and how stages end that do not go well."""
+"""The proof of the GPU side as a dry run, and how stages end that do not go well.
+
+PyTorch is imported where it is used: each process of a stage imports this file.
+"""
 import importlib
 import json
 import os
 import subprocess
 import sys
 import time
+from importlib import metadata
 
 import psutil
 import pytest
-import torch
 
 from benchmarks.gpu.runner import run_stage
-from timm_multilabel.losses import nt_xent_loss
 
 main = importlib.import_module('benchmarks.gpu.__main__')  # a module that is also a command
 
@@ -78,9 +80,9 @@ def test_how_stages_end(tmp_path):
 @pytest.mark.slow
 def test_a_stage_that_runs_out_of_time_tells_what_it_has_and_leaves_no_process(tmp_path):
     pids = tmp_path / 'pids'
-    result, _ = stage(tmp_path, takes_too_long, pids, limit=15.0)
+    result, _ = stage(tmp_path, takes_too_long, pids, limit=8.0)
     assert (result['status'], result['error']) == ('out of time', 'it printed last: compiles')
-    assert result['cases'] == {'first': {'ms': 1.5}} and 15 <= result['seconds'] < 20
+    assert result['cases'] == {'first': {'ms': 1.5}} and 8 <= result['seconds'] < 20
     for pid in map(int, pids.read_text().split()):
         try:
             assert psutil.Process(pid).status() == psutil.STATUS_ZOMBIE  # where nobody asks for its exit status
@@ -99,7 +101,7 @@ def test_a_dry_run(tmp_path, capsys):
     log = (tmp_path / 'gpu.log').read_text()
     assert [(name, of['status'], of.get('error')) for name, of in made['stages'].items()] == [
         (name, 'done', None) for name in main.STAGES], log[-3000:]
-    assert made['torch'] == torch.__version__.partition('+')[0] and made['commit'] == 'abc' and made['dry_run']
+    assert made['torch'] == metadata.version('torch') and made['commit'] == 'abc' and made['dry_run']
     assert made['argv'][:2] == ['--minutes', '5'] and made['card'] and made['driver'] and made['timm'] and made['date']
     of = {name: stage['cases'] for name, stage in made['stages'].items()}
     assert of['tests']['tests']['passed'] >= 4 and not of['tests']['tests']['failed']
@@ -140,7 +142,10 @@ def test_no_time_is_left(tmp_path, capsys):
 
 def test_its_reference_is_the_formula():
     """Against the loss that other tests compare with the paper's, in tiles that do not divide the rows."""
+    import torch
+
     from benchmarks.gpu.stages import TEMPERATURE, reference
+    from timm_multilabel.losses import nt_xent_loss
     first, second = (view.requires_grad_() for view in torch.randn(
         2, 11, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     loss, gradient = reference(first, second, tile=4)
