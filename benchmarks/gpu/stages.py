@@ -483,6 +483,7 @@ def run(stage: str, dry: bool) -> Cases:
     """The cases of a stage; with tiny sizes on the CPU where it is a dry run."""
     if dry:
         torch.set_num_threads(1)  # as tests have it, beside which it may run
+    torch.backends.cudnn.benchmark = not dry  # as in training
     torch.manual_seed(0)
     stages = {each.__name__: each for each in (tests, nt_xent, step, heads, input, large_batch, throughput)}
     return stages[stage](DRY if dry else FULL)
