@@ -20,9 +20,10 @@ import statistics
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import timm
 import torch
@@ -47,11 +48,17 @@ FORK, TOGETHER, ALONE = "fork's way", 'joint + AdamP', 'AdamP alone'
 
 
 class Steps:
-    """The steps that are compared, all with the same weights on the same batch."""
+    """The steps that are compared, all with the same weights on the same batch.
 
-    def __init__(self, args: Namespace, precision: Precision):
+    Args:
+        args: Those of `add_flags`: model, img_size and photos.
+        precision: The device, and the precision of its computations.
+        heads: The heads by name, with their numbers of classes.
+    """
+
+    def __init__(self, args: Namespace, precision: Precision, heads: Mapping[str, int] = MappingProxyType(HEADS)):
         device, self.precision = precision.device, precision
-        label_space = LabelSpace.from_columns({name: map(str, range(size)) for name, size in HEADS.items()})
+        label_space = LabelSpace.from_columns({name: map(str, range(size)) for name, size in heads.items()})
         backbone = create_backbone(args.model, input_size={'img_size': args.img_size, 'input_size': None})
         layout = torch.channels_last if precision.channels_last else torch.preserve_format
         model = MultiLabelModel(backbone, label_space).to(device=device, memory_format=layout)

@@ -81,28 +81,52 @@ def seconds(built: BuiltPhase, loader: Any, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def measure(args: Namespace, flags: list[str], device: torch.device) -> None:
-    """Print the table."""
-    settings = build(TrainSettings, parse(TrainSettings, 'train.py', flags))
+def shares(args: Namespace, folder: str, device: torch.device) -> Iterator[tuple[int, float, float]]:
+    """For each number of loader processes: their number, the seconds of a step, the share of it that waits.
+
+    Args:
+        args: Those of `add_flags`.
+        folder: A data directory.
+        device: Where it trains.
+    """
+    settings = build(TrainSettings, parse(TrainSettings, 'train.py', training_flags(args, folder, device)))
     prepared = prepare_phase(check_phases(settings)[0], None, device, silent)
     built = build_phase(prepared, None, None, silent, cache=False)
-    print(f'{"loader processes":<18}{"images/s":>10}{"ms a step":>11}{"waiting":>9}', flush=True)
-    enough = None
     for asked in args.workers:
-        workers = loader_workers(asked)
         train = create_loaders(
             settings.replace(workers=asked), prepared.data, built.data_config, built.task.views, device, print).train
         seconds(built, train, device)  # starts the processes
         one = OneBatch(train)
         pairs = [(seconds(built, train, device), seconds(built, one, device)) for _ in range(args.rounds)]
         share = statistics.median(1 - idle / real for real, idle in pairs)
-        taken = statistics.median(real for real, _ in pairs) / len(train)
+        yield loader_workers(asked), statistics.median(real for real, _ in pairs) / len(train), share
+        del train, one
+
+
+def training_flags(args: Namespace, folder: str, device: torch.device) -> list[str]:
+    """The command line of a training."""
+    flags = [folder, '--model', args.model, '--img-size', str(args.img_size), '-b', str(args.batch_size), '--views',
+             args.views, '--device', str(device)]
+    if args.amp_dtype != 'float32':
+        flags += ['--amp', '--amp-dtype', args.amp_dtype, '--channels-last']
+    if args.cache == 'disk':
+        flags += ['--cache-dir', f'{folder}/cache']
+    for name in ('aa', 'cache'):
+        flags += [f'--{name}', getattr(args, name)] if getattr(args, name) else []
+    return flags
+
+
+def measure(args: Namespace, folder: str, device: torch.device) -> None:
+    """Print the table."""
+    found = []
+    for workers, taken, share in shares(args, folder, device):
+        if not found:
+            print(f'{"loader processes":<18}{"images/s":>10}{"ms a step":>11}{"waiting":>9}')
         print(f'{workers:<18}{args.batch_size / taken:>10.0f}{1000 * taken:>11.1f}{share:>8.1%}', flush=True)
-        if enough is None and share < GOAL:
-            enough = workers
-        del train
+        found.append((workers, share))
+    enough = next((workers for workers, share in found if share < GOAL), None)
     which = 'none of these' if enough is None else f'{enough} loader process{"es" * (enough != 1)}'
-    print(f'under {GOAL:.0%} of a step is spent waiting with {which}, {settings.backbone.model} on {device}')
+    print(f'under {GOAL:.0%} of a step is spent waiting with {which}, {args.model} on {device}')
 
 
 def add_flags(parser: Parser) -> None:
@@ -133,15 +157,7 @@ def run(args: Namespace) -> None:
           + (f', --aa {args.aa}' if args.aa else '') + (f', --cache {args.cache}' if args.cache else ''), flush=True)
     with TemporaryDirectory() as folder:
         write_photos(Path(folder), args)
-        flags = [folder, '--model', args.model, '--img-size', str(args.img_size), '-b', str(args.batch_size), '--views',
-                 args.views, '--device', str(device)]
-        if args.amp_dtype != 'float32':
-            flags += ['--amp', '--amp-dtype', args.amp_dtype, '--channels-last']
-        if args.cache == 'disk':
-            flags += ['--cache-dir', f'{folder}/cache']
-        for name in ('aa', 'cache'):
-            flags += [f'--{name}', getattr(args, name)] if getattr(args, name) else []
-        measure(args, flags, device)
+        measure(args, folder, device)
 
 
 if __name__ == '__main__':
