@@ -404,6 +404,8 @@ class LabelSpace:
         widths = [head.width for head in self.heads]
         if targets.shape[1] != sum(widths):
             return list(targets.split(self.sizes, dim=1))
+        if all(isinstance(head, LabelSet) for head in self.heads):
+            return list(targets.long().unbind(dim=1))
         columns = targets.split(widths, dim=1)
         return [head.as_taken(column) for head, column in zip(self.heads, columns, strict=True)]
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from timm_multilabel.distributed import sum_over_ranks
-from timm_multilabel.heads import Head
+from timm_multilabel.heads import Head, group_heads
 from timm_multilabel.labels import MISSING, LabelSet, LabelSpace
 from timm_multilabel.metric_names import in_summary, of_head
 
@@ -192,6 +192,10 @@ class TrainingMeter:
 
     def __init__(self, terms: tuple[str, ...], heads: Mapping[str, Head], device: torch.device):
         self.terms, self.heads = terms, dict(heads)
+        order = list(heads)
+        self.groups = [
+            (group, torch.tensor([order.index(name) for name in group.names], device=device))
+            for group in group_heads({name: head for name, head in heads.items() if _has_accuracy(head)})]
         self.totals = _zeros(1 + len(terms), device=device)
         self.losses = _zeros(len(heads), device=device)
         self.hits = _zeros(2, len(heads), device=device)
@@ -208,14 +212,24 @@ class TrainingMeter:
         if 'pseudo_label_shares' in result:
             self.shares += torch.where(finite, result['pseudo_label_shares'], 0)
         self.steps += finite
+        hits = self._hits_together(result)
         for column, (name, target) in enumerate(result['target'].items()):
             head = self.heads[name]
-            if not _has_accuracy(head):
+            if not _has_accuracy(head) or name in hits:
                 continue
             if target.ndim == 2:  # mixed labels: score the larger share
                 target = torch.where(target.sum(dim=1) > 0, target.argmax(dim=1), MISSING)
             self.hits[0, column] += (head.predict(result['output'][name]) == target).sum()
             self.hits[1, column] += (target != MISSING).sum()
+
+    def _hits_together(self, result: Mapping[str, Any]) -> set[str]:
+        """Count the hits of the heads that are computed together; their names."""
+        counted: set[str] = set()
+        for group, columns in self.groups:
+            if all(name in result['target'] and result['target'][name].ndim == 1 for name in group.names):
+                self.hits[:, columns] += torch.stack(group.hits(result['output'], result['target']))
+                counted.update(group.names)
+        return counted
 
     def state(self) -> dict[str, torch.Tensor]:
         """The sums so far."""

@@ -16,7 +16,7 @@ from torch import nn
 
 from timm_multilabel.config.train import ObjectiveSettings
 from timm_multilabel.errors import SettingError, UserError
-from timm_multilabel.heads import REGISTRY, Head, create_head, resolve_options
+from timm_multilabel.heads import REGISTRY, Head, create_head, group_heads, resolve_options
 from timm_multilabel.labels import LabelSet, LabelSpace
 from timm_multilabel.weights_file import create_from_file
 
@@ -85,6 +85,9 @@ class MultiLabelModel(nn.Module):
         self.projector = Projector(self.num_features, projection_dim) if projected else None
         # A list, not a dict by name: a column may be called 'type' or 'a.b', which no submodule can be.
         self.heads = nn.ModuleList(heads)
+        by_input = {input: {name: head for name, head in zip(label_space.names, heads)
+                            if self.head_options[name]['input'] == input} for input in ('features', 'projection')}
+        self.groups = {input: group_heads(its) for input, its in by_input.items()}
 
     @property
     def named_heads(self) -> dict[str, Head]:
@@ -122,9 +125,15 @@ class MultiLabelModel(nn.Module):
         """Features (B, F) and, where they are known already, their projections (B, D) -> {head: output}."""
         if projections is None and self.projector is not None:
             projections = self.projector(features)
+        heads, inputs = self.named_heads, {'features': features, 'projection': projections}
+        outputs = {}
+        for input, groups in self.groups.items():
+            for group in groups:
+                logits = group.logits(heads, inputs[input])
+                outputs |= zip(group.names, logits, strict=True) if logits is not None else ()
         return {
-            name: head(projections if self.head_options[name]['input'] == 'projection' else features)
-            for name, head in self.named_heads.items()
+            name: outputs[name] if name in outputs else head(inputs[self.head_options[name]['input']])
+            for name, head in heads.items()
         }
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from timm_multilabel.config.train import ObjectiveSettings, UnlabelledSettings
 from timm_multilabel.distributed import sum_over_ranks, world
 from timm_multilabel.gradient_cache import run_with_gradient_cache
-from timm_multilabel.heads import Head
+from timm_multilabel.heads import Head, group_heads, losses_of_heads
 from timm_multilabel.losses import nt_xent_loss
 from timm_multilabel.metrics import MultiLabelEvaluator
 from timm_multilabel.model import MultiLabelModel, Projector
@@ -167,6 +167,7 @@ class JointTask(TrainingTask):
         weights = torch.tensor(list(self.head_weights.values()), device=self.device)
         self.register_buffer('_weights', weights, persistent=False)
 
+        self._groups = group_heads(model.named_heads)
         projector = None
         if simclr_weight and model.projector is None:
             projector = Projector(model.num_features, projection_dim).to(self.device, self.dtype)
@@ -293,7 +294,7 @@ class JointTask(TrainingTask):
         result: dict[str, Any] = {'head_losses': losses['simclr'].expand(len(self.label_space.heads))}
         if projections is not None:
             losses['simclr'] = self.simclr_weight * nt_xent_loss(*projections.chunk(2), self.temperature)
-        result['output'] = {name: self._classified(output) for name, output in outputs.items()}
+        result['output'] = self._classified_outputs(outputs)
         result['target'] = {}
         if self.classification_weight:
             columns = self.label_space.split(self._classified(target))
@@ -314,14 +315,24 @@ class JointTask(TrainingTask):
         labelled = [view[:len(view) - self.pool.batch_size] for view in views]
         return torch.cat(labelled) if self.pool.batch_size else rows[:sum(map(len, labelled))]
 
+    def _classified_outputs(self, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`_classified` of each head's output; those of one width and type at once."""
+        if not self.pool.batch_size and not self.first_view_only:
+            return outputs
+        wide = {name: output for name, output in outputs.items() if output.ndim == 2}
+        if len({output.dtype for output in wide.values()}) != 1:
+            return {name: self._classified(output) for name, output in outputs.items()}
+        together = self._classified(torch.cat(list(wide.values()), dim=1))
+        parts = dict(zip(wide, together.split([output.shape[1] for output in wide.values()], dim=1), strict=True))
+        return {name: parts[name] if name in parts else self._classified(output) for name, output in outputs.items()}
+
     def _unlabelled(self, rows: torch.Tensor) -> list[torch.Tensor]:
         """Of rows of all views, the pool's, for each view."""
         return [view[len(view) - self.pool.batch_size:] for view in rows.chunk(self.views)]
 
     def _head_losses(self, outputs: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> torch.Tensor:
         """The mean loss of each head over the labels of all ranks (H,), scaled so that DDP's average is exact."""
-        losses = [head.loss(outputs[name], target[name]) for name, head in self.heads.items()]
-        sums, counts = (torch.stack(values) for values in zip(*losses, strict=True))
+        sums, counts = losses_of_heads(self._groups, self.heads, outputs, target)
         # A head without a label anywhere gives 0 / 1e-6 = 0, with a gradient of zero for every parameter.
         labels = sum_over_ranks(counts).clamp(min=1e-6)
         return sums * (world()[1] / labels)

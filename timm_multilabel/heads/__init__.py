@@ -14,19 +14,23 @@ from timm_multilabel.heads.registry import (
     standard_head,
 )
 from timm_multilabel.heads.tags import TagsHead
+from timm_multilabel.heads.together import Group, group_heads, losses_of_heads
 
 __all__ = [
     'COMMON_OPTIONS',
     'REGISTRY',
     'ArcFaceHead',
+    'Group',
     'Head',
     'NumericHead',
     'SoftmaxHead',
     'TagsHead',
     'create_head',
     'default_kind',
+    'group_heads',
     'has_own_metrics',
     'load_registry',
+    'losses_of_heads',
     'options_of',
     'parse_option',
     'resolve_options',

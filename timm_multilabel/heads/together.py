@@ -1,0 +1,132 @@
+"""Softmax heads of about the same number of classes, computed together: many heads cost what one costs."""
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from timm_multilabel.heads.classes import SoftmaxHead
+from timm_multilabel.heads.head import Head
+from timm_multilabel.labels import MISSING
+from timm_multilabel.losses.precision import float32
+
+
+@dataclass(frozen=True)
+class Group:
+    """Softmax heads whose logits are padded to one width.
+
+    Args:
+        names: The heads, in the order of the label space.
+        sizes: Their numbers of classes.
+    """
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    def logits(self, heads: Mapping[str, Head], inputs: torch.Tensor) -> Sequence[torch.Tensor] | None:
+        """The logits (B, C) of each head of inputs (B, F) by one matrix product; None where each must run by itself.
+
+        That is so where dropout draws other numbers for each head, and where a layer was replaced by another.
+        """
+        layers = []
+        for name in self.names:
+            head = heads[name]
+            if type(head) is not SoftmaxHead or type(head.fc) is not nn.Linear or (head.training and head.drop.p):
+                return None
+            layers.append(head.fc)
+        weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+        return F.linear(inputs, weight, bias).split(self.sizes, dim=1)
+
+    def losses(
+            self,
+            heads: Mapping[str, Head],
+            outputs: Mapping[str, torch.Tensor],
+            targets: Mapping[str, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `SoftmaxHead.loss` gives of each head: sums and numbers of labels, both (H,)."""
+        target = torch.stack([targets[name] for name in self.names], dim=1)
+        log_probabilities = self._padded(outputs, float('-inf')).log_softmax(dim=2)
+        known = target != MISSING
+        picked = target.clamp(min=0)[..., None]
+        weights, smoothing, classes = self._tables(heads, log_probabilities)
+        loss = -log_probabilities.gather(2, picked)[..., 0]
+        mass = known.to(loss.dtype)
+        if weights is not None:
+            its = weights.expand(len(target), -1, -1).gather(2, picked)[..., 0]
+            loss, mass = loss * its, mass * its
+        if smoothing is not None:
+            # Cells of the padding are -inf, whose product with 0 would be NaN.
+            spread = log_probabilities.masked_fill(~classes, 0)
+            even = -(spread if weights is None else spread * weights).sum(dim=2) / classes.sum(dim=1)
+            loss = (1 - smoothing) * loss + smoothing * even
+        return loss.masked_fill(~known, 0).sum(dim=0), mass.sum(dim=0)
+
+    def hits(
+            self,
+            outputs: Mapping[str, torch.Tensor],
+            targets: Mapping[str, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The numbers of rows whose likeliest class is their label, and of labels, both (H,)."""
+        target = torch.stack([targets[name] for name in self.names], dim=1)
+        return (self._padded(outputs, float('-inf')).argmax(dim=2) == target).sum(dim=0), (target != MISSING).sum(dim=0)
+
+    def _padded(self, outputs: Mapping[str, torch.Tensor], value: float) -> torch.Tensor:
+        """Logits of all heads (B, H, C) in float32 at least, C being the most classes."""
+        logits = float32(torch.cat([outputs[name] for name in self.names], dim=1))
+        if len(set(self.sizes)) == 1:
+            return logits.unflatten(1, (len(self.sizes), self.sizes[0]))
+        most, index, start = max(self.sizes), [], 0
+        for size in self.sizes:
+            index += [*range(start, start + size), *[sum(self.sizes)] * (most - size)]
+            start += size
+        padded = F.pad(logits, (0, 1), value=value)
+        return padded[:, torch.tensor(index, device=logits.device)].unflatten(1, (len(self.sizes), most))
+
+    def _tables(
+            self,
+            heads: Mapping[str, Head],
+            like: torch.Tensor,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+        """Class weights (H, C), smoothing (H,) and which classes there are (H, C); None where no head has any."""
+        most = max(self.sizes)
+        its = [heads[name] for name in self.names]
+        classes = torch.arange(most, device=like.device) < torch.tensor(self.sizes, device=like.device)[:, None]
+        smoothing = [head.smoothing for head in its if isinstance(head, SoftmaxHead)]
+        given = [head.class_weights for head in its if isinstance(head, SoftmaxHead)]
+        weights = None
+        if any(each is not None for each in given):
+            weights = torch.stack([
+                F.pad(each.to(like), (0, most - size), value=0.0) if each is not None else like.new_ones(most)
+                for each, size in zip(given, self.sizes, strict=True)])
+        return weights, like.new_tensor(smoothing) if any(smoothing) else None, classes
+
+
+def group_heads(heads: Mapping[str, Head]) -> list[Group]:
+    """The groups of two or more softmax heads whose numbers of classes are within a factor of two.
+
+    A head of the user's own, though it inherits from one of ours, runs by itself.
+    """
+    groups: dict[int, dict[str, int]] = {}
+    for name, head in heads.items():
+        if type(head) is SoftmaxHead:
+            size = len(head.labels.classes)
+            groups.setdefault(size.bit_length(), {})[name] = size
+    return [Group(tuple(group), tuple(group.values())) for group in groups.values() if len(group) > 1]
+
+
+def losses_of_heads(
+        groups: Sequence[Group],
+        heads: Mapping[str, Head],
+        outputs: Mapping[str, torch.Tensor],
+        targets: Mapping[str, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The training loss of every head: sums and numbers of labels, both (H,) in the order of the heads."""
+    sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, torch.Tensor] = {}
+    for group in groups:
+        if all(targets[name].ndim == 1 for name in group.names):  # mixed labels have two dimensions
+            for found, values in zip((sums, counts), group.losses(heads, outputs, targets), strict=True):
+                found |= zip(group.names, values.unbind(), strict=True)
+    for name in heads.keys() - sums.keys():
+        sums[name], counts[name] = heads[name].loss(outputs[name], targets[name])
+    return torch.stack([sums[name] for name in heads]), torch.stack([counts[name] for name in heads])
