@@ -125,8 +125,10 @@ class MultiLabelModel(nn.Module):
         """Features (B, F) and, where they are known already, their projections (B, D) -> {head: output}."""
         if projections is None and self.projector is not None:
             projections = self.projector(features)
-        heads, inputs = self.named_heads, {'features': features, 'projection': projections}
-        outputs = {}
+        heads, inputs = self.named_heads, {'features': features}
+        if projections is not None:
+            inputs['projection'] = projections
+        outputs: dict[str, torch.Tensor] = {}
         for input, groups in self.groups.items():
             for group in groups:
                 logits = group.logits(heads, inputs[input])

@@ -1,6 +1,7 @@
 """Softmax heads of about the same number of classes, computed together: many heads cost what one costs."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,8 @@ class Group:
                 return None
             layers.append(head.fc)
         weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
-        return F.linear(inputs, weight, bias).split(self.sizes, dim=1)
+        logits: tuple[torch.Tensor, ...] = F.linear(inputs, weight, bias).split(self.sizes, dim=1)
+        return logits
 
     def losses(
             self,
@@ -45,7 +47,7 @@ class Group:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What `SoftmaxHead.loss` gives of each head: sums and numbers of labels, both (H,)."""
         target = torch.stack([targets[name] for name in self.names], dim=1)
-        log_probabilities = self._padded(outputs, float('-inf')).log_softmax(dim=2)
+        log_probabilities = self._padded(outputs).log_softmax(dim=2)
         known = target != MISSING
         picked = target.clamp(min=0)[..., None]
         weights, smoothing, classes = self._tables(heads, log_probabilities)
@@ -68,19 +70,16 @@ class Group:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The numbers of rows whose likeliest class is their label, and of labels, both (H,)."""
         target = torch.stack([targets[name] for name in self.names], dim=1)
-        return (self._padded(outputs, float('-inf')).argmax(dim=2) == target).sum(dim=0), (target != MISSING).sum(dim=0)
+        return (self._padded(outputs).argmax(dim=2) == target).sum(dim=0), (target != MISSING).sum(dim=0)
 
-    def _padded(self, outputs: Mapping[str, torch.Tensor], value: float) -> torch.Tensor:
-        """Logits of all heads (B, H, C) in float32 at least, C being the most classes."""
+    def _padded(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Logits of all heads (B, H, C) in float32 at least, C being the most classes; -inf where a head has less."""
         logits = float32(torch.cat([outputs[name] for name in self.names], dim=1))
         if len(set(self.sizes)) == 1:
-            return logits.unflatten(1, (len(self.sizes), self.sizes[0]))
-        most, index, start = max(self.sizes), [], 0
-        for size in self.sizes:
-            index += [*range(start, start + size), *[sum(self.sizes)] * (most - size)]
-            start += size
-        padded = F.pad(logits, (0, 1), value=value)
-        return padded[:, torch.tensor(index, device=logits.device)].unflatten(1, (len(self.sizes), most))
+            return logits.reshape(len(logits), len(self.sizes), self.sizes[0])
+        index, classes = _padding(self.sizes, logits.device)
+        padded = F.pad(logits, (0, 1), value=float('-inf'))
+        return padded[:, index].reshape(len(logits), *classes.shape)
 
     def _tables(
             self,
@@ -88,17 +87,35 @@ class Group:
             like: torch.Tensor,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
         """Class weights (H, C), smoothing (H,) and which classes there are (H, C); None where no head has any."""
-        most = max(self.sizes)
-        its = [heads[name] for name in self.names]
-        classes = torch.arange(most, device=like.device) < torch.tensor(self.sizes, device=like.device)[:, None]
-        smoothing = [head.smoothing for head in its if isinstance(head, SoftmaxHead)]
-        given = [head.class_weights for head in its if isinstance(head, SoftmaxHead)]
+        _, classes = _padding(self.sizes, like.device)
+        its = [head for head in map(heads.__getitem__, self.names) if isinstance(head, SoftmaxHead)]
+        smoothing = tuple(head.smoothing for head in its)
+        given = [head.class_weights for head in its]
+        most = classes.shape[1]
         weights = None
         if any(each is not None for each in given):
             weights = torch.stack([
                 F.pad(each.to(like), (0, most - size), value=0.0) if each is not None else like.new_ones(most)
                 for each, size in zip(given, self.sizes, strict=True)])
-        return weights, like.new_tensor(smoothing) if any(smoothing) else None, classes
+        return weights, _constants(smoothing, like.dtype, like.device) if any(smoothing) else None, classes
+
+
+@lru_cache(maxsize=64)  # a copy from the host at each step would have the host wait for the device
+def _padding(sizes: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which logit, or the one behind the last, stands where (H * C,), and where a head has a class (H, C)."""
+    most, index, start = max(sizes), list[int](), 0
+    for size in sizes:
+        index += [*range(start, start + size), *[sum(sizes)] * (most - size)]
+        start += size
+    with torch.inference_mode(False):  # whoever asks first: a step may need them later
+        found = torch.tensor(index, device=device)
+        return found, (found < sum(sizes)).reshape(len(sizes), most)
+
+
+@lru_cache(maxsize=64)
+def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def group_heads(heads: Mapping[str, Head]) -> list[Group]:
