@@ -95,3 +95,10 @@ def test_mixed_labels_are_those_of_each_head():
     sums, counts = losses_of_heads(group_heads(task.heads), task.heads, found['output'], parts)
     torch.testing.assert_close(sums, torch.stack([each[0] for each in expected]))
     torch.testing.assert_close(counts, torch.stack([each[1] for each in expected]))
+
+
+def test_hooks_of_a_head_are_called():
+    task, seen = task_of(), []
+    task.heads['b'].fc.register_forward_hook(lambda *_: seen.append('b'))
+    task(*batch_of(4))
+    assert seen == ['b']

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from timm.utils import NativeScaler
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 BatchNorm = _BatchNorm
@@ -67,3 +68,8 @@ def assert_on_device(condition: torch.Tensor, message: str) -> None:
     Needed since a public assertion, in PyTorch up to 2.14 at least, reads the scalar on the host.
     """
     torch._assert_async(condition, message)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is to be called when a module runs: `nn.Module` has no public way to ask."""
+    return any(getattr(module, f'_{kind}_hooks') for kind in ('forward', 'forward_pre', 'backward', 'backward_pre'))

@@ -29,7 +29,6 @@ from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import SettingError, UserError, escaped, is_utf8
 from timm_multilabel.log import say
-from timm_multilabel.reports.curves import CurvesTracker
 from timm_multilabel.training.checkpoint import of_task, read_checkpoint, set_aside_later
 from timm_multilabel.training.run_folder import RunFolder, RunLock, launcher, phase_folder
 from timm_multilabel.training.saver import WholeSaver
@@ -179,6 +178,7 @@ def _finished(folder: Path, built: BuiltPhase, saver: WholeSaver) -> TrainingRun
 
 def _choose_trackers(settings: TrainSettings, folder: Path, goes_on: bool) -> list[Tracker]:
     """What is told of the run beside its summary.csv: its curves, always, and the trackers that are asked for."""
+    from timm_multilabel.reports.curves import CurvesTracker  # here: other ranks need no pictures, which take a second
     trackers: list[Tracker] = [CurvesTracker(folder / 'curves.png')]
     if settings.run.log_tensorboard:
         trackers.append(TensorBoardTracker(folder, args_yaml(settings)))

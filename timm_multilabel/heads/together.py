@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from timm_multilabel.compat import has_hooks
 from timm_multilabel.heads.classes import SoftmaxHead
 from timm_multilabel.heads.head import Head
 from timm_multilabel.labels import MISSING
@@ -27,12 +28,15 @@ class Group:
     def logits(self, heads: Mapping[str, Head], inputs: torch.Tensor) -> Sequence[torch.Tensor] | None:
         """The logits (B, C) of each head of inputs (B, F) by one matrix product; None where each must run by itself.
 
-        That is so where dropout draws other numbers for each head, and where a layer was replaced by another.
+        That is so where dropout draws other numbers for each head, where a layer was replaced by another, and where a
+        hook waits for a head to run.
         """
         layers = []
         for name in self.names:
             head = heads[name]
             if type(head) is not SoftmaxHead or type(head.fc) is not nn.Linear or (head.training and head.drop.p):
+                return None
+            if any(map(has_hooks, head.modules())):
                 return None
             layers.append(head.fc)
         weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
