@@ -148,6 +148,7 @@ def losses_of_heads(
         if all(targets[name].ndim == 1 for name in group.names):  # mixed labels have two dimensions
             for found, values in zip((sums, counts), group.losses(heads, outputs, targets), strict=True):
                 found |= zip(group.names, values.unbind(), strict=True)
-    for name in heads.keys() - sums.keys():
-        sums[name], counts[name] = heads[name].loss(outputs[name], targets[name])
+    for name, head in heads.items():  # in their order: it decides how gradients add up, to the last bit
+        if name not in sums:
+            sums[name], counts[name] = head.loss(outputs[name], targets[name])
     return torch.stack([sums[name] for name in heads]), torch.stack([counts[name] for name in heads])
