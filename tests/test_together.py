@@ -108,7 +108,8 @@ def test_other_heads_compute_their_losses_in_their_order(monkeypatch):
     called = []
     loss = SoftmaxHead.loss
     monkeypatch.setattr(SoftmaxHead, 'loss', lambda self, *args: called.append(self.labels.name) or loss(self, *args))
-    heads = {f'h{size}': SoftmaxHead(LabelSet(f'h{size}', tuple(map(str, range(size)))), 6) for size in (2, 4, 8, 16, 32)}
+    spaces = [LabelSet(f'h{size}', tuple(map(str, range(size)))) for size in (2, 4, 8, 16, 32)]
+    heads = {labels.name: SoftmaxHead(labels, 6) for labels in spaces}
     outputs = {name: head(torch.ones(1, 6)) for name, head in heads.items()}
     losses_of_heads(group_heads(heads), heads, outputs, dict.fromkeys(heads, torch.tensor([1])))
     assert called == list(heads)
