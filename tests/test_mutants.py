@@ -14,6 +14,7 @@ from timm_multilabel.api.compare import _read_settings
 from timm_multilabel.assembly.optimization import cooldown_epochs
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.model import MultiLabelModel
+from timm_multilabel.optim import create_optimizer
 from timm_multilabel.task import JointTask
 from timm_multilabel.training.optimizer_step import OptimizerStep
 from timm_multilabel.training.progress_bar import ProgressBar, RunLength
@@ -119,9 +120,9 @@ def batches(count):
     return [(torch.randn(6, 3, 8, 8, generator=generator), target) for _ in range(count)]
 
 
-def fitted(task, loader, momentum=0, **optimizer_step):
-    """The optimizer_step, after an epoch of SGD."""
-    optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.1, momentum=momentum)
+def fitted(task, loader, optimizer=None, momentum=0, **optimizer_step):
+    """The optimizer_step, after an epoch, of SGD by default."""
+    optimizer = optimizer or torch.optim.SGD(task.trainable_module.parameters(), lr=0.1, momentum=momentum)
     made = OptimizerStep(task, optimizer, **optimizer_step)
     fit = Trainer(made, Precision(torch.device('cpu')), Loader(loader), None, images_per_step=6, seed=0)
     fit.train(TrainingProgress(0), 0.1, ProgressBar('', len(loader), False))
@@ -192,6 +193,22 @@ def test_momentum_sees_a_gradient_of_zero_where_an_update_is_skipped():
     fitted(task, loader, momentum=0.9)
     for mine, expected in zip(weights(task), parameters, strict=True):
         torch.testing.assert_close(mine, expected.detach())
+
+
+@pytest.mark.parametrize('opt', ['adam', 'adamw', 'sgd'])
+@pytest.mark.parametrize('bad, clip', [(0, {}), (1, {'clip_grad': 0.01})])
+def test_a_fused_optimizer_leaves_out_an_update_that_is_skipped(opt, bad, clip):
+    """Its weights, moments and count of steps are those of PyTorch's plain optimizer without the bad batch."""
+    fused, plain, loader = tiny_task(), tiny_task(), batches(3)
+    good = [batch for place, batch in enumerate(loader) if place != bad]
+    made = {'lr': 0.01, 'weight_decay': 0.1, 'momentum': 0.9}
+    expected = fitted(plain, good, create_optimizer(plain, opt, foreach=False, **made), **clip).optimizer
+    loader[bad][0].fill_(math.inf)
+    optimizer = fitted(fused, loader, create_optimizer(fused, opt, **made), **clip).optimizer
+    assert optimizer.defaults['fused'] and not expected.defaults['fused']
+    for mine, other in zip(weights(fused), weights(plain), strict=True):
+        torch.testing.assert_close(mine, other)
+    torch.testing.assert_close(optimizer.state_dict()['state'], expected.state_dict()['state'])
 
 
 def test_adaptive_clipping_leaves_the_heads_alone():

@@ -13,6 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 BatchNorm = _BatchNorm
 """The base of all batch norms. Needed since PyTorch, up to 2.14 at least, has no public name for it."""
 
+FUSED_OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+"""PyTorch's optimizers that have one kernel for all weights, which can leave out a step."""
+
 
 def all_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Whether all numbers of some tensors are finite, a boolean scalar on their device.
@@ -31,6 +34,28 @@ def grad_scaler(scaler: NativeScaler) -> torch.amp.GradScaler:
     """
     found: torch.amp.GradScaler = scaler._scaler
     return found
+
+
+def step_unless(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> bool:
+    """Have an optimizer step, or leave weights and moments as they are where a boolean scalar on the device is true.
+
+    Needed since only PyTorch's loss scaler can tell a fused optimizer to skip, which float32 and bfloat16 do not need.
+    False for an optimizer that cannot: nothing happened.
+    """
+    if type(optimizer) not in FUSED_OPTIMIZERS or not optimizer.defaults['fused']:
+        return False
+    if isinstance(optimizer, torch.optim.SGD):
+        if any(group['momentum'] and group['dampening'] for group in optimizer.param_groups):
+            return False
+        # A first step that is skipped leaves the momentum that it makes unset. One of 0 gives the same first step.
+        for group in optimizer.param_groups:
+            for p in group['params'] if group['momentum'] else ():
+                if p.grad is not None and optimizer.state[p].get('momentum_buffer') is None:
+                    optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
+    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+    optimizer.step()
+    del optimizer.found_inf  # type: ignore[attr-defined]
+    return True
 
 
 def shared_bytes(shape: tuple[int, ...]) -> torch.Tensor:
@@ -72,4 +97,5 @@ def assert_on_device(condition: torch.Tensor, message: str) -> None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something is to be called when a module runs: `nn.Module` has no public way to ask."""
-    return any(getattr(module, f'_{kind}_hooks') for kind in ('forward', 'forward_pre', 'backward', 'backward_pre'))
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks)

@@ -3,9 +3,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.optim import AdamP, create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import (
+    AdamP,
+    create_optimizer_v2,
+    get_optimizer_class,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from torch import nn
 
+from timm_multilabel.compat import FUSED_OPTIMIZERS
 from timm_multilabel.task import JointModule, JointTask
 
 
@@ -37,12 +44,24 @@ def create_optimizer(
     if gradient_centralization is None:
         gradient_centralization = opt.lower() == 'adamp'
     groups = _parameter_groups(task.joint_module, weight_decay, layer_decay)
+    if _fuses(opt, groups) and not kwargs.keys() & {'foreach', 'fused', 'capturable', 'differentiable'}:
+        kwargs['fused'] = True
     optimizer = create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=weight_decay, **kwargs)
     if opt.lower() == 'adamp' and not kwargs.get('caution'):
         return CentralizedAdamP(optimizer.param_groups, gradient_centralization)
     if gradient_centralization:
         centralize_updates(optimizer)
     return optimizer
+
+
+def _fuses(opt: str, groups: list[dict[str, Any]]) -> bool:
+    """Whether PyTorch has one kernel for all weights, so that a step of many small heads costs what one large costs."""
+    try:
+        optimizer_class = get_optimizer_class(opt, bind_defaults=False)
+    except ValueError:
+        return False  # timm knows no such optimizer, and will say so
+    return optimizer_class in FUSED_OPTIMIZERS and all(
+        p.device.type in ('cpu', 'cuda') and p.is_floating_point() for group in groups for p in group['params'])
 
 
 def _parameter_groups(module: JointModule, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:

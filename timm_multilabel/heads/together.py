@@ -34,11 +34,12 @@ class Group:
         layers = []
         for name in self.names:
             head = heads[name]
-            if type(head) is not SoftmaxHead or type(head.fc) is not nn.Linear or (head.training and head.drop.p):
+            layer = head.fc
+            if type(head) is not SoftmaxHead or type(layer) is not nn.Linear or (head.training and head.drop.p):
                 return None
-            if any(map(has_hooks, head.modules())):
+            if has_hooks(head) or has_hooks(head.drop) or has_hooks(layer):
                 return None
-            layers.append(head.fc)
+            layers.append(layer)
         weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
         logits: tuple[torch.Tensor, ...] = F.linear(inputs, weight, bias).split(self.sizes, dim=1)
         return logits
@@ -51,18 +52,21 @@ class Group:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What `SoftmaxHead.loss` gives of each head: sums and numbers of labels, both (H,)."""
         target = torch.stack([targets[name] for name in self.names], dim=1)
-        log_probabilities = self._padded(outputs).log_softmax(dim=2)
+        logits = self._padded(outputs)
+        # A log-softmax, whose own kernel is slow over so few classes.
+        logits = logits - logits.detach().amax(dim=2, keepdim=True)
+        normalizer = logits.exp().sum(dim=2, keepdim=True).log()
         known = target != MISSING
         picked = target.clamp(min=0)[..., None]
-        weights, smoothing, classes = self._tables(heads, log_probabilities)
-        loss = -log_probabilities.gather(2, picked)[..., 0]
+        weights, smoothing, classes = self._tables(heads, logits)
+        loss = (normalizer - logits.gather(2, picked))[..., 0]
         mass = known.to(loss.dtype)
         if weights is not None:
             its = weights.expand(len(target), -1, -1).gather(2, picked)[..., 0]
             loss, mass = loss * its, mass * its
         if smoothing is not None:
             # Cells of the padding are -inf, whose product with 0 would be NaN.
-            spread = log_probabilities.masked_fill(~classes, 0)
+            spread = (logits - normalizer).masked_fill(~classes, 0)
             even = -(spread if weights is None else spread * weights).sum(dim=2) / classes.sum(dim=1)
             loss = (1 - smoothing) * loss + smoothing * even
         return loss.masked_fill(~known, 0).sum(dim=0), mass.sum(dim=0)
@@ -74,7 +78,7 @@ class Group:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The numbers of rows whose likeliest class is their label, and of labels, both (H,)."""
         target = torch.stack([targets[name] for name in self.names], dim=1)
-        return (self._padded(outputs).argmax(dim=2) == target).sum(dim=0), (target != MISSING).sum(dim=0)
+        return (self._padded(outputs).max(dim=2).indices == target).sum(dim=0), (target != MISSING).sum(dim=0)
 
     def _padded(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Logits of all heads (B, H, C) in float32 at least, C being the most classes; -inf where a head has less."""
@@ -122,6 +126,16 @@ def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.devi
         return torch.tensor(values, dtype=dtype, device=device)
 
 
+@lru_cache(maxsize=64)
+def _places(order: tuple[str, ...], names: tuple[str, ...], device: torch.device) -> torch.Tensor | None:
+    """Where in an order each name is (H,); None where the order is the same."""
+    if order == names:
+        return None
+    where = {name: place for place, name in enumerate(order)}
+    with torch.inference_mode(False):
+        return torch.tensor([where[name] for name in names], device=device)
+
+
 def group_heads(heads: Mapping[str, Head]) -> list[Group]:
     """The groups of two or more softmax heads whose numbers of classes are within a factor of two.
 
@@ -142,13 +156,15 @@ def losses_of_heads(
         targets: Mapping[str, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The training loss of every head: sums and numbers of labels, both (H,) in the order of the heads."""
-    sums: dict[str, torch.Tensor] = {}
-    counts: dict[str, torch.Tensor] = {}
-    for group in groups:
-        if all(targets[name].ndim == 1 for name in group.names):  # mixed labels have two dimensions
-            for found, values in zip((sums, counts), group.losses(heads, outputs, targets), strict=True):
-                found |= zip(group.names, values.unbind(), strict=True)
-    for name, head in heads.items():  # in their order: it decides how gradients add up, to the last bit
-        if name not in sums:
-            sums[name], counts[name] = head.loss(outputs[name], targets[name])
-    return torch.stack([sums[name] for name in heads]), torch.stack([counts[name] for name in heads])
+    together = [group for group in groups
+                if all(targets[name].ndim == 1 for name in group.names)]  # mixed labels have two dimensions
+    found = [group.losses(heads, outputs, targets) for group in together]
+    names = dict.fromkeys(name for group in together for name in group.names)
+    for name, head in heads.items():
+        if name not in names:
+            total, count = head.loss(outputs[name], targets[name])
+            found.append((total[None], count[None]))
+    order = (*names, *(name for name in heads if name not in names))
+    sums, counts = (torch.cat(each) for each in zip(*found, strict=True))
+    places = _places(order, tuple(heads), sums.device)
+    return (sums, counts) if places is None else (sums[places], counts[places])

@@ -6,7 +6,7 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import NativeScaler, dispatch_clip_grad
 
-from timm_multilabel.compat import all_finite, grad_scaler
+from timm_multilabel.compat import all_finite, grad_scaler, step_unless
 from timm_multilabel.task import JointTask
 from timm_multilabel.training.update_decisions import UpdateDecisions
 
@@ -16,8 +16,8 @@ class OptimizerStep:
     """Gradients -> weights: accumulation, loss scaling, clipping, the optimizer, the EMA, a schedule of updates.
 
     An update whose loss or gradient is not finite on any rank is skipped on all of them, on the device: weights and
-    the statistics of batch norm stay as they were, and the optimizer's moments see a gradient of zero. It takes a copy
-    of the weights.
+    the statistics of batch norm stay as they were. So do the moments of PyTorch's fused Adam, AdamW and SGD; those of
+    other optimizers see a gradient of zero, and the step takes a copy of the weights.
 
     Args:
         task: What is trained.
@@ -80,10 +80,10 @@ class OptimizerStep:
 
     @torch.no_grad()
     def _update(self, gradients: list[torch.Tensor], finite: torch.Tensor) -> None:
-        weights = [p for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
-        before = [(p, p.detach().clone()) for p in weights]
         parameters = self.task.get_clip_parameters(exclude_head=self.clip_mode == 'agc') if self.clip_grad else None
+        kept = list(self.buffers)
         if self.scaler is not None:
+            kept += self._weights_before()
             # It looks at the gradient too, lowers the scale and leaves the optimizer out.
             scaler = grad_scaler(self.scaler)
             if self.clip_grad is not None:
@@ -92,11 +92,18 @@ class OptimizerStep:
             scaler.step(self.optimizer)
             scaler.update()
         else:
-            for gradient in gradients:
-                gradient.masked_fill_(~finite, 0)
             if self.clip_grad is not None:
                 dispatch_clip_grad(parameters, self.clip_grad, self.clip_mode)
-            self.optimizer.step()
-        for tensor, old in (*before, *self.buffers):
+            if not step_unless(self.optimizer, ~finite):
+                for gradient in gradients:
+                    gradient.masked_fill_(~finite, 0)
+                kept += self._weights_before()
+                self.optimizer.step()
+        for tensor, old in kept:
             torch.where(finite, tensor, old, out=tensor)
         self.optimizer.zero_grad()
+
+    def _weights_before(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each weight that is about to change, with a copy of it."""
+        weights = (p for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None)
+        return [(p, p.detach().clone()) for p in weights]
