@@ -12,6 +12,8 @@ Variants:
     fork's way: a backbone pass for each view, heads on the first, NT-Xent over masks of the full similarity matrix,
         every loss and accuracy read back in every step. A model of the fork's step, not its code.
     joint + AdamP, AdamP alone: with our AdamP (centralized, as by default) and with timm's.
+
+`--heads 3 40 200` measures whole steps of training with AdamW instead, by the number of softmax heads of 8 classes.
 """
 import os
 import platform
@@ -39,7 +41,9 @@ from timm_multilabel.metrics import TrainingMeter
 from timm_multilabel.model import MultiLabelModel, create_backbone
 from timm_multilabel.optim import create_optimizer
 from timm_multilabel.task import JointTask
+from timm_multilabel.training.optimizer_step import OptimizerStep
 from timm_multilabel.training.trainer import Precision
+from timm_multilabel.training.update_decisions import UpdateDecisions
 
 HEADS = {'gender': 5, 'type': 140, 'colour': 47}
 MISSING_SHARE = 0.1
@@ -107,6 +111,21 @@ class Steps:
             value.item()
         for output, column in zip(logits, target, strict=True):
             (output.argmax(dim=1) == column).float().mean().item()
+
+    def with_adamw(self) -> Callable[[], None]:
+        """A step of training with its update, as `training/optimizer_step.py` does it."""
+        update = OptimizerStep(self.task, create_optimizer(self.task, 'adamw', lr=1e-9))
+        decisions = UpdateDecisions(self.precision.device)
+
+        def step() -> None:
+            update.begin()
+            with self.precision.autocast():
+                result = self.task(self.precision.layout(self.images), self.target)
+            update.backward(result['loss'], True, decisions, step=0, stop=False)
+            decisions.verdicts()
+            self.meter.update(result)
+
+        return step
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Our AdamP and timm's on the same parameters; they hardly move them."""
@@ -186,6 +205,17 @@ def machine(device: torch.device) -> str:
             f'{load}; {gpu}torch {torch.__version__}, timm {timm.__version__}')
 
 
+def by_heads(args: Namespace, precision: Precision) -> dict[str, dict[str, float]]:
+    """By number of heads, from the first of `args.heads`: 'ms' a step, and its ratio to the first."""
+    variants = {f'{count} heads': Steps(args, precision, {f'head_{n}': 8 for n in range(count)}).with_adamw()
+                for count in args.heads}
+    times = measure(variants, args, precision.device)
+    first = next(iter(variants))
+    ratio = f'times_{first.replace(" ", "_")}'
+    return {name: {'ms': 1000 * statistics.median(values), ratio: ratios(times, first, name)[1]}
+            for name, values in times.items()}
+
+
 def report(times: dict[str, list[float]], photos: int) -> None:
     """Print the table and the ratios that matter."""
     print(f'{"variant":<24}{"ms/step":>10}{"photos/s":>10}{"inputs/s":>10}   speed / bare (quartiles)')
@@ -211,6 +241,8 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument('--amp', action='store_true', help='mixed precision')
     parser.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), help='its dtype, as in training')
     parser.add_argument('--channels-last', action='store_true', help='channels-last memory layout')
+    parser.add_argument('--heads', type=positive, nargs='+', metavar='N',
+                        help='compare steps by number of heads instead')
     parser.add_argument('--rounds', type=positive, default=10, metavar='N', help='samples of each variant')
     parser.add_argument('--warmup', type=count, default=2, metavar='N', help='rounds before them')
     parser.add_argument('--steps', type=positive, metavar='N', help='steps a sample (default: 20 on CUDA, else 1)')
@@ -225,9 +257,15 @@ def run(args: Namespace) -> None:
     print(machine(device))
     print(f'{args.model}, {args.photos} photos a step ({2 * args.photos} backbone inputs) of {args.img_size} pixels, '
           f'{device}, {str(precision.amp_dtype or torch.float32).removeprefix("torch.")}, '
-          f'{"channels-last" if args.channels_last else "contiguous"}, heads {list(HEADS.values())}, '
+          f'{"channels-last" if args.channels_last else "contiguous"}, '
+          f'heads {args.heads or list(HEADS.values())}, '
           f'{args.rounds} rounds x {args.steps} steps after {args.warmup} to warm up', flush=True)
-    report(measure(Steps(args, precision).variants(), args, device), args.photos)
+    if args.heads:
+        for name, metrics in by_heads(args, precision).items():
+            ms, ratio = metrics.values()
+            print(f'{name:<12}{ms:>10.2f} ms/step {ratio:>8.2f} times {args.heads[0]} heads')
+    else:
+        report(measure(Steps(args, precision).variants(), args, device), args.photos)
 
 
 if __name__ == '__main__':

@@ -65,9 +65,13 @@ class Group:
             its = weights.expand(len(target), -1, -1).gather(2, picked)[..., 0]
             loss, mass = loss * its, mass * its
         if smoothing is not None:
-            # Cells of the padding are -inf, whose product with 0 would be NaN.
-            spread = (logits - normalizer).masked_fill(~classes, 0)
-            even = -(spread if weights is None else spread * weights).sum(dim=2) / classes.sum(dim=1)
+            # The mean over classes of -(logit - normalizer). Padding is -inf, whose product with 0 would be NaN.
+            spread = logits if len(set(self.sizes)) == 1 else logits.masked_fill(~classes, 0)
+            if weights is None:
+                even = normalizer[..., 0] - spread.sum(dim=2) / classes.sum(dim=1)
+            else:
+                even = normalizer[..., 0] * weights.sum(dim=1) - (spread * weights).sum(dim=2)
+                even = even / classes.sum(dim=1)
             loss = (1 - smoothing) * loss + smoothing * even
         return loss.masked_fill(~known, 0).sum(dim=0), mass.sum(dim=0)
 
@@ -103,7 +107,7 @@ class Group:
         weights = None
         if any(each is not None for each in given):
             weights = torch.stack([
-                F.pad(each.to(like), (0, most - size), value=0.0) if each is not None else like.new_ones(most)
+                F.pad(like.new_ones(size) if each is None else each.to(like), (0, most - size))
                 for each, size in zip(given, self.sizes, strict=True)])
         return weights, _constants(smoothing, like.dtype, like.device) if any(smoothing) else None, classes
 
