@@ -12,7 +12,7 @@ import torch
 import yaml
 from common import assert_same_summary, train_settings, write_data
 
-from timm_multilabel.assembly.checks import check_phases
+from timm_multilabel.assembly.checks import check_phases, without_effect
 from timm_multilabel.assembly.grid_file import read_grid
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.sample import write_sample
@@ -300,6 +300,20 @@ def test_flags_of_heads_over_all_phases_leave_the_one_without_heads_alone(tmp_pa
     path.write_text(yaml.safe_dump({'data_dir': 'd', 'phases': [{**phases[0], 'heads': ['color']}]}))
     with pytest.raises(UserError, match="phase 'a': --heads would change nothing"):
         check_phases(parse(path))
+
+
+def test_a_setting_whose_switch_is_off_in_all_phases_has_a_line(tmp_path):
+    path = tmp_path / 'r.yaml'
+    shared = {'data_dir': 'd', 'amp_dtype': 'bfloat16', 'temperature': 0.1, 'decay_rate': 0.5, 'model_ema_decay': 0.99}
+    phases = [{'name': 'a', 'epochs': 1, 'sched': 'step'}, {'name': 'b', 'epochs': 1, 'wls': 0}]
+    path.write_text(yaml.safe_dump({**shared, 'phases': phases}))
+    assert without_effect(check_phases(parse(path))) == [
+        '--model-ema-decay has no effect without --model-ema', '--amp-dtype has no effect without --amp']
+    assert without_effect(check_phases(parse(path, '--amp', '--model-ema'))) == []
+    path.write_text(yaml.safe_dump({**shared, 'wls': 0, 'clip_mode': 'agc'}))
+    assert without_effect(check_phases(parse(path, '--amp', '--model-ema', '--mixup', '0.2', '--recount', '2'))) == [
+        '--temperature has no effect without SimCLR (-wls 0)', '--clip-mode has no effect without --clip-grad',
+        '--recount has no effect without --reprob', '--decay-rate has no effect with --sched cosine']
 
 
 @pytest.mark.parametrize('name', sorted(path.name for path in RECIPES.glob('*.yaml')))

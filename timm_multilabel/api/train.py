@@ -12,7 +12,7 @@ import torch.distributed as dist
 from timm_multilabel.api.arguments import Data, api_function, refuse_launched, train_values
 from timm_multilabel.api.processes import train_in_processes
 from timm_multilabel.api.training_run import TrainingRun
-from timm_multilabel.assembly.checks import check_phases
+from timm_multilabel.assembly.checks import check_phases, without_effect
 from timm_multilabel.assembly.device import start_device
 from timm_multilabel.assembly.phases import (
     BuiltPhase,
@@ -102,7 +102,7 @@ def run_training(settings: TrainSettings, signals: StopSignals | None = None) ->
                                 'another with --output and --experiment')
     with ExitStack() as stack:
         device = start_device(run.device)
-        for note in sorted(settings.notes):
+        for note in (*sorted(settings.notes), *without_effect(phases)):
             say(note)
         lock = stack.enter_context(closing(RunLock()))
         prepared = [prepare_phase(each, settings.config, device, say) for each in phases]

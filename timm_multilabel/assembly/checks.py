@@ -142,6 +142,39 @@ def _check_idle(settings: TrainSettings, pool: bool, given: Collection[str]) -> 
             raise SettingError(f'--{name.replace("_", "-")} would change nothing: {reason}; leave it out')
 
 
+def without_effect(phases: Collection[Phase]) -> list[str]:
+    """A line for each setting that was changed and has no effect in any phase, as what it belongs to is off."""
+    found = [_without_effect(phase.settings) for phase in phases]
+    return [f'--{name.replace("_", "-")} has no effect {reason}' for name, reason in found[0].items()
+            if all(name in each for each in found)]
+
+
+def _without_effect(settings: TrainSettings) -> dict[str, str]:
+    """Why, by name. They are not refused: a recipe may keep them for the day that the other is on."""
+    views, optimizer, sched = settings.augmentation, settings.optimizer, settings.schedule.sched
+    no_ema = not settings.backbone.model_ema and 'without --model-ema'
+    no_mixing = not (views.mixup or views.cutmix) and 'without --mixup or --cutmix'
+    no_erasing = not views.reprob and 'without --reprob'
+    reasons = {
+        'temperature': not settings.objective.simclr_loss_weight and 'without SimCLR (-wls 0)',
+        'model_ema_decay': no_ema,
+        'model_ema_warmup': no_ema,
+        'amp_dtype': not settings.run.amp and 'without --amp',
+        'clip_mode': optimizer.clip_grad is None and 'without --clip-grad',
+        'mixup_prob': no_mixing,
+        'mixup_mode': no_mixing,
+        'mixup_switch_prob': not (views.mixup and views.cutmix) and 'without both --mixup and --cutmix',
+        'remode': no_erasing,
+        'recount': no_erasing,
+        'warmup_lr': not settings.schedule.warmup_epochs and 'with --warmup-epochs 0',
+    }
+    reasons |= {name: sched not in scheds and f'with --sched {sched}' for name, scheds in (
+        ('patience_epochs', ('plateau',)), ('decay_milestones', ('multistep',)),
+        ('decay_epochs', ('step', 'wsd', 'rsqrt')), ('decay_rate', ('step', 'multistep', 'plateau', 'poly')))}
+    changed = settings.changed()
+    return {name: reason for name, reason in reasons.items() if reason and name in changed}
+
+
 def resolve_weights(settings: TrainSettings, data: Data, weights: dict[str, float]) -> dict[str, float]:
     """The weight of each head: `--head-weights`, or 1 / H each, and over them what `--head` says.
 
