@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -126,6 +127,11 @@ def table(everything: dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
+def name_of(facts: dict[str, Any]) -> str:
+    """What gpu.json is called in benchmarks/results/: the card and the date, 'nvidia-h200-2026-11-30.json'."""
+    return f'{re.sub(r"[^a-z0-9]+", "-", facts["card"].lower()).strip("-")}-{facts["date"][:10]}.json'
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f'{value:,.1f}' if abs(value) >= 100 else f'{value:.3g}'
@@ -166,7 +172,10 @@ def main(argv: Sequence[str]) -> None:
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the stage at work ends too
     stages = [name for name in STAGES if not args.only or name in args.only]
-    print('\n' + table(run(args.out, stages, args.minutes, environment(argv, args.commit), args.data)))
+    made = run(args.out, stages, args.minutes, environment(argv, args.commit), args.data)
+    print('\n' + table(made))
+    if not made['dry_run']:
+        print(f'\nTo keep it: cp {args.out / "gpu.json"} benchmarks/results/{name_of(made)}')
 
 
 if __name__ == '__main__':

@@ -538,9 +538,9 @@ def fork_table(sizes: Sizes) -> Cases:
     def case(flags: dict[str, Any], data: str, output: str) -> Figures:
         started = time.perf_counter()
         trained = timm_multilabel.train(data, **flags, output=output)
-        row = trained.summary.iloc[-1]
-        top1 = {str(name).removeprefix('eval_'): float(value) for name, value in row.items()
-                if str(name).startswith('eval_') and 'top1' in str(name)}
+        last = trained.summary.iloc[-1]
+        top1 = {str(name)[len('eval_'):]: float(value) for name, value in last.items()
+                if str(name).startswith('eval') and str(name).endswith('top1')}
         return {'seconds': time.perf_counter() - started, **top1}
 
     with TemporaryDirectory() as folder:

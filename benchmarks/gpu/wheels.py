@@ -29,7 +29,7 @@ ALONE = ('timm',)
 """Without what it needs: that is PyTorch, and what is downloaded anyway."""
 UNNEEDED = {
     'torch', 'torchvision', 'numpy', 'pillow', 'filelock', 'fsspec', 'typing-extensions',  # they come with PyTorch
-    'fonttools', 'hf-xet',  # imported by nothing that runs here
+    'hf-xet',  # imported by nothing that runs here
 }
 _UNNEEDED_FILES = re.compile(r'/tests/|^cv2/data/.*\.xml$|/sample_data/')
 _OWN_VERSION = ('torch', 'torchvision', 'opencv-python-headless')  # other than in constraints.txt
