@@ -1,7 +1,8 @@
 """What a machine with a GPU but without a network lacks to run `benchmarks.gpu`: wheels, and a subset of photos.
 
-The machine is x86-64 Linux with Python 3.12, PyTorch and torchvision. SciPy and scikit-learn, which need 45 MB, are not
-among the wheels, since no stage needs them. Wheels are compressed again, by LZMA, which makes them a third smaller.
+The machine is x86-64 Linux with Python 3.12, PyTorch and torchvision. SciPy and scikit-learn are not among the wheels:
+they are large, and no stage needs them. Wheels are compressed again, by LZMA, which takes two minutes and makes the
+largest a third smaller.
 """
 import re
 import shutil
@@ -22,8 +23,8 @@ from timm_multilabel.files import write_atomic
 ROOT = Path(__file__).parents[2]
 LIMIT = 60_000_000
 """Bytes of wheels and photos together."""
-PACKAGES = ('huggingface-hub', 'matplotlib', 'opencv-python-headless==4.10.0.84', 'pandas', 'psutil', 'pytest', 'pyyaml',
-            'safetensors', 'simplejpeg', 'tqdm')
+PACKAGES = ('huggingface-hub', 'matplotlib', 'opencv-python-headless==4.10.0.84', 'pandas', 'psutil', 'pytest',
+            'pyyaml', 'safetensors', 'simplejpeg', 'tqdm')
 """With all that they need. The lowest OpenCV that is allowed, since it is the smallest."""
 ALONE = ('timm',)
 """Without what it needs: that is PyTorch, and what is downloaded anyway."""
