@@ -552,7 +552,7 @@ def fork_table(sizes: Sizes) -> Cases:
         for run in (run for run in grid.runs if run.seed == grid.runs[0].seed and run.setting in grid.settings[:2]):
             flags = {**run.recipe, 'model': sizes.model, 'pretrained': False, 'input_size': [3, 80, 60], 'epochs': 2,
                      'warmup_epochs': 0, 'cooldown_epochs': 0, 'model_ema': False, 'workers': sizes.inputs[0][2][0],
-                     'device': sizes.device.type, 'seed': run.seed}
+                     'device': sizes.device.type, 'seed': run.seed, 'unknown_labels': 'ignore'}
             yield f'{run.setting}{", sample data" if sizes.data is None else ""}', attempt(case, flags, data, folder)
 
 
