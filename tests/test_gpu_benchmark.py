@@ -220,7 +220,8 @@ def photos(tmp_path):
 
 def test_what_a_machine_lacks_is_packed(index, photos, tmp_path, capsys):
     out = tmp_path / 'packed'
-    main.main(['--wheels', str(out), '--images', str(photos), '--rows', '4', '--has', 'Huggingface_Hub', 'psutil'])
+    main.main(['--wheels', str(out), '--images', str(photos), '--rows', '4', '--has', 'Huggingface_Hub', 'psutil',
+               '--commit', 'abc'])
     printed = capsys.readouterr().out
     made = {path.name.split('-')[0] for path in out.glob('*.whl')}
     assert {'timm', 'pandas', 'six', 'simplejpeg'} <= made
@@ -231,7 +232,8 @@ def test_what_a_machine_lacks_is_packed(index, photos, tmp_path, capsys):
         for path, color in (line.split(',') for line in lines):
             assert (out / 'data' / path).read_bytes() == bytes([int(color[1:])]) * 1000
     size = sum(path.stat().st_size for path in out.rglob('*') if path.is_file())
-    assert f'{size / 1e6:.1f} MB  together' in printed and f'--out gpu-results --data {out}/data' in printed
+    assert f'{size / 1e6:.1f} MB  together' in printed
+    assert f'--out gpu-results --commit abc --data {out}/data' in printed
 
     site = tmp_path / 'site'  # pip reads them
     subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-index', '--no-deps', '--target', str(site),

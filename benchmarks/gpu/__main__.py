@@ -48,7 +48,11 @@ def environment(argv: Sequence[str], commit: str | None) -> dict[str, Any]:
         'card': card, 'driver': driver, 'dry_run': not _has_cuda(), **versions,
         'python': platform.python_version(), 'cores': os.cpu_count(),
         'date': datetime.now(timezone.utc).isoformat(timespec='seconds'),
-        'commit': commit or _output(['git', '-C', str(ROOT), 'rev-parse', 'HEAD']) or 'unknown', 'argv': list(argv)}
+        'commit': commit or _commit(), 'argv': list(argv)}
+
+
+def _commit() -> str:
+    return _output(['git', '-C', str(ROOT), 'rev-parse', 'HEAD']) or 'unknown'
 
 
 def _output(command: Sequence[str]) -> str:
@@ -165,7 +169,7 @@ def main(argv: Sequence[str]) -> None:
         from benchmarks.gpu.wheels import pack
         from timm_multilabel.cli.main import guarded
         with guarded(parser.prog):
-            print(pack(args.wheels, args.has, args.images, args.rows))
+            print(pack(args.wheels, args.has, args.images, args.rows, args.commit or _commit()))
         return
     if args.table is not None:
         print(table(json.loads(args.table.read_text(encoding='utf-8'))))

@@ -5,6 +5,7 @@ they are large, and no stage needs them. Wheels are compressed again, by LZMA, w
 largest a third smaller.
 """
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,7 @@ _TAGS = [f'--platform=manylinux{version}_x86_64' for version in (
     *(f'_2_{minor}' for minor in range(28, 16, -1)), '2014', '_2_12', '2010', '_2_5', '1')]
 
 
-def pack(folder: Path, has: Collection[str], images: Path | None, rows: int | None) -> str:
+def pack(folder: Path, has: Collection[str], images: Path | None, rows: int | None, commit: str) -> str:
     """Make a folder with what the machine lacks; it appears whole or not at all.
 
     Args:
@@ -46,7 +47,8 @@ def pack(folder: Path, has: Collection[str], images: Path | None, rows: int | No
         has: Further packages that the machine has.
         images: A data directory, of which a subset is taken along as `folder / 'data'`: rows of its train.csv, and a
             quarter as many of its val.csv, drawn at random. Or a CSV from which both are drawn.
-        rows: Rows for training; all of a data directory by default.
+        rows: Rows for training; all by default.
+        commit: Of this checkout, for the command.
 
     Returns:
         The sizes, and the command to run there.
@@ -78,9 +80,9 @@ def pack(folder: Path, has: Collection[str], images: Path | None, rows: int | No
     return '\n'.join([
         *lines, f'{_megabytes(sum(sizes.values()) + photos)}  together', '',
         f'Copy this checkout and {folder} to the machine; then, in the checkout:', '',
-        f'python3 -m pip install --no-index --no-deps --target /tmp/site {folder}/*.whl &&',
-        'PYTHONPATH=/tmp/site python3 -m benchmarks.gpu --minutes 8 --out gpu-results'
-        + (f' --data {folder}/data' if photos else '')])
+        f'python3 -m pip install --no-index --no-deps --target /tmp/site {shlex.quote(str(folder))}/*.whl &&',
+        f'PYTHONPATH=/tmp/site python3 -m benchmarks.gpu --minutes 8 --out gpu-results --commit {commit[:9]}'
+        + (f' --data {shlex.quote(str(folder / "data"))}' if photos else '')])
 
 
 def download(folder: Path) -> None:
