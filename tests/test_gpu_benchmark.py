@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from importlib import metadata
 
 import psutil
@@ -111,6 +112,11 @@ def test_a_dry_run(tmp_path, capsys):
     assert 0 < of['step']['test_resnet']['joint/bare'] < 2
     assert [case.rpartition(': ')[2] for case in of['heads']] == ['3 heads', '40 heads', '200 heads']
     assert len(of['input']) == 3 and len(of['large_batch']) == 6 and len(of['throughput']) == 5
+    assert of['epoch']['ours']['seconds'] and ('not installed' in of['epoch']['lightly-train'].get('skipped', '')
+                                               or of['epoch']['lightly-train']['seconds'])
+    assert list(of['fork_table']) == ['labels alone, sample data', 'wls 0.1, projection 64, sample data']
+    assert all(set(run) == {'seconds', 'top1', 'color/top1', 'shape/top1', 'texture/top1'} and 0 <= run['top1'] <= 100
+               for run in of['fork_table'].values())
     assert printed.endswith(main.table(made) + '\n')
 
     main.main(['--table', str(tmp_path / 'gpu.json')])
@@ -130,6 +136,11 @@ def test_a_table():
         '| step | done | 80 | 110.0 |', '| input | no time left | 0 | 1 |', '',
         '| step | joint ms | at | skipped |', '| --- | --- | --- | --- |',
         '| a | 1,234.6 | x\\|y |  |', '| b |  |  | out of memory |']
+
+
+def test_the_name_of_a_result():
+    assert main.name_of({'card': 'NVIDIA H100 80GB HBM3', 'date': '2026-11-30T07:00:00+00:00'}) == (
+        'nvidia-h100-80gb-hbm3-2026-11-30.json')
 
 
 def test_no_time_is_left(tmp_path, capsys):
@@ -159,3 +170,97 @@ def test_it_needs_no_other_library_to_start():
     """So that it can say which is missing."""
     code = 'import sys, benchmarks.gpu.__main__; print({"torch", "numpy", "timm_multilabel"} & set(sys.modules))'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == 'set()\n'
+
+
+def make_wheel(folder, name, version, *needs):
+    """A wheel with a module and a test."""
+    package = name.replace('-', '_')
+    info = f'{package}-{version}.dist-info'
+    with zipfile.ZipFile(folder / f'{package}-{version}-py3-none-any.whl', 'w') as made:
+        made.writestr(f'{package}/__init__.py', '')
+        made.writestr(f'{package}/tests/test_it.py', '')
+        made.writestr(f'{info}/METADATA', '\n'.join(
+            ['Metadata-Version: 2.1', f'Name: {name}', f'Version: {version}',
+             *(f'Requires-Dist: {need}' for need in needs)]) + '\n')
+        made.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+        made.writestr(f'{info}/RECORD', ''.join(
+            f'{name},,\n' for name in [*made.namelist(), f'{info}/RECORD']))
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A folder that pip takes for all that it can download."""
+    from benchmarks.gpu.wheels import PACKAGES
+    folder = tmp_path / 'index'
+    folder.mkdir()
+    pins = dict(line.strip().split('==') for line in open(main.ROOT / 'constraints.txt') if '==' in line)
+    for package in PACKAGES:
+        name, _, version = package.partition('==')
+        make_wheel(folder, name, version or pins.get(name, '1.0'), *(['numpy', 'six'] if name == 'pandas' else []))
+    make_wheel(folder, 'timm', pins['timm'], 'torch')
+    make_wheel(folder, 'numpy', '2.0')
+    make_wheel(folder, 'six', '1.0')
+    monkeypatch.setenv('PIP_NO_INDEX', '1')
+    monkeypatch.setenv('PIP_FIND_LINKS', str(folder))
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A data directory of 8 rows for training and 4 for validation."""
+    folder = tmp_path / 'photos'
+    (folder / 'images').mkdir(parents=True)
+    for number in range(12):
+        (folder / f'images/{number}.jpg').write_bytes(bytes([number]) * 1000)
+    for split, numbers in (('train', range(8)), ('val', range(8, 12))):
+        rows = ''.join(f'images/{number}.jpg,c{number}\n' for number in numbers)
+        (folder / f'{split}.csv').write_text('image_path,color\n' + rows)
+    return folder
+
+
+def test_what_a_machine_lacks_is_packed(index, photos, tmp_path, capsys):
+    out = tmp_path / 'packed'
+    main.main(['--wheels', str(out), '--images', str(photos), '--rows', '4', '--has', 'Huggingface_Hub', 'psutil',
+               '--commit', 'abc'])
+    printed = capsys.readouterr().out
+    made = {path.name.split('-')[0] for path in out.glob('*.whl')}
+    assert {'timm', 'pandas', 'six', 'simplejpeg'} <= made
+    assert not made & {'numpy', 'torch', 'psutil', 'huggingface_hub'}
+    for split, rows in (('train', 4), ('val', 1)):
+        header, *lines = (out / f'data/{split}.csv').read_text().splitlines()
+        assert header == 'image_path,color' and len(lines) == rows
+        for path, color in (line.split(',') for line in lines):
+            assert (out / 'data' / path).read_bytes() == bytes([int(color[1:])]) * 1000
+    size = sum(path.stat().st_size for path in out.rglob('*') if path.is_file())
+    assert f'{size / 1e6:.1f} MB  together' in printed
+    assert f'--out gpu-results --commit abc --data {out}/data' in printed
+
+    site = tmp_path / 'site'  # pip reads them
+    subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-index', '--no-deps', '--target', str(site),
+                    *map(str, out.glob('timm-*.whl'))], check=True)
+    assert [path.name for path in (site / 'timm').iterdir() if path.suffix == '.py'] == ['__init__.py']
+    assert not (site / 'timm/tests').exists()
+
+    with pytest.raises(SystemExit, match='2'):
+        main.main(['--wheels', str(out)])
+    assert 'is there already' in capsys.readouterr().err
+
+
+def test_a_table_of_photos_is_split(photos, tmp_path):
+    from benchmarks.gpu.wheels import copy_photos
+    copy_photos(photos / 'train.csv', 4, tmp_path / 'made')
+    assert [len((tmp_path / f'made/{split}.csv').read_text().splitlines()) for split in ('train', 'val')] == [5, 2]
+
+
+def test_what_is_too_large_or_cannot_be_had_leaves_nothing(index, photos, tmp_path, monkeypatch, capsys):
+    from benchmarks.gpu import wheels
+    monkeypatch.setattr(wheels, 'LIMIT', 5_000)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match='2'):
+        main.main(['--wheels', str(tmp_path / 'packed'), '--images', str(photos)])
+    assert 'more than the 0.0 MB that are allowed' in capsys.readouterr().err
+    next(index.glob('pandas-*')).unlink()
+    with pytest.raises(SystemExit, match='2'):
+        main.main(['--wheels', str(tmp_path / 'packed')])
+    assert 'pip download failed: ERROR: ' in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before

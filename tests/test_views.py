@@ -8,7 +8,6 @@ import pytest
 import torch
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter, ImageOps
-from scipy.stats import ks_2samp
 from timm.data import create_transform
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import RandomResizedCrop
@@ -100,6 +99,7 @@ def test_crops_are_drawn_as_torchvision_draws_them(height, width):
     recipe = ViewRecipe((64, 64))
     top, left, h, w = many(recipe, height, width).box.double().unbind(1)
     assert (top >= 0).all() and (left >= 0).all() and (top + h <= height).all() and (left + w <= width).all()
+    from scipy.stats import ks_2samp  # here, since test_cuda.py needs this module where there is no SciPy
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
     params = torch.tensor([RandomResizedCrop.get_params(image, recipe.scale, recipe.ratio) for _ in range(N)]).double()

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from typing import Any
 from benchmarks.gpu.runner import run_stage
 
 ROOT = Path(__file__).parents[2]
-STAGES = {'tests': 120, 'nt_xent': 60, 'step': 110, 'heads': 40, 'input': 90, 'large_batch': 30, 'throughput': 30}
+STAGES = {'tests': 120, 'nt_xent': 60, 'step': 100, 'heads': 35, 'input': 80, 'large_batch': 25, 'throughput': 30,
+          'epoch': 60, 'fork_table': 60}
 """The stages, most telling first, with their shares of the time; what one leaves goes to those after it."""
 LEAST_SECONDS = 3
 """A stage with less time than that is not started."""
@@ -46,7 +48,11 @@ def environment(argv: Sequence[str], commit: str | None) -> dict[str, Any]:
         'card': card, 'driver': driver, 'dry_run': not _has_cuda(), **versions,
         'python': platform.python_version(), 'cores': os.cpu_count(),
         'date': datetime.now(timezone.utc).isoformat(timespec='seconds'),
-        'commit': commit or _output(['git', '-C', str(ROOT), 'rev-parse', 'HEAD']) or 'unknown', 'argv': list(argv)}
+        'commit': commit or _commit(), 'argv': list(argv)}
+
+
+def _commit() -> str:
+    return _output(['git', '-C', str(ROOT), 'rev-parse', 'HEAD']) or 'unknown'
 
 
 def _output(command: Sequence[str]) -> str:
@@ -65,7 +71,7 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def run(out: Path, stages: Sequence[str], minutes: float, facts: dict[str, Any]) -> dict[str, Any]:
+def run(out: Path, stages: Sequence[str], minutes: float, facts: dict[str, Any], data: Path | None) -> dict[str, Any]:
     """Run stages one after the other, with a line on each.
 
     Args:
@@ -73,6 +79,7 @@ def run(out: Path, stages: Sequence[str], minutes: float, facts: dict[str, Any])
         stages: Names of `STAGES`.
         minutes: For all of them together.
         facts: What `environment` says.
+        data: The data directory of the fork's table; drawn photos where there is none.
 
     Returns:
         What is in gpu.json: the facts, and 'stages' by name.
@@ -95,8 +102,9 @@ def run(out: Path, stages: Sequence[str], minutes: float, facts: dict[str, Any])
             result = {'status': 'no time left', 'seconds': 0.0, 'limit': round(max(0.0, limit), 1), 'cases': {}}
         else:
             print(f'{name}: up to {limit:.0f} s', flush=True)
-            result = run_stage('benchmarks.gpu.stages', 'run', name, facts['dry_run'], limit=limit, log=out / 'gpu.log',
-                               told=told, method='forkserver' if facts['dry_run'] else 'spawn')
+            result = run_stage(
+                'benchmarks.gpu.stages', 'run', name, facts['dry_run'], data and str(data.absolute()), limit=limit,
+                log=out / 'gpu.log', told=told, method='forkserver' if facts['dry_run'] else 'spawn')
         told(result)
         error = f' ({result["error"]})' if 'error' in result else ''
         print(f'{name}: {result["status"]}{error}, {result["seconds"]:.0f} s', flush=True)
@@ -123,6 +131,11 @@ def table(everything: dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
+def name_of(facts: dict[str, Any]) -> str:
+    """What gpu.json is called in benchmarks/results/: the card and the date, 'nvidia-h200-2026-11-30.json'."""
+    return f'{re.sub(r"[^a-z0-9]+", "-", facts["card"].lower()).strip("-")}-{facts["date"][:10]}.json'
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f'{value:,.1f}' if abs(value) >= 100 else f'{value:.3g}'
@@ -137,15 +150,36 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument('--only', nargs='+', choices=STAGES, metavar='STAGE', help=f'of {", ".join(STAGES)}')
     parser.add_argument('--commit', help='the commit of this copy, where git cannot tell')
     parser.add_argument('--table', type=Path, metavar='FILE.json', help='print the Markdown table of an earlier run')
+    parser.add_argument('--data', type=Path, metavar='DIR', help="data directory for the fork's table (default: drawn)")
+    parser.add_argument('--wheels', type=Path, metavar='DIR',
+                        help='run nothing; download into DIR what a machine without a network lacks')
+    parser.add_argument('--has', nargs='+', default=[], metavar='PACKAGE', help='packages that the machine has already')
+    parser.add_argument('--images', type=Path, metavar='PATH', help='take along photos of a data directory or a CSV')
+    parser.add_argument('--rows', type=int, metavar='N', help='photos to train on; a quarter as many to validate on')
     args = parser.parse_args(argv)
-    if args.table is None and args.out is None:
-        parser.error('name a folder with --out, or a file with --table')
+    if args.table is None and args.out is None and args.wheels is None:
+        parser.error('name a folder with --out or --wheels, or a file with --table')
+    if args.wheels is None and (args.images or args.has or args.rows):
+        parser.error('--images, --rows and --has go with --wheels')
+    if args.rows is not None and args.rows < 1:
+        parser.error(f'--rows {args.rows}: expected 1 or more')
+    if args.data is not None and not args.data.is_dir():
+        parser.error(f'--data {args.data}: no such folder')
+    if args.wheels is not None:
+        from benchmarks.gpu.wheels import pack
+        from timm_multilabel.cli.main import guarded
+        with guarded(parser.prog):
+            print(pack(args.wheels, args.has, args.images, args.rows, args.commit or _commit()))
+        return
     if args.table is not None:
         print(table(json.loads(args.table.read_text(encoding='utf-8'))))
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the stage at work ends too
     stages = [name for name in STAGES if not args.only or name in args.only]
-    print('\n' + table(run(args.out, stages, args.minutes, environment(argv, args.commit))))
+    made = run(args.out, stages, args.minutes, environment(argv, args.commit), args.data)
+    print('\n' + table(made))
+    if not made['dry_run']:
+        print(f'\nTo keep it: cp {args.out / "gpu.json"} benchmarks/results/{name_of(made)}')
 
 
 if __name__ == '__main__':

@@ -16,7 +16,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -55,6 +55,7 @@ class Sizes:
         rounds: Samples of a figure.
         seconds: Of a sample, about.
         tests: Which tests, as pytest's -k; all when empty.
+        data: The data directory of the fork's table; drawn photos where there is none.
     """
     device: torch.device
     models: tuple[str, ...]
@@ -69,6 +70,7 @@ class Sizes:
     rounds: int
     seconds: float
     tests: str = ''
+    data: str | None = None
 
     @property
     def model(self) -> str:
@@ -479,11 +481,87 @@ def throughput(sizes: Sizes) -> Cases:
             yield f'{name}, {len(rows):,} files, {processes} processes', {'images/s': rate, 'of_bare': rate / bare}
 
 
-def run(stage: str, dry: bool) -> Cases:
+def epoch(sizes: Sizes) -> Cases:
+    """A SimCLR epoch of the same backbone, photos and batch: ours, and lightly-train's where it is installed.
+
+    Of each, three epochs less one, halved: what a training takes at its ends drops out. A first one warms up.
+    """
+    import timm
+
+    import timm_multilabel
+    from benchmarks import train
+    size, shape, (workers, *_) = sizes.inputs[0]
+    batch = min(4 * sizes.photos, sizes.count)
+
+    def ours(folder: str, output: str, epochs: int) -> None:
+        timm_multilabel.train(
+            folder, model=sizes.model, img_size=size, batch_size=batch, workers=workers, epochs=epochs,
+            warmup_epochs=0, cooldown_epochs=0, simclr_loss_weight=1, classification_loss_weight=0, amp=True,
+            amp_dtype='bfloat16', device=sizes.device.type, output=output)
+
+    def lightly_train(folder: str, output: str, epochs: int) -> None:
+        import lightly_train
+        lightly_train.pretrain(
+            out=output, data=f'{folder}/images', model=timm.create_model(sizes.model),
+            method='simclr', epochs=epochs, batch_size=batch, num_workers=workers, devices=1, precision='bf16-mixed',
+            accelerator='gpu' if sizes.cuda else 'cpu', transform_args={'image_size': (size, size)})
+
+    def case(train_epochs: Callable[[str, str, int], None], folder: str) -> Figures:
+        taken = {}
+        for number, epochs in enumerate((1, 1, 3)):
+            started = time.perf_counter()
+            train_epochs(folder, f'{folder}/{train_epochs.__name__}-{number}', epochs)
+            taken[epochs] = time.perf_counter() - started
+        seconds = (taken[3] - taken[1]) / 2
+        return {'images/s': sizes.count / seconds, 'seconds': seconds}
+
+    with TemporaryDirectory() as folder:
+        args = flags_of(train, '--count', str(sizes.count), '--photo-size', *map(str, shape))
+        train.write_photos(Path(folder), args)
+        mine = attempt(case, ours, folder)
+        yield 'ours', mine
+        theirs = attempt(case, lightly_train, folder)
+        if 'seconds' in mine and 'seconds' in theirs:
+            theirs['ours/theirs'] = mine['images/s'] / theirs['images/s']
+        yield 'lightly-train', theirs
+
+
+def fork_table(sizes: Sizes) -> Cases:
+    """Two passes of runs of `experiments/fork-table` at 60x80, without ImageNet weights: accuracies in percent.
+
+    Weights are not averaged, since an average over 10,000 steps says nothing of so few.
+    """
+    import timm_multilabel
+    from timm_multilabel.assembly.grid_file import read_grid
+    grid = read_grid(ROOT / 'experiments' / 'fork-table' / 'grid.yaml')
+
+    def case(flags: dict[str, Any], data: str, output: str) -> Figures:
+        started = time.perf_counter()
+        trained = timm_multilabel.train(data, **flags, output=output)
+        last = trained.summary.iloc[-1]
+        top1 = {str(name)[len('eval_'):]: float(value) for name, value in last.items()
+                if str(name).startswith('eval') and str(name).endswith('top1')}
+        return {'seconds': time.perf_counter() - started, **top1}
+
+    with TemporaryDirectory() as folder:
+        data = sizes.data
+        if data is None:
+            data = f'{folder}/sample'
+            few = {} if sizes.cuda else {'train': 32, 'val': 16, 'unlabelled': 0}
+            timm_multilabel.sample(data, **few)
+        for run in (run for run in grid.runs if run.seed == grid.runs[0].seed and run.setting in grid.settings[:2]):
+            flags = {**run.recipe, 'model': sizes.model, 'pretrained': False, 'input_size': [3, 80, 60], 'epochs': 2,
+                     'warmup_epochs': 0, 'cooldown_epochs': 0, 'model_ema': False, 'workers': sizes.inputs[0][2][0],
+                     'device': sizes.device.type, 'seed': run.seed, 'unknown_labels': 'ignore'}
+            yield f'{run.setting}{", sample data" if sizes.data is None else ""}', attempt(case, flags, data, folder)
+
+
+def run(stage: str, dry: bool, data: str | None = None) -> Cases:
     """The cases of a stage; with tiny sizes on the CPU where it is a dry run."""
     if dry:
         torch.set_num_threads(1)  # as tests have it, beside which it may run
     torch.backends.cudnn.benchmark = not dry  # as in training
     torch.manual_seed(0)
-    stages = {each.__name__: each for each in (tests, nt_xent, step, heads, input, large_batch, throughput)}
-    return stages[stage](DRY if dry else FULL)
+    stages = {each.__name__: each for each in (
+        tests, nt_xent, step, heads, input, large_batch, throughput, epoch, fork_table)}
+    return stages[stage](replace(DRY if dry else FULL, data=data))

@@ -3,6 +3,7 @@ import base64
 import warnings
 from collections.abc import Callable, Sequence
 from io import BytesIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -11,7 +12,9 @@ from PIL import Image
 
 from timm_multilabel.data.images import read_photo
 from timm_multilabel.errors import UserError
-from timm_multilabel.reports.calibration import Reliability
+
+if TYPE_CHECKING:  # since it imports SciPy, which takes a second, and a run draws only its curves
+    from timm_multilabel.reports.calibration import Reliability
 
 _DPI = 110
 _SIDE = 96  # pixels of a thumbnail's longer side
@@ -72,7 +75,7 @@ class Thumbnails:
             return ''
 
 
-def reliability_figure(found: Reliability) -> Figure:
+def reliability_figure(found: 'Reliability') -> Figure:
     """A reliability diagram: what came true by what was said, with 95 % intervals, and how many said so."""
     figure = Figure(figsize=(4.6, 4.6), layout='constrained')
     axes, counts = figure.subplots(2, sharex=True, height_ratios=(3, 1))
