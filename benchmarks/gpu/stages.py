@@ -351,31 +351,16 @@ def host_waits(steps: 'Steps') -> Figures:
 def heads(sizes: Sizes) -> Cases:
     """A step of training with 200 and 40 softmax heads of 8 classes against one with 3, in turns."""
     from benchmarks import step as steps_module
-    from benchmarks.step import Steps
-    steps = 20 if sizes.cuda else 1
-
-    def case(model: str, size: int) -> dict[int, list[float]]:
-        args = flags_of(steps_module, '--model', model, '--img-size', str(size), '--photos', str(sizes.photos))
-        trainings = {count: Training(Steps(args, sizes.precision(), {f'head_{n}': 8 for n in range(count)}))
-                     for count in (3, 40, 200)}
-        found: dict[int, list[float]] = {count: [] for count in trainings}
-        for round_ in range(-1, sizes.rounds):
-            for count, training in trainings.items():
-                seconds = training.seconds(steps)
-                if round_ >= 0:
-                    found[count].append(seconds)
-        return found
-
     for model, size in sizes.heads:
+        args = flags_of(
+            steps_module, '--model', model, '--img-size', str(size), '--photos', str(sizes.photos),
+            '--heads', '3', '40', '200', '--rounds', str(sizes.rounds), '--warmup', '1', '--steps', str(20 if sizes.cuda else 1))
         what = f'{model}, {size} px, {sizes.photos} photos'
-        figures = attempt(lambda model=model, size=size: {'found': case(model, size)})
-        if 'found' not in figures:
-            yield what, figures
-            continue
-        for count, seconds in figures['found'].items():
-            yield f'{what}: {count} heads', {
-                'ms': 1000 * statistics.median(seconds),
-                'times_3_heads': statistics.median(a / b for a, b in zip(seconds, figures['found'][3]))}
+        metrics = attempt(steps_module.by_heads, args, sizes.precision())
+        if metrics.keys() & {'skipped', 'error'}:
+            yield what, metrics
+        else:
+            yield from ((f'{what}: {name}', its) for name, its in metrics.items())
 
 
 def input(sizes: Sizes) -> Cases:
