@@ -354,7 +354,8 @@ def heads(sizes: Sizes) -> Cases:
     for model, size in sizes.heads:
         args = flags_of(
             steps_module, '--model', model, '--img-size', str(size), '--photos', str(sizes.photos),
-            '--heads', '3', '40', '200', '--rounds', str(sizes.rounds), '--warmup', '1', '--steps', str(20 if sizes.cuda else 1))
+            '--heads', '3', '40', '200', '--rounds', str(sizes.rounds), '--warmup', '1',
+            '--steps', str(20 if sizes.cuda else 1))
         what = f'{model}, {size} px, {sizes.photos} photos'
         metrics = attempt(steps_module.by_heads, args, sizes.precision())
         if metrics.keys() & {'skipped', 'error'}:
