@@ -82,6 +82,8 @@ BAD_FLAGS = [
     (['--std', '0'], 'out of range'),
     (['--interpolation', 'foo'], 'invalid choice'),
     (['--crop-pct', '1e-9'], 'out of range'),
+    (['--crop-pct', '10', '--img-size', '8'], 'out of the range'),  # 8 pixels of less than one
+    (['--crop-mode', 'pad'], 'invalid choice'),
     (['--torchcompile', 'foo'], '--torchcompile foo'),
     (['--device', 'meta'], '--device meta'),
     (['--model', 'test_vit', '--img-size', '33'], '--model test_vit'),

@@ -57,7 +57,7 @@ def create_model(
         if numbers and len(numbers) not in (1, 3):
             raise SettingError(f'--{name} takes 1 or 3 numbers, not {len(numbers)}')
     wishes = {'mean': wanted.mean, 'std': wanted.std, 'interpolation': settings.augmentation.interpolation,
-              'crop_pct': settings.augmentation.crop_pct}
+              'crop_pct': settings.augmentation.crop_pct, 'crop_mode': settings.augmentation.crop_mode}
     data_config = resolve_data_config({**size, **wishes}, model=backbone)
     for name in ('input_size', 'mean', 'std'):
         data_config[name] = list(data_config[name])  # as YAML and checkpoints hold it
