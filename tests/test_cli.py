@@ -98,6 +98,8 @@ BAD_FLAGS = [
     (['-wls', '0', '--cache', 'device'], 'the views here are timm'),
     (['--cache', 'ram', '--cache-dir', 'x'], 'there is no --cache disk'),
     (['--layer-decay', '0.7', '--sched', 'none'], '--sched constant'),
+    (['--lora', '0'], 'out of range'),
+    (['-wls', '0', '--lora', '4', '--freeze-backbone'], '--lora trains adapters in the backbone'),
     (['--layer-decay', '1e30'], 'out of range'),  # of several layers its power would be infinite
     (['-wlc', '0', '--heads', 'color'], '--heads would change nothing: -wlc 0 trains no heads'),
     (['-b', '13'], '12 rows do not fill a batch of 13'),

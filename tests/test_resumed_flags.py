@@ -54,6 +54,7 @@ FLAGS = [  # the run that goes on, its new flags, and what the refusal or the li
     ('simclr', '--input-size 3 48 48', 'Conflicting input image sizes'),
     ('simclr', '--model test_byobnet', MISFIT), ('simclr', '--projection-dim 8', MISFIT),
     ('simclr', '--layer-decay 0.7', MISFIT), ('plain', '--freeze-backbone', MISFIT),
+    ('simclr', '--lora 2', MISFIT if importlib.util.find_spec('peft') else 'peft is not installed'),
     ('adamw', '--opt-kwargs amsgrad=True', 'its settings keep max_exp_avg_sq, which the file has not'),
     ('simclr', '--sync-bn', '--sync-bn needs CUDA'), ('simclr', '--device meta', '--device meta: cannot be used'),
     ('simclr', '--unlabelled images', 'all of its images are labelled or scored elsewhere'),

@@ -66,7 +66,7 @@ def create_model(
             f'--img-size, --crop-pct, --mean, --std: {data_config} is out of the range that a checkpoint may hold')
     alone = try_out(wanted.model, backbone, data_config['input_size'])
     if alone and data.batch_size + data.pool_batch_size == 1 and has_one_view(settings) and not (
-            wanted.freeze_backbone or wanted.sync_bn):
+            wanted.freeze_backbone or wanted.lora or wanted.sync_bn):
         raise SettingError(
             f'-b 1: {wanted.model} has batch norm that sees one number a channel of one image of '
             f'{"x".join(map(str, data_config["input_size"]))}, and no statistics come of that; raise -b or --img-size')

@@ -155,6 +155,8 @@ def _build(
     task.metadata['eval_metric'] = metric
     if start is not None:
         say(start_from(task, start, start.best_weights))
+    if settings.backbone.lora:
+        say(task.add_adapters(settings.backbone.lora, data_config['input_size']))
     setup_ema_and_compile(settings.backbone, task)
     optimizer_step, length = create_optimizer_step(
         settings.optimizer, settings.schedule, task, precision, data.steps, metric, say)

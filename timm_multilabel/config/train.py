@@ -81,6 +81,11 @@ class ModelSettings(Settings):
     model_kwargs: dict[str, Any] = setting(
         {}, 'extra arguments for the model', nargs='*', metavar='K=V', read=keywords)
     freeze_backbone: bool = switch('train only the heads; batch norm statistics are frozen too; needs -wls 0')
+    lora: int | None = setting(
+        None,
+        'train the heads, and in the frozen backbone adapters of this rank on linear layers and convolutions (LoRA; '
+        "needs the extra 'lora')",
+        number(int, least=1, most=1024), metavar='RANK')
     grad_checkpointing: bool = switch('recompute activations in the backward pass to save memory')
     channels_last: bool = switch('use the channels-last memory layout')
     torchcompile: str | None = setting(
