@@ -105,7 +105,7 @@ def test_only_adapters_and_heads_learn():
     """The backbone's weights and the statistics of its batch norm stay as they are."""
     task, before, _ = adapted('test_efficientnet')
     optimizer = create_optimizer(task, 'adamw', lr=0.01, weight_decay=0.1, layer_decay=0.5)
-    assert sorted({group['lr_scale'] for group in optimizer.param_groups if 'lr_scale' in group})[-1] <= 1.0
+    assert len({group['lr_scale'] for group in optimizer.param_groups if 'lr_scale' in group}) > 3
     task.train()
     for _ in range(2):
         optimizer.zero_grad()
