@@ -236,6 +236,14 @@ def test_a_checkpoint_whose_adapters_do_not_fit(run, tmp_path):
         load_model(read_checkpoint(tmp_path / 'x.pth.tar'), 'plain')
 
 
+@pytest.mark.parametrize('flags', [['--lora', '2'], ['--freeze-backbone']])
+def test_a_frozen_backbone_of_random_weights(data_dir, tmp_path, capsys, flags):
+    if '--lora' in flags:
+        pytest.importorskip('peft')
+    train_run(data_dir, tmp_path, '-wls', '0', *flags, epochs=1)
+    assert f'{flags[0]}: the backbone has random weights and keeps them; start it from --pre' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('layer', [
     nn.Conv2d(3, 3, 1, groups=3), nn.Conv2d(3, 3, 3, dilation=2), ScaledStdConv2d(3, 3, 1), nn.ReLU()])
 def test_a_backbone_without_a_layer_for_adapters(layer):
