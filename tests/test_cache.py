@@ -70,7 +70,9 @@ def batch(photos, views=VIEWS, count=2):
 
 @pytest.mark.parametrize('kind', ['ram', 'disk'])
 @pytest.mark.parametrize('views', [VIEWS, OpenCVViews([ViewRecipe((16, 16), scale=(0.5, 1.0))]),
-                                   eval_views((16, 16), 'bicubic', 0.9, 'center')], ids=['two', 'large', 'eval'])
+                                   eval_views((16, 16), 'bicubic', 0.9, 'center'),
+                                   eval_views((16, 16), 'bicubic', 1.0, 'border')],
+                         ids=['two', 'large', 'eval', 'borders'])
 def test_cache_equals_no_cache_to_the_byte(photos_dir, kind, views):
     count = len(getattr(views, 'recipes', [0]))
     cached = opened(photos_dir, kind, views)

@@ -82,6 +82,8 @@ BAD_FLAGS = [
     (['--std', '0'], 'out of range'),
     (['--interpolation', 'foo'], 'invalid choice'),
     (['--crop-pct', '1e-9'], 'out of range'),
+    (['--crop-pct', '10', '--img-size', '8'], 'out of the range'),  # 8 pixels of less than one
+    (['--crop-mode', 'pad'], 'invalid choice'),
     (['--torchcompile', 'foo'], '--torchcompile foo'),
     (['--device', 'meta'], '--device meta'),
     (['--model', 'test_vit', '--img-size', '33'], '--model test_vit'),
@@ -96,6 +98,8 @@ BAD_FLAGS = [
     (['-wls', '0', '--cache', 'device'], 'the views here are timm'),
     (['--cache', 'ram', '--cache-dir', 'x'], 'there is no --cache disk'),
     (['--layer-decay', '0.7', '--sched', 'none'], '--sched constant'),
+    (['--lora', '0'], 'out of range'),
+    (['-wls', '0', '--lora', '4', '--freeze-backbone'], '--lora trains adapters in the backbone'),
     (['--layer-decay', '1e30'], 'out of range'),  # of several layers its power would be infinite
     (['-wlc', '0', '--heads', 'color'], '--heads would change nothing: -wlc 0 trains no heads'),
     (['-b', '13'], '12 rows do not fill a batch of 13'),

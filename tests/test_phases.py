@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from common import assert_same_summary, train_settings, write_data
+from common import TINY, assert_same_summary, train_run, train_settings, write_data
 
 from timm_multilabel.assembly.checks import check_phases, without_effect
 from timm_multilabel.assembly.grid_file import read_grid
@@ -322,7 +322,8 @@ def test_recipes_are_read(name):
     assert all(each.data_dir == 'data' for each in flags)
     weights = {'fashion.yaml': [(0.1, 0.9)], 'first-run.yaml': [(0.1, 0.9)],
                'cs492.yaml': [(1, 0), (1, 100)], 'cs492-arcface.yaml': [(1, 0), (1, 100)],
-               'sample.yaml': [(0.5, 0), (0.2, 0.8), (0, 1)], 'recommended.yaml': [(1, 0), (0, 1)]}
+               'sample.yaml': [(0.5, 0), (0.2, 0.8), (0, 1)], 'recommended.yaml': [(1, 0), (0, 1)],
+               'fine-tune.yaml': [(0, 1)] * 2}
     assert [(each.simclr_loss_weight, each.classification_loss_weight) for each in flags] == weights[name]
 
 
@@ -366,6 +367,21 @@ def test_the_recipe_for_the_sample_data(tmp_path):
     summary = pd.read_csv(tmp_path / 'run' / 'summary.csv')
     assert summary['phase'].tolist() == ['simclr'] * 2 + ['joint'] * 3 + ['heads']
     assert summary['eval_top1'].notna().sum() == 4 and (tmp_path / 'run' / 'model_best.pth.tar').is_file()
+
+
+def test_the_recipe_for_fine_tuning_trains_the_heads_and_then_all(data_dir, tmp_path):
+    """From a checkpoint. The statistics of a frozen batch norm are frozen too; layer decay applies to what is not."""
+    start = state(train_run(data_dir, tmp_path / 'start', '-wls', '0', epochs=1) / 'last.pth.tar')['state_dict']
+    go(data_dir, '-c', RECIPES / 'fine-tune.yaml', '--no-pretrained', *TINY, '--epochs', '1', '--output', tmp_path,
+       '--initial-checkpoint', tmp_path / 'start' / 'run' / 'last.pth.tar', '--experiment', 'run')
+    heads, whole = (state(tmp_path / 'run' / name / 'last.pth.tar') for name in ('1-heads', ''))
+    for name, value in start.items():
+        of_backbone = name.startswith('backbone.')
+        assert torch.equal(heads['state_dict'][name], value) == of_backbone, name
+        assert not torch.equal(whole['state_dict'][name], value), name
+    assert len(heads['optimizer']['state']) == 4  # weight and bias of two heads
+    scales = {group['lr_scale'] for group in whole['optimizer']['param_groups'] if 'lr_scale' in group}
+    assert len(scales) > 3 and max(scales) == 1
 
 
 @pytest.mark.slow

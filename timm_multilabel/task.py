@@ -10,10 +10,12 @@ from timm.utils import unwrap_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from timm_multilabel.compat import BatchNorm
 from timm_multilabel.config.train import ObjectiveSettings, UnlabelledSettings
 from timm_multilabel.distributed import sum_over_ranks, world
 from timm_multilabel.gradient_cache import run_with_gradient_cache
 from timm_multilabel.heads import Head, group_heads, losses_of_heads
+from timm_multilabel.lora import add_adapters
 from timm_multilabel.losses import nt_xent_loss
 from timm_multilabel.metrics import MultiLabelEvaluator
 from timm_multilabel.model import MultiLabelModel, Projector
@@ -69,11 +71,16 @@ class JointModule(nn.Module):
         self.model = model
         self.projector = projector
         self.classify, self.project, self.freeze_backbone = classify, project, freeze_backbone
+        self.adapted = False  # the backbone is frozen but for adapters in it
 
     def train(self, mode: bool = True) -> 'JointModule':
         super().train(mode)
         if self.freeze_backbone:
             self.model.backbone.eval()
+        if self.adapted:
+            for module in self.model.backbone.modules():
+                if isinstance(module, BatchNorm):
+                    module.eval()
         return self
 
     def no_weight_decay(self) -> set[str]:
@@ -199,6 +206,23 @@ class JointTask(TrainingTask):
     def heads(self) -> dict[str, Head]:
         """The heads by name."""
         return self.joint_module.model.named_heads
+
+    def add_adapters(self, rank: int, input_size: list[int]) -> str:
+        """Train low-rank adapters in place of the backbone's own weights; call it before EMA, `compile` and optimizer.
+
+        Args:
+            rank: See `lora.add_adapters`.
+            input_size: 3, H, W of an image.
+
+        Returns:
+            A line on them.
+
+        Raises:
+            SettingError: peft cannot be imported, or no layer can have an adapter.
+        """
+        line = add_adapters(self.joint_module.model.backbone, rank, input_size)
+        self.joint_module.adapted = True
+        return line
 
     def start_epoch(self, epoch: int) -> None:
         """Set what changes with the epoch (from 0): the ramp of the entropies."""

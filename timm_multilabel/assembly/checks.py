@@ -12,6 +12,7 @@ from timm_multilabel.data.remarks import can_be_scored
 from timm_multilabel.errors import SettingError, UserError, listed
 from timm_multilabel.heads import Head
 from timm_multilabel.labels import LabelSpace
+from timm_multilabel.lora import check_peft
 from timm_multilabel.metric_names import earlier_name, of_head
 from timm_multilabel.metrics import MEANS, default_metric
 from timm_multilabel.task import resolve_head_weights
@@ -79,6 +80,11 @@ def check_settings(settings: TrainSettings, given: Collection[str]) -> None:
     _check_idle(settings, pool, given)
     if backbone.freeze_backbone and objective.simclr_loss_weight:
         raise SettingError('--freeze-backbone trains the heads alone, and SimCLR the backbone: pass -wls 0 with it')
+    if backbone.lora:
+        if backbone.freeze_backbone:
+            raise SettingError(
+                '--lora trains adapters in the backbone, and --freeze-backbone nothing of it; leave one of them out')
+        check_peft()
     mixing = views.mixup or views.cutmix
     if mixing and (pool or any(options.get('loss', 'softmax') != 'softmax' for options in settings.data.head.values())):
         raise SettingError('--mixup and --cutmix mix the labels of classes; leave them out with other heads or a pool')

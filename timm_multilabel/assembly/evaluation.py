@@ -5,7 +5,6 @@ import torch
 
 from timm_multilabel.assembly.device import loader_options
 from timm_multilabel.assembly.splits import Splits, read_stored
-from timm_multilabel.assembly.views import scoring_views
 from timm_multilabel.config.train import DataSettings
 from timm_multilabel.data.images import FilePhotos
 from timm_multilabel.data.split_names import check_folder, find_split
@@ -18,6 +17,7 @@ from timm_multilabel.loading.loaders import create_eval_loader
 from timm_multilabel.loading.streaming import StreamedBatches, create_stream_loader
 from timm_multilabel.log import Say
 from timm_multilabel.training.checkpoint import Checkpoint
+from timm_multilabel.views.pillow import scoring_views
 
 
 def splits_of_checkpoint(

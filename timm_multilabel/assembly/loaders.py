@@ -9,7 +9,7 @@ import torch
 
 from timm_multilabel.assembly.data import Data
 from timm_multilabel.assembly.device import loader_options
-from timm_multilabel.assembly.views import PhotoViews, make_mixup, scoring_views, train_views, weak_first
+from timm_multilabel.assembly.views import PhotoViews, make_mixup, train_views, weak_first
 from timm_multilabel.config.train import DataSettings, TrainSettings
 from timm_multilabel.data.images import FilePhotos, Photos
 from timm_multilabel.data.streams import StreamedRows
@@ -24,6 +24,7 @@ from timm_multilabel.loading.shared import format_size
 from timm_multilabel.loading.streaming import create_stream_loader
 from timm_multilabel.log import Say
 from timm_multilabel.views.opencv import OpenCVViews
+from timm_multilabel.views.pillow import scoring_views
 
 
 @dataclass(frozen=True)

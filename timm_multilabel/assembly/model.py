@@ -57,7 +57,7 @@ def create_model(
         if numbers and len(numbers) not in (1, 3):
             raise SettingError(f'--{name} takes 1 or 3 numbers, not {len(numbers)}')
     wishes = {'mean': wanted.mean, 'std': wanted.std, 'interpolation': settings.augmentation.interpolation,
-              'crop_pct': settings.augmentation.crop_pct}
+              'crop_pct': settings.augmentation.crop_pct, 'crop_mode': settings.augmentation.crop_mode}
     data_config = resolve_data_config({**size, **wishes}, model=backbone)
     for name in ('input_size', 'mean', 'std'):
         data_config[name] = list(data_config[name])  # as YAML and checkpoints hold it
@@ -66,7 +66,7 @@ def create_model(
             f'--img-size, --crop-pct, --mean, --std: {data_config} is out of the range that a checkpoint may hold')
     alone = try_out(wanted.model, backbone, data_config['input_size'])
     if alone and data.batch_size + data.pool_batch_size == 1 and has_one_view(settings) and not (
-            wanted.freeze_backbone or wanted.sync_bn):
+            wanted.freeze_backbone or wanted.lora or wanted.sync_bn):
         raise SettingError(
             f'-b 1: {wanted.model} has batch norm that sees one number a channel of one image of '
             f'{"x".join(map(str, data_config["input_size"]))}, and no statistics come of that; raise -b or --img-size')

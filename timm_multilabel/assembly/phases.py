@@ -155,7 +155,14 @@ def _build(
     task.metadata['eval_metric'] = metric
     if start is not None:
         say(start_from(task, start, start.best_weights))
-    setup_ema_and_compile(settings.backbone, task)
+    backbone = settings.backbone
+    if (backbone.lora or backbone.freeze_backbone) and start is None and checkpoint is None and not (
+            backbone.pretrained or backbone.pretrained_path):
+        say(f'{"--lora" if backbone.lora else "--freeze-backbone"}: the backbone has random weights and keeps them; '
+            'start it from --pretrained, --pretrained-path or --initial-checkpoint')
+    if backbone.lora:
+        say(task.add_adapters(backbone.lora, data_config['input_size']))
+    setup_ema_and_compile(backbone, task)
     optimizer_step, length = create_optimizer_step(
         settings.optimizer, settings.schedule, task, precision, data.steps, metric, say)
     progress = TrainingProgress(0)

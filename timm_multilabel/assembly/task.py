@@ -74,7 +74,8 @@ def create_task(
 def _check_micro_batch(settings: TrainSettings, model: MultiLabelModel, data: Data) -> None:
     """Raise UserError where batch norm would have to take its statistics from one input."""
     images, micro_batch = data.batch_size + data.pool_batch_size, settings.run.micro_batch
-    if micro_batch is None or micro_batch >= images or settings.backbone.freeze_backbone or not has_one_view(settings):
+    frozen = settings.backbone.freeze_backbone or settings.backbone.lora
+    if micro_batch is None or micro_batch >= images or frozen or not has_one_view(settings):
         return
     least = images // -(-images // micro_batch)
     if least == 1 and any(isinstance(module, BatchNorm) for module in model.modules()):

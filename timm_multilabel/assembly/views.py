@@ -7,7 +7,7 @@ from timm.data import Mixup
 from timm_multilabel.config.train import AugmentationSettings, TrainSettings
 from timm_multilabel.errors import SettingError
 from timm_multilabel.views.opencv import OpenCVViews
-from timm_multilabel.views.pillow import PillowViews, Transform, eval_views, exact_transform, timm_transform
+from timm_multilabel.views.pillow import PillowViews, Transform, exact_transform, timm_transform
 from timm_multilabel.views.recipe import ViewRecipe, weak_recipe
 
 PhotoViews = OpenCVViews | PillowViews
@@ -94,13 +94,6 @@ def train_views(
     transform = (_timm_transform(views, data_config) if kind == 'timm' else
                  exact_transform(view_recipe(views, data_config)))
     return PillowViews([exact_transform(weak) if weak_first else transform] + [transform] * (count - 1), weak.size)
-
-
-def scoring_views(data_config: dict[str, Any]) -> PillowViews:
-    """What resizes and crops images in evaluation, as timm's data config says."""
-    height, width = data_config['input_size'][-2:]
-    return eval_views(
-        (height, width), data_config['interpolation'], data_config['crop_pct'], data_config['crop_mode'])
 
 
 def _timm_transform(views: AugmentationSettings, data_config: dict[str, Any]) -> Transform:

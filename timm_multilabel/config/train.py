@@ -81,6 +81,11 @@ class ModelSettings(Settings):
     model_kwargs: dict[str, Any] = setting(
         {}, 'extra arguments for the model', nargs='*', metavar='K=V', read=keywords)
     freeze_backbone: bool = switch('train only the heads; batch norm statistics are frozen too; needs -wls 0')
+    lora: int | None = setting(
+        None,
+        'train the heads, and in the frozen backbone adapters of this rank on linear layers and convolutions (LoRA; '
+        "needs the extra 'lora')",
+        number(int, least=1, most=1024), metavar='RANK')
     grad_checkpointing: bool = switch('recompute activations in the backward pass to save memory')
     channels_last: bool = switch('use the channels-last memory layout')
     torchcompile: str | None = setting(
@@ -180,7 +185,14 @@ class AugmentationSettings(Settings):
         None, "interpolation of the resize in evaluation (default: the model's own)",
         choices=('nearest', 'bilinear', 'bicubic', 'lanczos'))
     crop_pct: float | None = setting(
-        None, "center crop fraction in evaluation (default: the model's own)", number(least=0.1, most=10), metavar='X')
+        None, "share of height and width that evaluation keeps of the resized image (default: the model's own)",
+        number(least=0.1, most=10), metavar='X')
+    crop_mode: str | None = setting(
+        None,
+        'what evaluation sees of an image of another shape than the input: its middle (center), all of it in another '
+        'aspect ratio (squash), or all of it with borders (border); with --crop-pct 1 nothing else is cut off '
+        "(default: the model's own, mostly center)",
+        choices=('center', 'squash', 'border'))
     mixup: float = setting(0.0, 'mixup alpha; needs -wls 0', at_least_0, metavar='A')
     cutmix: float = setting(0.0, 'cutmix alpha; needs -wls 0', at_least_0, metavar='A')
     mixup_prob: float = setting(1.0, 'probability of mixing when mixup or cutmix is on', fraction, metavar='P')

@@ -16,7 +16,7 @@ from timm_multilabel.files import read_text, reading
 from timm_multilabel.loading.batches import ImageDataset
 from timm_multilabel.loading.loaders import create_eval_loader
 from timm_multilabel.training.checkpoint import Checkpoint
-from timm_multilabel.views.pillow import eval_views
+from timm_multilabel.views.pillow import scoring_views
 
 COUNT = 16
 """Images at most."""
@@ -87,10 +87,8 @@ def read_images(checkpoint: Checkpoint, paths: Sequence[str]) -> torch.Tensor:
         which=np.zeros(len(paths), dtype=np.int8),
     )
     config = checkpoint.data_config
-    views = eval_views(
-        tuple(config['input_size'][-2:]), config['interpolation'], config['crop_pct'], config['crop_mode'])
     loader = create_eval_loader(
-        ImageDataset(rows, FilePhotos(rows), views), len(paths), mean=tuple(config['mean']), std=tuple(config['std']),
-        device=torch.device('cpu'), workers=0)
+        ImageDataset(rows, FilePhotos(rows), scoring_views(config)), len(paths), mean=tuple(config['mean']),
+        std=tuple(config['std']), device=torch.device('cpu'), workers=0)
     images: torch.Tensor = next(iter(loader))[0]
     return (images if len(images) > 1 else images.repeat(2, 1, 1, 1)).contiguous()

@@ -20,7 +20,7 @@ from timm_multilabel.loading.loaders import create_eval_loader
 from timm_multilabel.model import MultiLabelModel, Projector
 from timm_multilabel.training.checkpoint import Checkpoint, load_model
 from timm_multilabel.training.trainer import Precision
-from timm_multilabel.views.pillow import eval_views
+from timm_multilabel.views.pillow import scoring_views
 
 
 class Progress(Protocol):
@@ -82,9 +82,7 @@ class LoadedModel:
             keep_bad: Let a black picture stand in for an image that cannot be decoded, and note it in
                 `ImageDataset.bad`; else the first such image raises UserError.
         """
-        config = self.checkpoint.data_config
-        views = eval_views(
-            tuple(config['input_size'][-2:]), config['interpolation'], config['crop_pct'], config['crop_mode'])
+        views = scoring_views(self.checkpoint.data_config)
         part = ImageDataset(rows, FilePhotos(rows) if photos is None else photos, views)
         return part.skip_bad(stand_in=missing_row(self.model.label_space)) if keep_bad else part
 

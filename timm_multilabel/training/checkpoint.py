@@ -18,6 +18,7 @@ from torch import nn
 from timm_multilabel.errors import CheckpointError, UserError, is_utf8
 from timm_multilabel.heads import REGISTRY, Head, default_kind
 from timm_multilabel.labels import Labels, LabelSpace
+from timm_multilabel.lora import merge_adapters
 from timm_multilabel.metric_names import earlier_name
 from timm_multilabel.model import MultiLabelModel, create_backbone
 from timm_multilabel.model_names import is_from_elsewhere
@@ -64,7 +65,18 @@ class Checkpoint:
         return self.state.get('best_weights') or ('ema' if WEIGHTS['ema'] in self.state else 'plain')
 
     def weights(self, kind: str) -> dict[str, torch.Tensor]:
-        """The weights of backbone and heads, 'plain' or 'ema'.
+        """The weights of backbone and heads, 'plain' or 'ema', with adapters merged into them.
+
+        Raises:
+            CheckpointError: The checkpoint has no such weights, or an adapter does not fit its layer.
+        """
+        try:
+            return merge_adapters(self.unmerged_weights(kind))
+        except ValueError as error:
+            raise CheckpointError(f'{self.path}: {error}; use another checkpoint') from error
+
+    def unmerged_weights(self, kind: str) -> dict[str, torch.Tensor]:
+        """The weights as training has them, which goes on with its adapters.
 
         Raises:
             CheckpointError: The checkpoint has no such weights.
@@ -314,11 +326,11 @@ def resume(
                 f'{checkpoint.path}: trained with --{name.replace("_", "-")} {theirs}, not {ours}; resume with that, '
                 'or start anew with --initial-checkpoint')
     try:
-        task.load_checkpoint_state(checkpoint.weights('plain'), state.get('task_state'))
+        task.load_checkpoint_state(checkpoint.unmerged_weights('plain'), state.get('task_state'))
         if task.has_ema():
             kind = 'ema' if state.get(WEIGHTS['ema']) is not None else 'plain'
             projector = state.get('task_state_ema' if kind == 'ema' else 'task_state')
-            task.load_checkpoint_state(checkpoint.weights(kind), projector, ema=True)
+            task.load_checkpoint_state(checkpoint.unmerged_weights(kind), projector, ema=True)
         load_optimizer(optimizer_step.optimizer, state['optimizer'])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = ' '.join(str(error).split())[:200]

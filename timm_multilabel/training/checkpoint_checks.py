@@ -37,7 +37,7 @@ def is_data_config(value: Any) -> bool:
         and len(mean) == len(std) == 3 and all(map(_is_number, (*mean, *std)))
         and all(abs(each) <= 1e4 for each in mean) and all(1e-4 <= each <= 1e4 for each in std)
         and _is_number(value['crop_pct']) and 0.1 <= value['crop_pct'] <= 10
-        and max(size[1:]) / value['crop_pct'] <= _LARGEST_RESIZED
+        and min(size[1:]) / value['crop_pct'] >= 1 and max(size[1:]) / value['crop_pct'] <= _LARGEST_RESIZED
         and value['interpolation'] in _INTERPOLATIONS and value['crop_mode'] in _CROP_MODES)
 
 

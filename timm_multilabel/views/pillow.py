@@ -1,6 +1,7 @@
 """Views through Pillow and torchvision: timm's policies as they are, SimCLR's recipe to the letter, evaluation."""
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -8,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
-from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.data import IMAGENET_DEFAULT_MEAN, create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation, ResizeKeepRatio
 from torch.utils.data import get_worker_info
 from torchvision import transforms
 
@@ -105,22 +106,50 @@ def _rotations(degrees: float) -> list[Transform]:
     return [transforms.RandomRotation(degrees, interpolation=bilinear)] if degrees else []
 
 
-def eval_views(size: tuple[int, int], interpolation: str, crop_pct: float, crop_mode: str) -> PillowViews:
+def scoring_views(data_config: Mapping[str, Any]) -> PillowViews:
+    """What resizes and crops images in evaluation, as timm's data config says."""
+    height, width = data_config['input_size'][-2:]
+    return eval_views(
+        (height, width), data_config['interpolation'], data_config['crop_pct'], data_config['crop_mode'],
+        data_config['mean'])
+
+
+def eval_views(
+        size: tuple[int, int],
+        interpolation: str,
+        crop_pct: float,
+        crop_mode: str,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+) -> PillowViews:
     """timm's evaluation transform for an image size (H, W): resize and crop, nothing random.
 
     Bilinear and bicubic resizing is the one of the training views (`crop_and_resize`), which is Pillow's, only faster.
+
+    Args:
+        size: (H, W) of what it gives.
+        interpolation: Of the resize.
+        crop_pct: The share of the resized image, in height and width, that is kept of it.
+        crop_mode: 'center' resizes the shorter edge and keeps the middle, 'squash' resizes each edge, and 'border'
+            resizes the longer edge and puts borders around it.
+        mean: Of each channel, for pixels of 0 to 1: the color of the borders.
     """
     steps = create_transform(
         size, is_training=False, use_prefetcher=True, interpolation=interpolation, crop_pct=crop_pct,
-        crop_mode=crop_mode).transforms[:-1]
-    trim = [partial(_trim, _LONGEST * max(size) / min(size))] if crop_mode == 'center' else []
+        crop_mode=crop_mode, mean=tuple(min(max(value, 0.0), 1.0) for value in mean)).transforms[:-1]
+    longest = {
+        'center': _LONGEST * max(size) / min(size),
+        'squash': math.inf,
+        'border': max(1, math.floor(min(size) / crop_pct)),  # so that a pixel is left of its shorter edge
+    }[crop_mode]
+    trim = [partial(_trim, longest)]
     return PillowViews([transforms.Compose([*trim, *(_quicker(step) for step in steps)])], size, random=False)
 
 
 def _trim(longest: float, image: Image.Image) -> Image.Image:
-    """The middle of a very long or very high image, whose shorter edge is resized, and whose middle alone is kept.
+    """The middle of a very long or very high image.
 
-    A line of 1 x 65,535 pixels would otherwise grow to 224 x 14,679,840.
+    A line of 1 x 65,535 pixels, whose shorter edge is resized to 224, would otherwise grow to 224 x 14,679,840; with
+    borders around it, it would shrink to nothing.
     """
     short, long = sorted(image.size)
     if long <= longest * short:
@@ -132,30 +161,33 @@ def _trim(longest: float, image: Image.Image) -> Image.Image:
 
 def _quicker(step: Transform) -> Transform:
     modes = {transforms.InterpolationMode.BILINEAR: False, transforms.InterpolationMode.BICUBIC: True}
-    if isinstance(step, transforms.Resize) and step.interpolation in modes:
-        return _Resize(step.size, modes[step.interpolation])
+    if isinstance(step, transforms.Resize | ResizeKeepRatio) and step.interpolation in modes:
+        return _Resize(step, modes[step.interpolation])
     return step
 
 
 class _Resize:
-    """torchvision's Resize of PIL images, by `crop_and_resize`.
+    """torchvision's or timm's resizing of PIL images, by `crop_and_resize`.
 
     Args:
-        size: (H, W), or the length of the shorter edge.
+        step: The transform that it is in place of; its size is (H, W), or the length of the shorter edge.
         bicubic: Not bilinear.
     """
 
-    def __init__(self, size: int | Sequence[int], bicubic: bool):
-        self.size, self.bicubic = size, bicubic
+    def __init__(self, step: transforms.Resize | ResizeKeepRatio, bicubic: bool):
+        self.step, self.bicubic = step, bicubic
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        height, width = image.height, image.width
-        if isinstance(self.size, int):
+        height, width, size = image.height, image.width, self.step.size
+        shape: Sequence[int]
+        if isinstance(self.step, ResizeKeepRatio):
+            shape = self.step.get_params(image, size, self.step.longest)
+        elif isinstance(size, int):
             short, long = min(height, width), max(height, width)
-            edges = self.size, int(self.size * long / short)
-            shape: Sequence[int] = edges if height <= width else edges[::-1]
+            edges = size, int(size * long / short)
+            shape = edges if height <= width else edges[::-1]
         else:
-            shape = self.size
+            shape = size
         out = np.empty((*shape, 3), np.uint8)
         crop_and_resize(np.asarray(image), (0, 0, height, width), out, self.bicubic)
         return Image.fromarray(out)
