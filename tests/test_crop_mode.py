@@ -86,8 +86,8 @@ def run(tmp_path_factory):
         pixels[:, :4] = np.asarray(Image.open(path))[0, 0]  # the color to learn
         Image.fromarray(pixels).save(path)
     with redirect_stdout(StringIO()) as said:
-        made = train_run(data, folder / 'out', '-wls', '0', '--crop-mode', 'border', '--crop-pct', '1', '--mean', '0.25',
-                         '--std', '0.5', '--cache', 'ram', epochs=1)
+        made = train_run(data, folder / 'out', '-wls', '0', '--crop-mode', 'border', '--crop-pct', '1', '--mean',
+                         '0.25', '--std', '0.5', '--cache', 'ram', epochs=1)
     assert said.getvalue().count('evaluation puts borders around images, which training does not show') == 1
     return made
 
