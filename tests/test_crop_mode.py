@@ -1,4 +1,7 @@
 """What evaluation sees of a photo of another shape than the input, in training and wherever a checkpoint is used."""
+from contextlib import redirect_stdout
+from io import StringIO
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -82,8 +85,11 @@ def run(tmp_path_factory):
         pixels = portrait(16, 32)
         pixels[:, :4] = np.asarray(Image.open(path))[0, 0]  # the color to learn
         Image.fromarray(pixels).save(path)
-    return train_run(data, folder / 'out', '-wls', '0', '--crop-mode', 'border', '--crop-pct', '1', '--mean', '0.25',
-                     '--std', '0.5', '--cache', 'ram', epochs=1)
+    with redirect_stdout(StringIO()) as said:
+        made = train_run(data, folder / 'out', '-wls', '0', '--crop-mode', 'border', '--crop-pct', '1', '--mean',
+                         '0.25', '--std', '0.5', '--cache', 'ram', epochs=1)
+    assert said.getvalue().count('evaluation puts borders around images, which training does not show') == 1
+    return made
 
 
 def test_checkpoints_see_what_training_evaluated(run):

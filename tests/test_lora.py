@@ -10,6 +10,7 @@ from timm.layers import ScaledStdConv2d
 from torch import nn
 
 import timm_multilabel as tm
+from timm_multilabel.cli.main import run_command
 from timm_multilabel.errors import SettingError, UserError
 from timm_multilabel.lora import add_adapters, merge_adapters
 from timm_multilabel.model import MultiLabelModel, create_backbone
@@ -225,6 +226,25 @@ def test_checkpoints_are_used_without_peft(run, tmp_path, monkeypatch):
     assert exported is not None and (tmp_path / 'export' / 'backbone.safetensors').is_file()
     go_on = train_run(data, tmp_path, '-wls', '0', '--initial-checkpoint', str(path), epochs=1)
     assert not any('lora' in name for name in read_checkpoint(go_on / 'last.pth.tar').state['state_dict'])
+
+
+def test_phases_start_from_merged_adapters(run, tmp_path):
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text('simclr_loss_weight: 0\nopt: adamw\nphases:\n- {name: heads, epochs: 1, freeze_backbone: true}\n'
+                      '- {name: first, epochs: 1, lora: 2}\n- {name: second, epochs: 1, lora: 1}\n')
+    command = ['-c', recipe, '--initial-checkpoint', run / 'start' / 'run' / 'last.pth.tar', '--output', tmp_path]
+    run_command('train', 'train.py', [str(word) for word in (
+        run / 'data', '--model', 'test_resnet', '--img-size', 32, '-b', 4, '-j', 0, '--device', 'cpu', '--experiment',
+        'run', *command)])
+    heads, first, second = (read_checkpoint(tmp_path / 'run' / name / 'last.pth.tar')
+                            for name in ('1-heads', '2-first', ''))
+    for before, after in ((heads, first), (first, second)):
+        theirs, changed = after.unmerged_weights('plain'), 0
+        for name, value in before.weights('plain').items():
+            if name.startswith('backbone.'):
+                assert torch.equal(theirs[base_name(name, theirs)], value), name
+                changed += not torch.equal(after.weights('plain')[name], value)
+        assert changed == 15
 
 
 def test_a_checkpoint_whose_adapters_do_not_fit(run, tmp_path):

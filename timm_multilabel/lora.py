@@ -24,9 +24,9 @@ def add_adapters(backbone: nn.Module, rank: int, input_size: list[int]) -> str:
     """Freeze a backbone, and let it learn a low-rank update of each linear layer and each convolution.
 
     A layer of weight W computes with W + B A, where A and B have `rank` rows and columns, and B begins with zeros (Hu
-    et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", with alpha equal to the rank). Without one stay
-    grouped convolutions, which have few weights, dilated ones, which peft does not know, and layers that transform
-    their weight or are not called as modules, whose update could not be merged.
+    et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", with alpha equal to the rank). Some layers get no
+    adapter: grouped convolutions have few weights, dilated ones are not known to peft, and the update could not be
+    merged where a layer transforms its weight or is not called as a module.
 
     Args:
         backbone: A timm model; it is changed in place.

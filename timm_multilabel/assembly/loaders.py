@@ -118,6 +118,9 @@ def create_loaders(
         mixup = make_mixup(augmentation, sum(data.label_space.sizes))
         train = MixedBatches(train, mixup, data.label_space, run.seed, rank)
     if data.eval_rows is not None:
+        if data_config['crop_mode'] == 'border':
+            say('--crop-mode border: evaluation puts borders around images, which training does not show; compare with '
+                '--crop-mode center and squash')
         resized, size = scoring_views(data_config), run.validation_batch_size or run.micro_batch or run.batch_size
         if isinstance(data.eval_rows, StreamedRows):
             evaluation = streaming = create_stream_loader(
