@@ -10,7 +10,7 @@ from timm.utils import unwrap_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_multilabel.config.train import ObjectiveSettings, UnlabelledSettings
+from timm_multilabel.config.train import ObjectiveSettings, TeacherSettings, UnlabelledSettings
 from timm_multilabel.distributed import sum_over_ranks, world
 from timm_multilabel.gradient_cache import run_with_gradient_cache
 from timm_multilabel.heads import Head, group_heads, losses_of_heads
@@ -42,6 +42,23 @@ class Pool:
         weights = (self.entropy_weight, self.marginal_entropy_weight, self.pseudo_label_weight)
         if any(weights) and not self.batch_size:
             raise ValueError('entropy and pseudo-labels are of unlabelled images, and there are none')
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What heads learn from teachers.
+
+    Args:
+        heads: The heads that are taught, in the order of the answers.
+        weight: Weight of the loss against them.
+        temperature: Divides the logits of both.
+        of_views: View-major images (V * B, 3, H, W), as the model gets them, -> answers (V * B, S); None where each row
+            of the targets ends with those of its image.
+    """
+    heads: tuple[str, ...]
+    weight: float = TeacherSettings.teacher_weight
+    temperature: float = TeacherSettings.teacher_temperature
+    of_views: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 class JointModule(nn.Module):
@@ -99,6 +116,7 @@ class JointTask(TrainingTask):
     - marginal_entropy: minus the entropy of the mean prediction there, likewise over heads.
     - pseudo_label: likewise, the mean over them of the loss of the second view against what the first view, seen by the
       EMA weights where there are any, is taken for; images below the threshold count as zero.
+    - teacher: over all images, the sum over the heads that are taught of w_h times the mean of `Head.teacher_loss`.
 
     Terms of weight 0 are not computed. Without SimCLR there is no projector (but where a head reads projections) and,
     without pseudo-labels too, batches have one view; without classification the heads stay as they are. With several
@@ -114,6 +132,7 @@ class JointTask(TrainingTask):
         head_weights: Weights w_h by head; 1 / H each when None.
         first_view_only: Classify the first view only (not both).
         pool: The unlabelled images.
+        teaching: What the heads learn from teachers, if anything.
         freeze_backbone: Train the heads alone, on a backbone (and projector) that stays as it is.
         micro_batch: The most images that go through the model at once, for batches larger than the memory; see
             `run_with_gradient_cache`. All when None.
@@ -138,6 +157,7 @@ class JointTask(TrainingTask):
             head_weights: dict[str, float] | None = None,
             first_view_only: bool = False,
             pool: Pool = Pool(),  # noqa: B008 (frozen)
+            teaching: Teaching | None = None,
             freeze_backbone: bool = False,
             micro_batch: int | None = None,
             metadata: dict[str, Any] | None = None,
@@ -150,6 +170,8 @@ class JointTask(TrainingTask):
             raise ValueError('the weights of SimCLR and of classification are both 0: there is nothing to train')
         if freeze_backbone and simclr_weight:
             raise ValueError('SimCLR trains the backbone, which is frozen')
+        if teaching is not None and not classification_weight:
+            raise ValueError('teachers teach heads, and no head is trained')
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f'a micro-batch has 1 image or more, not {micro_batch}')
         self.label_space = model.label_space
@@ -157,7 +179,7 @@ class JointTask(TrainingTask):
         self.classification_weight = classification_weight
         self.temperature = temperature
         self.micro_batch = micro_batch
-        self.pool = pool
+        self.pool, self.teaching = pool, teaching
         self.ramp = 1.0
         self.views = 2 if simclr_weight or pool.pseudo_label_weight else 1
         self.first_view_only = first_view_only and self.views == 2
@@ -187,6 +209,7 @@ class JointTask(TrainingTask):
             'entropy': self.pool.entropy_weight,
             'marginal_entropy': self.pool.marginal_entropy_weight,
             'pseudo_label': self.pool.pseudo_label_weight,
+            'teacher': self.teaching is not None,
         }
         return 'simclr', 'classification', *(name for name, weight in weights.items() if weight)
 
@@ -283,12 +306,21 @@ class JointTask(TrainingTask):
 
         Args:
             input: View-major images (V * B, 3, H, W); the last images of each view are the pool's.
-            target: Targets (V * B, W) as `LabelSpace.split` takes them.
+            target: Targets (V * B, W) as `LabelSpace.split` takes them; those of teachers' answers (V * B, S) after
+                them, see `Teaching`.
 
         Returns:
             'loss', its weighted terms '<term>_loss' (see `terms`; zero where off), 'head_losses' (H,) unweighted,
             'output' and 'target' of the classified rows by head, and with pseudo-labels 'pseudo_label_shares' (H,).
         """
+        answers = None
+        if self.teaching is not None:
+            if self.teaching.of_views is None:
+                width = sum(labels.width for labels in self.label_space.heads)
+                target, answers = target[:, :width], target[:, width:]
+            else:
+                answers = torch.cat([
+                    self.teaching.of_views(part) for part in input.split(self.micro_batch or len(input))])
         outputs, projections = run_with_gradient_cache(self.trainable_module, input, self.views, self.micro_batch)
         losses = {term: torch.zeros((), device=input.device) for term in self.terms}
         result: dict[str, Any] = {'head_losses': losses['simclr'].expand(len(self.label_space.heads))}
@@ -306,6 +338,8 @@ class JointTask(TrainingTask):
                 losses |= self._entropies(outputs)
             if self.pool.pseudo_label_weight:
                 losses['pseudo_label'], result['pseudo_label_shares'] = self._pseudo_labels(input, outputs)
+            if self.teaching is not None and answers is not None:
+                losses['teacher'] = self._taught(self.teaching, outputs, answers)
         result['loss'] = sum(losses.values())
         return result | {f'{term}_loss': loss.detach() for term, loss in losses.items()}
 
@@ -348,6 +382,20 @@ class JointTask(TrainingTask):
                     total = total + weight * getattr(head, term)(torch.cat(self._unlabelled(outputs[name]))).mean()
             losses[term] = self.ramp * weights[term] * total
         return losses
+
+    def _taught(
+            self,
+            teaching: Teaching,
+            outputs: dict[str, torch.Tensor],
+            answers: torch.Tensor,
+    ) -> torch.Tensor:
+        """The term of the teachers' answers (V * B, S)."""
+        heads = self.heads
+        weights = dict(zip(heads, self._weights, strict=True))
+        parts = answers.split([heads[name].labels.outputs for name in teaching.heads], dim=1)
+        losses = [weights[name] * heads[name].teacher_loss(outputs[name], answer, teaching.temperature).mean()
+                  for name, answer in zip(teaching.heads, parts, strict=True)]
+        return teaching.weight * torch.stack(losses).sum()
 
     def _pseudo_labels(
             self,

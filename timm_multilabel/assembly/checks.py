@@ -7,7 +7,7 @@ import torch
 from timm_multilabel.assembly.data import Data
 from timm_multilabel.assembly.pool import wants_pool
 from timm_multilabel.assembly.views import which_views
-from timm_multilabel.config.train import Phase, TrainSettings
+from timm_multilabel.config.train import Phase, TeacherSettings, TrainSettings
 from timm_multilabel.data.remarks import can_be_scored
 from timm_multilabel.errors import SettingError, UserError, listed
 from timm_multilabel.heads import Head
@@ -50,7 +50,7 @@ def check_phases(settings: TrainSettings) -> list[Phase]:
 def _without_heads(settings: TrainSettings) -> TrainSettings:
     """A phase of SimCLR alone without what the recipe, or the command line, says of heads for all phases."""
     of_heads = ('head', 'heads', 'head_weights', 'eval_metric', 'entropy_weight', 'marginal_entropy_weight',
-                'pseudo_label_weight', 'classify_views')
+                'pseudo_label_weight', 'classify_views', *TeacherSettings.settings())
     known = settings.settings()
     return settings.replace(**{name: known[name].default for name in of_heads})
 
@@ -86,6 +86,9 @@ def check_settings(settings: TrainSettings, given: Collection[str]) -> None:
         raise SettingError(
             '--mixup and --cutmix make one picture of two photos, which SimCLR would take for one photo: '
             'pass -wls 0 with them')
+    if mixing and settings.teaching.teacher:
+        raise SettingError(
+            '--mixup and --cutmix mix photos, and teachers are asked about one photo: leave them out with --teacher')
     if mixing and run.batch_size % 2:
         raise SettingError(f'-b {run.batch_size}: --mixup and --cutmix mix pairs, so they need an even batch')
     if views.aa and views.views in ('simclr', 'simclr-exact'):
@@ -124,7 +127,7 @@ def _check_idle(settings: TrainSettings, pool: bool, given: Collection[str]) -> 
     changed, of_pool = settings.changed(), settings.pool
     of_heads = dict.fromkeys(
         ('head', 'heads', 'head_weights', 'classify_views', 'eval_metric', 'entropy_weight', 'marginal_entropy_weight',
-         'pseudo_label_weight', 'labelled_rows'),
+         'pseudo_label_weight', 'labelled_rows', 'teacher'),
         '' if settings.objective.classification_loss_weight else '-wlc 0 trains no heads')
     reasons = {
         **of_heads,
@@ -134,7 +137,10 @@ def _check_idle(settings: TrainSettings, pool: bool, given: Collection[str]) -> 
         and 'there is no entropy weight to ramp up',
         'weak_first_view': not (settings.objective.simclr_loss_weight or of_pool.pseudo_label_weight)
         and 'there is one view an image',
-        'cache_dir': settings.data.cache != 'disk' and 'there is no --cache disk',
+        'cache_dir': settings.data.cache != 'disk' and (
+            not settings.teaching.teacher or settings.teaching.teacher_views) and 'there is no --cache disk',
+        **dict.fromkeys(('teacher_weight', 'teacher_temperature', 'teacher_views'),
+                        not settings.teaching.teacher and 'there is no --teacher'),
         'pseudo_label_threshold': not of_pool.pseudo_label_weight and 'there is no --pseudo-label-weight',
     }
     for name, reason in reasons.items():
