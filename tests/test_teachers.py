@@ -189,9 +189,9 @@ def test_a_resumed_run_reads_or_makes_them_again_to_the_same_result(place, teach
     lines = (data / 'train.csv').read_text().splitlines()
     (data / 'train.csv').write_text('\n'.join([*lines[:7], *(line.split(',')[0] + ',,' for line in lines[7:])]) + '\n')
     flags = ['-wls', '0', '--teacher', teachers[0], '--cache-dir', str(tmp_path / 'cache')]
-    whole = train_run(data, tmp_path / 'whole', *flags, epochs=3)
+    whole = train_run(data, tmp_path / 'whole', *flags)
     assert '12 images to train on, 6' in capsys.readouterr().out
-    train_run(data, tmp_path / 'part', *flags, '--checkpoint-steps', '1', epochs=3)
+    train_run(data, tmp_path / 'part', *flags)
     assert 'teacher: reads the predictions on 12 images' in capsys.readouterr().out
     shutil.rmtree(tmp_path / 'cache')
     part = tmp_path / 'part' / 'run'
@@ -215,18 +215,18 @@ def test_two_ranks_share_the_work_and_the_file(place, teachers, tmp_path):
     assert found[1] == pytest.approx(found[0], rel=2e-3)
 
 
-def test_caches_give_the_same_answers_as_files(place, teachers, tmp_path):
-    """On the device the targets lie beside the images."""
-    flags = ['--views', 'simclr', '--reprob', '0', '--unlabelled', str(place / 'pool')]
-    losses = [pd.read_csv(learn(place, tmp_path / kind, teachers[:1], *flags, '--cache', kind, epochs=1) /
-                          'summary.csv')['teacher_loss'][0] for kind in ('ram', 'device')]
-    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0] > 0
+def test_teachers_with_images_on_the_device(place, teachers, tmp_path):
+    """Targets lie beside the images; test_cache compares them."""
+    run = learn(place, tmp_path, teachers[:1], '--views', 'simclr', '--unlabelled', str(place / 'pool'), '--cache',
+                'device', epochs=1)
+    assert pd.read_csv(run / 'summary.csv')['teacher_loss'][0] > 0
 
 
 def test_teachers_are_asked_for_views_in_their_size_and_normalisation(teachers):
     loaded = [LoadedModel.of(read_checkpoint(teacher), 'best', Precision(torch.device('cpu')), load_registry(None))
               for teacher in teachers]
-    loaded[0].checkpoint.data_config |= {'mean': [0.2] * 3, 'std': [0.4] * 3}
+    loaded[0].checkpoint.state['data_config'] |= {
+        'mean': [0.2] * 3, 'std': [0.4] * 3, 'interpolation': 'bicubic'}
     views = torch.rand(3, 3, 40, 40)
     asked = Teachers(loaded, SPACE, [0.5] * 3, [0.5] * 3)
     answers = asked.of_views((views - 0.5) / 0.5)
@@ -247,8 +247,8 @@ def test_views_need_no_file(place, teachers, tmp_path):
 
 
 def test_a_student_of_a_good_teacher_and_a_pool_beats_labels_alone(tmp_path):
-    """Plain pictures of three colors, of which three have labels: one of them a wrong one."""
-    data = write_data(tmp_path / 'data', train=48, val=24)
+    """Plain pictures of three colors; of six labels four are wrong."""
+    data = write_data(tmp_path / 'data', train=24, val=12)
     table = pd.read_csv(data / 'train.csv')
     for split in ('train', 'val'):
         pd.read_csv(data / f'{split}.csv').drop(columns='shape').to_csv(data / f'{split}.csv', index=False)
@@ -257,12 +257,12 @@ def test_a_student_of_a_good_teacher_and_a_pool_beats_labels_alone(tmp_path):
     few = table[['image_path', 'color']].head(6).copy()
     few['color'] = ['green', 'blue', 'red', 'red', 'green', 'blue']
     few.to_csv(data / 'few.csv', index=False)
-    base = [*base, '--train-split', str(data / 'few.csv'), '--epoch-steps', '12']
+    base = [*base, '--train-split', str(data / 'few.csv'), '--epoch-steps', '16']
     table[['image_path']].to_csv(data / 'pool.csv', index=False)
-    alone = train_run(data, tmp_path / 'alone', *base, epochs=3)
+    alone = train_run(data, tmp_path / 'alone', *base, epochs=2)
     student = train_run(data, tmp_path / 'student', *base, '--unlabelled', 'pool', '--unlabelled-batch-size', '8',
                         '--teacher', str(teacher / 'model_best.pth.tar'), '--teacher-weight', '4',
-                        '--cache-dir', str(tmp_path / 'cache'), epochs=3)
+                        '--cache-dir', str(tmp_path / 'cache'), epochs=2)
     scores = [pd.read_csv(run / 'summary.csv')['eval_top1'].iloc[-1] for run in (teacher, alone, student)]
     assert scores[0] == 100 and scores[2] == 100 and scores[1] < 70
 
