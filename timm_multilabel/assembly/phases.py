@@ -162,8 +162,8 @@ def _build(
     teachers, teaching = None, None
     if settings.teaching.teacher:
         found = find_teachers(settings.teaching.teacher, earlier, made)
-        taught = taught_heads(settings, model.named_heads, found, say)
-        if not rehearsal:
+        taught = taught_heads(settings, data, model.named_heads, found, say)
+        if all(teacher.checkpoint is not None for teacher in found):
             teachers = load_teachers(settings, data, data_config, found, taught, precision, say)
         teaching = create_teaching(settings.teaching, taught, teachers)
     task = create_task(settings, model, data, data_config, weights, precision.device, teaching)
@@ -177,8 +177,10 @@ def _build(
     if checkpoint is not None:
         progress = resume(checkpoint, task, optimizer_step, data.steps)
     soft_labels = []
-    if teachers is not None and not settings.teaching.teacher_views:
+    if teachers is not None and not settings.teaching.teacher_views and not rehearsal:
         soft_labels = make_soft_labels(settings, data, teachers, say)
+        del teachers
+        free_memory(precision.device)
     loaders = create_loaders(
         settings, data, data_config, task.views, precision.device, say, not rehearsal, soft_labels)
     if checkpoint is not None:

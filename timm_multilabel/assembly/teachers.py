@@ -85,6 +85,7 @@ def find_teachers(
 
 def taught_heads(
         settings: TrainSettings,
+        data: Data,
         heads: Mapping[str, Head],
         teachers: Sequence[Teacher],
         say: Say,
@@ -93,7 +94,11 @@ def taught_heads(
 
     Raises:
         CheckpointError: There is none, or a teacher has other classes for one.
+        SettingError: The training rows are streamed, and nothing can be kept for them.
     """
+    if isinstance(data.train_rows, StreamedRows) and not settings.teaching.teacher_views:
+        raise SettingError(
+            f'--teacher: nothing is kept of shards, such as {data.train_rows.source}; pass --teacher-views')
     theirs = {labels.name for teacher in teachers for labels in teacher.label_space.heads}
     taught = [head.labels for name, head in heads.items() if name in theirs and head.can_be_taught]
     said = ', '.join(teacher.name for teacher in teachers)
@@ -199,11 +204,9 @@ def make_soft_labels(
     one machine share the work and the file.
 
     Raises:
-        UserError: Training rows are streamed, an image is bad and such are not left out, or the file cannot be written.
+        UserError: An image is bad and such are not left out, or the file cannot be written.
     """
-    if isinstance(data.train_rows, StreamedRows):
-        raise SettingError(
-            f'--teacher: nothing is kept of shards, such as {data.train_rows.source}; pass --teacher-views')
+    assert isinstance(data.train_rows, Rows)  # `taught_heads` refuses others
     parts = [data.train_rows, *([data.pool_rows] if data.pool_rows is not None else [])]
     joined, paths = join_rows(parts, LabelSpace(())), [real_paths(part.images) for part in parts]
     # In one order, whatever rows have labels in this run.
@@ -283,7 +286,7 @@ def _key(settings: TrainSettings, rows: Rows, teachers: Teachers) -> str:
     files = [each.checkpoint.path for each in teachers.loaded]
     for file in [*files, *([Path(settings.data.head_module)] if settings.data.head_module else [])]:
         digest.update(_digest(file))
-    for image in rows.images:
+    for image in real_paths(rows.images):
         digest.update(os.fsencode(os.path.abspath(image)) + repr(stamp_of(image)).encode())
     return digest.hexdigest()[:16]
 
