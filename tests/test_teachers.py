@@ -5,6 +5,7 @@ import stat
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import yaml
@@ -22,13 +23,21 @@ from PIL import Image
 
 from timm_multilabel.assembly.checks import check_phases
 from timm_multilabel.cli.main import run_command
+from timm_multilabel.data.packing import pack
+from timm_multilabel.data.table import read_table
 from timm_multilabel.errors import UserError
 from timm_multilabel.heads import load_registry
 from timm_multilabel.inference.loaded import LoadedModel
 from timm_multilabel.inference.predictor import Predictor
-from timm_multilabel.inference.teachers import Teachers
+from timm_multilabel.inference.teachers import Adapter, FeatureTeacher, Teachers
 from timm_multilabel.labels import LabelSet, LabelSpace, Quantity, TagSet
-from timm_multilabel.losses import binary_distillation_loss, distillation_loss, mean_of_classes, mean_of_tags
+from timm_multilabel.losses import (
+    binary_distillation_loss,
+    distillation_loss,
+    feature_loss,
+    mean_of_classes,
+    mean_of_tags,
+)
 from timm_multilabel.task import Teaching
 from timm_multilabel.training.checkpoint import read_checkpoint
 from timm_multilabel.training.trainer import Precision
@@ -369,6 +378,10 @@ def test_a_teacher_that_was_trained_on_images_that_are_scored(place, teachers, t
     (['-wlc', '0', '--teacher', 'x'], '--teacher would change nothing: -wlc 0 trains no heads; leave it out'),
     (['-wls', '0', '--mixup', '1', '--teacher', 'x'], '--mixup and --cutmix mix photos, and teachers are asked about '
                                                       'one photo: leave them out with --teacher'),
+    (['--teacher-features-weight', '2'],
+     '--teacher-features-weight would change nothing: there is no --teacher-features; leave it out'),
+    (['-wls', '0', '--freeze-backbone', '--teacher-features', 'test_vit'],
+     '--freeze-backbone trains the heads alone, and --teacher-features the backbone: leave one out'),
     (['--teacher', 'x', '--teacher-views', '--cache-dir', 'x'],
      '--cache-dir would change nothing: there is no --cache disk; leave it out'),
 ])
@@ -395,7 +408,8 @@ def test_translated_heads_of_every_kind():
     theirs = LabelSpace((TagSet('tags', ('b', 'a')), Quantity('price', 100.0, 10.0), LabelSet('color', ('x', 'y'))))
     ours = LabelSpace((TagSet('tags', ('a', 'b', 'c')), Quantity('price', 50.0, 100.0)))
     model = tiny_task(space=theirs).joint_module.model.eval()
-    checkpoint = type('Checkpoint', (), {'data_config': {'mean': [0.5] * 3, 'std': [0.5] * 3}, 'path': 'x'})
+    config = {'input_size': [3, 8, 8], 'mean': [0.5] * 3, 'std': [0.5] * 3, 'interpolation': 'bilinear'}
+    checkpoint = type('Checkpoint', (), {'data_config': config, 'path': 'x'})
     loaded = LoadedModel(checkpoint, 'plain', model, Precision(torch.device('cpu')))
     images = torch.randn(4, 3, 8, 8)
     answers = Teachers([loaded], ours, [0.5] * 3, [0.5] * 3).answers([images])
@@ -404,3 +418,82 @@ def test_translated_heads_of_every_kind():
     torch.testing.assert_close(answers[:, :2], said['tags'][:, [1, 0]])
     assert answers[:, 2].isnan().all()
     torch.testing.assert_close(answers[:, 3], (said['price'] * 10 + 100 - 50) / 100)
+
+
+def test_features_are_compared_by_their_cosine():
+    expected = [1 - sum(a * b).item() / (sum(a * a) * sum(b * b)).sqrt().item() for a, b in zip(LOGITS, OTHERS)]
+    assert feature_loss(LOGITS, 1e3 * OTHERS).tolist() == pytest.approx(expected, rel=1e-12)
+    assert torch.autograd.gradcheck(lambda x: feature_loss(x, OTHERS), LOGITS.clone().requires_grad_())
+
+
+def test_a_teacher_of_features_gets_views_in_its_size_and_normalisation():
+    backbone = timm.create_model('test_resnet', num_classes=0)
+    config = {'input_size': [3, 24, 24], 'mean': [0.2] * 3, 'std': [0.4] * 3, 'interpolation': 'bilinear'}
+    teacher = FeatureTeacher(backbone, Adapter(config, [0.5] * 3, [0.5] * 3, Precision(torch.device('cpu'))))
+    views = torch.rand(2, 3, 32, 32)
+    small = F.interpolate(views, (24, 24), mode='bilinear', antialias=True)
+    with torch.no_grad():
+        expected = backbone((small - 0.2) / 0.4)
+    torch.testing.assert_close(teacher.of_views((views - 0.5) / 0.5), expected, rtol=1e-4, atol=1e-5)
+    assert not backbone.training and not any(p.requires_grad for p in backbone.parameters())
+
+
+@pytest.fixture
+def vit(tmp_path):
+    torch.save(timm.create_model('test_vit').state_dict(), tmp_path / 'vit.pth')
+    return ['--teacher-features', 'test_vit', '--teacher-features-path', str(tmp_path / 'vit.pth')]
+
+
+def test_pretraining_by_features_alone_resumes_to_the_same_result(place, vit, tmp_path, capsys):
+    """The checkpoint has the map to the features, and nothing of the teacher."""
+    run = train_run(place / 'data', tmp_path, *vit, '-wls', '0', '-wlc', '0', '--unlabelled', str(place / 'pool'))
+    out = capsys.readouterr().out
+    assert 'teacher of features test_vit: 64 features of views of 160x160' in out and '21 images to train on' in out
+    assert '--teacher-features-path' in out and 'left out 2 that test_vit has not' in out
+    losses = pd.read_csv(run / 'summary.csv')['teacher_features_loss']
+    assert losses[1] < losses[0] < 1.2 and 'Best teacher_features_loss' in out
+    state = torch.load(run / 'last.pth.tar', weights_only=True)
+    student = torch.load(place / 'a' / 'run' / 'last.pth.tar', weights_only=True)['state_dict']
+    assert set(state['task_state']) == {'to_features'}
+    assert set(state['state_dict']) == {name for name in student if name.startswith('backbone.')}
+    again = tmp_path / 'again'
+    shutil.copytree(run, again / 'run')
+    for path in (again / 'run').glob('*.pth.tar'):
+        if path.name != 'checkpoint-0.pth.tar':
+            path.unlink()
+    train_run(place / 'data', again, *vit, '-wls', '0', '-wlc', '0', '--unlabelled', str(place / 'pool'), '--resume',
+              'auto')
+    assert_same_weights(run / 'last.pth.tar', again / 'run' / 'last.pth.tar')
+    train_run(place / 'data', tmp_path / 'labels', '-wls', '0', '--initial-checkpoint', str(run / 'last.pth.tar'),
+              epochs=1)
+    assert 'took backbone (plain weights)' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('flags', 'message'), [
+    (['nonesuch'], '--teacher-features nonesuch: timm '),
+    (['test_vit', '--teacher-features-path', 'x'], '--teacher-features-path x: no such file'),
+])
+def test_models_that_cannot_teach_features(place, capsys, flags, message):
+    assert message in error_of(capsys, place / 'data', '--model', 'test_resnet', '-b', '4', '--teacher-features', *flags)
+
+
+def test_no_file_decides_that_a_teacher_is_downloaded(place, tmp_path, capsys):
+    path = tmp_path / 'a.yaml'
+    path.write_text('teacher_features: hf-hub:x/y\n')
+    assert error_of(capsys, place / 'data', '-c', path) == (
+        f"train.py: error: {path}: the model hf-hub:x/y is not one of timm's own, and no model is downloaded because a "
+        'file asks for it; pass --allow-hub if you trust it, or name another with --teacher-features')
+
+
+@pytest.mark.parametrize('views', [False, True])
+def test_shards_are_asked_about_by_view(place, teachers, tmp_path, capsys, views):
+    packed = tmp_path / 'packed'
+    packed.mkdir()
+    for name in ('train', 'val'):
+        pack(read_table(place / 'data' / f'{name}.csv'), packed, name, 'webdataset', size=6)
+    words = ['-wls', '0', '--teacher', teachers[0], *(['--teacher-views'] if views else [])]
+    if views:
+        assert pd.read_csv(train_run(packed, tmp_path, *words, epochs=1) / 'summary.csv')['teacher_loss'][0] > 0
+        return
+    assert error_of(capsys, packed, '--model', 'test_resnet', '-b', '4', *words) == (
+        f'train.py: error: --teacher: nothing is kept of shards, such as {packed}/train-*.tar; pass --teacher-views')

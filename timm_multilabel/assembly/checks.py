@@ -7,7 +7,7 @@ import torch
 from timm_multilabel.assembly.data import Data
 from timm_multilabel.assembly.pool import wants_pool
 from timm_multilabel.assembly.views import which_views
-from timm_multilabel.config.train import Phase, TeacherSettings, TrainSettings
+from timm_multilabel.config.train import Phase, TrainSettings
 from timm_multilabel.data.remarks import can_be_scored
 from timm_multilabel.errors import SettingError, UserError, listed
 from timm_multilabel.heads import Head
@@ -50,7 +50,8 @@ def check_phases(settings: TrainSettings) -> list[Phase]:
 def _without_heads(settings: TrainSettings) -> TrainSettings:
     """A phase of SimCLR alone without what the recipe, or the command line, says of heads for all phases."""
     of_heads = ('head', 'heads', 'head_weights', 'eval_metric', 'entropy_weight', 'marginal_entropy_weight',
-                'pseudo_label_weight', 'classify_views', *TeacherSettings.settings())
+                'pseudo_label_weight', 'classify_views', 'teacher', 'teacher_weight', 'teacher_temperature',
+                'teacher_views')
     known = settings.settings()
     return settings.replace(**{name: known[name].default for name in of_heads})
 
@@ -68,7 +69,8 @@ def check_settings(settings: TrainSettings, given: Collection[str]) -> None:
         SettingError: Settings that do not go together.
     """
     objective, views, run, backbone = settings.objective, settings.augmentation, settings.run, settings.backbone
-    if not objective.simclr_loss_weight and not objective.classification_loss_weight:
+    features = settings.teaching.teacher_features
+    if not objective.simclr_loss_weight and not objective.classification_loss_weight and not features:
         raise SettingError('-wls 0 with -wlc 0 leaves nothing to train; make one of them more than 0')
     pool = wants_pool(settings)
     pool_batch = settings.pool.unlabelled_batch_size or (
@@ -79,6 +81,9 @@ def check_settings(settings: TrainSettings, given: Collection[str]) -> None:
     _check_idle(settings, pool, given)
     if backbone.freeze_backbone and objective.simclr_loss_weight:
         raise SettingError('--freeze-backbone trains the heads alone, and SimCLR the backbone: pass -wls 0 with it')
+    if backbone.freeze_backbone and features:
+        raise SettingError(
+            '--freeze-backbone trains the heads alone, and --teacher-features the backbone: leave one out')
     mixing = views.mixup or views.cutmix
     if mixing and (pool or any(options.get('loss', 'softmax') != 'softmax' for options in settings.data.head.values())):
         raise SettingError('--mixup and --cutmix mix the labels of classes; leave them out with other heads or a pool')
@@ -141,6 +146,8 @@ def _check_idle(settings: TrainSettings, pool: bool, given: Collection[str]) -> 
             not settings.teaching.teacher or settings.teaching.teacher_views) and 'there is no --cache disk',
         **dict.fromkeys(('teacher_weight', 'teacher_temperature', 'teacher_views'),
                         not settings.teaching.teacher and 'there is no --teacher'),
+        **dict.fromkeys(('teacher_features_path', 'teacher_features_weight'),
+                        not settings.teaching.teacher_features and 'there is no --teacher-features'),
         'pseudo_label_threshold': not of_pool.pseudo_label_weight and 'there is no --pseudo-label-weight',
     }
     for name, reason in reasons.items():
@@ -186,7 +193,7 @@ def check_metric(
     heads = list(heads)
     metric = settings.run.eval_metric or default_metric(heads)
     if data.eval_rows is None:
-        return 'simclr_loss'
+        return 'simclr_loss' if settings.objective.simclr_loss_weight else 'teacher_features_loss'
     metrics_of = {head.labels.name: ('loss', *head.metric_names) for head in heads}
     known = [mean for mean in MEANS if mean in ('loss', default_metric(heads))
              or any(mean in its for its in metrics_of.values())]

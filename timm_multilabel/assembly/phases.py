@@ -17,7 +17,13 @@ from timm_multilabel.assembly.loaders import Loaders, create_loaders
 from timm_multilabel.assembly.model import create_model
 from timm_multilabel.assembly.optimization import create_optimizer_step, create_saver
 from timm_multilabel.assembly.task import create_task, create_teaching, setup_ema_and_compile
-from timm_multilabel.assembly.teachers import find_teachers, load_teachers, make_soft_labels, taught_heads
+from timm_multilabel.assembly.teachers import (
+    create_feature_teaching,
+    find_teachers,
+    load_teachers,
+    make_soft_labels,
+    taught_heads,
+)
 from timm_multilabel.config.train import Phase, TrainSettings
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
@@ -166,7 +172,8 @@ def _build(
         if all(teacher.checkpoint is not None for teacher in found):
             teachers = load_teachers(settings, data, data_config, found, taught, precision, say)
         teaching = create_teaching(settings.teaching, taught, teachers)
-    task = create_task(settings, model, data, data_config, weights, precision.device, teaching)
+    feature_teaching = create_feature_teaching(settings, data_config, precision, say)
+    task = create_task(settings, model, data, data_config, weights, precision.device, teaching, feature_teaching)
     task.metadata['eval_metric'] = metric
     if start is not None:
         say(start_from(task, start, start.best_weights))

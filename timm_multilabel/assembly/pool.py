@@ -21,8 +21,9 @@ def wants_pool(settings: TrainSettings) -> bool:
 
 
 def learns_from_all(settings: TrainSettings) -> bool:
-    """Whether something learns from every image, labelled or not: SimCLR, or heads from teachers."""
-    return bool(settings.objective.simclr_loss_weight or settings.teaching.teacher)
+    """Whether something learns from every image, labelled or not: SimCLR, or what learns from teachers."""
+    teaching = settings.teaching
+    return bool(settings.objective.simclr_loss_weight or teaching.teacher or teaching.teacher_features)
 
 
 def read_split_table(data: DataSettings, path: Path) -> Table:

@@ -13,7 +13,7 @@ from timm_multilabel.inference.teachers import Teachers
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.model import MultiLabelModel
 from timm_multilabel.model_names import plain_model
-from timm_multilabel.task import JointTask, Pool, Teaching
+from timm_multilabel.task import FeatureTeaching, JointTask, Pool, Teaching
 
 
 def create_task(
@@ -24,6 +24,7 @@ def create_task(
         head_weights: dict[str, float],
         device: torch.device,
         teaching: Teaching | None = None,
+        feature_teaching: FeatureTeaching | None = None,
 ) -> JointTask:
     """The task on its device."""
     backbone, objective, pool, of_data = settings.backbone, settings.objective, settings.pool, settings.data
@@ -53,6 +54,7 @@ def create_task(
             pool.pseudo_label_threshold,
         ) if data.pool_rows is not None else Pool(),
         teaching=teaching,
+        feature_teaching=feature_teaching,
         freeze_backbone=backbone.freeze_backbone,
         micro_batch=settings.run.micro_batch,
         metadata={

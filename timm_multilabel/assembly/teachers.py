@@ -13,9 +13,11 @@ import PIL
 import simplejpeg
 import timm
 import torch
+from timm.data import resolve_data_config
 
 from timm_multilabel.assembly.data import Data
 from timm_multilabel.assembly.device import loader_workers
+from timm_multilabel.assembly.model import try_out
 from timm_multilabel.assembly.pool import read_split_table
 from timm_multilabel.assembly.run_settings import read_run_settings
 from timm_multilabel.config.train import TrainSettings
@@ -27,12 +29,14 @@ from timm_multilabel.distributed import all_objects, ranks_here, world
 from timm_multilabel.errors import CheckpointError, SettingError, UserError, listed
 from timm_multilabel.heads import Head
 from timm_multilabel.inference.loaded import LoadedModel
-from timm_multilabel.inference.teachers import Teachers
+from timm_multilabel.inference.teachers import Adapter, FeatureTeacher, Teachers
 from timm_multilabel.labels import Labels, LabelSpace, Quantity
 from timm_multilabel.loading.cache import stamp_of
 from timm_multilabel.loading.shared import SharedBytes, format_size
 from timm_multilabel.loading.soft_labels import Answers, SoftLabels
 from timm_multilabel.log import Say
+from timm_multilabel.model import create_backbone
+from timm_multilabel.task import FeatureTeaching
 from timm_multilabel.temporary import RANDOM_NAME, remove_leftovers
 from timm_multilabel.training.checkpoint import Checkpoint, read_checkpoint
 from timm_multilabel.training.progress_bar import ProgressBar
@@ -168,6 +172,45 @@ def load_teachers(
             if line := _scored_images(settings, data, teacher.checkpoint.path):
                 say(f'--teacher {teacher.name}: {line}')
     return Teachers(loaded, taught, data_config['mean'], data_config['std'])
+
+
+def create_feature_teaching(
+        settings: TrainSettings,
+        data_config: Mapping[str, Any],
+        precision: Precision,
+        say: Say,
+) -> FeatureTeaching | None:
+    """What the backbone learns from `--teacher-features`, if anything; the run's random numbers are left as they are.
+
+    Raises:
+        SettingError: There is no such model, it has no pooled features, or its weights cannot be had.
+    """
+    def of_teacher(line: str) -> str:
+        """A line about the flags of the student's model, as one about those of the teacher."""
+        for flag, its in (('--pretrained-path', '--teacher-features-path'), ('--pretrained:', '--teacher-features:'),
+                          ('--model ', '--teacher-features ')):
+            line = line.replace(flag, its)
+        return line
+
+    wanted = settings.teaching
+    if wanted.teacher_features is None:
+        return None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            backbone = create_backbone(
+                wanted.teacher_features, pretrained=True, pretrained_path=wanted.teacher_features_path,
+                say=lambda line: say(of_teacher(line)))
+        config = resolve_data_config({}, model=backbone)
+        try_out(wanted.teacher_features, backbone, list(config['input_size']))
+    except SettingError as error:
+        raise SettingError(of_teacher(error.line)) from error
+    backbone.to(precision.device)
+    teacher = FeatureTeacher(backbone, Adapter(config, data_config['mean'], data_config['std'], precision))
+    size = 'x'.join(map(str, config['input_size'][1:]))
+    width = backbone.head_hidden_size
+    assert isinstance(width, int)  # as `create_backbone` makes sure
+    say(f'teacher of features {wanted.teacher_features}: {width} features of views of {size}')
+    return FeatureTeaching(width, teacher.of_views, wanted.teacher_features_weight)
 
 
 def _scored_images(settings: TrainSettings, data: Data, path: Path) -> str | None:

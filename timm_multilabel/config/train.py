@@ -154,6 +154,15 @@ class TeacherSettings(Settings):
         1.0, 'temperature of that loss: more than 1 gives unlikely classes more weight', above_0, metavar='T')
     teacher_views: bool = switch(
         'ask the teachers in every step, for each view (otherwise once before training, for each image)')
+    teacher_features: str | None = setting(
+        None,
+        'also learn the pooled features of this timm model, which stays as it is, for each view of labelled and '
+        'unlabelled images; with -wls 0 -wlc 0 nothing else is learnt',
+        metavar='NAME')
+    teacher_features_path: str | None = setting(
+        None, "weights of that model, a local timm checkpoint or safetensors file (default: timm's pretrained ones)",
+        metavar='FILE')
+    teacher_features_weight: float = setting(1.0, 'weight of the loss against its features', above_0, metavar='W')
 
 
 @dataclass(frozen=True)

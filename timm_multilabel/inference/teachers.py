@@ -1,12 +1,15 @@
 """Checkpoints as teachers: what they say of images, in the form that the heads of another model learn from."""
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from timm_multilabel.inference.loaded import LoadedModel, check_finite
 from timm_multilabel.labels import Labels, LabelSet, LabelSpace, Quantity, TagSet
 from timm_multilabel.losses import mean_of_classes, mean_of_tags
+from timm_multilabel.training.trainer import Precision
 
 
 class Teachers:
@@ -29,12 +32,7 @@ class Teachers:
         self.loaded, self.taught = list(loaded), taught
         self.width = sum(taught.sizes)
         self._places = [_places(each.model.label_space, taught, each.precision.device) for each in loaded]
-        self._scales = []
-        for each in loaded:
-            config, device = each.checkpoint.data_config, each.precision.device
-            ours, theirs = (torch.tensor([*map(list, pair)], device=device)[..., None, None].float() for pair in (
-                (mean, std), (config['mean'], config['std'])))
-            self._scales.append((ours[1] / theirs[1], (ours[0] - theirs[0]) / theirs[1]))
+        self._adapters = [Adapter(each.checkpoint.data_config, mean, std, each.precision) for each in loaded]
 
     @torch.no_grad()
     def answers(self, images: Sequence[torch.Tensor], check: bool = False) -> torch.Tensor:
@@ -65,15 +63,51 @@ class Teachers:
         """Their answers (B, S) for views (B, 3, H, W) as the student gets them, in the size and the normalisation of
         each teacher.
         """
-        adapted = []
-        for loaded, (factor, shift) in zip(self.loaded, self._scales, strict=True):
-            config = loaded.checkpoint.data_config
-            its, size = images.float(), tuple(config['input_size'][-2:])
-            if its.shape[-2:] != size:
-                mode = 'bilinear' if config['interpolation'] == 'bilinear' else 'bicubic'
-                its = F.interpolate(its, size, mode=mode, antialias=True)
-            adapted.append(loaded.precision.layout(its * factor + shift))
-        return self.answers(adapted)
+        return self.answers([adapt(images) for adapt in self._adapters])
+
+
+class Adapter:
+    """Views as a student gets them -> those that a teacher takes: resized and normalised on the device.
+
+    Args:
+        config: timm's data config of the teacher.
+        mean: Of each channel, that the student's images are normalised with.
+        std: Likewise the standard deviation.
+        precision: Of the teacher.
+    """
+
+    def __init__(self, config: Mapping[str, Any], mean: Sequence[float], std: Sequence[float], precision: Precision):
+        self.size, self.precision = tuple(config['input_size'][-2:]), precision
+        self.mode = 'bilinear' if config['interpolation'] == 'bilinear' else 'bicubic'
+        ours, theirs = (torch.tensor([*map(list, pair)], device=precision.device)[..., None, None].float()
+                        for pair in ((mean, std), (config['mean'], config['std'])))
+        self.factor, self.shift = ours[1] / theirs[1], (ours[0] - theirs[0]) / theirs[1]
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, 3, H', W')."""
+        images = images.float()
+        if images.shape[-2:] != self.size:
+            images = F.interpolate(images, self.size, mode=self.mode, antialias=True)
+        return self.precision.layout(images * self.factor + self.shift)
+
+
+class FeatureTeacher:
+    """The features of a backbone that stays as it is, for views of a student.
+
+    Args:
+        backbone: The backbone, on its device.
+        adapt: Makes of the student's views what it takes.
+    """
+
+    def __init__(self, backbone: nn.Module, adapt: Adapter):
+        self.backbone, self.adapt = backbone.eval().requires_grad_(False), adapt
+
+    @torch.no_grad()
+    def of_views(self, images: torch.Tensor) -> torch.Tensor:
+        """Pooled features (B, F) of views (B, 3, H, W) as the student gets them, in float32."""
+        with self.adapt.precision.autocast():
+            features: torch.Tensor = self.backbone(self.adapt(images))
+        return features.float()
 
 
 def _places(theirs: LabelSpace, taught: LabelSpace, device: torch.device) -> dict[str, torch.Tensor]:

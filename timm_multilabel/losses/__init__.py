@@ -8,6 +8,7 @@ from timm_multilabel.losses.classification import binary_cross_entropy, dense_cr
 from timm_multilabel.losses.distillation import (
     binary_distillation_loss,
     distillation_loss,
+    feature_loss,
     mean_of_classes,
     mean_of_tags,
 )
@@ -32,6 +33,7 @@ __all__ = [
     'categorical_entropy',
     'dense_cross_entropy',
     'distillation_loss',
+    'feature_loss',
     'index_cross_entropy',
     'marginal_entropy',
     'mean_of_classes',

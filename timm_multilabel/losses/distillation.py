@@ -56,3 +56,12 @@ def binary_distillation_loss(logits: torch.Tensor, answer: torch.Tensor, tempera
     entropy = taught * F.softplus(-odds) + (1 - taught) * F.softplus(odds)
     losses = F.binary_cross_entropy_with_logits(logits, taught, reduction='none') - entropy
     return temperature ** 2 * (losses * known).sum(dim=1) / known.sum(dim=1).clamp(min=1)
+
+
+def feature_loss(features: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
+    """1 minus the cosine (B,) between features of the student and those of a teacher, both (B, F).
+
+    The cosine, since features of different models differ in size by orders of magnitude.
+    """
+    features = float32(features)
+    return 1 - F.cosine_similarity(features, taught.to(features.dtype), dim=1)
