@@ -474,7 +474,8 @@ def test_pretraining_by_features_alone_resumes_to_the_same_result(place, vit, tm
     (['test_vit', '--teacher-features-path', 'x'], '--teacher-features-path x: no such file'),
 ])
 def test_models_that_cannot_teach_features(place, capsys, flags, message):
-    assert message in error_of(capsys, place / 'data', '--model', 'test_resnet', '-b', '4', '--teacher-features', *flags)
+    assert message in error_of(
+        capsys, place / 'data', '--model', 'test_resnet', '-b', '4', '--teacher-features', *flags)
 
 
 def test_no_file_decides_that_a_teacher_is_downloaded(place, tmp_path, capsys):

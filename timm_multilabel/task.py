@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from timm_multilabel.config.train import ObjectiveSettings, TeacherSettings, UnlabelledSettings
 from timm_multilabel.distributed import sum_over_ranks, world
 from timm_multilabel.gradient_cache import run_with_gradient_cache
-from timm_multilabel.heads import Head, group_heads, losses_of_heads
+from timm_multilabel.heads import Head, group_heads, losses_of_heads, teacher_losses_of_heads
 from timm_multilabel.losses import feature_loss, nt_xent_loss
 from timm_multilabel.metrics import MultiLabelEvaluator
 from timm_multilabel.model import MultiLabelModel, Projector
@@ -223,6 +223,8 @@ class JointTask(TrainingTask):
         self.register_buffer('_weights', weights, persistent=False)
 
         self._groups = group_heads(model.named_heads)
+        taught = () if teaching is None else teaching.heads
+        self._taught_groups = group_heads({name: model.named_heads[name] for name in taught})
         projector = None
         if simclr_weight and model.projector is None:
             projector = Projector(model.num_features, projection_dim).to(self.device, self.dtype)
@@ -438,9 +440,9 @@ class JointTask(TrainingTask):
         heads = self.heads
         weights = dict(zip(heads, self._weights, strict=True))
         parts = answers.split([heads[name].labels.outputs for name in teaching.heads], dim=1)
-        losses = [weights[name] * heads[name].teacher_loss(outputs[name], answer, teaching.temperature).mean()
-                  for name, answer in zip(teaching.heads, parts, strict=True)]
-        return teaching.weight * torch.stack(losses).sum()
+        losses = teacher_losses_of_heads(
+            self._taught_groups, heads, outputs, dict(zip(teaching.heads, parts, strict=True)), teaching.temperature)
+        return teaching.weight * (losses * torch.stack([weights[name] for name in teaching.heads])).sum()
 
     def _pseudo_labels(
             self,

@@ -285,20 +285,19 @@ def _shared_answers(settings: TrainSettings, rows: Rows, teachers: Teachers, say
     shared, ready = offer or everyone[here[0]][0]
     path = everyone[here[0]][1]
     answers = Answers(shared, teachers.width)
-    if ready:
-        say(f'teacher: reads the predictions on {len(rows):,} images from {path}')
-        return answers
+    say(f'teacher: reads the predictions on {len(rows):,} images from {path}' if ready else
+        f'teacher: predicts {len(rows):,} images once, kept in {path} ({format_size(length)})')
     try:
-        say(f'teacher: predicts {len(rows):,} images once, kept in {path} ({format_size(length)})')
-        _fill(settings, rows, teachers, answers.array, here.index(rank), len(here))
-        all_objects(None)  # all parts are there
-        if rank == here[0]:
+        if not ready:
+            _fill(settings, rows, teachers, answers.array, here.index(rank), len(here))
+        all_objects(None)  # all parts are there; on all machines, of which some may have the file already
+        if not ready and rank == here[0]:
             answers.finish(path)
     finally:
-        if rank == here[0]:
+        if not ready and rank == here[0]:
             Path(shared.path).unlink(missing_ok=True)
     all_objects(None)
-    return Answers(SharedBytes.of_file(path, length), teachers.width)
+    return answers if ready else Answers(SharedBytes.of_file(path, length), teachers.width)
 
 
 def _fill(settings: TrainSettings, rows: Rows, teachers: Teachers, out: np.ndarray, place: int, places: int) -> None:

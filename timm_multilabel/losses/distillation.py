@@ -33,13 +33,16 @@ def distillation_loss(logits: torch.Tensor, answer: torch.Tensor, temperature: f
     """T^2 * KL (B,) between the softmaxes of `answer / T` and of `logits / T`.
 
     Args:
-        logits: Of the student (B, C).
-        answer: Log-probabilities of the teacher (B, C); -inf is a class that it never names.
+        logits: Of the student (B, C), or (B, H, C) of H heads, for losses (B, H).
+        answer: Log-probabilities of the teacher, likewise; -inf is a class that it never names, and where `logits` are
+            -inf too, one that there is not.
         temperature: T.
     """
-    log_probabilities = (float32(logits) / temperature).log_softmax(dim=1)
-    taught = (answer.to(log_probabilities.dtype) / temperature).softmax(dim=1)
-    return temperature ** 2 * F.kl_div(log_probabilities, taught, reduction='none').sum(dim=1)
+    log_probabilities = (float32(logits) / temperature).log_softmax(dim=-1)
+    taught = (answer.to(log_probabilities.dtype) / temperature).softmax(dim=-1)
+    # A probability of 0 adds nothing, whatever it is multiplied with.
+    losses = F.kl_div(log_probabilities.masked_fill(taught == 0, 0), taught, reduction='none')
+    return temperature ** 2 * losses.sum(dim=-1)
 
 
 def binary_distillation_loss(logits: torch.Tensor, answer: torch.Tensor, temperature: float) -> torch.Tensor:
