@@ -191,6 +191,7 @@ def test_answers_are_the_mean_of_what_the_checkpoints_say_with_their_own_sizes(p
         torch.load(teachers[0], weights_only=True)['state_dict'])  # nothing of the teachers
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reads_or_makes_them_again_to_the_same_result(place, teachers, tmp_path, capsys):
     """And unlabelled rows of the table are taught in the same batches."""
     data = tmp_path / 'data'
@@ -255,6 +256,7 @@ def test_views_need_no_file(place, teachers, tmp_path):
     assert pd.read_csv(run / 'summary.csv')['teacher_loss'][0] > 0
 
 
+@pytest.mark.slow
 def test_a_student_of_a_good_teacher_and_a_pool_beats_labels_alone(tmp_path):
     """Plain pictures of three colors; of six labels four are wrong."""
     data = write_data(tmp_path / 'data', train=24, val=12)
@@ -292,6 +294,7 @@ def write_recipe(place, folder, **further):
     return path
 
 
+@pytest.mark.slow
 def test_a_phase_learns_from_the_best_checkpoint_of_an_earlier_one(place, tmp_path, capsys):
     path = write_recipe(place, tmp_path)
     run_command('train', 'train.py', ['-c', str(path)])
