@@ -26,6 +26,8 @@ from timm_multilabel.loading.batches import Batches, ImageDataset
 from timm_multilabel.loading.cache import CachedPhotos, open_cache
 from timm_multilabel.loading.loaders import create_eval_loader, create_train_loader
 from timm_multilabel.loading.sampling import Draw
+from timm_multilabel.loading.shared import SharedBytes
+from timm_multilabel.loading.soft_labels import Answers, SoftLabels
 from timm_multilabel.views.opencv import OpenCVViews
 from timm_multilabel.views.pillow import eval_views
 from timm_multilabel.views.recipe import ViewRecipe
@@ -228,9 +230,9 @@ def test_machines_may_differ(photos_dir, tmp_path, kind):
     assert [first[1], second[1]] == (['FilePhotos', 'CachedPhotos'] if kind == 'ram' else ['CachedPhotos'] * 2)
 
 
-def device_part(folder, recipes, split='train', skip_bad=False):
+def device_part(folder, recipes, split='train', skip_bad=False, soft_labels=None):
     cached = opened(folder, 'ram', OpenCVViews(recipes), skip_bad, split)
-    return cached, device.DeviceDataset.copy(cached, recipes, CPU)
+    return cached, device.DeviceDataset.copy(cached, recipes, CPU, soft_labels)
 
 
 @pytest.mark.parametrize('ranks', [1, 2])
@@ -275,20 +277,25 @@ def test_a_step_on_device_images_waits_for_nothing(photos_dir):
 
 
 def test_the_device_replaces_bad_images_as_a_loader_does(photos_dir):
+    """With the soft labels of the image that takes the place."""
     spoil(photos_dir / 'images' / '2.png')
     (photos_dir / 'images' / '7.png').write_bytes(b'')
     recipes = [ViewRecipe((16, 16), jitter_prob=0.0, blur_prob=0.0, grayscale_prob=0.0)] * 2
-    cached, part = device_part(photos_dir, recipes, skip_bad=True)
+    answers = Answers(SharedBytes.in_memory(Answers.size(12, 2)), 2)
+    answers.array[:] = np.arange(24).reshape(12, 2)
+    soft_labels = SoftLabels(answers, np.arange(12)[::-1].copy())
+    cached, part = device_part(photos_dir, recipes, skip_bad=True, soft_labels=soft_labels)
     common = {'views': 2, 'seed': 5, 'steps': 6}
     host = create_train_loader(
-        [(ImageDataset(cached.files.rows, cached.files, OpenCVViews(recipes)).skip_bad(), 12)],
+        [(ImageDataset(cached.files.rows, cached.files, OpenCVViews(recipes), soft_labels=soft_labels).skip_bad(), 12)],
         workers=0,
         **PLAIN,
         **common,
     )
     made = device.DeviceTrainLoader([(part, 12)], mean=(0.0,) * 3, std=(1.0,) * 3, **common)
     for (images, targets), (theirs, their_targets) in zip(made, host, strict=True):
-        assert torch.equal(targets, their_targets)
+        assert torch.equal(targets, their_targets) and targets.shape == (24, 4)
+        assert set(targets[:, 2].tolist()) <= set(range(0, 24, 2)) - {2 * (11 - 2), 2 * (11 - 7)}
         assert 255 * (images - theirs).abs().mean() < 3
     for path in (photos_dir / 'images').iterdir():
         path.write_bytes(b'')

@@ -323,7 +323,8 @@ def test_recipes_are_read(name):
     weights = {'fashion.yaml': [(0.1, 0.9)], 'first-run.yaml': [(0.1, 0.9)],
                'cs492.yaml': [(1, 0), (1, 100)], 'cs492-arcface.yaml': [(1, 0), (1, 100)],
                'sample.yaml': [(0.5, 0), (0.2, 0.8), (0, 1)], 'recommended.yaml': [(1, 0), (0, 1)],
-               'fine-tune.yaml': [(0, 1)] * 2}
+               'fine-tune.yaml': [(0, 1)] * 2,
+               'self-training.yaml': [(0, 1), (0, 1)]}
     assert [(each.simclr_loss_weight, each.classification_loss_weight) for each in flags] == weights[name]
 
 

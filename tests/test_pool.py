@@ -27,7 +27,7 @@ from timm_multilabel.loading.batches import ImageDataset
 from timm_multilabel.loading.loaders import create_train_loader
 from timm_multilabel.loading.sampling import JoinedBatches, ShuffledBatches
 from timm_multilabel.losses import categorical_entropy, marginal_entropy, nt_xent_loss
-from timm_multilabel.task import Pool
+from timm_multilabel.task import FeatureTeaching, Pool, Teaching
 from timm_multilabel.views.pillow import PillowViews, eval_views
 from timm_multilabel.views.recipe import ViewRecipe
 
@@ -246,6 +246,21 @@ OPTIONS = {
     'article': {'loss': 'arcface', 'input': 'projection', 'scale': 4.0}, 'color': {'class_weights': [1., 3., 2.]}}
 
 
+def _colors(images):
+    """What a teacher of features gives."""
+    return images.mean(dim=(2, 3))
+
+
+TAUGHT = {'teaching': Teaching(MIXED.names, 0.8, 2.0), 'feature_teaching': FeatureTeaching(3, _colors)}
+
+
+def taught_batch():
+    """A batch with what a teacher says of every head after the targets."""
+    images, target = batch(MIXED, labelled=6, pool=4)
+    answers = torch.randn(10, sum(MIXED.sizes), generator=torch.Generator().manual_seed(4))
+    return images, torch.cat([target, answers.repeat(2, 1)], dim=1)
+
+
 def _take(views, rank, ranks, labelled, pool):
     """A rank's labelled and unlabelled part of a view-major batch."""
     parts = []
@@ -256,9 +271,9 @@ def _take(views, rank, ranks, labelled, pool):
 
 def _rank(rank):
     ranks = torch.distributed.get_world_size()
-    task = tiny_task(space=MIXED, dtype=torch.float64, head_options=OPTIONS, pool=Pool(4 // ranks, **TERMS))
+    task = tiny_task(space=MIXED, dtype=torch.float64, head_options=OPTIONS, pool=Pool(4 // ranks, **TERMS), **TAUGHT)
     task.prepare_distributed()
-    images, target = batch(MIXED, labelled=6, pool=4)
+    images, target = taught_batch()
     losses = []
     optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.1)
     for _ in range(2):
@@ -273,8 +288,8 @@ def _rank(rank):
 @pytest.mark.slow
 def test_two_ranks_train_every_kind_of_head_and_term_as_one_process():
     """Labels are missing unevenly: the first rank has two of the three prices, the second most of the tags."""
-    task = tiny_task(space=MIXED, dtype=torch.float64, head_options=OPTIONS, pool=Pool(4, **TERMS))
-    images, target = batch(MIXED, labelled=6, pool=4)
+    task = tiny_task(space=MIXED, dtype=torch.float64, head_options=OPTIONS, pool=Pool(4, **TERMS), **TAUGHT)
+    images, target = taught_batch()
     optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.1)
     expected = []
     for _ in range(2):
@@ -283,7 +298,8 @@ def test_two_ranks_train_every_kind_of_head_and_term_as_one_process():
         result['loss'].backward()
         optimizer.step()
         expected.append({term: result[f'{term}_loss'].item() for term in task.terms})
-    assert set(expected[0]) == {'simclr', 'classification', 'entropy', 'marginal_entropy', 'pseudo_label'}
+    assert set(expected[0]) == {'simclr', 'classification', 'entropy', 'marginal_entropy', 'pseudo_label', 'teacher',
+                                'teacher_features'}
     assert all(value for value in expected[0].values())
     results = run_ranks(_rank, 2)
     for step in range(2):

@@ -17,6 +17,7 @@ from timm_multilabel.training.training_progress import TrainingProgress
 
 BASES = {'simclr': [], 'plain': ['-wls', '0', '--model-ema'], 'adamw': ['--opt', 'adamw']}
 POOL = '--labelled-rows 8 --unlabelled-batch-size 2'
+TEACHER = '--teacher run/model_best.pth.tar'
 MISFIT = 'does not fit this run'
 PACKAGES = {f'--log-{name}': None if importlib.util.find_spec(name) else f"needs the extra '{name}'"
             for name in ('tensorboard', 'wandb')}
@@ -31,6 +32,7 @@ FLAGS = [  # the run that goes on, its new flags, and what the refusal or the li
         f'{POOL} --epoch-by labelled', f'{POOL} --entropy-weight 0.1',
         f'{POOL} --entropy-weight 0.1 --entropy-ramp-up 2', f'{POOL} --marginal-entropy-weight 0.1',
         f'{POOL} --pseudo-label-weight 0.1', f'{POOL} --pseudo-label-weight 0.1 --pseudo-label-threshold 0.5',
+        f'{TEACHER} --cache-dir cache', f'{TEACHER} --teacher-views --teacher-weight 2 --teacher-temperature 3',
         '--views simclr-exact', '--weak-first-view', '--scale 0.5 1', '--ratio 0.8 1.2', '--hflip 0', '--vflip 0.5',
         '--rotation 10', '--train-interpolation bicubic', '--aa rand-m5', '--color-jitter 0.1 0.1 0.1',
         '--color-jitter-prob 0.5', '--grayscale-prob 0.2', '--gaussian-blur-prob 0.1', '--reprob 0.1',
@@ -56,6 +58,8 @@ FLAGS = [  # the run that goes on, its new flags, and what the refusal or the li
     ('simclr', '--layer-decay 0.7', MISFIT), ('plain', '--freeze-backbone', MISFIT),
     ('simclr', '--lora 2', MISFIT if importlib.util.find_spec('peft') else 'peft is not installed'),
     ('adamw', '--opt-kwargs amsgrad=True', 'its settings keep max_exp_avg_sq, which the file has not'),
+    ('simclr', '--teacher-features test_vit --teacher-features-path file --teacher-features-weight 2',
+     '--teacher-features-path file: no such file'),
     ('simclr', '--sync-bn', '--sync-bn needs CUDA'), ('simclr', '--device meta', '--device meta: cannot be used'),
     ('simclr', '--unlabelled images', 'all of its images are labelled or scored elsewhere'),
     ('simclr', '--opt adamw', 'trained with --opt sgd, not adamw'),

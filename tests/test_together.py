@@ -9,7 +9,7 @@ from timm_multilabel.heads import SoftmaxHead, group_heads, losses_of_heads
 from timm_multilabel.labels import MISSING, LabelSet, LabelSpace
 from timm_multilabel.metrics import TrainingMeter
 from timm_multilabel.model import MultiLabelModel
-from timm_multilabel.task import JointTask, Pool
+from timm_multilabel.task import JointTask, Pool, Teaching
 
 SIZES = {'a': 5, 'b': 7, 'c': 4, 'd': 40, 'e': 6}  # d has no head of its size
 SPACE = LabelSpace(tuple(LabelSet(name, tuple(f'{name}{number}' for number in range(size)))
@@ -44,9 +44,14 @@ def by_itself(monkeypatch):
 
 @pytest.mark.parametrize('settings', [
     {}, {'simclr_weight': 0.0}, {'first_view_only': True}, {'pool': Pool(batch_size=4, entropy_weight=0.1)},
+    {'teaching': Teaching(('e', 'd', 'a', 'b'), 0.7, 2.0)},
     {'micro_batch': 3}], ids=str)
 def test_a_step_is_that_of_each_head_by_itself(monkeypatch, settings):
     images, target = batch_of(24)
+    if 'teaching' in settings:
+        answers = torch.randn(24, 58, generator=torch.Generator().manual_seed(2))
+        answers[:, 1] = float('-inf')
+        target = torch.cat([target, answers], dim=1)
     results = []
     for alone in (False, True):
         if alone:

@@ -1,4 +1,6 @@
 """Collectives that the objective needs; each does nothing in a single process."""
+import socket
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +58,13 @@ def all_objects(item: Any) -> list[Any]:
     if len(items) > 1:
         dist.all_gather_object(items, item)
     return items
+
+
+def ranks_here() -> list[int]:
+    """The ranks on this machine, this one among them."""
+    boot = Path('/proc/sys/kernel/random/boot_id')  # tells this start of this machine from others of its name (Linux)
+    machines = all_objects((socket.gethostname(), boot.read_text() if boot.exists() else ''))
+    return [rank for rank, machine in enumerate(machines) if machine == machines[world()[0]]]
 
 
 def assert_same_on_all_ranks(number: int, device: torch.device, what: str) -> None:

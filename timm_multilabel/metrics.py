@@ -39,7 +39,7 @@ def default_metric(heads: Iterable[Head]) -> str:
 def less_is_better(metric: str, heads: Mapping[str, Head]) -> bool:
     """Whether a metric of the evaluation, such as 'top1' or '<head>/mae', is better when it is less."""
     of_heads = {of_head(name, each) for name, head in heads.items() for each in ('loss', *head.lower_is_better)}
-    return metric in ('loss', 'simclr_loss') or metric in of_heads
+    return metric in ('loss', 'simclr_loss', 'teacher_features_loss') or metric in of_heads
 
 
 class MultiLabelEvaluator:

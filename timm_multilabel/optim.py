@@ -68,8 +68,8 @@ def _parameter_groups(module: JointModule, weight_decay: float, layer_decay: flo
     """timm's groups for the backbone, and plain ones for heads and projector, which no layer of it contains."""
     backbone = module.model.backbone
     exempt: set[str] = getattr(backbone, 'no_weight_decay', set)()
-    projectors = (module.projector, module.model.projector)
-    others = nn.ModuleList([module.model.heads, *(each for each in projectors if each is not None)])
+    further = (module.projector, module.model.projector, module.to_features)
+    others = nn.ModuleList([module.model.heads, *(each for each in further if each is not None)])
     groups: list[dict[str, Any]]
     if layer_decay is None:
         groups = param_groups_weight_decay(backbone, weight_decay, no_weight_decay_list=exempt)

@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_multilabel.compat import BatchNorm
-from timm_multilabel.config.train import ObjectiveSettings, UnlabelledSettings
+from timm_multilabel.config.train import ObjectiveSettings, TeacherSettings, UnlabelledSettings
 from timm_multilabel.distributed import sum_over_ranks, world
 from timm_multilabel.gradient_cache import run_with_gradient_cache
-from timm_multilabel.heads import Head, group_heads, losses_of_heads
+from timm_multilabel.heads import Head, group_heads, losses_of_heads, teacher_losses_of_heads
 from timm_multilabel.lora import add_adapters
-from timm_multilabel.losses import nt_xent_loss
+from timm_multilabel.losses import feature_loss, nt_xent_loss
 from timm_multilabel.metrics import MultiLabelEvaluator
 from timm_multilabel.model import MultiLabelModel, Projector
 
@@ -46,8 +46,42 @@ class Pool:
             raise ValueError('entropy and pseudo-labels are of unlabelled images, and there are none')
 
 
+@dataclass(frozen=True)
+class Teaching:
+    """What heads learn from teachers.
+
+    Args:
+        heads: The heads that are taught, in the order of the answers.
+        weight: Weight of the loss against them.
+        temperature: Divides the logits of both.
+        of_views: View-major images (V * B, 3, H, W), as the model gets them, -> answers (V * B, S); None where each row
+            of the targets ends with those of its image.
+    """
+    heads: tuple[str, ...]
+    weight: float = TeacherSettings.teacher_weight
+    temperature: float = TeacherSettings.teacher_temperature
+    of_views: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class FeatureTeaching:
+    """What the backbone learns from the features of another one.
+
+    Args:
+        width: F, their number.
+        of_views: View-major images (V * B, 3, H, W), as the model gets them, -> features (V * B, F).
+        weight: Weight of the loss against them.
+    """
+    width: int
+    of_views: Callable[[torch.Tensor], torch.Tensor]
+    weight: float = TeacherSettings.teacher_features_weight
+
+
+_FEATURES = ''  # among the outputs of heads, whose names are not empty
+
+
 class JointModule(nn.Module):
-    """Everything that is trained: the model, and the projector where NT-Xent is on.
+    """Everything that is trained: the model, the projector where NT-Xent is on, and the map to a teacher's features.
 
     One forward takes all views through the backbone together.
 
@@ -57,6 +91,7 @@ class JointModule(nn.Module):
         classify: Call the heads.
         project: Give projections.
         freeze_backbone: Leave the backbone as it is, batch norm statistics included.
+        to_features: Maps features to those of a teacher.
     """
 
     def __init__(
@@ -66,10 +101,12 @@ class JointModule(nn.Module):
             classify: bool,
             project: bool,
             freeze_backbone: bool,
+            to_features: nn.Linear | None = None,
     ):
         super().__init__()
         self.model = model
         self.projector = projector
+        self.to_features = to_features
         self.classify, self.project, self.freeze_backbone = classify, project, freeze_backbone
         self.adapted = False  # the backbone is frozen but for adapters in it
 
@@ -83,17 +120,27 @@ class JointModule(nn.Module):
                     module.eval()
         return self
 
+    def beside_the_model(self) -> dict[str, nn.Module]:
+        """What is trained and is no part of the model, by name."""
+        parts = {'projector': self.projector, 'to_features': self.to_features}
+        return {name: part for name, part in parts.items() if part is not None}
+
     def no_weight_decay(self) -> set[str]:
         """The names of the weights that the backbone exempts from weight decay, which timm's optimizers ask for."""
         return {f'model.{name}' for name in self.model.no_weight_decay()}
 
     def forward(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """View-major images (V * B, 3, H, W) -> ({head: output}, projections (V * B, D) or None)."""
+        """View-major images (V * B, 3, H, W) -> ({head: output}, projections (V * B, D) or None).
+
+        What is compared with a teacher's features (V * B, F) is an output of its own.
+        """
         with torch.no_grad() if self.freeze_backbone else nullcontext():
             features = self.model.backbone(images)
         projector = self.projector if self.projector is not None else self.model.projector
         projections = projector(features) if projector is not None else None
         outputs = self.model.forward_heads(features, projections) if self.classify else {}
+        if self.to_features is not None:
+            outputs[_FEATURES] = self.to_features(features)
         return outputs, projections if self.project else None
 
 
@@ -106,6 +153,8 @@ class JointTask(TrainingTask):
     - marginal_entropy: minus the entropy of the mean prediction there, likewise over heads.
     - pseudo_label: likewise, the mean over them of the loss of the second view against what the first view, seen by the
       EMA weights where there are any, is taken for; images below the threshold count as zero.
+    - teacher: over all images, the sum over the heads that are taught of w_h times the mean of `Head.teacher_loss`.
+    - teacher_features: over all images, the mean of `feature_loss` of the backbone's features, mapped to the teacher's.
 
     Terms of weight 0 are not computed. Without SimCLR there is no projector (but where a head reads projections) and,
     without pseudo-labels too, batches have one view; without classification the heads stay as they are. With several
@@ -121,6 +170,8 @@ class JointTask(TrainingTask):
         head_weights: Weights w_h by head; 1 / H each when None.
         first_view_only: Classify the first view only (not both).
         pool: The unlabelled images.
+        teaching: What the heads learn from teachers, if anything.
+        feature_teaching: What the backbone learns from another one, if anything.
         freeze_backbone: Train the heads alone, on a backbone (and projector) that stays as it is.
         micro_batch: The most images that go through the model at once, for batches larger than the memory; see
             `run_with_gradient_cache`. All when None.
@@ -145,6 +196,8 @@ class JointTask(TrainingTask):
             head_weights: dict[str, float] | None = None,
             first_view_only: bool = False,
             pool: Pool = Pool(),  # noqa: B008 (frozen)
+            teaching: Teaching | None = None,
+            feature_teaching: FeatureTeaching | None = None,
             freeze_backbone: bool = False,
             micro_batch: int | None = None,
             metadata: dict[str, Any] | None = None,
@@ -153,10 +206,12 @@ class JointTask(TrainingTask):
             verbose: bool = True,
     ):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
-        if not simclr_weight and not classification_weight:
+        if not simclr_weight and not classification_weight and feature_teaching is None:
             raise ValueError('the weights of SimCLR and of classification are both 0: there is nothing to train')
-        if freeze_backbone and simclr_weight:
-            raise ValueError('SimCLR trains the backbone, which is frozen')
+        if freeze_backbone and (simclr_weight or feature_teaching is not None):
+            raise ValueError('SimCLR and features of a teacher train the backbone, which is frozen')
+        if teaching is not None and not classification_weight:
+            raise ValueError('teachers teach heads, and no head is trained')
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f'a micro-batch has 1 image or more, not {micro_batch}')
         self.label_space = model.label_space
@@ -164,7 +219,7 @@ class JointTask(TrainingTask):
         self.classification_weight = classification_weight
         self.temperature = temperature
         self.micro_batch = micro_batch
-        self.pool = pool
+        self.pool, self.teaching, self.feature_teaching = pool, teaching, feature_teaching
         self.ramp = 1.0
         self.views = 2 if simclr_weight or pool.pseudo_label_weight else 1
         self.first_view_only = first_view_only and self.views == 2
@@ -175,9 +230,14 @@ class JointTask(TrainingTask):
         self.register_buffer('_weights', weights, persistent=False)
 
         self._groups = group_heads(model.named_heads)
+        taught = () if teaching is None else teaching.heads
+        self._taught_groups = group_heads({name: model.named_heads[name] for name in taught})
         projector = None
         if simclr_weight and model.projector is None:
             projector = Projector(model.num_features, projection_dim).to(self.device, self.dtype)
+        to_features = None
+        if feature_teaching is not None:
+            to_features = nn.Linear(model.num_features, feature_teaching.width).to(self.device, self.dtype)
         if not classification_weight:
             model.heads.requires_grad_(False)  # no loss reaches them, which DDP and weight decay must know
         if freeze_backbone:
@@ -185,7 +245,7 @@ class JointTask(TrainingTask):
                 if part is not None:
                     part.requires_grad_(False)
         self.trainable_module = JointModule(
-            model, projector, bool(classification_weight), bool(simclr_weight), freeze_backbone)
+            model, projector, bool(classification_weight), bool(simclr_weight), freeze_backbone, to_features)
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -194,6 +254,8 @@ class JointTask(TrainingTask):
             'entropy': self.pool.entropy_weight,
             'marginal_entropy': self.pool.marginal_entropy_weight,
             'pseudo_label': self.pool.pseudo_label_weight,
+            'teacher': self.teaching is not None,
+            'teacher_features': self.feature_teaching is not None,
         }
         return 'simclr', 'classification', *(name for name, weight in weights.items() if weight)
 
@@ -267,15 +329,15 @@ class JointTask(TrainingTask):
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
         """All that is trained; for adaptive clipping (`exclude_head`) not the heads, of which there are several."""
         trainable = self.joint_module
-        rest = [trainable.model.backbone, trainable.projector, trainable.model.projector]
+        rest = [trainable.model.backbone, trainable.projector, trainable.model.projector, trainable.to_features]
         modules = rest if exclude_head else [trainable]
         return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """The projector, which lives beside the model in a checkpoint."""
+        """The projector and the map to a teacher's features, which live beside the model in a checkpoint."""
         module = module if module is not None else self.get_trainable_module(ema=ema)
-        projector = None if module is None else _unwrapped(module).projector
-        return {} if projector is None else {'projector': projector.state_dict()}
+        return {} if module is None else {
+            name: part.state_dict() for name, part in _unwrapped(module).beside_the_model().items()}
 
     def load_task_state(
             self,
@@ -284,11 +346,11 @@ class JointTask(TrainingTask):
             module: nn.Module | None = None,
             ema: bool = False,
     ) -> None:
-        """Bring the projector back; a checkpoint without one leaves it as it is."""
+        """Bring back what `get_task_state` gives; a checkpoint without a part leaves it as it is."""
         module = module if module is not None else self.get_trainable_module(ema=ema)
-        projector = None if module is None else _unwrapped(module).projector
-        if projector is not None and state and 'projector' in state:
-            projector.load_state_dict(state['projector'], strict=strict)
+        for name, part in ({} if module is None else _unwrapped(module).beside_the_model()).items():
+            if state and name in state:
+                part.load_state_dict(state[name], strict=strict)
 
     def get_checkpoint_state(
             self,
@@ -307,17 +369,30 @@ class JointTask(TrainingTask):
 
         Args:
             input: View-major images (V * B, 3, H, W); the last images of each view are the pool's.
-            target: Targets (V * B, W) as `LabelSpace.split` takes them.
+            target: Targets (V * B, W) as `LabelSpace.split` takes them; those of teachers' answers (V * B, S) after
+                them, see `Teaching`.
 
         Returns:
             'loss', its weighted terms '<term>_loss' (see `terms`; zero where off), 'head_losses' (H,) unweighted,
             'output' and 'target' of the classified rows by head, and with pseudo-labels 'pseudo_label_shares' (H,).
         """
+        answers = taught = None
+        if self.teaching is not None:
+            if self.teaching.of_views is None:
+                width = sum(labels.width for labels in self.label_space.heads)
+                target, answers = target[:, :width], target[:, width:]
+            else:
+                answers = self._in_pieces(self.teaching.of_views, input)
+        if self.feature_teaching is not None:
+            taught = self._in_pieces(self.feature_teaching.of_views, input)
         outputs, projections = run_with_gradient_cache(self.trainable_module, input, self.views, self.micro_batch)
         losses = {term: torch.zeros((), device=input.device) for term in self.terms}
         result: dict[str, Any] = {'head_losses': losses['simclr'].expand(len(self.label_space.heads))}
         if projections is not None:
             losses['simclr'] = self.simclr_weight * nt_xent_loss(*projections.chunk(2), self.temperature)
+        if self.feature_teaching is not None and taught is not None:
+            losses['teacher_features'] = self.feature_teaching.weight * feature_loss(
+                outputs.pop(_FEATURES), taught).mean()
         result['output'] = self._classified_outputs(outputs)
         result['target'] = {}
         if self.classification_weight:
@@ -330,8 +405,14 @@ class JointTask(TrainingTask):
                 losses |= self._entropies(outputs)
             if self.pool.pseudo_label_weight:
                 losses['pseudo_label'], result['pseudo_label_shares'] = self._pseudo_labels(input, outputs)
+            if self.teaching is not None and answers is not None:
+                losses['teacher'] = self._taught(self.teaching, outputs, answers)
         result['loss'] = sum(losses.values())
         return result | {f'{term}_loss': loss.detach() for term, loss in losses.items()}
+
+    def _in_pieces(self, ask: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        """What a teacher gives for images, of which it gets no more at once than the model does."""
+        return torch.cat([ask(part) for part in images.split(self.micro_batch or len(images))])
 
     def _classified(self, rows: torch.Tensor) -> torch.Tensor:
         """Of rows of all views, those that the heads learn from: the labelled images, of both views or of the first."""
@@ -372,6 +453,20 @@ class JointTask(TrainingTask):
                     total = total + weight * getattr(head, term)(torch.cat(self._unlabelled(outputs[name]))).mean()
             losses[term] = self.ramp * weights[term] * total
         return losses
+
+    def _taught(
+            self,
+            teaching: Teaching,
+            outputs: dict[str, torch.Tensor],
+            answers: torch.Tensor,
+    ) -> torch.Tensor:
+        """The term of the teachers' answers (V * B, S)."""
+        heads = self.heads
+        weights = dict(zip(heads, self._weights, strict=True))
+        parts = answers.split([heads[name].labels.outputs for name in teaching.heads], dim=1)
+        losses = teacher_losses_of_heads(
+            self._taught_groups, heads, outputs, dict(zip(teaching.heads, parts, strict=True)), teaching.temperature)
+        return teaching.weight * (losses * torch.stack([weights[name] for name in teaching.heads])).sum()
 
     def _pseudo_labels(
             self,

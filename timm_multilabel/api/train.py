@@ -18,6 +18,7 @@ from timm_multilabel.assembly.phases import (
     BuiltPhase,
     build_phase,
     free_memory,
+    heads_of,
     prepare_phase,
     rehearse,
     train_phase,
@@ -30,7 +31,7 @@ from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import SettingError, UserError, escaped, is_utf8
 from timm_multilabel.log import say
 from timm_multilabel.training.checkpoint import of_task, read_checkpoint, set_aside_later
-from timm_multilabel.training.run_folder import RunFolder, RunLock, launcher, phase_folder
+from timm_multilabel.training.run_folder import RunFolder, RunLock, best_of_phases, launcher, phase_folder
 from timm_multilabel.training.saver import WholeSaver
 from timm_multilabel.training.signals import StopSignals
 from timm_multilabel.training.trackers import TensorBoardTracker, Tracker, Trackers, WandbTracker, need
@@ -113,18 +114,22 @@ def run_training(settings: TrainSettings, signals: StopSignals | None = None) ->
             start = read_checkpoint(settings.backbone.initial_checkpoint)
         names = [each.name for each in phases] if settings.phases else []
         first = find_phase(checkpoint, names) if checkpoint is not None else 0
-        metrics = rehearse(prepared[first:], start, checkpoint) if len(phases) > 1 else []
+        metrics = rehearse(prepared, start, checkpoint, first) if len(phases) > 1 else []
 
         folder: Path | None = None
         writer: RunFolder | None = None
         trackers: Trackers | None = None
         finished: TrainingRun | None = None
         for index in range(first, len(phases)):
-            built = build_phase(prepared[index], start, checkpoint, say)
+            before = folder if checkpoint is None else find_folder(settings, 0, checkpoint, names, index)
+            made = best_of_phases(before, names, index) if before is not None else {}
+            built = build_phase(prepared[index], start, checkpoint, say, heads_of(prepared[:index]), made)
             built.task.metadata |= {'phase': index, 'phases': names}
             start = None  # it holds the weights of the phase before
             if folder is None:
-                folder = find_folder(settings, built.data_config['input_size'][-1], checkpoint, names, index)
+                # One for all: the name of a new one has the time in it.
+                folder = all_objects(
+                    find_folder(settings, built.data_config['input_size'][-1], checkpoint, names, index))[0]
                 if world()[0] == 0:
                     lock.take(folder)
                     if checkpoint is not None and (line := set_aside_later(folder, checkpoint)):

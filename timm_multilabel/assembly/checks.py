@@ -51,7 +51,8 @@ def check_phases(settings: TrainSettings) -> list[Phase]:
 def _without_heads(settings: TrainSettings) -> TrainSettings:
     """A phase of SimCLR alone without what the recipe, or the command line, says of heads for all phases."""
     of_heads = ('head', 'heads', 'head_weights', 'eval_metric', 'entropy_weight', 'marginal_entropy_weight',
-                'pseudo_label_weight', 'classify_views')
+                'pseudo_label_weight', 'classify_views', 'teacher', 'teacher_weight', 'teacher_temperature',
+                'teacher_views')
     known = settings.settings()
     return settings.replace(**{name: known[name].default for name in of_heads})
 
@@ -69,7 +70,8 @@ def check_settings(settings: TrainSettings, given: Collection[str]) -> None:
         SettingError: Settings that do not go together.
     """
     objective, views, run, backbone = settings.objective, settings.augmentation, settings.run, settings.backbone
-    if not objective.simclr_loss_weight and not objective.classification_loss_weight:
+    features = settings.teaching.teacher_features
+    if not objective.simclr_loss_weight and not objective.classification_loss_weight and not features:
         raise SettingError('-wls 0 with -wlc 0 leaves nothing to train; make one of them more than 0')
     pool = wants_pool(settings)
     pool_batch = settings.pool.unlabelled_batch_size or (
@@ -85,6 +87,9 @@ def check_settings(settings: TrainSettings, given: Collection[str]) -> None:
             raise SettingError(
                 '--lora trains adapters in the backbone, and --freeze-backbone nothing of it; leave one of them out')
         check_peft()
+    if backbone.freeze_backbone and features:
+        raise SettingError(
+            '--freeze-backbone trains the heads alone, and --teacher-features the backbone: leave one out')
     mixing = views.mixup or views.cutmix
     if mixing and (pool or any(options.get('loss', 'softmax') != 'softmax' for options in settings.data.head.values())):
         raise SettingError('--mixup and --cutmix mix the labels of classes; leave them out with other heads or a pool')
@@ -92,6 +97,9 @@ def check_settings(settings: TrainSettings, given: Collection[str]) -> None:
         raise SettingError(
             '--mixup and --cutmix make one picture of two photos, which SimCLR would take for one photo: '
             'pass -wls 0 with them')
+    if mixing and settings.teaching.teacher:
+        raise SettingError(
+            '--mixup and --cutmix mix photos, and teachers are asked about one photo: leave them out with --teacher')
     if mixing and run.batch_size % 2:
         raise SettingError(f'-b {run.batch_size}: --mixup and --cutmix mix pairs, so they need an even batch')
     if views.aa and views.views in ('simclr', 'simclr-exact'):
@@ -130,7 +138,7 @@ def _check_idle(settings: TrainSettings, pool: bool, given: Collection[str]) -> 
     changed, of_pool = settings.changed(), settings.pool
     of_heads = dict.fromkeys(
         ('head', 'heads', 'head_weights', 'classify_views', 'eval_metric', 'entropy_weight', 'marginal_entropy_weight',
-         'pseudo_label_weight', 'labelled_rows'),
+         'pseudo_label_weight', 'labelled_rows', 'teacher'),
         '' if settings.objective.classification_loss_weight else '-wlc 0 trains no heads')
     reasons = {
         **of_heads,
@@ -140,7 +148,12 @@ def _check_idle(settings: TrainSettings, pool: bool, given: Collection[str]) -> 
         and 'there is no entropy weight to ramp up',
         'weak_first_view': not (settings.objective.simclr_loss_weight or of_pool.pseudo_label_weight)
         and 'there is one view an image',
-        'cache_dir': settings.data.cache != 'disk' and 'there is no --cache disk',
+        'cache_dir': settings.data.cache != 'disk' and (
+            not settings.teaching.teacher or settings.teaching.teacher_views) and 'there is no --cache disk',
+        **dict.fromkeys(('teacher_weight', 'teacher_temperature', 'teacher_views'),
+                        not settings.teaching.teacher and 'there is no --teacher'),
+        **dict.fromkeys(('teacher_features_path', 'teacher_features_weight'),
+                        not settings.teaching.teacher_features and 'there is no --teacher-features'),
         'pseudo_label_threshold': not of_pool.pseudo_label_weight and 'there is no --pseudo-label-weight',
     }
     for name, reason in reasons.items():
@@ -219,7 +232,7 @@ def check_metric(
     heads = list(heads)
     metric = settings.run.eval_metric or default_metric(heads)
     if data.eval_rows is None:
-        return 'simclr_loss'
+        return 'simclr_loss' if settings.objective.simclr_loss_weight else 'teacher_features_loss'
     metrics_of = {head.labels.name: ('loss', *head.metric_names) for head in heads}
     known = [mean for mean in MEANS if mean in ('loss', default_metric(heads))
              or any(mean in its for its in metrics_of.values())]

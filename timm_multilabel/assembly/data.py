@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from timm_multilabel.assembly import head_options
-from timm_multilabel.assembly.pool import find_pool, read_split_table, wants_pool, with_unlabelled
+from timm_multilabel.assembly.pool import find_pool, learns_from_all, read_split_table, wants_pool, with_unlabelled
 from timm_multilabel.assembly.splits import Splits, read_stored, stored_heads
 from timm_multilabel.cells import missing_texts
 from timm_multilabel.config.train import TrainSettings
@@ -166,12 +166,12 @@ def _divide(settings: TrainSettings, rows: Rows, label_space: LabelSpace, say: S
         if not len(labelled):
             raise DataError(f'{rows.source}: no row has a label; pass -wlc 0 for SimCLR alone')
         return labelled, find_pool(settings, label_space, without, labelled, say)
-    if settings.objective.simclr_loss_weight and not asked:
+    if learns_from_all(settings) and not asked:
         return rows, None
     labelled, without = split_labelled(rows, label_space)
     if settings.pool.unlabelled or len(without) and not asked:
-        say(f'{rows.source}: with -wls 0 and without entropy or pseudo-labels nothing learns from images without '
-            'labels: left out')
+        say(f'{rows.source}: with -wls 0 and without teachers, entropy or pseudo-labels nothing learns from images '
+            'without labels: left out')
     return labelled, None
 
 

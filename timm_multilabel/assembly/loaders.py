@@ -21,6 +21,7 @@ from timm_multilabel.loading.cache import CachedPhotos, open_cache
 from timm_multilabel.loading.device import DeviceDataset, DeviceEvalLoader, DeviceTrainLoader, fits
 from timm_multilabel.loading.loaders import MixedBatches, WatchedLoader, create_eval_loader, create_train_loader
 from timm_multilabel.loading.shared import format_size
+from timm_multilabel.loading.soft_labels import SoftLabels
 from timm_multilabel.loading.streaming import create_stream_loader
 from timm_multilabel.log import Say
 from timm_multilabel.views.opencv import OpenCVViews
@@ -60,6 +61,7 @@ def create_loaders(
         device: torch.device,
         say: Say,
         cache: bool = True,
+        soft_labels: Sequence[SoftLabels] = (),
 ) -> Loaders:
     """Make the loaders, and the cache that the settings ask for.
 
@@ -71,6 +73,7 @@ def create_loaders(
         device: Where the batches go.
         say: Tells a line.
         cache: Open the cache; without it nothing is read, and no process is started.
+        soft_labels: Those of the training rows and of the pool, if there are any.
 
     Raises:
         SettingError: A cache that cannot be had.
@@ -106,7 +109,8 @@ def create_loaders(
             sets.append((data.pool_rows, train_views(settings, data_config, views, weak_first(settings))))
             sizes.append(data.pool_batch_size)
         evaluated = 0 if data.eval_rows is None else -(-len(data.eval_rows) // ranks)
-        parts, on_device = photos.datasets(sets, further=evaluated * math.prod(data_config['input_size']))
+        parts, on_device = photos.datasets(
+            sets, further=evaluated * math.prod(data_config['input_size']), soft_labels=soft_labels)
         datasets = [*parts]
         if on_device is not None:
             train = DeviceTrainLoader(
@@ -162,20 +166,24 @@ class _Photos:
             self,
             sets: Sequence[tuple[Rows, PhotoViews]],
             further: int,
+            soft_labels: Sequence[SoftLabels] = (),
     ) -> tuple[list[ImageDataset], list[DeviceDataset] | None]:
         """The datasets of training, and those on the device, if they are there.
 
         Args:
             sets: Rows with their views.
             further: Bytes that the device must hold beside them.
+            soft_labels: Of each set, if there are any.
         """
+        soft: Sequence[SoftLabels | None] = soft_labels or [None] * len(sets)
         photos = [self.open(rows, views, 'ram' if self.kind == 'device' else self.kind) for rows, views in sets]
         cached = [each for each in photos if isinstance(each, CachedPhotos)]
         fast = [views for _, views in sets if isinstance(views, OpenCVViews)]
         on_device = None
         if self.kind == 'device' and len(cached) == len(fast) == len(sets):
-            on_device = self._copy(cached, fast, further)
-        datasets = [ImageDataset(rows, each, views) for (rows, views), each in zip(sets, photos)]
+            on_device = self._copy(cached, fast, further, soft)
+        datasets = [ImageDataset(rows, each, views, soft_labels=its) for (rows, views), each, its
+                    in zip(sets, photos, soft, strict=True)]
         if self.settings.skip_bad_images:
             for dataset in datasets:
                 dataset.skip_bad()
@@ -190,12 +198,15 @@ class _Photos:
             photos: Sequence[CachedPhotos],
             views: Sequence[OpenCVViews],
             further: int,
+            soft_labels: Sequence[SoftLabels | None],
     ) -> list[DeviceDataset] | None:
         """The photos on the device; None if they, and so many further bytes, would not fit."""
+        further += sum(4 * len(each) * its.width for each, its in zip(photos, soft_labels, strict=True) if its)
         size, free = fits(photos, further, self.device)
         if size > free:
             self.say(f'--cache device: {format_size(size)} (every image takes the room of the largest) would not '
                      f'fit into the {format_size(free)} of {self.device} that may be used; goes on with --cache ram')
             return None
         self.say(f'--cache device: {format_size(size)} on {self.device}, where the views are made')
-        return [DeviceDataset.copy(each, its.recipes, self.device) for each, its in zip(photos, views)]
+        return [DeviceDataset.copy(each, its.recipes, self.device, soft) for each, its, soft
+                in zip(photos, views, soft_labels, strict=True)]

@@ -1,6 +1,6 @@
 """The phases of a run: first their data, then task, optimizer and loaders, then their training."""
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,18 @@ from timm_multilabel.assembly.device import choose_precision
 from timm_multilabel.assembly.loaders import Loaders, create_loaders
 from timm_multilabel.assembly.model import create_model
 from timm_multilabel.assembly.optimization import create_optimizer_step, create_saver
-from timm_multilabel.assembly.task import create_task, setup_ema_and_compile
+from timm_multilabel.assembly.task import create_task, create_teaching, setup_ema_and_compile
+from timm_multilabel.assembly.teachers import (
+    create_feature_teaching,
+    find_teachers,
+    load_teachers,
+    make_soft_labels,
+    taught_heads,
+)
 from timm_multilabel.config.train import Phase, TrainSettings
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
+from timm_multilabel.labels import LabelSpace
 from timm_multilabel.log import Say, silent
 from timm_multilabel.task import JointTask
 from timm_multilabel.training.checkpoint import Checkpoint, of_task, resume, start_from, what_differs
@@ -115,7 +123,9 @@ def build_phase(
         start: Checkpoint | None,
         checkpoint: Checkpoint | None,
         say: Say,
-        cache: bool = True,
+        earlier: Mapping[str, LabelSpace],
+        made: Mapping[str, Path],
+        rehearsal: bool = False,
 ) -> BuiltPhase:
     """Make task, optimizer and loaders of a phase.
 
@@ -124,13 +134,15 @@ def build_phase(
         start: A checkpoint whose weights it starts from.
         checkpoint: One of its own, to go on from.
         say: Tells a line.
-        cache: Open the cache that the settings ask for.
+        earlier: The heads of the phases before it.
+        made: The best checkpoints of those that are done.
+        rehearsal: It will not be trained: caches stay closed, and teachers may be of phases that are not done.
 
     Raises:
         UserError: Settings, data or checkpoint do not allow it.
     """
     with _named(prepared.phase, prepared.recipe):
-        return _build(prepared, start, checkpoint, say, cache)
+        return _build(prepared, start, checkpoint, say, earlier, made, rehearsal)
 
 
 def _build(
@@ -138,7 +150,9 @@ def _build(
         start: Checkpoint | None,
         checkpoint: Checkpoint | None,
         say: Say,
-        cache: bool,
+        earlier: Mapping[str, LabelSpace],
+        made: Mapping[str, Path],
+        rehearsal: bool,
 ) -> BuiltPhase:
     settings, data, precision = prepared.settings, prepared.data, prepared.precision
     random_seed(settings.run.seed, 0)  # the same first weights on every rank
@@ -151,7 +165,15 @@ def _build(
             say(f"head '{name}': {head.remark}")
     check_terms(settings, model.named_heads.values())
     metric = check_metric(settings, data, model.named_heads.values(), weights, say)
-    task = create_task(settings, model, data, data_config, weights, precision.device)
+    teachers, teaching = None, None
+    if settings.teaching.teacher:
+        found = find_teachers(settings.teaching.teacher, earlier, made)
+        taught = taught_heads(settings, data, model.named_heads, found, say)
+        if all(teacher.checkpoint is not None for teacher in found):
+            teachers = load_teachers(settings, data, data_config, found, taught, precision, say)
+        teaching = create_teaching(settings.teaching, taught, teachers)
+    feature_teaching = create_feature_teaching(settings, data_config, precision, say)
+    task = create_task(settings, model, data, data_config, weights, precision.device, teaching, feature_teaching)
     task.metadata['eval_metric'] = metric
     if start is not None:
         say(start_from(task, start, start.best_weights))
@@ -168,7 +190,13 @@ def _build(
     progress = TrainingProgress(0)
     if checkpoint is not None:
         progress = resume(checkpoint, task, optimizer_step, data.steps)
-    loaders = create_loaders(settings, data, data_config, task.views, precision.device, say, cache)
+    soft_labels = []
+    if teachers is not None and not settings.teaching.teacher_views and not rehearsal:
+        soft_labels = make_soft_labels(settings, data, teachers, say)
+        del teachers
+        free_memory(precision.device)
+    loaders = create_loaders(
+        settings, data, data_config, task.views, precision.device, say, not rehearsal, soft_labels)
     if checkpoint is not None:
         differs = what_differs(
             checkpoint, ranks=world()[1], images_per_step=prepared.images_per_step,
@@ -179,20 +207,30 @@ def _build(
     return BuiltPhase(prepared, task, optimizer_step, length, loaders, metric, data_config, progress)
 
 
-def rehearse(phases: list[PreparedPhase], start: Checkpoint | None, checkpoint: Checkpoint | None) -> list[str]:
-    """Make phases without training them: what is wrong with a later one shows now, not after hours.
+def rehearse(
+        phases: list[PreparedPhase],
+        start: Checkpoint | None,
+        checkpoint: Checkpoint | None,
+        first: int,
+) -> list[str]:
+    """Make phases from the `first` on without training them: what is wrong with a later one shows now, not after hours.
 
     Returns:
         The metric that ranks the checkpoints of each.
     """
     metrics = []
-    for prepared in phases:
-        built = build_phase(prepared, start, checkpoint, silent, cache=False)
+    for index, prepared in enumerate(phases[first:], first):
+        built = build_phase(prepared, start, checkpoint, silent, heads_of(phases[:index]), {}, rehearsal=True)
         metrics.append(built.metric)
         start, checkpoint = of_task(built.task, 'the phase before it'), None
         del built
         free_memory(prepared.precision.device)
     return metrics
+
+
+def heads_of(phases: Sequence[PreparedPhase]) -> dict[str, LabelSpace]:
+    """The heads of phases by the phases' names."""
+    return {each.phase.name: each.data.label_space for each in phases}
 
 
 def free_memory(device: torch.device) -> None:

@@ -17,7 +17,13 @@ def wants_pool(settings: TrainSettings) -> bool:
     pool = settings.pool
     terms = pool.entropy_weight or pool.marginal_entropy_weight or pool.pseudo_label_weight
     asked_for = pool.unlabelled or pool.unlabelled_batch_size
-    return bool(terms or settings.objective.simclr_loss_weight and asked_for)
+    return bool(terms or learns_from_all(settings) and asked_for)
+
+
+def learns_from_all(settings: TrainSettings) -> bool:
+    """Whether something learns from every image, labelled or not: SimCLR, or what learns from teachers."""
+    teaching = settings.teaching
+    return bool(settings.objective.simclr_loss_weight or teaching.teacher or teaching.teacher_features)
 
 
 def read_split_table(data: DataSettings, path: Path) -> Table:

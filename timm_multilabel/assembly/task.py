@@ -7,11 +7,13 @@ from timm.layers import convert_sync_batchnorm
 from timm_multilabel.assembly.data import Data
 from timm_multilabel.assembly.model import has_one_view
 from timm_multilabel.compat import BatchNorm
-from timm_multilabel.config.train import ModelSettings, TrainSettings
+from timm_multilabel.config.train import ModelSettings, TeacherSettings, TrainSettings
 from timm_multilabel.errors import SettingError
+from timm_multilabel.inference.teachers import Teachers
+from timm_multilabel.labels import LabelSpace
 from timm_multilabel.model import MultiLabelModel
 from timm_multilabel.model_names import plain_model
-from timm_multilabel.task import JointTask, Pool
+from timm_multilabel.task import FeatureTeaching, JointTask, Pool, Teaching
 
 
 def create_task(
@@ -21,6 +23,8 @@ def create_task(
         data_config: dict[str, Any],
         head_weights: dict[str, float],
         device: torch.device,
+        teaching: Teaching | None = None,
+        feature_teaching: FeatureTeaching | None = None,
 ) -> JointTask:
     """The task on its device."""
     backbone, objective, pool, of_data = settings.backbone, settings.objective, settings.pool, settings.data
@@ -49,6 +53,8 @@ def create_task(
             pool.pseudo_label_weight,
             pool.pseudo_label_threshold,
         ) if data.pool_rows is not None else Pool(),
+        teaching=teaching,
+        feature_teaching=feature_teaching,
         freeze_backbone=backbone.freeze_backbone,
         micro_batch=settings.run.micro_batch,
         metadata={
@@ -69,6 +75,12 @@ def create_task(
         },
         device=device,
     )
+
+
+def create_teaching(settings: TeacherSettings, taught: LabelSpace, teachers: Teachers | None) -> Teaching:
+    """What the heads learn; `teachers` are None in a rehearsal."""
+    of_views = teachers.of_views if teachers is not None and settings.teacher_views else None
+    return Teaching(taught.names, settings.teacher_weight, settings.teacher_temperature, of_views)
 
 
 def _check_micro_batch(settings: TrainSettings, model: MultiLabelModel, data: Data) -> None:

@@ -21,12 +21,15 @@ _MOST_BYTES = 2 ** 24
 TRUST = ('head_module', 'allow_hub')
 """The settings that let code run or models be looked up elsewhere, which no file may decide."""
 
+_MODELS = ('model', 'teacher_features')
+"""The settings that name a model, which may be one on a hub."""
+
 _TYPED_ONLY = {
     'head_module': 'names the Python file {0}, and a file cannot have code run; if you trust it, pass '
                    '--head-module {0} on the command line, else remove the line',
     'allow_hub': "'allow_hub' counts on the command line only; remove the line, and pass --allow-hub",
-    'model': "the model {0} is not one of timm's own, and no model is downloaded because a file asks for it; pass "
-             '--allow-hub if you trust it, or name another with --model',
+    **{name: "the model {0} is not one of timm's own, and no model is downloaded because a file asks for it; pass "
+             f'--allow-hub if you trust it, or name another with --{name.replace("_", "-")}' for name in _MODELS},
 }
 """What a file may not decide, with the message: a recipe or an args.yaml may come from anyone."""
 
@@ -123,10 +126,10 @@ def _over_file(
     """What is given, over the content of a file, by name."""
     of_file = read_values(cls, content, f'{where}: ')
     aside = {name: of_file.pop(name) for name in _TYPED_ONLY
-             if of_file.get(name) and (name != 'model' or is_from_elsewhere(of_file[name]))}
+             if of_file.get(name) and (name not in _MODELS or is_from_elsewhere(of_file[name]))}
     values = layered(cls, of_file, given)
     for name, value in aside.items():
-        if name == 'model' and values.get('allow_hub'):
+        if name in _MODELS and values.get('allow_hub'):
             values.setdefault(name, value)
         if name not in values:
             raise SettingError(f'{where}: ' + _TYPED_ONLY[name].format(shlex.quote(str(value))))

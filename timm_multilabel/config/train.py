@@ -44,7 +44,9 @@ class DataSettings(Settings):
     head_module: str | None = shared.head_module()
     allow_hub: bool = shared.allow_hub()
     unknown_labels: str = setting(
-        'error', 'validation labels that are unknown in training: stop with an error, or treat them as missing',
+        'error',
+        'validation labels that are unknown in training, and classes in which a teacher differs from the data: stop '
+        'with an error, or treat them as missing',
         choices=('error', 'ignore'))
     skip_bad_images: bool = switch(
         'skip and report images that cannot be decoded (otherwise the first one stops the run)')
@@ -53,7 +55,8 @@ class DataSettings(Settings):
         'cache decoded images, if they fit: in RAM or on disk, shared by all processes of a machine; or on the device, '
         'which then also makes the views',
         choices=('ram', 'disk', 'device'))
-    cache_dir: str = setting('~/.cache/timm-multilabel', 'folder for --cache disk', metavar='DIR')
+    cache_dir: str = setting(
+        '~/.cache/timm-multilabel', 'folder for --cache disk and for the predictions of --teacher', metavar='DIR')
     workers: int = shared.workers('data loader workers per GPU')
 
 
@@ -141,6 +144,30 @@ class UnlabelledSettings(Settings):
         metavar='W')
     pseudo_label_threshold: float = setting(
         0.95, 'minimum probability for a prediction to become a pseudo-label', fraction, metavar='P')
+
+
+@dataclass(frozen=True)
+class TeacherSettings(Settings):
+    """Checkpoints that the heads learn from."""
+    teacher: list[str] | None = setting(
+        None,
+        'also learn what these checkpoints predict (their mean), on labelled and unlabelled images; in a recipe, the '
+        'name of an earlier phase stands for its best checkpoint',
+        nargs='+', metavar='CHECKPOINT')
+    teacher_weight: float = setting(1.0, "weight of the loss against the teachers' predictions", above_0, metavar='W')
+    teacher_temperature: float = setting(
+        1.0, 'temperature of that loss: more than 1 gives unlikely classes more weight', above_0, metavar='T')
+    teacher_views: bool = switch(
+        'ask the teachers in every step, for each view (otherwise once before training, for each image)')
+    teacher_features: str | None = setting(
+        None,
+        'also learn the pooled features of this timm model, which stays as it is, for each view of labelled and '
+        'unlabelled images; with -wls 0 -wlc 0 nothing else is learnt',
+        metavar='NAME')
+    teacher_features_path: str | None = setting(
+        None, "weights of that model, a local timm checkpoint or safetensors file (default: timm's pretrained ones)",
+        metavar='FILE')
+    teacher_features_weight: float = setting(1.0, 'weight of the loss against its features', above_0, metavar='W')
 
 
 @dataclass(frozen=True)
@@ -321,6 +348,7 @@ class TrainSettings(Settings):
     backbone: ModelSettings = group('model', ModelSettings)
     objective: ObjectiveSettings = group('objective', ObjectiveSettings)
     pool: UnlabelledSettings = group('unlabelled images', UnlabelledSettings)
+    teaching: TeacherSettings = group('teachers', TeacherSettings)
     augmentation: AugmentationSettings = group('views and augmentation', AugmentationSettings)
     optimizer: OptimizerSettings = group('optimizer', OptimizerSettings)
     schedule: ScheduleSettings = group('learning rate schedule', ScheduleSettings)

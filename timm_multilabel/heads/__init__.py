@@ -14,7 +14,7 @@ from timm_multilabel.heads.registry import (
     standard_head,
 )
 from timm_multilabel.heads.tags import TagsHead
-from timm_multilabel.heads.together import Group, group_heads, losses_of_heads
+from timm_multilabel.heads.together import Group, group_heads, losses_of_heads, teacher_losses_of_heads
 
 __all__ = [
     'COMMON_OPTIONS',
@@ -35,4 +35,5 @@ __all__ = [
     'parse_option',
     'resolve_options',
     'standard_head',
+    'teacher_losses_of_heads',
 ]

@@ -10,6 +10,7 @@ from timm_multilabel.losses import (
     arcface_logits,
     categorical_entropy,
     dense_cross_entropy,
+    distillation_loss,
     index_cross_entropy,
     marginal_entropy,
     pseudo_label_loss,
@@ -64,6 +65,12 @@ class ClassHead(Head):
             threshold: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return pseudo_label_loss(strong, weak, threshold)
+
+    def answer(self, output: torch.Tensor) -> torch.Tensor:
+        return float32(output).log_softmax(dim=1)
+
+    def teacher_loss(self, output: torch.Tensor, answer: torch.Tensor, temperature: float) -> torch.Tensor:
+        return distillation_loss(output, answer, temperature)
 
     @staticmethod
     def balance(target: torch.Tensor, labels: Labels) -> list[float]:

@@ -40,7 +40,8 @@ class Head(nn.Module):
     figures = RenamedAttribute('metric_names')
     decreasing = RenamedAttribute('lower_is_better')
     distribution = False
-    """Whether it predicts a distribution, and so learns from unlabelled images: the last three methods."""
+    """Whether it predicts a distribution, and so learns from unlabelled images: `entropy`, `marginal_entropy` and
+    `pseudo_label_loss`."""
     inherits: tuple[str, ...] = ('drop', 'smoothing')
     """Options that, where they are not given, have the value of the flag of that name."""
 
@@ -143,6 +144,29 @@ class Head(nn.Module):
             threshold: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The sum of losses against what the weak outputs say, and the number of rows that pass, both scalars."""
+        raise NotImplementedError
+
+    @property
+    def can_teach(self) -> bool:
+        """Whether `answer` says more than which class it predicts."""
+        return self.has_probabilities or not isinstance(self.labels, LabelSet)
+
+    def answer(self, output: torch.Tensor) -> torch.Tensor:
+        """What it teaches a head of the same labels: log-probabilities of classes (B, C), log-odds of tags (B, C), or
+        standardised numbers (B, 1); float32 at least.
+        """
+        probabilities = self.probabilities(output)
+        if isinstance(self.labels, LabelSet):
+            return probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
+        return probabilities.logit(eps=1e-6) if isinstance(self.labels, TagSet) else probabilities
+
+    @property
+    def can_be_taught(self) -> bool:
+        """Whether it learns from a teacher's answers: `teacher_loss`."""
+        return type(self).teacher_loss is not Head.teacher_loss
+
+    def teacher_loss(self, output: torch.Tensor, answer: torch.Tensor, temperature: float) -> torch.Tensor:
+        """The loss (B,) of outputs against what `answer` of a teacher's head gave, at a temperature."""
         raise NotImplementedError
 
     @staticmethod

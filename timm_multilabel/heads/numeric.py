@@ -1,11 +1,13 @@
 """The head of a number."""
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from timm_multilabel.heads.head import Head, check_fractions
 from timm_multilabel.labels import Quantity
 from timm_multilabel.losses import smooth_l1
+from timm_multilabel.losses.precision import float32
 
 
 class NumericHead(Head):
@@ -38,6 +40,11 @@ class NumericHead(Head):
 
     def loss(self, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return smooth_l1(output, target)
+
+    def teacher_loss(self, output: torch.Tensor, answer: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Smooth L1 to the teacher's number; a number has no temperature."""
+        output = float32(output)
+        return F.smooth_l1_loss(output, answer[:, 0].to(output.dtype), reduction='none')
 
     def predict(self, output: torch.Tensor) -> torch.Tensor:
         return output

@@ -8,6 +8,7 @@ from timm_multilabel.heads.head import LinearHead
 from timm_multilabel.labels import MISSING, Labels, TagSet
 from timm_multilabel.losses import (
     binary_cross_entropy,
+    binary_distillation_loss,
     binary_entropy,
     binary_marginal_entropy,
     binary_pseudo_label_loss,
@@ -74,6 +75,12 @@ class TagsHead(LinearHead):
             threshold: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return binary_pseudo_label_loss(strong, weak, threshold)
+
+    def answer(self, output: torch.Tensor) -> torch.Tensor:
+        return float32(output)
+
+    def teacher_loss(self, output: torch.Tensor, answer: torch.Tensor, temperature: float) -> torch.Tensor:
+        return binary_distillation_loss(output, answer, temperature)
 
     @staticmethod
     def balance(target: torch.Tensor, labels: Labels) -> list[float]:

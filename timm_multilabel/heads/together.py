@@ -11,6 +11,7 @@ from timm_multilabel.compat import has_hooks
 from timm_multilabel.heads.classes import SoftmaxHead
 from timm_multilabel.heads.head import Head
 from timm_multilabel.labels import MISSING
+from timm_multilabel.losses import distillation_loss
 from timm_multilabel.losses.precision import float32
 
 
@@ -74,6 +75,15 @@ class Group:
                 even = even / classes.sum(dim=1)
             loss = (1 - smoothing) * loss + smoothing * even
         return loss.masked_fill(~known, 0).sum(dim=0), mass.sum(dim=0)
+
+    def teacher_losses(
+            self,
+            outputs: Mapping[str, torch.Tensor],
+            answers: Mapping[str, torch.Tensor],
+            temperature: float,
+    ) -> torch.Tensor:
+        """The mean of `SoftmaxHead.teacher_loss` of each head (H,)."""
+        return distillation_loss(self._padded(outputs), self._padded(answers), temperature).mean(dim=0)
 
     def hits(
             self,
@@ -172,3 +182,19 @@ def losses_of_heads(
     sums, counts = (torch.cat(each) for each in zip(*found, strict=True))
     places = _places(order, tuple(heads), sums.device)
     return (sums, counts) if places is None else (sums[places], counts[places])
+
+
+def teacher_losses_of_heads(
+        groups: Sequence[Group],
+        heads: Mapping[str, Head],
+        outputs: Mapping[str, torch.Tensor],
+        answers: Mapping[str, torch.Tensor],
+        temperature: float,
+) -> torch.Tensor:
+    """The mean of `Head.teacher_loss` of each head that there are answers for (H,), in their order."""
+    found: dict[str, torch.Tensor] = {}
+    for group in groups:
+        found |= zip(group.names, group.teacher_losses(outputs, answers, temperature).unbind(), strict=True)
+    return torch.stack([
+        found[name] if name in found else heads[name].teacher_loss(outputs[name], answer, temperature).mean()
+        for name, answer in answers.items()])

@@ -14,6 +14,7 @@ from timm_multilabel.data.table import Rows
 from timm_multilabel.distributed import all_objects
 from timm_multilabel.errors import DataError, UserError
 from timm_multilabel.loading.sampling import Draw, other_rows
+from timm_multilabel.loading.soft_labels import SoftLabels
 
 T = TypeVar('T')
 
@@ -67,12 +68,14 @@ class ImageDataset:
         bad: Rows (N,) whose image turned out bad, where such rows are to be left out; None where one ends the run. It
             lies in memory that the workers of a loader share.
         stand_in: Targets (W,) of the black picture that takes the place of a bad image; when None, another row does.
+        soft_labels: What teachers say of the rows, which comes after their targets.
     """
     rows: Rows
     photos: Photos
     views: Views
     bad: torch.Tensor | None = None
     stand_in: torch.Tensor | None = None
+    soft_labels: SoftLabels | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -83,7 +86,7 @@ class ImageDataset:
         return self
 
     def write(self, draws: Sequence[Draw], out: np.ndarray) -> torch.Tensor:
-        """Write the views of draws into `out` (V, B, H, W, 3); their targets (B, W).
+        """Write the views of draws into `out` (V, B, H, W, 3); their targets (B, W), or (B, W + S) with soft labels.
 
         Raises:
             DataError: An image cannot be read, and bad ones are not left out.
@@ -91,7 +94,7 @@ class ImageDataset:
         rows, seeds = [draw.row for draw in draws], [draw.seed for draw in draws]
         if self.bad is None:
             self.views([self.photos[row] for row in rows], seeds, out)
-            return self.rows.targets[rows]
+            return self.targets_of(rows)
         good = [self._find_good(draw, self.bad) for draw in draws]
         try:
             self.views([photo for _, photo, _ in good], seeds, out)
@@ -103,12 +106,17 @@ class ImageDataset:
             return self.write(draws, out)
         return torch.stack([target for *_, target in good])
 
+    def targets_of(self, rows: Sequence[int]) -> torch.Tensor:
+        """The targets of rows, and after them their soft labels if there are any."""
+        targets = self.rows.targets[rows]
+        return targets if self.soft_labels is None else torch.cat([targets, self.soft_labels.of(rows)], dim=1)
+
     def _find_good(self, draw: Draw, bad: torch.Tensor) -> tuple[int | None, Photo, torch.Tensor]:
         """The row, photo and targets (W,) of a draw; where that is bad, of another one, the same for the same draw."""
         for row in islice(chain([draw.row], other_rows(draw.seed, len(self))), _TRIES):
             if not bad[row]:
                 try:
-                    return row, self.photos[row], self.rows.targets[row]
+                    return row, self.photos[row], self.targets_of([row])[0]
                 except UserError:
                     bad[row] = True
             if self.stand_in is not None:

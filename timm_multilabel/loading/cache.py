@@ -4,7 +4,6 @@ import hashlib
 import os
 import secrets
 import shutil
-import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from tqdm.auto import tqdm
 
 from timm_multilabel.arrays import check_array, read_arrays, write_arrays
 from timm_multilabel.data.images import MAX_PIXELS, REDUCTIONS, DecodedPhoto, FilePhotos, Photo
-from timm_multilabel.distributed import all_objects, world
+from timm_multilabel.distributed import all_objects, ranks_here, world
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import reading
 from timm_multilabel.loading.shared import SharedBytes, format_size, free_memory
@@ -79,7 +78,7 @@ class Contents:
 
         def look(places: Sequence[int]) -> None:
             for place in places:
-                made.stamps[place] = _stamp(photos.rows.images[rows[place]])  # first, so that no change is missed
+                made.stamps[place] = stamp_of(photos.rows.images[rows[place]])  # first, so that no change is missed
                 try:
                     photo = photos[rows[place]]
                     useful = views.useful_reductions(photo)
@@ -214,8 +213,7 @@ def open_cache(
         UserError: An image is bad, and such are not left out.
     """
     title = f'{files.rows.source}: --cache {flag or kind}'
-    machines = all_objects((socket.gethostname(), _boot()))
-    here = [rank for rank, machine in enumerate(machines) if machine == machines[world()[0]]]
+    here = ranks_here()
     leader, place, visible = here[0], here.index(world()[0]), not world()[0]
     indices = _indices(files, views, folder) if kind == 'disk' else []
     offer, wrong, made, finished, ready = None, None, None, None, True
@@ -254,12 +252,6 @@ def _attempt(work: Callable[..., Any], *args: Any) -> tuple[Any, str | None]:
         return work(*args), None
     except (OSError, ValueError) as error:
         return None, ' '.join(str(error).split())
-
-
-def _boot() -> str:
-    """What tells this start of this machine from others of its name (Linux)."""
-    path = Path('/proc/sys/kernel/random/boot_id')
-    return path.read_text() if path.exists() else ''
 
 
 def _lead(
@@ -324,7 +316,8 @@ def _indices(files: FilePhotos, views: Scales, folder: Path) -> list[Path]:
     return [folder / f'{name}.npz', folder / f'{name}.{os.getuid()}.npz']
 
 
-def _stamp(image: str) -> tuple[int, int, int]:
+def stamp_of(image: str) -> tuple[int, int, int]:
+    """What changes when a file does: its length, and when its content and its entry last changed; 0 without a file."""
     try:
         state = os.stat(image)
     except OSError:
@@ -353,7 +346,7 @@ def _read_index(
             shared = SharedBytes.of_file(path, length)
     except UserError:
         return None
-    stamps = np.array([_stamp(image) for image in files.rows.images], np.int64)
+    stamps = np.array([stamp_of(image) for image in files.rows.images], np.int64)
     changed = int((stamps != contents.stamps).any(axis=1).sum())
     if changed:
         say(f'{title}: {changed} of {len(files)} images have changed since it was made')

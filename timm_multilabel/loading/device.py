@@ -14,6 +14,7 @@ from timm_multilabel.loading.cache import CachedPhotos
 from timm_multilabel.loading.loaders import RepeatableErasing, names_of, shuffled_batches
 from timm_multilabel.loading.sampling import ShuffledBatches, other_rows
 from timm_multilabel.loading.shared import free_memory
+from timm_multilabel.loading.soft_labels import SoftLabels
 from timm_multilabel.views.device import make_views
 from timm_multilabel.views.recipe import ViewRecipe
 
@@ -90,8 +91,14 @@ class DeviceDataset:
     rows: Rows
 
     @classmethod
-    def copy(cls, photos: CachedPhotos, recipes: Sequence[ViewRecipe], device: torch.device) -> 'DeviceDataset':
-        """Copy photos and their targets to a device.
+    def copy(
+            cls,
+            photos: CachedPhotos,
+            recipes: Sequence[ViewRecipe],
+            device: torch.device,
+            soft_labels: SoftLabels | None = None,
+    ) -> 'DeviceDataset':
+        """Copy photos and their targets, with their soft labels if there are any, to a device.
 
         Raises:
             DataError: All are bad.
@@ -99,6 +106,8 @@ class DeviceDataset:
         if photos.contents.bad.all():
             raise DataError(f'{photos.files.rows.source}: all of its {len(photos)} images are bad')
         targets = photos.files.rows.targets.to(device)
+        if soft_labels is not None:
+            targets = torch.cat([targets, soft_labels.of(slice(None)).to(device)], dim=1)
         return cls(DeviceImages.copy(photos, device), targets, recipes, photos.contents.bad, photos.files.rows)
 
     def __len__(self) -> int:

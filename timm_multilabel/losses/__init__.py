@@ -5,6 +5,13 @@ batch without labels gives zero, and several ranks divide by their common number
 """
 from timm_multilabel.losses.arcface import arcface_logits
 from timm_multilabel.losses.classification import binary_cross_entropy, dense_cross_entropy, index_cross_entropy
+from timm_multilabel.losses.distillation import (
+    binary_distillation_loss,
+    distillation_loss,
+    feature_loss,
+    mean_of_classes,
+    mean_of_tags,
+)
 from timm_multilabel.losses.nt_xent import nt_xent_loss
 from timm_multilabel.losses.regression import smooth_l1
 from timm_multilabel.losses.unlabelled import (
@@ -19,13 +26,18 @@ from timm_multilabel.losses.unlabelled import (
 __all__ = [
     'arcface_logits',
     'binary_cross_entropy',
+    'binary_distillation_loss',
     'binary_entropy',
     'binary_marginal_entropy',
     'binary_pseudo_label_loss',
     'categorical_entropy',
     'dense_cross_entropy',
+    'distillation_loss',
+    'feature_loss',
     'index_cross_entropy',
     'marginal_entropy',
+    'mean_of_classes',
+    'mean_of_tags',
     'nt_xent_loss',
     'pseudo_label_loss',
     'smooth_l1',

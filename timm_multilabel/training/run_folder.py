@@ -133,6 +133,11 @@ def phase_folder(run: Path, phases: Sequence[str], phase: int) -> Path:
     return run if phase + 1 >= len(phases) else run / f'{phase + 1}-{phases[phase]}'
 
 
+def best_of_phases(run: Path, phases: Sequence[str], before: int) -> dict[str, Path]:
+    """The best checkpoint of each phase before the one of a number, by the phase's name."""
+    return {phases[index]: phase_folder(run, phases, index) / 'model_best.pth.tar' for index in range(before)}
+
+
 class RunFolder:
     """A run's folder, written by the first rank only, which has its `RunLock`.
 

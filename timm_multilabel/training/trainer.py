@@ -362,7 +362,7 @@ class Trainer:
     def score(self, row: dict[str, Any]) -> str:
         """The column that this epoch is ranked by: of the plain or of the EMA weights, whichever is better."""
         if self.eval_loader is None:
-            return 'simclr_loss'
+            return self.metric if self.metric in row else 'simclr_loss'
         columns = [in_summary(part, self.metric) for part in ('eval', 'eval_ema')[:1 + self.task.has_ema()]]
         columns = [column for column in columns if column in row] or columns[:1]
         best = min if less_is_better(self.metric, self.task.heads) else max
