@@ -324,7 +324,7 @@ def test_recipes_are_read(name):
                'cs492.yaml': [(1, 0), (1, 100)], 'cs492-arcface.yaml': [(1, 0), (1, 100)],
                'sample.yaml': [(0.5, 0), (0.2, 0.8), (0, 1)], 'recommended.yaml': [(1, 0), (0, 1)],
                'fine-tune.yaml': [(0, 1)] * 2,
-               'self-training.yaml': [(0, 1), (0, 1)]}
+               'self-training.yaml': [(0, 1)] * 4}
     assert [(each.simclr_loss_weight, each.classification_loss_weight) for each in flags] == weights[name]
 
 

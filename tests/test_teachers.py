@@ -281,7 +281,9 @@ def test_a_student_of_a_good_teacher_and_a_pool_beats_labels_alone(tmp_path):
 RECIPE = {
     'model': 'test_resnet', 'img_size': 32, 'batch_size': 4, 'workers': 0, 'device': 'cpu', 'simclr_loss_weight': 0,
     'warmup_epochs': 0, 'cooldown_epochs': 0, 'phases': [
-        {'name': 'labels', 'epochs': 2}, {'name': 'student', 'epochs': 2, 'teacher': 'labels', 'unlabelled': 'pool'}]}
+        {'name': 'labels', 'epochs': 2}, {'name': 'again', 'epochs': 1, 'fresh_start': True},
+        {'name': 'student', 'epochs': 2, 'teacher': ['labels', 'again'], 'unlabelled': 'pool', 'fresh_start': True,
+         'model': 'test_vit'}]}
 
 
 def write_recipe(place, folder, **further):
@@ -295,13 +297,23 @@ def write_recipe(place, folder, **further):
 
 
 @pytest.mark.slow
-def test_a_phase_learns_from_the_best_checkpoint_of_an_earlier_one(place, tmp_path, capsys):
+def test_a_phase_learns_from_the_best_checkpoints_of_earlier_ones(place, tmp_path, capsys):
     path = write_recipe(place, tmp_path)
     run_command('train', 'train.py', ['-c', str(path)])
     run, out = tmp_path / 'run', capsys.readouterr().out
-    assert 'teacher labels: for color, shape' in out and 'teacher: predicts 21 images once' in out
+    assert 'teachers labels, again: for color, shape' in out and 'teacher: predicts 21 images once' in out
     summary = pd.read_csv(run / 'summary.csv')
-    assert summary['teacher_loss'].notna().tolist() == [False, False, True, True]
+    assert summary['teacher_loss'].notna().tolist() == [False, False, False, True, True]
+    # A phase that starts anew is a run by itself, with a seed of its own.
+    settings = {name: value for name, value in yaml.safe_load(path.read_text()).items()
+                if name not in ('phases', 'cache_dir')}
+    alone = tmp_path / 'alone.yaml'
+    alone.write_text(yaml.safe_dump({
+        **settings, 'experiment': 'alone', 'epochs': 1,
+        'seed': int(np.random.SeedSequence((42, 1)).generate_state(1)[0]) % 2 ** 31}))
+    run_command('train', 'train.py', ['-c', str(alone)])
+    assert_same_weights(tmp_path / 'alone' / 'last.pth.tar', run / '2-again' / 'last.pth.tar')
+    capsys.readouterr()
     again = tmp_path / 'again'
     shutil.copytree(run, again)
     for checkpoint in again.glob('*.pth.tar'):
@@ -314,7 +326,7 @@ def test_a_phase_learns_from_the_best_checkpoint_of_an_earlier_one(place, tmp_pa
 
 def test_phases_that_cannot_teach(place, tmp_path, capsys):
     simclr = {'name': 'simclr', 'epochs': 1, 'wls': 1, 'wlc': 0}
-    path = write_recipe(place, tmp_path, phases=[simclr, {**RECIPE['phases'][1], 'teacher': 'labells'}])
+    path = write_recipe(place, tmp_path, phases=[simclr, {**RECIPE['phases'][2], 'teacher': 'labells'}])
     line = error_of(capsys, '-c', path)
     assert line == (f"train.py: error: {path}, phase 'student': --teacher labells: no such checkpoint, nor an earlier "
                     'phase (there are: simclr)')

@@ -30,7 +30,7 @@ from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import SettingError, UserError, escaped, is_utf8
 from timm_multilabel.log import say
-from timm_multilabel.training.checkpoint import of_task, read_checkpoint, set_aside_later
+from timm_multilabel.training.checkpoint import Checkpoint, of_task, read_checkpoint, set_aside_later
 from timm_multilabel.training.run_folder import RunFolder, RunLock, best_of_phases, launcher, phase_folder
 from timm_multilabel.training.saver import WholeSaver
 from timm_multilabel.training.signals import StopSignals
@@ -106,12 +106,10 @@ def run_training(settings: TrainSettings, signals: StopSignals | None = None) ->
         for note in (*sorted(settings.notes), *without_effect(phases)):
             say(note)
         lock = stack.enter_context(closing(RunLock()))
-        prepared = [prepare_phase(each, settings.config, device, say) for each in phases]
+        prepared = [prepare_phase(each, index, settings.config, device, say) for index, each in enumerate(phases)]
         launchers = all_objects(launcher())
         checkpoint = find_checkpoint(run, launchers, lock, say)
-        start = None
-        if settings.backbone.initial_checkpoint and checkpoint is None:
-            start = read_checkpoint(settings.backbone.initial_checkpoint)
+        start = _initial(settings) if checkpoint is None else None
         names = [each.name for each in phases] if settings.phases else []
         first = find_phase(checkpoint, names) if checkpoint is not None else 0
         metrics = rehearse(prepared, start, checkpoint, first) if len(phases) > 1 else []
@@ -143,7 +141,9 @@ def run_training(settings: TrainSettings, signals: StopSignals | None = None) ->
                         Trackers(_choose_trackers(named, folder, checkpoint is not None), say)))
             saver = train_phase(
                 built, phase_folder(folder, names, index), writer, trackers, checkpoint, signals, say)
-            start, checkpoint = of_task(built.task, f"phase '{built.prepared.name}'"), None
+            fresh = index + 1 < len(phases) and phases[index + 1].settings.backbone.fresh_start
+            start = _initial(settings) if fresh else of_task(built.task, f"phase '{built.prepared.name}'")
+            checkpoint = None
             if saver is not None:
                 finished = _finished(folder, built, saver)
             length = built.length
@@ -153,6 +153,12 @@ def run_training(settings: TrainSettings, signals: StopSignals | None = None) ->
     if dist.is_initialized():
         dist.destroy_process_group()
     return finished
+
+
+def _initial(settings: TrainSettings) -> Checkpoint | None:
+    """What a run starts from, where that is a checkpoint."""
+    path = settings.backbone.initial_checkpoint
+    return read_checkpoint(path) if path else None
 
 
 def _with_metrics(

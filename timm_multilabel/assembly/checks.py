@@ -28,6 +28,8 @@ def check_phases(settings: TrainSettings) -> list[Phase]:
         SettingError: A phase without epochs or with a setting of the whole run, or settings that do not go together.
     """
     if not settings.phases:
+        if settings.backbone.fresh_start:
+            raise SettingError('--fresh-start would change nothing: the run has no phases; leave it out')
         check_settings(settings, frozenset(settings.settings()))
         return [Phase('', {}, settings)]
     checked = []

@@ -2,10 +2,11 @@
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.utils import random_seed
 
@@ -105,17 +106,30 @@ def _named(phase: Phase, recipe: str | None) -> Iterator[None]:
         raise UserError(f"{recipe}, phase '{phase.name}': {error.line}") from error
 
 
-def prepare_phase(phase: Phase, recipe: str | None, device: torch.device, say: Say) -> PreparedPhase:
+def prepare_phase(phase: Phase, index: int, recipe: str | None, device: torch.device, say: Say) -> PreparedPhase:
     """Read the data of a phase.
 
+    Phases that start from the initial weights have seeds of their own, so that several of them are several seeds of one
+    training. The labelled rows are drawn with the seed of the run in all of them.
+
+    Args:
+        phase: The phase.
+        index: Its place among them, from 0.
+        recipe: The file that it stands in.
+        device: Where it is trained.
+        say: Tells a line.
+
     Raises:
-        UserError: They cannot be read, or are too few.
+        UserError: The data cannot be read, or are too few.
     """
     run, prefix = phase.settings.run, f'Phase {phase.name}: ' if phase.name else ''
     with _named(phase, recipe):
         precision = choose_precision(device, run.amp, run.amp_dtype, phase.settings.backbone.channels_last)
-        return PreparedPhase(
-            phase, recipe, precision, read_data(phase.settings, lambda line: say(f'{prefix}{line}')))
+        data = read_data(phase.settings, lambda line: say(f'{prefix}{line}'))
+        if phase.settings.backbone.fresh_start and index:
+            seed = int(np.random.SeedSequence((run.seed, index)).generate_state(1)[0]) % 2 ** 31
+            phase = replace(phase, settings=phase.settings.replace(seed=seed))
+        return PreparedPhase(phase, recipe, precision, data)
 
 
 def build_phase(
@@ -218,8 +232,9 @@ def rehearse(
     Returns:
         The metric that ranks the checkpoints of each.
     """
-    metrics = []
+    metrics, initial = [], start
     for index, prepared in enumerate(phases[first:], first):
+        start = initial if prepared.settings.backbone.fresh_start else start
         built = build_phase(prepared, start, checkpoint, silent, heads_of(phases[:index]), {}, rehearsal=True)
         metrics.append(built.metric)
         start, checkpoint = of_task(built.task, 'the phase before it'), None
