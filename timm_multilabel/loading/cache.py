@@ -79,7 +79,7 @@ class Contents:
 
         def look(places: Sequence[int]) -> None:
             for place in places:
-                made.stamps[place] = _stamp(photos.rows.images[rows[place]])  # first, so that no change is missed
+                made.stamps[place] = file_stamp(photos.rows.images[rows[place]])  # first, so that no change is missed
                 try:
                     photo = photos[rows[place]]
                     useful = views.useful_reductions(photo)
@@ -324,7 +324,8 @@ def _indices(files: FilePhotos, views: Scales, folder: Path) -> list[Path]:
     return [folder / f'{name}.npz', folder / f'{name}.{os.getuid()}.npz']
 
 
-def _stamp(image: str) -> tuple[int, int, int]:
+def file_stamp(image: str) -> tuple[int, int, int]:
+    """What changes when a file does: its length, and when its content and its entry last changed."""
     try:
         state = os.stat(image)
     except OSError:
@@ -353,7 +354,7 @@ def _read_index(
             shared = SharedBytes.of_file(path, length)
     except UserError:
         return None
-    stamps = np.array([_stamp(image) for image in files.rows.images], np.int64)
+    stamps = np.array([file_stamp(image) for image in files.rows.images], np.int64)
     changed = int((stamps != contents.stamps).any(axis=1).sum())
     if changed:
         say(f'{title}: {changed} of {len(files)} images have changed since it was made')
