@@ -20,7 +20,7 @@ from timm_multilabel.config.train import ObjectiveSettings
 from timm_multilabel.errors import SettingError, UserError
 from timm_multilabel.heads import REGISTRY, Head, create_head, group_heads, resolve_options
 from timm_multilabel.labels import LabelSet, LabelSpace
-from timm_multilabel.model_names import names_of
+from timm_multilabel.model_names import is_joined, names_of
 from timm_multilabel.weights_file import create_from_file
 
 
@@ -183,16 +183,17 @@ def create_backbone(
     mirrored = bool(kwargs.pop('mirrored', False))
     if drop_path is not None:
         kwargs['drop_path_rate'] = drop_path
-    paths = [] if not pretrained_path else (
-        pretrained_path.split(os.pathsep) if len(names) > 1 else [pretrained_path])
-    if len(paths) not in (0, len(names)):
+    paths: list[str | None] = [None] * len(names)
+    if pretrained_path:
+        paths = [*pretrained_path.split(os.pathsep)] if len(names) > 1 else [pretrained_path]
+    if len(paths) != len(names):
         raise SettingError(f'--pretrained-path: {len(paths)} files for {len(names)} models; name one for each')
     made: list[nn.Module] = []
-    for each, path in zip(names, paths or [None] * len(names), strict=True):
+    for each, path in zip(names, paths, strict=True):
         made.append(_create_one(each, pretrained, path, input_size, kwargs, say))
         if len(names) > 1 and not any((input_size or {}).values()):
             input_size = {'input_size': made[0].pretrained_cfg['input_size']}  # type: ignore[index]  # a dict of timm's
-    return made[0] if len(made) == 1 and not mirrored else JoinedBackbones(made, mirrored)
+    return JoinedBackbones(made, mirrored) if is_joined(name, {'mirrored': mirrored}) else made[0]
 
 
 def _create_one(

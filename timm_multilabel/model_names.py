@@ -24,8 +24,8 @@ ARGUMENTS = frozenset(
     'drop_block_rate drop_path_rate drop_rate dynamic_img_pad dynamic_img_size embed_dim embed_dims embed_norm '
     'expand_ratio fc_norm final_norm fix_init fix_stem global_pool groups growth_rate head_dim head_hidden_size '
     'head_init_scale head_norm_first img_size in_chans init_values kernel_size kernel_sizes layer_scale_init_value '
-    'layers legacy ls_init_value mirrored mlp_layer mlp_ratio mlp_ratios no_embed_class norm_eps norm_layer num_features '
-    'num_heads num_kv_heads output_stride pad_type patch_drop_rate patch_norm patch_size pool_include_prefix '
+    'layers legacy ls_init_value mirrored mlp_layer mlp_ratio mlp_ratios no_embed_class norm_eps norm_layer '
+    'num_features num_heads num_kv_heads output_stride pad_type patch_drop_rate patch_norm patch_size pool_include_prefix '
     'pool_type pos_drop_rate pos_embed pre_norm preact proj_bias proj_drop_rate qk_norm '
     'qkv_bias qkv_fused ref_feat_shape reg_tokens rope_temperature rope_theta rope_type scale_attn_norm '
     'scale_mlp scale_mlp_norm se_from_exp se_layer se_ratio sr_ratios stages stem_chs stem_size stem_type stem_width '
@@ -41,6 +41,11 @@ JOIN = '+'
 def names_of(name: str) -> list[str]:
     """The models that a name joins; the path of a folder (`local-dir:`) may hold a '+' itself."""
     return [name] if name.startswith('local-dir:') else name.split(JOIN)
+
+
+def is_joined(name: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether a model is several, or sees mirrored images too, and so none of timm's own (see `JoinedBackbones`)."""
+    return len(names_of(name)) > 1 or bool(arguments.get('mirrored'))
 
 
 def is_from_elsewhere(name: str) -> bool:

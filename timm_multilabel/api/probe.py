@@ -23,7 +23,7 @@ from timm_multilabel.assembly.task import create_task
 from timm_multilabel.assembly.views import scoring_views
 from timm_multilabel.backbones import JoinedBackbones
 from timm_multilabel.config.commands import ProbeSettings
-from timm_multilabel.config.files import args_yaml
+from timm_multilabel.config.files import PROBE_YAML, args_yaml, probe_yaml
 from timm_multilabel.data.table import Rows
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import DataError, SettingError
@@ -102,7 +102,7 @@ def run_probe(settings: ProbeSettings) -> Probe | None:
     of_training = as_training(settings)
     device = start_device(settings.device)
     precision = choose_precision(device, settings.amp, None, False)
-    data = read_data(of_training, say)
+    data = read_data(of_training.replace(labelled_rows=None, batch_size=1), say)
     train, val = data.train_rows, data.eval_rows
     if not isinstance(train, Rows) or not isinstance(val, Rows):
         raise DataError(f'{data.train_rows.source}: a probe reads tables, not shards; write the splits as CSVs, or '
@@ -146,7 +146,7 @@ def run_probe(settings: ProbeSettings) -> Probe | None:
                 f'{embedded - started:.0f} s, {len(fitted)} heads x {len(settings.lrs) * len(settings.weight_decays)} '
                 f'fits in {time.perf_counter() - embedded:.0f} s')
             writer = RunFolder(folder, args_yaml(of_training), data.label_space)
-            made = _write(writer, task, fitted, row, metric)
+            made = _write(writer, settings, task, fitted, row, metric)
     if dist.is_initialized():
         dist.destroy_process_group()
     return made
@@ -184,6 +184,7 @@ def _fit(
 
 def _write(
         writer: RunFolder,
+        settings: ProbeSettings,
         task: JointTask,
         fitted: dict[str, Fitted],
         row: dict[str, Any],
@@ -196,6 +197,7 @@ def _write(
         torch.save({'epoch': 0, 'version': 2, 'metric': value, **task.get_checkpoint_state()}, file)
     rows = [{'head': name, **each} for name, its in fitted.items() for each in its.table]
     write_atomic(writer.path / 'probe.csv', pd.DataFrame(rows).to_csv(index=False))
+    write_atomic(writer.path / PROBE_YAML, probe_yaml(settings))
     writer.add_summary(row)
     chosen, notes = [], []
     for name, its in fitted.items():

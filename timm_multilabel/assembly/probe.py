@@ -30,18 +30,19 @@ def as_training(settings: ProbeSettings) -> TrainSettings:
     if settings.input_size and settings.input_size[0] != 3:
         raise SettingError(f'--input-size {settings.input_size[0]} ...: images are RGB, so the first number is 3')
     if settings.pretrained_path and len(settings.pretrained_path) != len(settings.model):
-        raise SettingError(f'--pretrained-path: {len(settings.pretrained_path)} files for {len(settings.model)} models; '
-                           'pass one for each --model, in their order')
+        raise SettingError(f'--pretrained-path: {len(settings.pretrained_path)} files for {len(settings.model)} '
+                           'models; pass one for each --model, in their order')
     for name in settings.model:
         if JOIN in name and not name.startswith('local-dir:'):
             raise SettingError(f'--model {name}: pass a --model for each')
     flat = settings.flat()
-    values = {name: flat[name] for name in (*DataSettings.settings(), 'img_size', 'input_size', 'pretrained', 'device',
-                                            'amp', 'seed', 'output', 'experiment') if name in flat}
+    same = (*DataSettings.settings(), 'img_size', 'input_size', 'pretrained', 'labelled_rows', 'batch_size', 'device',
+            'amp', 'seed', 'output', 'experiment')
     return TrainSettings.of({
-        **values, 'model': JOIN.join(settings.model), 'pretrained_path': os.pathsep.join(settings.pretrained_path) or None,
+        **{name: flat[name] for name in same if name in flat and name != 'cache_dir'},
+        'model': JOIN.join(settings.model), 'pretrained_path': os.pathsep.join(settings.pretrained_path) or None,
         'model_kwargs': {'mirrored': True} if settings.tta else {}, 'freeze_backbone': True, 'simclr_loss_weight': 0.0,
-        'smoothing': 0.0, 'batch_size': 1})
+        'smoothing': 0.0})
 
 
 def choose_rows(settings: ProbeSettings, rows: Rows, data: Data) -> np.ndarray:

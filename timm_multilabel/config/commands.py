@@ -53,8 +53,8 @@ class ProbeSettings(Settings):
         None, "image height and width in pixels (default: the first model's own)", _side, metavar='N')
     input_size: list[int] | None = setting(None, 'input size as 3 HEIGHT WIDTH, in pixels', _side, nargs=3, metavar='N')
     tta: str | None = setting(
-        None, 'flip takes the mean of the features of each image and its mirror image, here and wherever the checkpoint '
-        'is used', choices=('flip',))
+        None, 'flip: the features are the mean of those of an image and of its mirror image, also wherever the '
+        'checkpoint is used', choices=('flip',))
     image_column: str = shared.image_column('column with the image paths', DataSettings.image_column)
     train_split: str = setting(
         'train', 'split to fit on: a name such as train, or the path of a CSV', metavar='NAME')

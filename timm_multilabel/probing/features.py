@@ -79,7 +79,8 @@ class FeatureFile:
             stamps: `file_stamp` of their images (R, 3).
         """
         done: np.ndarray = np.load(self.done_path, mmap_mode='r')
-        return (done[rows] != stamps).any(axis=1)
+        missing: np.ndarray = (done[rows] != stamps).any(axis=1)
+        return missing
 
     def write(self, rows: Sequence[int], features: np.ndarray, stamps: np.ndarray) -> None:
         """Write features (B, F) of rows, whose files have these stamps (B, 3).
@@ -155,7 +156,7 @@ class Embedder:
     """
     backbones: JoinedBackbones
     names: Sequence[str]
-    data_config: Mapping[str, Any]
+    data_config: dict[str, Any]
     views: Views
     precision: Precision
     folder: Path

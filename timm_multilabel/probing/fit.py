@@ -91,7 +91,7 @@ class Axes:
         layer, = layers
         with torch.no_grad():
             layer.weight.copy_(layer.weight @ self.turn.T)
-            layer.bias -= layer.weight @ self.mean
+            layer.bias.sub_(layer.weight @ self.mean)
             generator = torch.Generator().manual_seed(0)
             some = self.mean + torch.randn(4, len(self.mean), generator=generator).to(self.mean) @ self.turn.pinverse()
             wanted, given = copy.deepcopy(head).eval()(self(some)), made(some)
@@ -151,12 +151,13 @@ class HeadGrid:
             self.momentum[name].lerp_(gradient, 1 - _BETAS[0])
             self.squares[name].mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
             size = (self.squares[name] / second).sqrt_().add_(_EPS)
-            weights.addcmul_(size.reciprocal_().mul_(self.momentum[name]), (-factor / first * self.lrs).view(per_member))
+            rates = (-factor / first * self.lrs).view(per_member)
+            weights.addcmul_(size.reciprocal_().mul_(self.momentum[name]), rates)
         return losses
 
     def _gradients(self, inputs: torch.Tensor, target: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """The gradients of all members, (G, ...) by name, and their losses (G,)."""
-        def loss(weights: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        def loss(weights: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]) -> torch.Tensor:
             made: torch.Tensor = functional_call(self.loss, (weights, buffers), (inputs, target))
             return made
 
@@ -258,7 +259,7 @@ def fit_heads(
     generator = torch.Generator().manual_seed(grid.seed)
     per_epoch, count = grid.steps_per_epoch(len(turned)), 0
     losses = {name: turned.new_zeros(len(grid.members)) for name in heads}
-    for epoch in range(grid.epochs):
+    for _ in range(grid.epochs):
         for name in heads:
             losses[name].zero_()
         order = torch.randperm(len(turned), generator=generator).to(turned.device)
@@ -311,7 +312,8 @@ def choose(
         loss = float(total / count.clamp(min=1e-6))
         metrics: dict[str, float] = dict.fromkeys(head.metric_names, math.nan)
         if len(output) and math.isfinite(loss):
-            made = head.metrics(target[known].reshape(len(output), -1).cpu().numpy(), head.measure(output).cpu().numpy())
+            true = target[known].reshape(len(output), -1).cpu().numpy()
+            made = head.metrics(true, head.measure(output).cpu().numpy())
             metrics = {metric: float(made[metric]) for metric in head.metric_names}
         table.append({'lr': lr, 'weight_decay': weight_decay, **metrics, 'loss': loss})
     if not any(math.isfinite(row['loss']) for row in table):
