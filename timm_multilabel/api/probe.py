@@ -31,12 +31,10 @@ from timm_multilabel.files import atomic_write, write_atomic
 from timm_multilabel.log import say
 from timm_multilabel.metric_names import in_summary, of_head
 from timm_multilabel.probing.features import Embedder
-from timm_multilabel.probing.fit import Fitted, Grid, Labelled, fit_heads
+from timm_multilabel.probing.fit import Fitted, Grid, Labelled, default_epochs, fit_heads
 from timm_multilabel.task import JointTask
 from timm_multilabel.training.progress_bar import ProgressBar
 from timm_multilabel.training.run_folder import RunFolder, RunLock, read_summary, run_folder_path
-
-_STEPS, _EPOCHS = 300, 3  # of a fit, at least
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ def _fit(
     Returns:
         What was fitted by head, and the metrics on val as a row of summary.csv.
     """
-    epochs = settings.epochs or max(_EPOCHS, -(-_STEPS // max(1, -(-len(train.targets) // settings.fit_batch_size))))
+    epochs = settings.epochs or default_epochs(len(train.targets), settings.fit_batch_size)
     grid = Grid(settings.lrs, settings.weight_decays, epochs, settings.fit_batch_size, settings.seed)
     steps = epochs * grid.steps_per_epoch(len(train.targets))
     with ProgressBar('Fit', steps, visible=True) as progress:

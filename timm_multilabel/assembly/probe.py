@@ -139,6 +139,9 @@ def check_room(splits: list[SplitFeatures]) -> None:
             f'features of {sum(len(split.chosen) for split in splits):,} images x {int(widths.sum()):,} numbers take '
             f'{format_size(in_memory)} while heads are fitted, and {format_size(free)} of {device} may be used; take '
             '--labelled-rows N, or fewer or narrower models')
+    if on_disk:
+        say(f'features: {format_size(on_disk)} more in {embedder.folder}, and {format_size(in_memory)} of memory while '
+            'heads are fitted')
 
 
 def stand_in(settings: ProbeSettings, data: Data) -> torch.Tensor | None:

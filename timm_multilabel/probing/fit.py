@@ -17,6 +17,7 @@ from timm_multilabel.labels import LabelSpace
 _BETAS, _EPS = (0.9, 0.99), 1e-8  # of Adam
 _WIDEST = 4096  # features that are turned onto their principal axes; the time for that grows with the cube
 _WARMUP = 0.05  # of the steps
+_STEPS, _EPOCHS = 500, 3  # of a fit, at least, where nothing is said
 
 Member = tuple[float, float]
 """Learning rate and weight decay."""
@@ -108,6 +109,11 @@ class _Loss(nn.Module):
     def forward(self, inputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         total, labels = self.head.loss(self.head(inputs), target)
         return total / labels.clamp(min=1e-6)
+
+
+def default_epochs(rows: int, batch_size: int) -> int:
+    """Passes over so many rows that make `_STEPS` steps, and `_EPOCHS` at least."""
+    return max(_EPOCHS, -(-_STEPS * batch_size // max(rows, batch_size)))
 
 
 class HeadGrid:
