@@ -36,8 +36,8 @@ def as_training(settings: ProbeSettings) -> TrainSettings:
         if JOIN in name and not name.startswith('local-dir:'):
             raise SettingError(f'--model {name}: pass a --model for each')
     flat = settings.flat()
-    same = (*DataSettings.settings(), 'img_size', 'input_size', 'pretrained', 'labelled_rows', 'batch_size', 'device',
-            'amp', 'seed', 'output', 'experiment')
+    same = (*DataSettings.settings(), 'img_size', 'input_size', 'pretrained', 'interpolation', 'crop_pct',
+            'labelled_rows', 'batch_size', 'device', 'amp', 'seed', 'output', 'experiment')
     return TrainSettings.of({
         **{name: flat[name] for name in same if name in flat and name != 'cache_dir'},
         'model': JOIN.join(settings.model), 'pretrained_path': os.pathsep.join(settings.pretrained_path) or None,

@@ -52,6 +52,11 @@ class ProbeSettings(Settings):
     img_size: int | None = setting(
         None, "image height and width in pixels (default: the first model's own)", _side, metavar='N')
     input_size: list[int] | None = setting(None, 'input size as 3 HEIGHT WIDTH, in pixels', _side, nargs=3, metavar='N')
+    interpolation: str | None = setting(
+        None, "interpolation of the resize (default: the first model's own)",
+        choices=('nearest', 'bilinear', 'bicubic', 'lanczos'))
+    crop_pct: float | None = setting(
+        None, "center crop fraction (default: the first model's own)", number(least=0.1, most=10), metavar='X')
     tta: str | None = setting(
         None, 'flip: the features are the mean of those of an image and of its mirror image, also wherever the '
         'checkpoint is used', choices=('flip',))
