@@ -107,7 +107,7 @@ def optimum(features, target, kind, decay, weights=None):
     x = (x - x.mean(0)) / x.std(0, correction=0)
     width = {'color': 3, 'style': 2, 'price': 1}[kind]
     weight, bias = (torch.zeros(*shape, dtype=torch.float64, requires_grad=True) for shape in ((width, 6), (width,)))
-    solver = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-10, line_search_fn='strong_wolfe')
+    solver = torch.optim.LBFGS([weight, bias], max_iter=100, tolerance_grad=1e-10, line_search_fn='strong_wolfe')
 
     def loss():
         output = x @ weight.T + bias
