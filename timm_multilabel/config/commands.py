@@ -90,7 +90,7 @@ class ProbeSettings(Settings):
         'weight decays of the grid, of standardized features (default: 1 0.3 0.1 0.03 0.01 0.003 0.001 0.0001)',
         at_least_0, nargs='+', metavar='X')
     epochs: int | None = setting(
-        None, 'passes of the fit over the features (default: 3, or more until there are 500 steps)', positive,
+        None, 'passes of the fit over the features (default: 3, or more until there are 300 steps)', positive,
         metavar='N')
     fit_batch_size: int = setting(512, 'rows per step of the fit', positive, metavar='N')
     batch_size: int = shared.batch_size()

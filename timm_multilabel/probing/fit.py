@@ -17,7 +17,7 @@ from timm_multilabel.labels import LabelSpace
 _BETAS, _EPS = (0.9, 0.99), 1e-8  # of Adam
 _WIDEST = 4096  # features that are turned onto their principal axes; the time for that grows with the cube
 _WARMUP = 0.05  # of the steps
-_STEPS, _EPOCHS = 500, 3  # of a fit, at least, where nothing is said
+_STEPS, _EPOCHS = 300, 3  # of a fit, at least, where nothing is said
 
 Member = tuple[float, float]
 """Learning rate and weight decay."""
@@ -150,15 +150,15 @@ class HeadGrid:
         gradients, losses = self._gradients(inputs, target)
         self.steps += 1
         first, second = (1 - beta ** self.steps for beta in _BETAS)
-        for name, gradient in gradients.items():
+        for name, gradient in gradients.items():  # in place, since memory is what takes the time here
             weights, per_member = self.weights[name], (-1, *[1] * (gradient.ndim - 1))
             if gradient.ndim > 2:
-                gradient = torch.addcmul(gradient, weights, self.decays.view(per_member))
+                gradient.addcmul_(weights, self.decays.view(per_member))
             self.momentum[name].lerp_(gradient, 1 - _BETAS[0])
             self.squares[name].mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
-            size = (self.squares[name] / second).sqrt_().add_(_EPS)
-            rates = (-factor / first * self.lrs).view(per_member)
-            weights.addcmul_(size.reciprocal_().mul_(self.momentum[name]), rates)
+            size = torch.sqrt(self.squares[name], out=gradient).add_(_EPS * second ** 0.5)
+            rates = (-factor * second ** 0.5 / first * self.lrs).view(per_member)
+            weights.addcmul_(torch.div(self.momentum[name], size, out=size), rates)
         return losses
 
     def _gradients(self, inputs: torch.Tensor, target: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
