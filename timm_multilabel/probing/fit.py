@@ -94,7 +94,8 @@ class Axes:
             layer.weight.copy_(layer.weight @ self.turn.T)
             layer.bias.sub_(layer.weight @ self.mean)
             generator = torch.Generator().manual_seed(0)
-            some = self.mean + torch.randn(4, len(self.mean), generator=generator).to(self.mean) @ self.turn.pinverse()
+            draws = torch.randn(4, len(self.mean), generator=generator).to(self.mean)
+            some = self.mean + draws / self.turn.norm(dim=1)  # whose deviations are those of the features
             wanted, given = copy.deepcopy(head).eval()(self(some)), made(some)
         return made if torch.allclose(wanted, given, rtol=1e-2, atol=1e-3) else None
 
