@@ -14,6 +14,7 @@ from timm_multilabel.cli.parser import help_of
 from timm_multilabel.config.settings import Setting, Settings
 
 RESULTS = (
+    'probe.Probe',
     'training_run.TrainingRun', 'validate.Validation', 'predict.Prediction', 'embed.Embedded', 'search.SearchResult',
     'export.Exported', 'report.Report', 'compare.Comparison', 'grid.Experiment', 'split.SplitTable',
 )

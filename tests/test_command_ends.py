@@ -72,8 +72,8 @@ def test_versions_and_the_list_of_commands(monkeypatch, capsys):
                           capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
     assert re.findall(r'^    (\w+) ', done.stderr, re.MULTILINE) == [
-        'train', 'validate', 'predict', 'embed', 'search', 'export', 'report', 'compare', 'grid', 'sample', 'split',
-        'check']
+        'probe', 'train', 'validate', 'predict', 'embed', 'search', 'export', 'report', 'compare', 'grid', 'sample',
+        'split', 'check']
 
 
 @pytest.mark.slow

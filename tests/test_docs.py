@@ -115,6 +115,11 @@ def run_words(name: str, arguments: list[str], given: bytes, output: Path | None
         arguments = [*arguments, *([] if '--flags' in arguments else ['--flags']), *TINY]
     elif name == 'sample':
         arguments = [*arguments, '--train', '96', '--val', '48', '--test', '48', '--unlabelled', '16', '--size', '32']
+    elif name == 'probe':
+        text = re.sub(r'--model \S+|--pretrained-path \S+', '', shlex.join(arguments))
+        models = ['--model', 'test_resnet'] * max(1, arguments.count('--model'))
+        arguments = [*shlex.split(text), *models, '--no-pretrained', '--img-size', '32', '--epochs', '1', '-j', '0',
+                     '--device', 'cpu', '--cache-dir', 'cache']
     else:
         known = {'-j', '--device'} <= flags
         arguments = [*arguments, *(cut if known else [])]
@@ -198,7 +203,7 @@ def working_in(folder: Path) -> Iterator[None]:
 
 @pytest.fixture
 def tiny_training(monkeypatch):
-    """`tm.train` and `tm.sample` with tiny sizes, for the Python of the pages."""
+    """`tm.train`, `tm.probe` and `tm.sample` with tiny sizes, for the Python of the pages."""
     def train(*args, **settings):
         return real(*args, **{**settings, **dict(
             model='test_resnet', img_size=32, batch_size=8, epochs=1, epoch_steps=2, workers=0, device='cpu',
@@ -207,7 +212,13 @@ def tiny_training(monkeypatch):
     def sample(directory, **settings):
         return draw(directory, **{**settings, 'train': 96, 'val': 48, 'test': 48, 'unlabelled': 16, 'size': 32})
 
-    real, draw = tm.train, tm.sample
+    def probe(data, model, **settings):
+        models = ['test_resnet'] * (1 if isinstance(model, str) else len(model))
+        return fit(data, models, **{**settings, **dict(
+            pretrained=False, img_size=32, epochs=1, workers=0, device='cpu', cache_dir='cache')})
+
+    real, draw, fit = tm.train, tm.sample, tm.probe
+    monkeypatch.setattr(tm, 'probe', probe)
     monkeypatch.setattr(tm, 'train', train)
     monkeypatch.setattr(tm, 'sample', sample)
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from timm_multilabel.api.export import export
     from timm_multilabel.api.grid import grid
     from timm_multilabel.api.predict import predict
+    from timm_multilabel.api.probe import probe
     from timm_multilabel.api.report import report
     from timm_multilabel.api.sample import sample
     from timm_multilabel.api.search import search
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __version__ = '0.2.0'
 
 _COMMANDS = (
-    'check', 'compare', 'embed', 'export', 'grid', 'predict', 'report', 'sample', 'search', 'split', 'train',
+    'check', 'compare', 'embed', 'export', 'grid', 'predict', 'probe', 'report', 'sample', 'search', 'split', 'train',
     'validate')
 _MODULES = {
     **{name: f'api.{name}' for name in _COMMANDS},
@@ -68,6 +69,7 @@ __all__ = [
     'find_label_space',
     'grid',
     'predict',
+    'probe',
     'read_table',
     'report',
     'sample',

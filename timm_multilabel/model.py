@@ -1,5 +1,6 @@
 """A timm backbone with a head for each label, and the projector."""
 import difflib
+import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -14,10 +15,12 @@ import torch
 from timm.models import resolve_model_input_args
 from torch import nn
 
+from timm_multilabel.backbones import JoinedBackbones
 from timm_multilabel.config.train import ObjectiveSettings
 from timm_multilabel.errors import SettingError, UserError
 from timm_multilabel.heads import REGISTRY, Head, create_head, group_heads, resolve_options
 from timm_multilabel.labels import LabelSet, LabelSpace
+from timm_multilabel.model_names import is_joined, names_of
 from timm_multilabel.weights_file import create_from_file
 
 
@@ -159,23 +162,50 @@ def create_backbone(
         model_kwargs: dict[str, Any] | None = None,
         say: Callable[[str], None] = print,
 ) -> nn.Module:
-    """Make a timm model without a classifier.
+    """Make a timm model without a classifier, or several as one (see `JoinedBackbones`).
 
     Args:
-        name: Any name that `timm.create_model` takes.
+        name: Any name that `timm.create_model` takes; several with '+' between, whose features are concatenated.
         pretrained: Load timm's pretrained weights.
-        pretrained_path: Load the weights of this local file (timm checkpoint or safetensors) instead.
-        input_size: timm's `img_size` or `input_size` request, for models made for one size.
+        pretrained_path: Load the weights of this local file (timm checkpoint or safetensors) instead; of several models
+            a file for each, with ':' between.
+        input_size: timm's `img_size` or `input_size` request, for models made for one size. By default all models have
+            the size of the first.
         drop_path: Rate of stochastic depth (`drop_path_rate`).
-        model_kwargs: Further arguments of the model.
+        model_kwargs: Further arguments of the models. `mirrored=True` gives the mean of the features of an image and
+            its mirror image.
         say: Prints a line on what of a local file was taken, where it is not all.
 
     Raises:
-        SettingError: The model is unknown, has no pooled features, does not take an argument, or weights cannot be had.
+        SettingError: A model is unknown, has no pooled features, does not take an argument, or weights cannot be had.
     """
-    kwargs = dict(model_kwargs or {}, num_classes=0)
+    kwargs, names = dict(model_kwargs or {}), names_of(name)
+    mirrored = bool(kwargs.pop('mirrored', False))
     if drop_path is not None:
         kwargs['drop_path_rate'] = drop_path
+    paths: list[str | None] = [None] * len(names)
+    if pretrained_path:
+        paths = [*pretrained_path.split(os.pathsep)] if len(names) > 1 else [pretrained_path]
+    if len(paths) != len(names):
+        raise SettingError(f'--pretrained-path: {len(paths)} files for {len(names)} models; name one for each')
+    made: list[nn.Module] = []
+    for each, path in zip(names, paths, strict=True):
+        made.append(_create_one(each, pretrained, path, input_size, kwargs, say))
+        if len(names) > 1 and not any((input_size or {}).values()):
+            input_size = {'input_size': made[0].pretrained_cfg['input_size']}  # type: ignore[index]  # a dict of timm's
+    return JoinedBackbones(made, mirrored) if is_joined(name, {'mirrored': mirrored}) else made[0]
+
+
+def _create_one(
+        name: str,
+        pretrained: bool,
+        pretrained_path: str | None,
+        input_size: dict[str, Any] | None,
+        model_kwargs: dict[str, Any],
+        say: Callable[[str], None],
+) -> nn.Module:
+    """One model, as `create_backbone` makes it."""
+    kwargs = dict(model_kwargs, num_classes=0)
     asks_hub = pretrained and not pretrained_path or name.startswith('hf-hub:')
     try:
         with _offline_if_cut_off() if asks_hub else nullcontext():

@@ -24,14 +24,29 @@ ARGUMENTS = frozenset(
     'drop_block_rate drop_path_rate drop_rate dynamic_img_pad dynamic_img_size embed_dim embed_dims embed_norm '
     'expand_ratio fc_norm final_norm fix_init fix_stem global_pool groups growth_rate head_dim head_hidden_size '
     'head_init_scale head_norm_first img_size in_chans init_values kernel_size kernel_sizes layer_scale_init_value '
-    'layers legacy ls_init_value mlp_layer mlp_ratio mlp_ratios no_embed_class norm_eps norm_layer num_features '
-    'num_heads num_kv_heads output_stride pad_type patch_drop_rate patch_norm patch_size pool_include_prefix '
+    'layers legacy ls_init_value mirrored mlp_layer mlp_ratio mlp_ratios no_embed_class norm_eps norm_layer '
+    'num_features num_heads num_kv_heads output_stride pad_type patch_drop_rate patch_norm patch_size '
+    'pool_include_prefix '
     'pool_type pos_drop_rate pos_embed pre_norm preact proj_bias proj_drop_rate qk_norm '
     'qkv_bias qkv_fused ref_feat_shape reg_tokens rope_temperature rope_theta rope_type scale_attn_norm '
     'scale_mlp scale_mlp_norm se_from_exp se_layer se_ratio sr_ratios stages stem_chs stem_size stem_type stem_width '
     'strict_img_size swiglu_mlp use_abs_pos use_conv use_fc_norm use_grn use_pos_embed use_post_norm use_rel_pos '
     'use_rot_pos_emb weight_init width widths window_ratio window_size zero_init_last'.split())
-"""The arguments of timm's models that a checkpoint may hold."""
+"""The arguments of timm's models that a checkpoint may hold, and `mirrored`, which is ours."""
+
+
+JOIN = '+'
+"""Between the names of several models whose features are concatenated."""
+
+
+def names_of(name: str) -> list[str]:
+    """The models that a name joins; the path of a folder (`local-dir:`) may hold a '+' itself."""
+    return [name] if name.startswith('local-dir:') else name.split(JOIN)
+
+
+def is_joined(name: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether a model is several, or sees mirrored images too, and so none of timm's own (see `JoinedBackbones`)."""
+    return len(names_of(name)) > 1 or bool(arguments.get('mirrored'))
 
 
 def is_from_elsewhere(name: str) -> bool:
@@ -71,15 +86,19 @@ def plain_model(name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str,
     Raises:
         UserError: An argument is none that a checkpoint may hold.
     """
-    arguments = dict(arguments)
+    arguments, names = dict(arguments), names_of(name)
     if is_from_elsewhere(name):
         from timm.models import resolve_model_input_args
 
-        resolved = resolve_model_input_args(name, None, **arguments)
-        name = resolved.pop('model_name')
-        for key in ('pretrained_cfg', 'pretrained_model_args', 'num_classes'):
-            resolved.pop(key, None)
-        arguments = resolved
+        resolved = [resolve_model_input_args(each, None, **arguments) for each in names]
+        name = JOIN.join(each.pop('model_name') for each in resolved)
+        for each in resolved:
+            for key in ('pretrained_cfg', 'pretrained_model_args', 'num_classes'):
+                each.pop(key, None)
+            if each != resolved[0]:
+                raise UserError(f'--model {name}: their configurations ask for different arguments, and a checkpoint '
+                                'holds one set for all; name models of timm')
+        arguments = resolved[0]
     try:
         check_arguments(arguments)
     except ValueError as error:

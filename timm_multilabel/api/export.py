@@ -16,6 +16,7 @@ from timm_multilabel.exports.formats import export as write_format
 from timm_multilabel.exports.hub import build_folder, check_repo, hub_files, push_folder
 from timm_multilabel.heads import load_registry
 from timm_multilabel.log import say
+from timm_multilabel.model_names import is_joined
 from timm_multilabel.training.checkpoint import Checkpoint, load_model, read_checkpoint
 from timm_multilabel.training.progress_bar import ProgressBar
 
@@ -110,7 +111,9 @@ def _choose_formats(
         if form.NAME not in (names or ([] if with_hub else FORMATS)):
             continue
         missing, reason = missing_libraries(form), None
-        if form.OF_HEADS and not checkpoint.label_space.heads:
+        if form.NAME == 'backbone' and is_joined(checkpoint.arch, checkpoint.state.get('model_kwargs') or {}):
+            reason = f'{checkpoint.path} has several backbones, or mirrored images, and timm has no such model'
+        elif form.OF_HEADS and not checkpoint.label_space.heads:
             reason = f'{checkpoint.path} was trained with -wlc 0, so it has no heads; it can be written as backbone'
         elif missing:
             reason = f"{', '.join(missing)} not installed; pip install '.[export]'"

@@ -15,7 +15,7 @@ from timm_multilabel.assembly.first_views import first_views
 from timm_multilabel.assembly.run_settings import last_phase, read_run_settings
 from timm_multilabel.assembly.stored import best_checkpoint, stored_predictions
 from timm_multilabel.config.commands import ReportSettings
-from timm_multilabel.config.files import command_line
+from timm_multilabel.config.files import command_line, read_probe_yaml
 from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.data.split_names import find_split
 from timm_multilabel.errors import UserError, one_line, shortened
@@ -151,12 +151,15 @@ def build_page(
         embeddings = build_map(predictions)
         bar.update()
         bar.set_postfix_str('views')
-        notes = []
+        probe, notes = read_probe_yaml(run), list[str]()
+        views_note = ''
         try:
-            photos, views_note = first_views(settings, run, data_dir, checkpoint.data_config)
-            views: list[list[str]] | str = [[jpeg_uri(view, _VIEW_SIDE) for view in photo] for photo in photos]
+            views: list[list[str]] | str = 'A probe sees each image as evaluation does.'
+            if probe is None:
+                photos, views_note = first_views(settings, run, data_dir, checkpoint.data_config)
+                views = [[jpeg_uri(view, _VIEW_SIDE) for view in photo] for photo in photos]
         except UserError as error:
-            views, views_note = f'They could not be made again: {error.line}', ''
+            views = f'They could not be made again: {error.line}'
             notes.append(f'views: {error.line}')
         bar.update()
     if thumbnails.missing:
@@ -166,7 +169,8 @@ def build_page(
         title=f'Report of {run.resolve().name} on {split}',
         facts=_facts(checkpoint, summary, predictions, split),
         notes=notes,
-        command=f'timm-multilabel train -c {run / "args.yaml"}' if settings.phases else command_line(settings),
+        command=f'timm-multilabel train -c {run / "args.yaml"}' if settings.phases else command_line(
+            probe or settings),
         command_note='The run again, phase by phase:' if settings.phases else 'The run again; other flags are at their '
         'defaults:',
         settings=(run / 'args.yaml').read_text(encoding='utf-8'),

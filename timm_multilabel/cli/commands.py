@@ -4,6 +4,7 @@ from timm_multilabel.config.settings import Settings
 from timm_multilabel.config.train import TrainSettings
 
 COMMANDS: dict[str, type[Settings]] = {
+    'probe': commands.ProbeSettings,
     'train': TrainSettings,
     'validate': commands.ValidateSettings,
     'predict': commands.PredictSettings,

@@ -8,8 +8,18 @@ from dataclasses import dataclass
 from timm_multilabel.config import shared
 from timm_multilabel.config.settings import REMAINDER, Settings, required, setting, switch
 from timm_multilabel.config.train import DataSettings
-from timm_multilabel.config.values import HeadOptions, at_least_0, count, head_and_column, number, positive, threshold
+from timm_multilabel.config.values import (
+    HeadOptions,
+    above_0,
+    at_least_0,
+    count,
+    head_and_column,
+    number,
+    positive,
+    threshold,
+)
 from timm_multilabel.errors import UserError
+from timm_multilabel.model_names import LARGEST_SIDE
 
 AMP_TYPES = ('float16', 'bfloat16')
 SHARD_FORMATS = ('webdataset', 'parquet')
@@ -19,6 +29,79 @@ EMBEDDED = ('features', 'projections')
 EXPORT_IMAGES = 16
 """Images that an export is compared on."""
 _AS_IN_TRAINING = '(default: as in training)'
+_side = number(int, least=1, most=LARGEST_SIDE)
+
+
+@dataclass(frozen=True)
+class ProbeSettings(Settings):
+    """Fit heads on the features of pretrained backbones that stay as they are: minutes, and a checkpoint like any
+    other."""
+    HELP = 'fit heads on the features of pretrained backbones, in minutes'
+    EXAMPLE = 'my-photos --model vit_small_patch16_dinov3.lvd1689m --model convnext_tiny'
+    PAGE = 'how-to/probe.md'
+
+    data_dir: str = required(
+        'data directory with train.csv, val.csv and the images', positional=True, metavar='DIR')
+    model: list[str] = required(
+        'name of any timm model; repeat the flag to concatenate the features of several', repeats=True,
+        merge=lambda before, now: [*before, *now], metavar='NAME')
+    pretrained: bool = switch("use timm's pretrained weights", default=True)
+    pretrained_path: list[str] = setting(
+        [], 'use the weights of a local timm checkpoint or safetensors file instead; one flag for each --model',
+        repeats=True, merge=lambda before, now: [*before, *now], metavar='FILE')
+    img_size: int | None = setting(
+        None, "image height and width in pixels (default: the first model's own)", _side, metavar='N')
+    input_size: list[int] | None = setting(None, 'input size as 3 HEIGHT WIDTH, in pixels', _side, nargs=3, metavar='N')
+    interpolation: str | None = setting(
+        None, "interpolation of the resize (default: the first model's own)",
+        choices=('nearest', 'bilinear', 'bicubic', 'lanczos'))
+    crop_pct: float | None = setting(
+        None, "center crop fraction (default: the first model's own)", number(least=0.1, most=10), metavar='X')
+    tta: str | None = setting(
+        None, 'flip: the features are the mean of those of an image and of its mirror image, also wherever the '
+        'checkpoint is used', choices=('flip',))
+    image_column: str = shared.image_column('column with the image paths', DataSettings.image_column)
+    train_split: str = setting(
+        'train', 'split to fit on: a name such as train, or the path of a CSV', metavar='NAME')
+    val_split: str = setting(
+        'val', 'split to choose and score on: a name such as val, or the path of a CSV', metavar='NAME')
+    separator: str | None = shared.cell_separator(
+        'cell separator: a character, tab, or whitespace for runs of blanks (default: detected)')
+    missing_value: str | None = shared.missing_value(
+        'cell text that means a missing label, in addition to an empty cell')
+    tag_separator: str | None = shared.tags_between('|')
+    none_value: str | None = shared.no_tags()
+    heads: list[str] | None = shared.heads('label columns to learn (default: all)')
+    head: HeadOptions = shared.head(
+        'options of a head as in training, such as loss=tags, loss=numeric, loss=arcface, weight, smoothing, '
+        'class_weights=balanced')
+    head_module: str | None = shared.head_module()
+    allow_hub: bool = shared.allow_hub()
+    unknown_labels: str = setting(
+        'error', 'validation labels that are unknown in training: stop with an error, or treat them as missing',
+        choices=('error', 'ignore'))
+    labelled_rows: int | None = setting(
+        None, 'use the labels of only N rows, drawn with --seed as in training', positive, metavar='N')
+    skip_bad_images: bool = switch('skip and report images that cannot be decoded', both=False)
+    lrs: list[float] = setting(
+        [0.003, 0.01, 0.03], 'learning rates of the grid (default: 0.003 0.01 0.03)', above_0, nargs='+', metavar='X')
+    weight_decays: list[float] = setting(
+        [1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0001],
+        'weight decays of the grid, of standardized features (default: 1 0.3 0.1 0.03 0.01 0.003 0.001 0.0001)',
+        at_least_0, nargs='+', metavar='X')
+    epochs: int | None = setting(
+        None, 'passes of the fit over the features (default: 3, or more until there are 300 steps)', positive,
+        metavar='N')
+    fit_batch_size: int = setting(512, 'rows per step of the fit', positive, metavar='N')
+    batch_size: int = shared.batch_size()
+    workers: int = shared.workers()
+    device: str | None = shared.device()
+    amp: bool = switch('compute features with mixed precision', both=False)
+    seed: int = setting(42, 'random seed, for repeatable fits', number(int, least=0, most=2 ** 31), metavar='N')
+    output: str = setting('output/probe', 'parent folder of run folders', metavar='DIR')
+    experiment: str | None = setting(None, 'name of the run folder (default: time-model-size)', metavar='NAME')
+    cache_dir: str = setting(
+        DataSettings.cache_dir, 'folder whose folder features/ keeps the features', metavar='DIR')
 
 
 @dataclass(frozen=True)

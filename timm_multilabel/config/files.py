@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from timm_multilabel.config.commands import ProbeSettings
 from timm_multilabel.config.settings import NOTES, Setting, Settings, layered, named_setting, read_values
 from timm_multilabel.config.train import Phase, TrainSettings
 from timm_multilabel.errors import SettingError
@@ -32,6 +33,9 @@ _TYPED_ONLY = {
              f'--allow-hub if you trust it, or name another with --{name.replace("_", "-")}' for name in _MODELS},
 }
 """What a file may not decide, with the message: a recipe or an args.yaml may come from anyone."""
+
+PROBE_YAML = 'probe.yaml'
+"""The file in a run folder with the settings of `probe`; args.yaml has those of training that mean the same."""
 
 _OF_THE_START = ('config', 'resume', 'allow_hub')
 """Settings that name one start of a run, which args.yaml does not hold."""
@@ -170,6 +174,8 @@ def as_words(made: Setting, value: Any) -> list[str]:
     if isinstance(value, dict):
         return [option, *(f'{name}={part}' for name, part in value.items())]
     values = [str(part) for part in value] if isinstance(value, list | tuple) else [str(value)]
+    if made.repeats:
+        return [word for each in values for word in (option, each)]
     return [f'{option}={values[0]}'] if len(values) == 1 and values[0].startswith('-') else [option, *values]
 
 
@@ -180,10 +186,28 @@ def _joined(value: Any) -> str:
     return '+'.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def command_line(settings: TrainSettings) -> str:
+def probe_yaml(settings: ProbeSettings) -> str:
+    """What `PROBE_YAML` of a run holds: its settings without those that no file may decide."""
+    import yaml  # see `read_yaml`
+
+    values = {name: value for name, value in settings.flat().items() if name not in TRUST}
+    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def read_probe_yaml(run: Path) -> ProbeSettings | None:
+    """The settings of a run that `probe` made; None of another run.
+
+    Raises:
+        SettingError: The file cannot be read, or holds something else.
+    """
+    path = run / PROBE_YAML
+    return ProbeSettings.of(_over_file(ProbeSettings, read_yaml(path), {}, str(path))) if path.is_file() else None
+
+
+def command_line(settings: TrainSettings | ProbeSettings) -> str:
     """The shortest command line that means the settings of a run without phases, a line a flag."""
-    known = TrainSettings.settings()
-    lines = [f'timm-multilabel train {shlex.quote(str(settings.data.data_dir))}']
+    known, name = settings.settings(), 'probe' if isinstance(settings, ProbeSettings) else 'train'
+    lines = [f'timm-multilabel {name} {shlex.quote(str(settings.flat()["data_dir"]))}']
     lines += [' '.join(map(shlex.quote, as_words(known[name], value))) for name, value in settings.changed().items()
               if name not in ('data_dir', 'config')]
     return ' \\\n    '.join(lines)

@@ -89,6 +89,12 @@ class Rows:
         source, number = self.sources[self.which[index]], self.numbers[index]
         return f'{source} row {number}' if number else f'in {source}'
 
+    def take(self, places: np.ndarray) -> 'Rows':
+        """The rows at some places (M,), in that order."""
+        return replace(
+            self, images=self.images[places], targets=self.targets[torch.from_numpy(places)],
+            numbers=self.numbers[places], which=self.which[places])
+
     def select(self, mask: np.ndarray) -> 'Rows':
         """The rows where a mask (N,) is true."""
         # Unlabelled rows share the memory of one row, and keep doing so.

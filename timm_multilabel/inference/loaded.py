@@ -40,6 +40,13 @@ def check_finite(values: Iterable[torch.Tensor], path: str | Path) -> None:
         raise CheckpointError(f'{path}: its outputs are not finite (did training diverge?); take another checkpoint')
 
 
+def add_weights(digest: Any, module: nn.Module) -> None:
+    """Add the names, types and values of a module's weights to a digest of `hashlib`."""
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A checkpoint ready to look at images.
@@ -140,9 +147,7 @@ class LoadedModel:
     def maker(self, what: str) -> dict[str, Any]:
         """What tells embeddings of this model from those of another: plain values, a digest of weights and input."""
         digest = hashlib.sha256(json.dumps(self.checkpoint.data_config, sort_keys=True, default=str).encode())
-        for name, value in sorted(self.embedder(what).state_dict().items()):
-            digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        add_weights(digest, self.embedder(what))
         return {'arch': self.checkpoint.arch, 'what': what, 'weights': self.weights, 'digest': digest.hexdigest()}
 
 

@@ -78,7 +78,7 @@ def _are_arguments(value: Any) -> bool:
 
 
 _SETTINGS: Mapping[str, Callable[[Any], bool]] = {
-    'arch': lambda value: isinstance(value, str) and re.fullmatch(r'[\w.:/@-]{1,256}', value) is not None,
+    'arch': lambda value: isinstance(value, str) and re.fullmatch(r'[\w.:/@+-]{1,1024}', value) is not None,
     'model_kwargs': _are_arguments,
     'head_module': _is_text,
     'head_options': _are_options,

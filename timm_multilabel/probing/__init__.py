@@ -1,0 +1,1 @@
+"""Heads on frozen features: the features of rows kept on disk, and all heads fitted on them for a grid at once."""
