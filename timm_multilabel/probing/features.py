@@ -1,6 +1,7 @@
 """Features of a split's images on disk: float16, computed once, never taken for those of other images or weights."""
 import hashlib
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,7 @@ from timm_multilabel.temporary import temporary_path
 from timm_multilabel.training.trainer import Precision
 
 FORMAT = 1  # of the files; another one is another cache
-_CHUNK = 2048  # rows that are noted as done at once
+_SECONDS = 5  # after which rows are noted as done
 
 
 class FeatureFile:
@@ -42,6 +43,7 @@ class FeatureFile:
     def __init__(self, path: Path, count: int, width: int):
         self.path, self.done_path = path, path.with_name(f'{path.stem}.done.npy')
         self.shape, self.pending = (count, width), dict[int, tuple[int, int, int]]()
+        self.noted = time.monotonic()
 
     def create(self) -> None:
         """Make the files, unless they are there.
@@ -90,7 +92,7 @@ class FeatureFile:
         """
         _write_rows(self.path, rows, features.astype(np.float16))
         self.pending |= zip(rows, stamps, strict=True)
-        if len(self.pending) >= _CHUNK:
+        if time.monotonic() - self.noted >= _SECONDS:
             self.flush()
 
     def flush(self) -> None:
@@ -100,6 +102,7 @@ class FeatureFile:
             _write_rows(self.done_path, list(self.pending), np.array(list(self.pending.values()), np.int64),
                         sync=True)
             self.pending.clear()
+        self.noted = time.monotonic()
 
     def read(self, rows: np.ndarray) -> torch.Tensor:
         """The features (R, F), float16, of some rows (R,)."""
