@@ -131,6 +131,7 @@ def optimum(features, target, kind, decay, weights=None):
     return weight.detach() / features.double().std(0, correction=0)
 
 
+@pytest.mark.slow
 def test_the_fit_is_the_optimum():
     """Every kind of linear head comes to the weights of the convex problem, in the features' own coordinates."""
     generator = torch.Generator().manual_seed(0)
@@ -200,6 +201,7 @@ def made(weights, tmp_path_factory):
     return folder, data, run
 
 
+@pytest.mark.slow
 def test_a_checkpoint_like_any_other(made, weights, tmp_path, capsys):
     folder, data, run = made
     assert run.best == run.summary['eval_top1'][0] and run.summary['eval/color/top1'][0] == 100

@@ -36,7 +36,7 @@ def as_training(settings: ProbeSettings) -> TrainSettings:
         if JOIN in name and not name.startswith('local-dir:'):
             raise SettingError(f'--model {name}: pass a --model for each')
     flat = settings.flat()
-    same = (*DataSettings.settings(), 'img_size', 'input_size', 'pretrained', 'interpolation', 'crop_pct',
+    same = (*DataSettings.settings(), 'img_size', 'input_size', 'pretrained', 'interpolation', 'crop_pct', 'crop_mode',
             'labelled_rows', 'batch_size', 'device', 'amp', 'seed', 'output', 'experiment')
     return TrainSettings.of({
         **{name: flat[name] for name in same if name in flat and name != 'cache_dir'},

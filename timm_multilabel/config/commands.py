@@ -56,7 +56,13 @@ class ProbeSettings(Settings):
         None, "interpolation of the resize (default: the first model's own)",
         choices=('nearest', 'bilinear', 'bicubic', 'lanczos'))
     crop_pct: float | None = setting(
-        None, "center crop fraction (default: the first model's own)", number(least=0.1, most=10), metavar='X')
+        None, "share of height and width that is kept of the resized image (default: the first model's own)",
+        number(least=0.1, most=10), metavar='X')
+    crop_mode: str | None = setting(
+        None,
+        'what is seen of an image of another shape than the input: its middle (center), all of it in another aspect '
+        "ratio (squash), or all of it with borders (border) (default: the first model's own)",
+        choices=('center', 'squash', 'border'))
     tta: str | None = setting(
         None, 'flip: the features are the mean of those of an image and of its mirror image, also wherever the '
         'checkpoint is used', choices=('flip',))

@@ -170,6 +170,8 @@ class Embedder:
         found = []
         for number, backbone in enumerate(self.backbones.backbones):
             config = {name: self.data_config[name] for name in ('input_size', 'interpolation', 'crop_pct', 'crop_mode')}
+            if config['crop_mode'] == 'border':
+                config['mean'] = self.data_config['mean']  # the color of the borders
             digest = hashlib.sha256(repr((
                 FORMAT, simplejpeg.__version__, PIL.__version__, self.names[number], sorted(config.items()),
                 self._normalization(number), self.backbones.mirrored, str(self.precision.amp_dtype))).encode())
