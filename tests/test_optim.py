@@ -84,6 +84,14 @@ def test_centralization_is_on_for_adamp_alone_and_can_be_switched(opt):
         assert torch.allclose(mean, zero, atol=1e-7) == switched
 
 
+def test_each_of_several_backbones_has_layers_of_its_own():
+    task = JointTask(MultiLabelModel(create_backbone('test_resnet+test_vit'), SPACE))
+    optimizer = create_optimizer(task, 'adamw', lr=0.1, weight_decay=0.05, layer_decay=0.5)
+    scale = {id(p): group.get('lr_scale', 1) for group in optimizer.param_groups for p in group['params']}
+    for backbone in task.trainable_module.model.backbone.backbones:
+        assert max(scale[id(p)] for p in backbone.parameters()) == 1
+
+
 def test_groups_cover_everything_once_and_spare_what_the_backbone_spares():
     task = JointTask(MultiLabelModel(create_backbone('test_vit'), SPACE))
     named = dict(task.trainable_module.named_parameters())

@@ -397,6 +397,29 @@ def test_bad_input(made, weights, tmp_path, settings, line):
     assert not (tmp_path / 'runs' / 'x').exists()
 
 
+def test_a_row_that_a_full_disk_cuts_off_is_not_done(tmp_path, monkeypatch):
+    file = FeatureFile(tmp_path / 'val-1.npy', 4, 3)
+    file.create()
+    stamps = np.ones((4, 3), np.int64)
+    whole = os.pwrite
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'pwrite', lambda number, data, offset: whole(number, data[:2], offset))
+        with pytest.raises(tm.UserError, match='No space left on device'):
+            file.write([0, 1], np.ones((2, 3)), stamps[:2])
+    file.flush()
+    assert file.missing(np.arange(4), stamps).all()
+
+
+def test_what_a_probe_is_not(made):
+    _, data, run = made
+    further = {'workers': 0, 'device': 'cpu', 'epochs': 1, 'batch_size': 4, 'model': 'test_resnet+test_vit',
+               'img_size': 32, 'simclr_loss_weight': 0, 'output': str(run.folder.parent)}
+    with pytest.raises(tm.UserError, match='holds weights alone.*start from it with initial_checkpoint'):
+        tm.train(data, resume=str(run.best_checkpoint), model_kwargs={'mirrored': True}, **further)
+    with pytest.raises(tm.UserError, match='mean, std: each of several models has a normalization of its own'):
+        tm.train(data, mean=[0.5], **further)
+
+
 def test_features_that_do_not_fit(made, weights, tmp_path, monkeypatch):
     _, data, _ = made
     with monkeypatch.context() as patch:  # no test can fill a disk, or the memory

@@ -297,8 +297,9 @@ def write_recipe(place, folder, **further):
 
 
 @pytest.mark.slow
-def test_a_phase_learns_from_the_best_checkpoints_of_earlier_ones(place, tmp_path, capsys):
-    path = write_recipe(place, tmp_path)
+def test_a_phase_learns_from_the_best_checkpoints_of_earlier_ones(place, teachers, tmp_path, capsys):
+    phases = [*RECIPE['phases'][:2], {**RECIPE['phases'][2], 'model': 'test_resnet'}]  # as the initial checkpoint has
+    path = write_recipe(place, tmp_path, initial_checkpoint=teachers[0], phases=phases)
     run_command('train', 'train.py', ['-c', str(path)])
     run, out = tmp_path / 'run', capsys.readouterr().out
     assert 'teachers labels, again: for color, shape' in out and 'teacher: predicts 21 images once' in out
@@ -314,14 +315,22 @@ def test_a_phase_learns_from_the_best_checkpoints_of_earlier_ones(place, tmp_pat
     run_command('train', 'train.py', ['-c', str(alone)])
     assert_same_weights(tmp_path / 'alone' / 'last.pth.tar', run / '2-again' / 'last.pth.tar')
     capsys.readouterr()
-    again = tmp_path / 'again'
-    shutil.copytree(run, again)
-    for checkpoint in again.glob('*.pth.tar'):
-        if checkpoint.name != 'checkpoint-0.pth.tar':
-            checkpoint.unlink()
-    run_command('train', 'train.py', ['-c', str(run / 'args.yaml'), '--experiment', 'again', '--resume', str(again)])
-    assert 'teacher: reads the predictions' in capsys.readouterr().out
-    assert_same_weights(run / 'last.pth.tar', again / 'last.pth.tar')
+    # Resumed within the first phase, without the initial checkpoint's name, and in the last one.
+    settings = yaml.safe_load(path.read_text())
+    del settings['initial_checkpoint']
+    path.write_text(yaml.safe_dump(settings))
+    for name, words in (('last', ['-c', str(run / 'args.yaml')]), ('first', ['-c', str(path)])):
+        again = tmp_path / name
+        shutil.copytree(run, again)
+        for checkpoint in again.rglob('*.pth.tar'):
+            if checkpoint.name != 'checkpoint-0.pth.tar' and (name == 'first' or checkpoint.parent == again):
+                checkpoint.unlink()
+        if name == 'first':
+            shutil.rmtree(again / '2-again')
+            (again / 'checkpoint-0.pth.tar').unlink()
+        run_command('train', 'train.py', [*words, '--experiment', name, '--resume', str(again)])
+        assert 'teacher: ' in capsys.readouterr().out
+        assert_same_weights(run / 'last.pth.tar', again / 'last.pth.tar')
 
 
 def test_phases_that_cannot_teach(place, tmp_path, capsys):

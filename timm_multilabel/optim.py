@@ -12,6 +12,7 @@ from timm.optim import (
 )
 from torch import nn
 
+from timm_multilabel.backbones import JoinedBackbones
 from timm_multilabel.compat import FUSED_OPTIMIZERS
 from timm_multilabel.task import JointModule, JointTask
 
@@ -74,8 +75,10 @@ def _parameter_groups(module: JointModule, weight_decay: float, layer_decay: flo
     if layer_decay is None:
         groups = param_groups_weight_decay(backbone, weight_decay, no_weight_decay_list=exempt)
     else:
-        groups = param_groups_layer_decay(
-            backbone, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
+        # Each of several joined backbones has layers of its own.
+        parts = backbone.backbones if isinstance(backbone, JoinedBackbones) else [backbone]
+        groups = [group for part in parts for group in param_groups_layer_decay(
+            part, weight_decay, no_weight_decay_list=getattr(part, 'no_weight_decay', set)(), layer_decay=layer_decay)]
     groups += param_groups_weight_decay(others, weight_decay)
     return groups
 

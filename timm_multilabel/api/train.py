@@ -23,7 +23,13 @@ from timm_multilabel.assembly.phases import (
     rehearse,
     train_phase,
 )
-from timm_multilabel.assembly.resuming import find_checkpoint, find_folder, find_phase, settings_of_resumed
+from timm_multilabel.assembly.resuming import (
+    find_checkpoint,
+    find_folder,
+    find_phase,
+    settings_of_resumed,
+    with_first_weights,
+)
 from timm_multilabel.config.files import args_yaml, build
 from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.data.streams import StreamedRows
@@ -109,10 +115,16 @@ def run_training(settings: TrainSettings, signals: StopSignals | None = None) ->
         prepared = [prepare_phase(each, index, settings.config, device, say) for index, each in enumerate(phases)]
         launchers = all_objects(launcher())
         checkpoint = find_checkpoint(run, launchers, lock, say)
-        start = _initial(settings) if checkpoint is None else None
         names = [each.name for each in phases] if settings.phases else []
         first = find_phase(checkpoint, names) if checkpoint is not None else 0
-        metrics = rehearse(prepared, start, checkpoint, first) if len(phases) > 1 else []
+        anew = any(each.settings.backbone.fresh_start for each in prepared[first + 1:])
+        if checkpoint is not None and anew:
+            prepared = with_first_weights(prepared, find_folder(settings, 0, checkpoint, names, first))
+        initial = _initial(prepared[-1].settings) if checkpoint is None or anew else None
+        start = initial if checkpoint is None else None
+        metrics = rehearse(prepared, start, checkpoint, first, initial) if len(phases) > 1 else []
+        if not anew:
+            initial = None  # which need not be held any longer
 
         folder: Path | None = None
         writer: RunFolder | None = None
@@ -141,8 +153,8 @@ def run_training(settings: TrainSettings, signals: StopSignals | None = None) ->
                         Trackers(_choose_trackers(named, folder, checkpoint is not None), say)))
             saver = train_phase(
                 built, phase_folder(folder, names, index), writer, trackers, checkpoint, signals, say)
-            fresh = index + 1 < len(phases) and phases[index + 1].settings.backbone.fresh_start
-            start = _initial(settings) if fresh else of_task(built.task, f"phase '{built.prepared.name}'")
+            fresh = index + 1 < len(phases) and prepared[index + 1].settings.backbone.fresh_start
+            start = initial if fresh else of_task(built.task, f"phase '{built.prepared.name}'")
             checkpoint = None
             if saver is not None:
                 finished = _finished(folder, built, saver)

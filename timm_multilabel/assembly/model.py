@@ -5,6 +5,7 @@ import torch
 from timm.data import resolve_data_config
 
 from timm_multilabel.assembly.data import Data
+from timm_multilabel.backbones import JoinedBackbones
 from timm_multilabel.compat import BatchNorm
 from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.config.values import HeadOptions
@@ -56,6 +57,8 @@ def create_model(
     for name, numbers in (('mean', wanted.mean), ('std', wanted.std)):
         if numbers and len(numbers) not in (1, 3):
             raise SettingError(f'--{name} takes 1 or 3 numbers, not {len(numbers)}')
+    if isinstance(backbone, JoinedBackbones) and len(backbone.backbones) > 1 and (wanted.mean or wanted.std):
+        raise SettingError('--mean, --std: each of several models has a normalization of its own; leave them out')
     wishes = {'mean': wanted.mean, 'std': wanted.std, 'interpolation': settings.augmentation.interpolation,
               'crop_pct': settings.augmentation.crop_pct, 'crop_mode': settings.augmentation.crop_mode}
     data_config = resolve_data_config({**size, **wishes}, model=backbone)

@@ -226,13 +226,14 @@ def rehearse(
         start: Checkpoint | None,
         checkpoint: Checkpoint | None,
         first: int,
+        initial: Checkpoint | None,
 ) -> list[str]:
     """Make phases from the `first` on without training them: what is wrong with a later one shows now, not after hours.
 
     Returns:
         The metric that ranks the checkpoints of each.
     """
-    metrics, initial = [], start
+    metrics = []
     for index, prepared in enumerate(phases[first:], first):
         start = initial if prepared.settings.backbone.fresh_start else start
         built = build_phase(prepared, start, checkpoint, silent, heads_of(phases[:index]), {}, rehearsal=True)

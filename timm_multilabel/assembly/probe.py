@@ -32,6 +32,9 @@ def as_training(settings: ProbeSettings) -> TrainSettings:
     if settings.pretrained_path and len(settings.pretrained_path) != len(settings.model):
         raise SettingError(f'--pretrained-path: {len(settings.pretrained_path)} files for {len(settings.model)} '
                            'models; pass one for each --model, in their order')
+    for path in settings.pretrained_path if len(settings.model) > 1 else []:
+        if os.pathsep in path:
+            raise SettingError(f"--pretrained-path {path}: '{os.pathsep}' in its name would separate files; rename it")
     for name in settings.model:
         if JOIN in name and not name.startswith('local-dir:'):
             raise SettingError(f'--model {name}: pass a --model for each')
@@ -130,8 +133,8 @@ def check_room(splits: list[SplitFeatures]) -> None:
         raise SettingError(
             f'--cache-dir {embedder.folder.parent}: features of {format_size(on_disk)} would not fit into the '
             f'{format_size(free)} that may be used; name a folder on another disk, or take --labelled-rows N')
-    # As they are, in float32 and on other axes.
-    in_memory = sum(10 * len(split.chosen) * int(widths.sum()) for split in splits)
+    # As they are, in float32, standardized, and on other axes.
+    in_memory = sum(14 * len(split.chosen) * int(widths.sum()) for split in splits)
     device = embedder.precision.device
     free = int(_SHARE * (torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else free_memory()))
     if in_memory > free:

@@ -1,11 +1,13 @@
 """Runs that go on: from which checkpoint and where, what differs from what they had, and what has no effect."""
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from timm_multilabel.assembly.phases import PreparedPhase
 from timm_multilabel.config.files import read_yaml
 from timm_multilabel.config.train import RunSettings, TrainSettings
 from timm_multilabel.distributed import all_objects, world
@@ -140,6 +142,31 @@ def find_folder(
             f"{checkpoint.path}: a checkpoint of phase '{names[index]}' that lies elsewhere than its run put it; put "
             f'it back into the folder {phase_folder(whole, names, index).name} of a run folder')
     return whole
+
+
+def with_first_weights(phases: Sequence[PreparedPhase], folder: Path) -> list[PreparedPhase]:
+    """Phases of a run that goes on, with the first weights that args.yaml of the run names: those that start anew need
+    them.
+
+    Args:
+        phases: As the command line has them now.
+        folder: The run folder; phases stay as they are where its args.yaml cannot be read.
+    """
+    try:
+        before = read_yaml(folder / 'args.yaml')
+    except (OSError, UserError):
+        return list(phases)
+    of_phases = before.get('phases')
+    theirs = of_phases if isinstance(of_phases, list) and len(of_phases) == len(phases) else [{}] * len(phases)
+    changed = []
+    for prepared, its in zip(phases, theirs, strict=True):
+        found = {name: {**before, **(its if isinstance(its, dict) else {})}.get(name) for name in _AT_START}
+        fits = all(value is None or isinstance(value, bool if name == 'pretrained' else str)
+                   for name, value in found.items())
+        phase = prepared.phase
+        changed.append(replace(prepared, phase=replace(phase, settings=phase.settings.replace(
+            **{**found, 'pretrained': bool(found['pretrained'])}))) if fits else prepared)
+    return changed
 
 
 def settings_of_resumed(

@@ -79,9 +79,9 @@ def find_teachers(
         if name in earlier and name not in made:
             found.append(Teacher(name, earlier[name], None))
             continue
-        if earlier and name not in earlier and not Path(name).exists():
-            raise CheckpointError(
-                f'--teacher {name}: no such checkpoint, nor an earlier phase (there are: {listed(earlier)})')
+        if name not in earlier and not Path(name).exists():
+            phases = f', nor an earlier phase (there are: {listed(earlier)})' if earlier else ''
+            raise CheckpointError(f'--teacher {name}: no such checkpoint{phases}')
         checkpoint = read_checkpoint(made.get(name, name))
         found.append(Teacher(name, checkpoint.label_space, checkpoint))
     return found

@@ -1,4 +1,5 @@
 """Features of a split's images on disk: float16, computed once, never taken for those of other images or weights."""
+import errno
 import hashlib
 import os
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import PIL
 import simplejpeg
+import timm
 import torch
 
 from timm_multilabel.backbones import JoinedBackbones
@@ -64,11 +66,14 @@ class FeatureFile:
             for path, shape, kind in (
                     (self.path, self.shape, np.float16), (self.done_path, (self.shape[0], 3), np.int64)):
                 temporary = temporary_path(path.parent, path.name)
-                made = np.lib.format.open_memmap(temporary, 'w+', kind, shape)
-                if kind is np.int64:
-                    made[:] = -1
-                made.flush()
-                temporary.replace(path)
+                try:
+                    made = np.lib.format.open_memmap(temporary, 'w+', kind, shape)
+                    if kind is np.int64:
+                        made[:] = -1
+                    made.flush()
+                    temporary.replace(path)
+                finally:
+                    temporary.unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f'{self.path}: cannot be written ({error.strerror or error}); name another folder with '
                               '--cache-dir') from error
@@ -137,7 +142,8 @@ def _write_rows(path: Path, rows: Sequence[int], values: np.ndarray, sync: bool 
         offset = np.load(path, mmap_mode='r').offset
         with open(path, 'r+b', buffering=0) as file:
             for row, value in zip(rows, values, strict=True):
-                os.pwrite(file.fileno(), value.tobytes(), offset + row * value.nbytes)
+                if os.pwrite(file.fileno(), value.tobytes(), offset + row * value.nbytes) != value.nbytes:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # a part of it fitted
             if sync:
                 os.fdatasync(file.fileno())
     except (OSError, ValueError) as error:
@@ -173,7 +179,8 @@ class Embedder:
             if config['crop_mode'] == 'border':
                 config['mean'] = self.data_config['mean']  # the color of the borders
             digest = hashlib.sha256(repr((
-                FORMAT, simplejpeg.__version__, PIL.__version__, self.names[number], sorted(config.items()),
+                FORMAT, simplejpeg.__version__, PIL.__version__, timm.__version__, torch.__version__,
+                self.names[number], str(backbone), getattr(backbone, 'pretrained_cfg', None), sorted(config.items()),
                 self._normalization(number), self.backbones.mirrored, str(self.precision.amp_dtype))).encode())
             add_weights(digest, backbone)
             found.append(digest.hexdigest())

@@ -84,20 +84,24 @@ class Axes:
 
         That is one which features enter through one linear layer, as is found out by trying.
         """
-        made = copy.deepcopy(head).eval()
+        head = copy.deepcopy(head).eval().double()
+        made = copy.deepcopy(head)
         layers = [module for module in made.modules()
                   if type(module) is nn.Linear and module.in_features == len(self.mean)]
         if len(layers) != 1 or layers[0].bias is None:
             return None
         layer, = layers
         with torch.no_grad():
-            layer.weight.copy_(layer.weight @ self.turn.T)
-            layer.bias.sub_(layer.weight @ self.mean)
-            generator = torch.Generator().manual_seed(0)
-            draws = torch.randn(4, len(self.mean), generator=generator).to(self.mean)
-            some = self.mean + draws / self.turn.norm(dim=1)  # whose deviations are those of the features
-            wanted, given = copy.deepcopy(head).eval()(self(some)), made(some)
-        return made if torch.allclose(wanted, given, rtol=1e-2, atol=1e-3) else None
+            mean, turn = self.mean.double(), self.turn.double()
+            layer.weight.copy_(layer.weight @ turn.T)
+            layer.bias.sub_(layer.weight @ mean)
+            draws = torch.randn(4, len(mean), generator=torch.Generator().manual_seed(0)).to(mean)
+            some = mean + draws / turn.norm(dim=1)  # whose deviations are those of the features
+            try:
+                wanted, given = head((some - mean) @ turn), made(some)
+            except RuntimeError:  # a kind that does not compute in float64
+                return None
+        return made.float() if torch.allclose(wanted, given, rtol=1e-2, atol=1e-3) else None
 
 
 class _Loss(nn.Module):
@@ -270,7 +274,7 @@ def fit_heads(
         for name in heads:
             losses[name].zero_()
         order = torch.randperm(len(turned), generator=generator).to(turned.device)
-        for rows in order.chunk(per_epoch):
+        for rows in order.tensor_split(per_epoch):
             factor = schedule(count / (grid.epochs * per_epoch))
             inputs = {True: turned[rows], False: turned[:0] if all(on_axes.values()) else features[rows]}
             for name, each in grids.items():
@@ -285,7 +289,9 @@ def fit_heads(
         head = grids[name].head(member)
         if on_axes[name]:
             folded = axes.fold(head)
-            assert folded is not None  # as its first weights were
+            if folded is None:
+                raise UserError(f"head '{name}': its weights have become too large to use; lower --lrs, or leave out "
+                                'the least of --weight-decays')
             head = folded
         found[name] = Fitted(head, *grid.members[member], float(losses[name][member]), table, grids[name].together)
     return found

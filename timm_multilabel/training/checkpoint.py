@@ -319,6 +319,9 @@ def resume(
         raise CheckpointError(
             f'{checkpoint.path}: a checkpoint of other classes: {checkpoint.label_space}; the data has '
             f'{task.label_space}; resume with the data it was trained on, or start anew with --initial-checkpoint')
+    if 'optimizer' not in state:
+        raise CheckpointError(f'{checkpoint.path}: holds weights alone, as a checkpoint of probe does; start from it '
+                              'with --initial-checkpoint')
     for name in ('opt', 'eval_metric'):  # the metric ranks the checkpoints; earlier versions did not write it down
         theirs, ours = state.get(name), task.metadata.get(name)
         if theirs not in (ours, earlier_name(str(ours))) and (name == 'opt' or theirs is not None):
