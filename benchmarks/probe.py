@@ -93,11 +93,11 @@ def compare_embedding(name: str, size: int, images: int, workers: int) -> tuple[
     """Images per second that a probe embeds, and that the bare backbone takes from memory, in turns; the medians."""
     import timm
 
-    from timm_multilabel.assembly.views import scoring_views
     from timm_multilabel.backbones import JoinedBackbones
     from timm_multilabel.data.table import Rows
     from timm_multilabel.probing.features import Embedder
     from timm_multilabel.training.trainer import Precision
+    from timm_multilabel.views.pillow import scoring_views
 
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     backbone = timm.create_model(name, num_classes=0).eval()

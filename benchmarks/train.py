@@ -91,7 +91,7 @@ def shares(args: Namespace, folder: str, device: torch.device) -> Iterator[tuple
     """
     settings = build(TrainSettings, parse(TrainSettings, 'train.py', training_flags(args, folder, device)))
     prepared = prepare_phase(check_phases(settings)[0], None, device, silent)
-    built = build_phase(prepared, None, None, silent, cache=False)
+    built = build_phase(prepared, None, None, silent, {}, {}, rehearsal=True)
     for asked in args.workers:
         train = create_loaders(
             settings.replace(workers=asked), prepared.data, built.data_config, built.task.views, device, print).train

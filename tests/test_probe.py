@@ -410,12 +410,14 @@ def test_a_row_that_a_full_disk_cuts_off_is_not_done(tmp_path, monkeypatch):
     assert file.missing(np.arange(4), stamps).all()
 
 
-def test_what_a_probe_is_not(made):
-    _, data, run = made
+def test_what_a_probe_is_not(made, weights):
+    folder, data, run = made
     further = {'workers': 0, 'device': 'cpu', 'epochs': 1, 'batch_size': 4, 'model': 'test_resnet+test_vit',
                'img_size': 32, 'simclr_loss_weight': 0, 'output': str(run.folder.parent)}
     with pytest.raises(tm.UserError, match='holds weights alone.*start from it with initial_checkpoint'):
         tm.train(data, resume=str(run.best_checkpoint), model_kwargs={'mirrored': True}, **further)
+    with pytest.raises(tm.UserError, match='holds a run already; choose another experiment, or remove it'):
+        probe(data, weights, folder, experiment='both')
     with pytest.raises(tm.UserError, match='mean, std: each of several models has a normalization of its own'):
         tm.train(data, mean=[0.5], **further)
 

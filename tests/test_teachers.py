@@ -421,7 +421,8 @@ def test_files_that_cannot_be_used(place, teachers, tmp_path, capsys):
     Image.new('RGB', (4, 4)).save(picture)
     assert error_of(capsys, *start, picture) == (
         f'train.py: error: {picture}: cannot be loaded as a checkpoint (damaged?)')
-    assert error_of(capsys, *start, tmp_path / 'x') == f'train.py: error: {tmp_path}/x: no such checkpoint'
+    assert error_of(capsys, *start, tmp_path / 'x') == (
+        f'train.py: error: --teacher {tmp_path}/x: no such checkpoint')
     assert error_of(capsys, *start, teachers[0], '--cache-dir', picture) == (
         f'train.py: error: --teacher: 0.0 MB of predictions cannot be kept in {picture} (File exists); name another '
         '--cache-dir, or pass --teacher-views')

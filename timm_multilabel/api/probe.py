@@ -119,7 +119,8 @@ def run_probe(settings: ProbeSettings) -> Probe | None:
             say(f"head '{name}': {head.remark}")
     metric = check_metric(of_training, data, model.named_heads.values(), weights, say)
     folder = run_folder_path(
-        settings.output, settings.experiment, of_training.backbone.model, data_config['input_size'][-1])
+        settings.output, settings.experiment, of_training.backbone.model, data_config['input_size'][-1],
+        can_resume=False)
     with closing(RunLock()) as lock:
         if world()[0] == 0:
             lock.take(folder)

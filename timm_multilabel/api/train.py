@@ -112,7 +112,7 @@ def run_training(settings: TrainSettings, signals: StopSignals | None = None) ->
         for note in (*sorted(settings.notes), *without_effect(phases)):
             say(note)
         lock = stack.enter_context(closing(RunLock()))
-        prepared = [prepare_phase(each, index, settings.config, device, say) for index, each in enumerate(phases)]
+        prepared = [prepare_phase(each, settings.config, device, say, index) for index, each in enumerate(phases)]
         launchers = all_objects(launcher())
         checkpoint = find_checkpoint(run, launchers, lock, say)
         names = [each.name for each in phases] if settings.phases else []

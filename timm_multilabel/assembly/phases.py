@@ -106,7 +106,7 @@ def _named(phase: Phase, recipe: str | None) -> Iterator[None]:
         raise UserError(f"{recipe}, phase '{phase.name}': {error.line}") from error
 
 
-def prepare_phase(phase: Phase, index: int, recipe: str | None, device: torch.device, say: Say) -> PreparedPhase:
+def prepare_phase(phase: Phase, recipe: str | None, device: torch.device, say: Say, index: int = 0) -> PreparedPhase:
     """Read the data of a phase.
 
     Phases that start from the initial weights have seeds of their own, so that several of them are several seeds of one
@@ -114,10 +114,10 @@ def prepare_phase(phase: Phase, index: int, recipe: str | None, device: torch.de
 
     Args:
         phase: The phase.
-        index: Its place among them, from 0.
         recipe: The file that it stands in.
         device: Where it is trained.
         say: Tells a line.
+        index: Its place among the phases, from 0.
 
     Raises:
         UserError: The data cannot be read, or are too few.

@@ -36,7 +36,7 @@ _PATIENCE = 45
 """Seconds in which the other processes of a run that was killed end, and with them its lock."""
 
 
-def run_folder_path(output: str, experiment: str | None, model: str, size: int) -> Path:
+def run_folder_path(output: str, experiment: str | None, model: str, size: int, can_resume: bool = True) -> Path:
     """Where a new run goes: `<output>/<experiment>`, by default `<output>/<stamp>-<model>-<size>`.
 
     Raises:
@@ -50,7 +50,8 @@ def run_folder_path(output: str, experiment: str | None, model: str, size: int) 
     path = Path(output) / experiment
     if [*path.glob('*.pth.tar'), *path.glob('[0-9]*-*/*.pth.tar')]:
         raise CheckpointError(
-            f'{path}: holds a run already; go on with it (--resume auto), choose another --experiment, or remove it')
+            f'{path}: holds a run already; {"go on with it (--resume auto), " if can_resume else ""}choose another '
+            '--experiment, or remove it')
     if path.exists() and not path.is_dir():
         raise CheckpointError(f'{path}: is a file; choose another --experiment')
     return path
