@@ -102,6 +102,8 @@ def _as_numbers(texts: pd.DataFrame) -> pd.DataFrame:
             made[name] = cells
             continue
         made[name] = pd.to_numeric(cells.where(cells != ''), errors='coerce')
+        if made[name].dtype.kind == 'f':  # it may get the last digit wrong
+            made[name] = cells.where(made[name].notna(), 'nan').astype(float)
         wrong = made[name].isna() & ~cells.str.lower().isin(['', 'nan'])
         if name == 'epoch':
             wrong |= ~cells.str.fullmatch('[0-9]{1,9}')
