@@ -2,7 +2,6 @@
 import ctypes
 import gc
 import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 MEBIBYTE = 2 ** 20
@@ -165,6 +165,6 @@ def _resident(name: str) -> int:
 def _limit_memory() -> None:
     """Let an allocation that the machine has no memory for fail, rather than have the kernel kill some process."""
     import resource
-    available = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    used = int(Path('/proc/self/statm').read_text().split()[0]) * os.sysconf('SC_PAGE_SIZE')
+    available = psutil.virtual_memory().available  # with what the kernel's file cache would give back
+    used = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (used + int(0.9 * available), resource.RLIM_INFINITY))
