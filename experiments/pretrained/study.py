@@ -24,25 +24,33 @@ COMMON = {
     'validation_batch_size': 250, 'batch_size': 32, 'opt': 'adamw', 'weight_decay': 0.05, 'sched_on_updates': True,
     'warmup_epochs': 0, 'cooldown_epochs': 0, 'epochs': 1, 'checkpoint_hist': 1, 'views': 'simclr',
     'ratio': (0.6, 0.9), 'gaussian_blur_prob': 0, 'grayscale_prob': 0, 'color_jitter': 0}
-LITE0 = {'model': 'tf_efficientnet_lite0', 'lr': 5e-4, **WHOLE}
-SMALL = {'model': 'mobilenetv3_small_050', 'lr': 5e-3, 'input_size': (3, 64, 48), 'crop_pct': 1}
-POOLED = {'unlabelled': 'unlabelled', 'unlabelled_batch_size': 64}
-TEACHERS = ('fine-tuned', 'lora')
+LITE0 = {'model': 'tf_efficientnet_lite0', 'lr': 5e-4, 'scale': (0.5, 1), 'epoch_steps': 500, **WHOLE}
+SMALL = {'model': 'mobilenetv3_small_050', 'lr': 5e-3, 'input_size': (3, 64, 48), 'crop_pct': 1, 'epoch_steps': 1200}
 
-Arm = tuple[tuple[str, ...], dict[str, Any]]
-ARMS: dict[str, Arm] = {  # the arms that must have run before, and the settings
-    'probe-lite0': ((), {'model': ('tf_efficientnet_lite0',)}),
-    'fine-tuned': (('probe-lite0',), {**LITE0, 'epoch_steps': 500}),
-    'lora': (('probe-lite0',), {**LITE0, 'epoch_steps': 500, 'lora': 8, 'lr': 2e-3}),
-    'small': ((), {**SMALL, 'epoch_steps': 1200}),
-    'small-student': (TEACHERS, {**SMALL, **POOLED, 'epoch_steps': 1200}),
-    'lite0-student': (TEACHERS, {**LITE0, **POOLED, 'epoch_steps': 500}),
-    'probe-lite2': ((), {'model': ('tf_efficientnet_lite2',)}),
-    'probe-both': (('probe-lite0', 'probe-lite2'), {'model': ('tf_efficientnet_lite0', 'tf_efficientnet_lite2')}),
-    'fine-tuned-long': (('probe-lite0',), {**LITE0, 'epoch_steps': 1500}),
+Arm = tuple[str, dict[str, Any]]
+ARMS: dict[str, Arm] = {  # the arm that must have run before, and the settings
+    'probe-lite0': ('', {'model': ('tf_efficientnet_lite0',)}),
+    'probe-lite2': ('', {'model': ('tf_efficientnet_lite2',)}),
+    'probe-both': ('', {'model': ('tf_efficientnet_lite0', 'tf_efficientnet_lite2')}),
+    'fine-tuned': ('', LITE0),
+    'lora': ('', {**LITE0, 'lora': 8, 'lr': 2e-3}),
+    'from-probe': ('probe-lite0', LITE0),
+    'small': ('', SMALL),
+    'small-student': ('fine-tuned', {**SMALL, 'unlabelled': 'unlabelled', 'unlabelled_batch_size': 64}),
+    'lite0-student': ('fine-tuned', {**LITE0, 'unlabelled': 'unlabelled', 'unlabelled_batch_size': 32}),
 }
-ALL_LABELS = {'probe-lite0': {}, 'probe-lite2': {}, 'probe-both': {}, 'fine-tuned': {'epoch_steps': 1000},
-              'lora': {'epoch_steps': 1000}}
+SHORT = ('probe-lite0', 'fine-tuned', 'small', 'small-student')
+RUNS = [
+    *((arm, labels, 0) for arm in (*SHORT, 'lora', 'probe-lite2', 'probe-both') for labels in (1000, 250)),
+    *(('lite0-student', labels, 0) for labels in (1000, 250)),
+    *((arm, labels, seed) for seed in (1, 2) for arm in SHORT for labels in (1000, 250)),
+    *((arm, 32_000, 0) for arm in ('probe-lite0', 'fine-tuned')),
+    *((arm, labels, seed) for seed in (1, 2) for arm in ('probe-lite2', 'probe-both', 'lite0-student', 'lora')
+      for labels in (1000, 250)),
+    *((arm, 32_000, 0) for arm in ('lora', 'probe-lite2', 'probe-both')),
+    *(('from-probe', labels, seed) for seed in (0, 1, 2) for labels in (1000, 250)),
+]
+"""Arm, labels and seed, the most telling first."""
 
 
 def main() -> None:
@@ -51,9 +59,6 @@ def main() -> None:
     parser.add_argument('output', type=Path)
     parser.add_argument('--weights', type=Path, default=Path('output'))
     parser.add_argument('--workers', type=int, default=1)
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    parser.add_argument('--labels', type=int, nargs='+', default=[1000, 250, 32000])
-    parser.add_argument('--arms', nargs='+', default=list(ARMS), choices=list(ARMS))
     parser.add_argument('--one', metavar='ARM-LABELS-SEED', help=argparse.SUPPRESS)
     parser.add_argument('--table', action='store_true', help='only write results.csv and results.md beside this file')
     args = parser.parse_args()
@@ -73,16 +78,15 @@ def parse(name: str) -> tuple[str, int, int]:
 
 def schedule(args: argparse.Namespace) -> None:
     """Run what is missing, an arm after those that it needs."""
-    waiting = [(arm, labels, seed) for seed in args.seeds for labels in args.labels for arm in args.arms
-               if (labels < 32_000 or arm in ALL_LABELS) and not result(args, arm, labels, seed).exists()]
+    waiting = [job for job in RUNS if not result(args, *job).exists()]
     running: dict[Future[int], str] = {}
     (args.output / 'results').mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.workers) as pool:
         while waiting or running:
             for job in list(waiting):
                 arm, labels, seed = job
-                if len(running) < args.workers and all(
-                        result(args, need, labels, seed).exists() for need in ARMS[arm][0]):
+                need = ARMS[arm][0]
+                if len(running) < args.workers and (not need or result(args, need, labels, seed).exists()):
                     waiting.remove(job)
                     name = f'{arm}-{labels}-{seed}'
                     running[pool.submit(process, args, name)] = name
@@ -132,9 +136,8 @@ def run(args: argparse.Namespace, arm: str, labels: int, seed: int) -> None:
     """Run an arm in this process and write its metrics and its processor time."""
     import timm_multilabel as tm
 
-    needs, settings = ARMS[arm]
-    settings = {**settings, **(ALL_LABELS[arm] if labels == 32_000 else {})}
-    checkpoints = [json.loads(result(args, need, labels, seed).read_text())['checkpoint'] for need in needs]
+    need, settings = ARMS[arm][0], dict(ARMS[arm][1])
+    before = json.loads(result(args, need, labels, seed).read_text())['checkpoint'] if need else None
     where = {'seed': seed, 'experiment': f'{arm}-{labels}-{seed}', 'output': args.output / 'runs',
              'cache_dir': args.output / 'cache'}
     data = folder_of(args, labels, seed)
@@ -144,10 +147,8 @@ def run(args: argparse.Namespace, arm: str, labels: int, seed: int) -> None:
         weights = [args.weights / f'{each.removeprefix("tf_efficientnet_")}.safetensors' for each in model]
         made = tm.probe(data, model, pretrained_path=weights, workers=0, **WHOLE, **settings, **where)
     else:
-        if arm.endswith('student'):
-            settings['teacher'] = checkpoints
-        elif checkpoints:
-            settings['initial_checkpoint'] = checkpoints[0]
+        if before is not None:
+            settings['teacher' if arm.endswith('student') else 'initial_checkpoint'] = before
         if settings['model'] == LITE0['model'] and 'initial_checkpoint' not in settings:
             settings['pretrained_path'] = args.weights / 'lite0.safetensors'
         made = tm.train(data, **COMMON | settings, **where)
