@@ -1,6 +1,6 @@
 """Every command and every Python block of the README and the documentation runs, page by page, on tiny data.
 
-A page's blocks run from top to bottom in one folder that holds what docs/ calls `my-photos`, `my-shop`, `more-photos`,
+A page's blocks run from top to bottom in one folder that holds what docs/ calls `my-photos`, `my-shop`, `my-classes`, `more-photos`,
 `output/train/tiny` and so on. Training has tiny sizes behind the page's flags, which are parsed as they stand. A block
 below `<!-- not run: why -->` is only counted: `python -m tests.test_docs` prints how many there are.
 """
@@ -174,6 +174,11 @@ def folder_of_pages(tmp_path_factory):
         for split, rows, first in (('train', 24, 0), ('val', 12, 100), ('test', 12, 200)):
             write_table(folder / name, split, rows, columns, first)
         write_table(folder / name, 'unlabelled', 12, {}, 300)
+    for split in ('train', 'val'):
+        for number, path in enumerate(sorted((folder / 'my-photos' / 'images').iterdir())[:16]):
+            place = folder / 'my-classes' / split / ('boots', 'shoes')[number % 2]
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, place)
     for name in ('photos', 'more-photos', 'more'):
         write_table(folder / name, 'x', 12, {}, 400)
         for path in (folder / name / 'images').iterdir():

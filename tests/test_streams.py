@@ -342,7 +342,7 @@ def test_shards_and_csvs_may_be_mixed(data_dir, packed, tmp_path):
 
 def test_a_missing_library_is_named_with_its_extra(packed, kind, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, {'parquet': 'datasets'}.get(kind, kind), None)
-    assert f"these shards need it: pip install '.[{kind}]'" in stopped(capsys, packed, tmp_path)
+    assert f"these data need it: pip install '.[{kind}]'" in stopped(capsys, packed, tmp_path)
 
 
 def test_what_is_refused(data_dir, packed, tmp_path, capsys):

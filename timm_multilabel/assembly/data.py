@@ -22,6 +22,7 @@ from timm_multilabel.data.table import (
     find_label_space,
     unknown_labels,
 )
+from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import DataError, SettingError, listed
 from timm_multilabel.heads import Head, load_registry
@@ -232,7 +233,7 @@ def _splits(settings: TrainSettings, folder: Path, registry: Mapping[str, type[H
     known: LabelSpace | None = LabelSpace(())
     if settings.objective.classification_loss_weight:
         known = stored_heads(stored, data.head, data.heads, registry, head_options.dialect(data))
-    return Splits(stored, known, say, data.image_column, data.separator, data.missing_value, columns)
+    return Splits(stored, known, say, TableFormat.of(data), columns)
 
 
 def _count_steps(
