@@ -1,7 +1,8 @@
 """Every command and every Python block of the README and the documentation runs, page by page, on tiny data.
 
-A page's blocks run from top to bottom in one folder that holds what docs/ calls `my-photos`, `my-shop`, `my-classes`, `more-photos`,
-`output/train/tiny` and so on. Training has tiny sizes behind the page's flags, which are parsed as they stand. A block
+A page's blocks run from top to bottom in one folder that holds what docs/ calls `my-photos`, `my-shop`, `my-classes`,
+`more-photos`, `output/train/tiny` and so on. Training has tiny sizes behind the page's flags, which are parsed as they
+stand. A block
 below `<!-- not run: why -->` is only counted: `python -m tests.test_docs` prints how many there are.
 """
 import contextlib
