@@ -9,6 +9,7 @@ import contextlib
 import functools
 import http.server
 import io
+import json
 import os
 import re
 import runpy
@@ -29,6 +30,7 @@ from PIL import Image
 
 import timm_multilabel as tm
 from tests.browser import CHROMIUM, browser
+from tests.test_convert import celeba, coco, task
 from timm_multilabel.cli.commands import COMMANDS
 from timm_multilabel.cli.main import run_command
 
@@ -180,6 +182,11 @@ def folder_of_pages(tmp_path_factory):
             place = folder / 'my-classes' / split / ('boots', 'shoes')[number % 2]
             place.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, place)
+    celeba(folder / 'celeba', 'txt', each=16)
+    coco(folder / 'coco', train=range(20, 40), val=range(40, 56))
+    (folder / 'export.json').write_text(json.dumps([
+        task(f'/data/local-files/?d=photos/{number}.jpg', color=[('red', 'blue')[number % 2]], style=['new', 'old'])
+        for number in range(400, 412)]))
     for name in ('photos', 'more-photos', 'more'):
         write_table(folder / name, 'x', 12, {}, 400)
         for path in (folder / name / 'images').iterdir():

@@ -400,6 +400,21 @@ class SplitSettings(Settings):
 
 
 @dataclass(frozen=True)
+class ConvertSettings(Settings):
+    """Write the tables of a data directory for a data set of CelebA, COCO or Label Studio; images are not copied."""
+    HELP = 'turn CelebA, COCO or Label Studio data into tables'
+    EXAMPLE = 'coco my-photos'
+    PAGE = 'how-to/convert.md'
+
+    source: str = required(
+        'folder of CelebA or COCO, or a JSON file of COCO or Label Studio', positional=True, metavar='SOURCE')
+    directory: str = required('data directory to write', positional=True, metavar='DIR')
+    image_root: str | None = setting(
+        None, 'folder that the images are under (default: looked up from SOURCE)', metavar='DIR')
+    force: bool = shared.force()
+
+
+@dataclass(frozen=True)
 class CheckSettings(Settings):
     """Check a data directory for problems that would spoil results: bad images, duplicate images, suspicious labels."""
     HELP = 'check a data directory for problems that would spoil results'

@@ -17,7 +17,7 @@ from timm_multilabel.data.columns import Columns, choose_columns
 from timm_multilabel.data.images import open_image, read_photo
 from timm_multilabel.data.pool import real_paths
 from timm_multilabel.data.split import SPLITS
-from timm_multilabel.data.split_names import check_folder, find_split
+from timm_multilabel.data.split_names import check_folder, find_split, table_of_classes
 from timm_multilabel.data.table import Table, find_label_space, look_for_images, read_table
 from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import DataError, UserError, shortened
@@ -197,7 +197,7 @@ def read_contents(
         also = f'; {", ".join(shards.values())} are shards, which are not checked' if shards else ''
         raise DataError(
             f'{folder}: no {", ".join(f"{name}.csv" for name in SPLITS)} or {UNLABELLED}.csv to check{also}')
-    path = folder / 'all.csv'
+    path = table_of_classes(folder)
     tables = [read_table(path, written)] if path.is_file() else []
     if 'train' in splits:
         tables.append(splits['train'].table)

@@ -1,5 +1,6 @@
 """One table of labels, or class folders, turned into all.csv, train.csv, val.csv and test.csv."""
 import itertools
+import json
 import math
 import os
 import random
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from timm_multilabel.cells import LIST, values_of_list
 from timm_multilabel.config.commands import SplitSettings
 from timm_multilabel.data.class_folders import read_class_folders
 from timm_multilabel.data.table_files import read_cells
@@ -63,9 +65,8 @@ def split_csv(
         DataError: Something is wrong with the source or the arguments; nothing has been written then.
     """
     source, directory = Path(source), Path(directory)
-    outputs = {name: directory / f'{name}.csv' for name in (*SPLITS, 'all')}
     _check_ratios(ratios)
-    _check_outputs(source, list(outputs.values()), force)
+    outputs = _outputs(source, directory, 'csv', force)
     if source.is_dir():
         if image is not None or heads is not None:
             raise DataError(f'{source}: --image and --heads are of tables; leave them out, or name a table')
@@ -87,6 +88,9 @@ def split_csv(
     chosen = (_draw(len(rows), ratios, seed) if stratify is group is None
               else _draw_groups(labels, groups, ratios, seed))
     table = [[path, *(row[column] for _, column in heads)] for path, row in rows]
+    lists = any(cell.startswith(LIST) for row in table for cell in row)  # of tags, which no CSV can hold
+    if lists:
+        outputs = {**outputs, **_outputs(source, directory, 'jsonl', force)}
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -95,8 +99,11 @@ def split_csv(
         if name in SPLITS and not ratios[SPLITS.index(name)]:
             outputs[name].unlink(missing_ok=True)
             continue
-        lines = map(csv_line, [names, *(table[index] for index in indices)])
+        chosen_rows = [table[index] for index in indices]
+        lines = (_json_line(names, row) for row in chosen_rows) if lists else map(csv_line, [names, *chosen_rows])
         write_atomic(outputs[name], ''.join(f'{line}\n' for line in lines))
+        if lists:
+            (directory / f'{name}.csv').unlink(missing_ok=True)  # an earlier one, which would count before it
     return {
         'missing': len(frame) - len(table), **{name: len(indices) for name, indices in chosen.items()},
         'all': len(table)}
@@ -222,12 +229,26 @@ def _check_ratios(ratios: Sequence[float]) -> None:
         raise DataError(f'ratios {text}: expected three numbers of 0 or more that are not all 0, such as 80 10 10')
 
 
-def _check_outputs(source: Path, outputs: Sequence[Path], force: bool) -> None:
+def _json_line(names: Sequence[str], cells: Sequence[str]) -> str:
+    """A row as JSON, lists as lists."""
+    values = [cell if (values := values_of_list(cell)) is None else values for cell in cells]
+    return json.dumps(dict(zip(names, values, strict=True)), ensure_ascii=False)
+
+
+def _outputs(source: Path, directory: Path, ending: str, force: bool) -> dict[str, Path]:
+    """The files to write, by the name of the split.
+
+    Raises:
+        DataError: One is the source, or is there and is not to be overwritten.
+    """
+    named = {name: directory / f'{name}.{ending}' for name in (*SPLITS, 'all')}
+    outputs = named.values()
     if any(path.resolve() == source.resolve() for path in outputs):
         raise DataError(f'{source} would be overwritten by its own split; choose another folder with --out')
     taken = [str(path) for path in outputs if path.exists()]
     if taken and not force:
         raise DataError(f'{", ".join(taken)}: already there; overwrite with --force or choose another --out')
+    return named
 
 
 def _fill(image: str, source: Path, columns: list[str], numbered: list[tuple[int, dict[str, str]]]) -> list[str]:

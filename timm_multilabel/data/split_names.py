@@ -22,6 +22,11 @@ def split_path(folder: Path, name: str) -> Path:
     return found or _class_folders(folder, name) or inside
 
 
+def table_of_classes(folder: Path) -> Path:
+    """The table that names all classes, all.csv (.tsv, ...); where there is none, all.csv."""
+    return next((path for ending in ENDINGS if (path := folder / f'all{ending}').is_file()), folder / 'all.csv')
+
+
 def find_split(
         folder: Path,
         name: str,
