@@ -113,6 +113,8 @@ def singles(cells: pd.DataFrame) -> pd.Series:
         BadCell: A cell is a list of none or of several.
     """
     texts = cells.iloc[:, 0]
+    if not any(text.startswith(LIST) for text in set(texts)):  # a column has fewer texts than rows
+        return texts
     found = []
     for row, text in texts.items():
         try:
