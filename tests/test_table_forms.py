@@ -91,7 +91,7 @@ def test_class_folders_are_split(class_folders, tmp_path):
     with pytest.raises(DataError, match='image and heads are of tables'):
         tm.split(class_folders / 'train', image='{id}.jpg', heads=['a'])
     with pytest.raises(DataError, match='name its images and heads'):
-        tm.split(here.folder / 'all.csv')
+        tm.split(here.folder / 'all.csv', out=tmp_path / 'other')
 
 
 def write(path: Path) -> Path:
