@@ -17,6 +17,7 @@ RESULTS = (
     'probe.Probe',
     'training_run.TrainingRun', 'validate.Validation', 'predict.Prediction', 'embed.Embedded', 'search.SearchResult',
     'export.Exported', 'report.Report', 'compare.Comparison', 'grid.Experiment', 'split.SplitTable',
+    'convert.Converted',
 )
 
 

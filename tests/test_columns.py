@@ -11,6 +11,7 @@ from timm_multilabel.cells import list_cell
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.columns import look_at
 from timm_multilabel.data.table import read_table
+from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import UserError
 
 
@@ -107,7 +108,7 @@ def test_split_reads_what_training_reads(capsys, tmp_path, mark, flags):
     for number in (1, 2):
         (tmp_path / 'images' / f'{number}.png').touch()
     separator = flags[1] if flags else None
-    assert read_table(path, separator=separator).frame.to_numpy().tolist() == TABLE[1:]
+    assert read_table(path, TableFormat(separator=separator)).frame.to_numpy().tolist() == TABLE[1:]
     status, out, err = run(capsys, 'split', path, '--image', '{image_path}', '--heads', 'a b', 'c', *flags)
     assert (status, err) == (0, '')
     assert (tmp_path / 'all.csv').read_text() == (
@@ -119,7 +120,7 @@ def test_blanks_between_columns_are_told(tmp_path):
     path.write_text('image_path   color\n0.png   red\n')
     with pytest.raises(UserError, match='or the blanks between columns with --separator whitespace'):
         read_table(path)
-    assert read_table(path, separator='whitespace').frame.to_numpy().tolist() == [['0.png', 'red']]
+    assert read_table(path, TableFormat(separator='whitespace')).frame.to_numpy().tolist() == [['0.png', 'red']]
 
 
 def test_a_comma_inside_quotes_is_no_separator(tmp_path):

@@ -1,13 +1,15 @@
 """Every command and every Python block of the README and the documentation runs, page by page, on tiny data.
 
-A page's blocks run from top to bottom in one folder that holds what docs/ calls `my-photos`, `my-shop`, `more-photos`,
-`output/train/tiny` and so on. Training has tiny sizes behind the page's flags, which are parsed as they stand. A block
+A page's blocks run from top to bottom in one folder that holds what docs/ calls `my-photos`, `my-shop`, `my-classes`,
+`more-photos`, `output/train/tiny` and so on. Training has tiny sizes behind the page's flags, which are parsed as they
+stand. A block
 below `<!-- not run: why -->` is only counted: `python -m tests.test_docs` prints how many there are.
 """
 import contextlib
 import functools
 import http.server
 import io
+import json
 import os
 import re
 import runpy
@@ -28,6 +30,7 @@ from PIL import Image
 
 import timm_multilabel as tm
 from tests.browser import CHROMIUM, browser
+from tests.test_convert import celeba, coco, task
 from timm_multilabel.cli.commands import COMMANDS
 from timm_multilabel.cli.main import run_command
 
@@ -174,6 +177,16 @@ def folder_of_pages(tmp_path_factory):
         for split, rows, first in (('train', 24, 0), ('val', 12, 100), ('test', 12, 200)):
             write_table(folder / name, split, rows, columns, first)
         write_table(folder / name, 'unlabelled', 12, {}, 300)
+    for split in ('train', 'val'):
+        for number, path in enumerate(sorted((folder / 'my-photos' / 'images').iterdir())[:16]):
+            place = folder / 'my-classes' / split / ('boots', 'shoes')[number % 2]
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, place)
+    celeba(folder / 'celeba', 'txt', each=16)
+    coco(folder / 'coco', train=range(20, 40), val=range(40, 56))
+    (folder / 'export.json').write_text(json.dumps([
+        task(f'/data/local-files/?d=photos/{number}.jpg', color=[('red', 'blue')[number % 2]], style=['new', 'old'])
+        for number in range(400, 412)]))
     for name in ('photos', 'more-photos', 'more'):
         write_table(folder / name, 'x', 12, {}, 400)
         for path in (folder / name / 'images').iterdir():

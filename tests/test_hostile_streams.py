@@ -203,7 +203,7 @@ def test_a_name_that_is_not_utf_8_can_be_shown(tmp_path):
 
 
 def test_samples_with_columns_of_their_own_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr('timm_multilabel.data.streams._MAX_CELLS', 10 ** 6)
+    monkeypatch.setattr('timm_multilabel.cells._MAX_CELLS', 10 ** 6)
     members = [(f'{number}.json', json.dumps({f'c{number}_{part}': 'x' for part in range(20)}).encode())
                for number in range(300)]
     (tmp_path / 'a-0.tar').write_bytes(tar_of(*(

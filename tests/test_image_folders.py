@@ -12,7 +12,8 @@ from PIL import Image
 
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.arguments import rows_of_arguments
-from timm_multilabel.data.images import ENDINGS, EncodedPhoto
+from timm_multilabel.data.image_names import ENDINGS
+from timm_multilabel.data.images import EncodedPhoto
 from timm_multilabel.data.pool import rows_of_folder
 from timm_multilabel.data.shards import find_shards
 from timm_multilabel.errors import UserError

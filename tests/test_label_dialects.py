@@ -20,6 +20,7 @@ from timm_multilabel.data.remarks import can_be_scored, how_read, useless_labels
 from timm_multilabel.data.shards import find_shards
 from timm_multilabel.data.streams import Stored, encode, read_labels, table_of_labels
 from timm_multilabel.data.table import encode_targets, find_label_space, read_table
+from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import UserError
 from timm_multilabel.heads import SoftmaxHead, TagsHead
 from timm_multilabel.labels import MISSING, BadCell, LabelSet, LabelSpace, Quantity, TagSet
@@ -59,7 +60,7 @@ def read_shards(folder, **kwargs):
 def read_csv(folder, text, **kwargs):
     path = Path(folder) / 'train.csv'
     path.write_text(text)
-    return read_table(path, **kwargs)
+    return read_table(path, TableFormat(**kwargs))
 
 
 def column(*texts):

@@ -24,6 +24,7 @@ from timm_multilabel.data.packing import pack
 from timm_multilabel.data.shards import find_shards
 from timm_multilabel.data.streams import Stored, encode, read_labels, table_of_labels
 from timm_multilabel.data.table import find_label_space, read_table
+from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import UserError
 from timm_multilabel.labels import LabelSet, LabelSpace, Quantity, TagSet
 from timm_multilabel.loading.batches import BadImages
@@ -195,7 +196,7 @@ def test_columns_of_parquet(tmp_path):
         list(find_shards(tmp_path, 'train', 'image_path').samples())
     with pytest.raises(UserError, match="train.parquet row 1: 'box' is no text, number or list of tags"):
         list(find_shards(tmp_path, 'train', 'photo').samples())
-    table = Splits(Stored.load(tmp_path), None, print, 'photo', None, None, ['label', 'tags', 'price']).read('train')
+    table = Splits(Stored.load(tmp_path), None, print, TableFormat('photo'), ['label', 'tags', 'price']).read('train')
     assert table.frame.to_dict('list') == {'label': ['dog', ''], 'tags': [list_cell('ab'), ''], 'price': ['1.5', '']}
     space = find_label_space([table], None, {'tags': TagSet, 'price': Quantity})
     found = encode(table, space)
@@ -235,7 +236,7 @@ def test_which_files_are_the_shards_of_a_split(tmp_path):
 
 
 def _pass(rank, folder):
-    splits = Splits(Stored.load(folder), None, print, 'image_path', None, None)
+    splits = Splits(Stored.load(folder), None, print, TableFormat())
     table = splits.read('train')
     splits.save(find_label_space([table], None))
     return table.frame, ids(loader(encode(table, IDS), rank=rank, ranks=2, steps=2))
@@ -342,7 +343,7 @@ def test_shards_and_csvs_may_be_mixed(data_dir, packed, tmp_path):
 
 def test_a_missing_library_is_named_with_its_extra(packed, kind, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, {'parquet': 'datasets'}.get(kind, kind), None)
-    assert f"these shards need it: pip install '.[{kind}]'" in stopped(capsys, packed, tmp_path)
+    assert f"these data need it: pip install '.[{kind}]'" in stopped(capsys, packed, tmp_path)
 
 
 def test_what_is_refused(data_dir, packed, tmp_path, capsys):

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from timm_multilabel.data.table import encode_rows, find_images, find_label_space, read_table, unknown_labels
+from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import UserError
 from timm_multilabel.labels import LabelSpace, Quantity, TagSet
 
@@ -141,9 +142,9 @@ def test_every_kind_of_label_is_encoded_side_by_side(tmp_path):
 @pytest.mark.parametrize('mark', [',', '\t', ';', '|'])
 def test_separators_and_values_that_mean_no_label(tmp_path, mark):
     text = 'id,class,n\n-1.jpg,-1,3\n2.jpg,5,-1\n'.replace(',', mark)
-    table = read_table(write(tmp_path / 'list.txt', text), 'id', missing_value='-1')
+    table = read_table(write(tmp_path / 'list.txt', text), TableFormat('id', missing_value='-1'))
     assert table.frame.to_dict('list') == {'id': ['-1.jpg', '2.jpg'], 'class': ['', '5'], 'n': ['3', '']}
-    strange = read_table(write(tmp_path / 'list.txt', text.replace(mark, '~')), 'id', separator='~')
+    strange = read_table(write(tmp_path / 'list.txt', text.replace(mark, '~')), TableFormat('id', separator='~'))
     assert strange.label_columns == ['class', 'n']
 
 

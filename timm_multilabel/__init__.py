@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from timm_multilabel.api.check import check
     from timm_multilabel.api.compare import compare
+    from timm_multilabel.api.convert import convert
     from timm_multilabel.api.embed import embed
     from timm_multilabel.api.export import export
     from timm_multilabel.api.grid import grid
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 __version__ = '0.2.0'
 
 _COMMANDS = (
-    'check', 'compare', 'embed', 'export', 'grid', 'predict', 'probe', 'report', 'sample', 'search', 'split', 'train',
-    'validate')
+    'check', 'compare', 'convert', 'embed', 'export', 'grid', 'predict', 'probe', 'report', 'sample', 'search', 'split',
+    'train', 'validate')
 _MODULES = {
     **{name: f'api.{name}' for name in _COMMANDS},
     'JointTask': 'task',
@@ -61,6 +62,7 @@ __all__ = [
     'UserError',
     'check',
     'compare',
+    'convert',
     'create_backbone',
     'create_optimizer',
     'embed',

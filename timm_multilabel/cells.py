@@ -1,12 +1,13 @@
 """Cells as text: lists as shards have them, tags written in one text, and the words for yes and no."""
 import csv
+import math
 from collections.abc import Iterable, Iterator
 from io import StringIO
 from typing import Any
 
 import pandas as pd
 
-from timm_multilabel.errors import shortened
+from timm_multilabel.errors import DataError, shortened
 
 TAG_SEPARATOR = '|'
 """Between the tags of a cell, unless told otherwise."""
@@ -17,6 +18,8 @@ LIST = '\udc80'
 It is half of a surrogate pair, which no text that was read from a file can hold, so no label can be taken for it.
 """
 
+_MAX_CELLS = 2 ** 27  # of a table where nearly all cells are empty
+_MAX_HOLES = 100  # cells of such a table for each one that is filled
 _WORDS = {'true': 1, 't': 1, 'yes': 1, 'y': 1, 'false': 0, 'f': 0, 'no': 0, 'n': 0}
 
 
@@ -50,6 +53,39 @@ def list_cell(texts: Iterable[str]) -> str:
     return ''.join(LIST + text for text in texts) or LIST
 
 
+def cell_text(value: Any, name: str, column: str) -> str:
+    """A label as the cell of a CSV would hold it, or the cell of a list.
+
+    Args:
+        value: What a table of typed values holds.
+        name: What messages call its row.
+        column: Its column.
+
+    Raises:
+        DataError: It is something else, such as bytes.
+    """
+    if value is None or isinstance(value, float) and math.isnan(value):
+        return ''
+    if isinstance(value, bool):
+        return str(int(value))  # a tag's column of 0 and 1
+    if isinstance(value, list) and not any(isinstance(part, list) for part in value):
+        texts = [text for part in value if (text := cell_text(part, name, column))]
+        return list_cell(texts) if texts or not value else ''  # of nulls alone nothing is known
+    if isinstance(value, dict | bytes | list):
+        raise DataError(f"{name}: '{shortened(column)}' is no text, number or list of tags; choose --heads without it")
+    try:
+        text = str(value).strip()
+        text.encode()
+    except ValueError as error:  # half a surrogate pair, which JSON can spell; an integer of thousands of digits
+        raise DataError(f"{name}: '{shortened(column)}' cannot be written as text ({error})") from error
+    return text
+
+
+def too_sparse(rows: int, columns: int, filled: int) -> bool:
+    """Whether a table of rows with columns of their own would not fit into memory, nearly all of it empty."""
+    return rows * columns > max(_MAX_CELLS, _MAX_HOLES * filled)
+
+
 def values_of_list(cell: str) -> list[str] | None:
     """The values of a cell that was a list; None of another one."""
     return [text for text in cell.split(LIST) if text] if cell.startswith(LIST) else None
@@ -77,6 +113,8 @@ def singles(cells: pd.DataFrame) -> pd.Series:
         BadCell: A cell is a list of none or of several.
     """
     texts = cells.iloc[:, 0]
+    if not any(text.startswith(LIST) for text in set(texts)):  # a column has fewer texts than rows
+        return texts
     found = []
     for row, text in texts.items():
         try:

@@ -86,12 +86,13 @@ class LabelSet(_Classes):
         Raises:
             BadCell: A cell is a list of none or of several.
         """
-        index = (self._index.get(text, UNKNOWN) for text in singles(cells))
-        return np.fromiter(index, dtype=np.float32)[:, None]
+        index = singles(cells).map(self._index).fillna(UNKNOWN)
+        return index.to_numpy(np.float32)[:, None]
 
     def unknown(self, cells: pd.DataFrame) -> dict[str, list[Any]]:
         """The texts that are no classes, with their rows."""
-        return _group((row, text) for row, text in singles(cells).items() if text not in self._index)
+        texts = singles(cells)
+        return _group(texts[~texts.isin(self._index)].items())
 
     def check(self, target: np.ndarray) -> None:
         """Raise ValueError unless targets (N,) are indices of classes or missing."""

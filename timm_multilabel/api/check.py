@@ -13,6 +13,7 @@ from timm_multilabel.config.commands import CheckSettings
 from timm_multilabel.config.train import DataSettings, TrainSettings
 from timm_multilabel.data.scan import Contents, read_contents, scan_images
 from timm_multilabel.data.table import Table, check_single_class, find_label_space
+from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import UserError, printable
 from timm_multilabel.files import write_atomic
 from timm_multilabel.heads import load_registry
@@ -89,8 +90,8 @@ def _read_contents(settings: CheckSettings) -> Contents:
 
     head_options.readers(given, registry)
     contents = read_contents(
-        Path(settings.data_dir), chosen.image_column, chosen.separator, chosen.missing_value, chosen.heads, given,
-        groups_of, read_head, {'train': chosen.train_split, 'val': chosen.val_split}, chosen.tag_separator)
+        Path(settings.data_dir), TableFormat.of(chosen), chosen.heads, given, groups_of, read_head,
+        {'train': chosen.train_split, 'val': chosen.val_split}, chosen.tag_separator)
     if 'train' in contents.splits:
         columns = contents.splits['train'].table.label_columns
         head_options.check_groups(head_options.match_columns(given, columns), columns)

@@ -18,6 +18,7 @@ from timm_multilabel.config.commands import ReportSettings
 from timm_multilabel.config.files import command_line, read_probe_yaml
 from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.data.split_names import find_split
+from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import UserError, one_line, shortened
 from timm_multilabel.files import write_atomic
 from timm_multilabel.inference.predictions import Predictions
@@ -119,7 +120,7 @@ def prepare_output(path: Path, force: bool) -> Path:
 def default_split(settings: TrainSettings, checkpoint: Checkpoint, data_dir: Path | None) -> str:
     """The run's validation split; where a run without heads has none, its training split."""
     data = last_phase(settings).data
-    there = isinstance(find_split(Path(data_dir or data.data_dir), data.val_split), Path)
+    there = isinstance(find_split(Path(data_dir or data.data_dir), data.val_split, TableFormat.of(data)), Path)
     return data.val_split if there or checkpoint.label_space.heads else data.train_split
 
 

@@ -1,4 +1,4 @@
-"""Split one CSV of labels into train.csv, val.csv and test.csv, with all.csv beside them."""
+"""Split one table of labels, or class folders, into train.csv, val.csv and test.csv, with all.csv beside them."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,32 +24,41 @@ class SplitTable:
 
 
 @api_function(SplitSettings)
-def split(source: str | Path, *, image: str, heads: Sequence[str] | Mapping[str, str], **settings: Any) -> SplitTable:
-    """Split one CSV of labels into train.csv, val.csv and test.csv.
+def split(
+        source: str | Path,
+        *,
+        image: str | None = None,
+        heads: Sequence[str] | Mapping[str, str] | None = None,
+        **settings: Any,
+) -> SplitTable:
+    """Split one table of labels, or a folder of class folders, into train.csv, val.csv and test.csv.
 
     Args:
-        source: The table with a row for each image.
-        image: The path of a row's image, with columns in braces: './images/{id}.jpg'.
-        heads: The label heads, or {head: column} where a column has another name.
+        source: The table with a row for each image, or a folder with a folder of images for each class.
+        image: The path of a row's image, with columns in braces: './images/{id}.jpg'; of a table.
+        heads: The label heads, or {head: column} where a column has another name; of a table.
         **settings: The settings, named as the flags.
 
     Raises:
         UserError: The table or settings do not allow it.
     """
-    named = [f'{head}={column}' for head, column in heads.items()] if isinstance(heads, Mapping) else list(heads)
-    return run_split(make_settings(SplitSettings, {**settings, 'source': source, 'image': image, 'heads': named}))
+    if isinstance(heads, Mapping):
+        heads = [f'{head}={column}' for head, column in heads.items()]
+    of_table = {name: value for name, value in (('image', image), ('heads', heads)) if value is not None}
+    return run_split(make_settings(SplitSettings, {**settings, 'source': source, **of_table}))
 
 
 def run_split(settings: SplitSettings) -> SplitTable:
-    """Split the CSV.
+    """Split the table.
 
     Raises:
         UserError: The table or settings do not allow it.
     """
-    folder = Path(settings.source).parent if settings.out is None else Path(settings.out)
+    source = Path(settings.source)
+    folder = (source if source.is_dir() else source.parent) if settings.out is None else Path(settings.out)
     before = [path for name in SPLITS if (path := folder / f'{name}.csv').exists()]
     rows = split_csv(
-        settings.source, folder, image=settings.image, heads=settings.heads, image_column=settings.image_column,
-        separator=settings.separator, ratios=settings.ratios, seed=settings.seed, stratify=settings.stratify,
-        group=settings.group, force=settings.force)
+        source, folder, image=settings.image, heads=settings.heads, class_head=settings.class_head,
+        image_column=settings.image_column, separator=settings.separator, ratios=settings.ratios, seed=settings.seed,
+        stratify=settings.stratify, group=settings.group, force=settings.force)
     return SplitTable(folder, rows, [path for path in before if not path.exists()])

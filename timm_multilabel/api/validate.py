@@ -187,8 +187,7 @@ def run_validation(
 
 
 def _read(settings: ValidateSettings, split: str, checkpoint: Checkpoint) -> Rows | StreamedRows:
-    return read_split(Path(settings.data_dir), split, checkpoint, say, settings.image_column, settings.separator,
-                      settings.missing_value)
+    return read_split(Path(settings.data_dir), split, checkpoint, say, settings)
 
 
 def _check_checkpoint(settings: ValidateSettings, checkpoint: Checkpoint) -> None:

@@ -12,7 +12,7 @@ from timm_multilabel.config.values import HeadOptions
 from timm_multilabel.data.columns import choose_columns
 from timm_multilabel.data.pool import keep_labels, split_labelled
 from timm_multilabel.data.remarks import how_read, useless_labels
-from timm_multilabel.data.split_names import check_folder
+from timm_multilabel.data.split_names import check_folder, table_of_classes
 from timm_multilabel.data.streams import Stored, StreamedRows, StreamedTable, encode
 from timm_multilabel.data.table import (
     Rows,
@@ -22,6 +22,7 @@ from timm_multilabel.data.table import (
     find_label_space,
     unknown_labels,
 )
+from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import DataError, SettingError, listed
 from timm_multilabel.heads import Head, load_registry
@@ -81,7 +82,7 @@ def read_data(settings: TrainSettings, say: Say) -> Data:
         splits.save(None)
         return _without_heads(settings, train, registry, say)
 
-    all_path = folder / 'all.csv'
+    all_path = table_of_classes(folder)
     tables = [read_split_table(settings.data, all_path)] if all_path.is_file() else []
     given = head_options.match_columns(settings.data.head, train.label_columns)
     head_options.check_groups(given, train.label_columns)
@@ -232,7 +233,7 @@ def _splits(settings: TrainSettings, folder: Path, registry: Mapping[str, type[H
     known: LabelSpace | None = LabelSpace(())
     if settings.objective.classification_loss_weight:
         known = stored_heads(stored, data.head, data.heads, registry, head_options.dialect(data))
-    return Splits(stored, known, say, data.image_column, data.separator, data.missing_value, columns)
+    return Splits(stored, known, say, TableFormat.of(data), columns)
 
 
 def _count_steps(

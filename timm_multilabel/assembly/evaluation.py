@@ -1,15 +1,16 @@
 """From a checkpoint and a split to batches to score."""
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from timm_multilabel.assembly.device import loader_options
 from timm_multilabel.assembly.splits import Splits, read_stored
-from timm_multilabel.config.train import DataSettings
 from timm_multilabel.data.images import FilePhotos
 from timm_multilabel.data.split_names import check_folder, find_split
 from timm_multilabel.data.streams import Stored, StreamedRows, StreamedTable, encode
 from timm_multilabel.data.table import Rows, describe_unknown, unknown_labels
+from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import DataError
 from timm_multilabel.labels import LabelSpace, missing_row
 from timm_multilabel.loading.batches import EvalBatches, ImageDataset
@@ -25,30 +26,18 @@ def splits_of_checkpoint(
         known: LabelSpace | None,
         checkpoint: Checkpoint,
         say: Say,
-        image_column: str | None = None,
-        separator: str | None = None,
-        missing_value: str | None = None,
+        settings: Any = None,
 ) -> Splits:
     """The splits of a data directory, read as the run of a checkpoint read its own, unless told otherwise.
 
     Args:
         stored: What the JSON files of the data directory say.
         known: The heads, where they need no pass over the labels.
-        checkpoint: It knows the columns and the separator of its run.
+        checkpoint: It knows how the tables of its run were written.
         say: Tells a line.
-        image_column: The column of the image paths, where it is another than in training, as the next two.
-        separator: The character between cells.
-        missing_value: A cell that means no label.
+        settings: What they say of tables counts before the checkpoint, see `TableFormat`.
     """
-    state = checkpoint.state
-    return Splits(
-        stored,
-        known,
-        say,
-        image_column or state.get('image_column', DataSettings.image_column),
-        separator or state.get('separator'),
-        missing_value if missing_value is not None else state.get('missing_value'),
-    )
+    return Splits(stored, known, say, TableFormat.of(settings, checkpoint.state))
 
 
 def read_split(
@@ -56,9 +45,7 @@ def read_split(
         split: str,
         checkpoint: Checkpoint,
         say: Say,
-        image_column: str | None = None,
-        separator: str | None = None,
-        missing_value: str | None = None,
+        settings: Any = None,
 ) -> Rows | StreamedRows:
     """The rows of a split that a checkpoint can be scored on; what cannot be scored is told.
 
@@ -67,9 +54,7 @@ def read_split(
         split: val, test, ... or the path of a CSV.
         checkpoint: The heads are its own.
         say: Tells a line.
-        image_column: See `splits_of_checkpoint`, as the next two.
-        separator: The character between cells.
-        missing_value: A cell that means no label.
+        settings: See `splits_of_checkpoint`.
 
     Raises:
         DataError: There is no such split, or no label in it that the checkpoint knows.
@@ -78,8 +63,7 @@ def read_split(
         check_folder(folder)
     stored, known = read_stored(folder), checkpoint.label_space
     all_known = stored.label_space is not None and set(known.heads) <= set(stored.label_space.heads)
-    splits = splits_of_checkpoint(
-        stored, known if all_known else None, checkpoint, say, image_column, separator, missing_value)
+    splits = splits_of_checkpoint(stored, known if all_known else None, checkpoint, say, settings)
     table = splits.read(split)
     path = table.path
     absent = [head.name for head in checkpoint.label_space.heads if not set(head.columns) <= set(table.label_columns)]

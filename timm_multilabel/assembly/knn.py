@@ -35,8 +35,7 @@ def with_heads_of_data(
         UserError: The table cannot be read, or no column has a label.
     """
     stored = replace(read_stored(Path(settings.data_dir)), label_space=None)
-    splits = splits_of_checkpoint(
-        stored, None, checkpoint, say, settings.image_column, settings.separator, settings.missing_value)
+    splits = splits_of_checkpoint(stored, None, checkpoint, say, settings)
     table = splits.read(train_split)
     heads, left_out = [], []
     for name in table.label_columns:

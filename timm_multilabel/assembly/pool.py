@@ -7,6 +7,7 @@ from timm_multilabel.data.shards import Shards
 from timm_multilabel.data.split_names import find_split, split_path
 from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.data.table import Rows, Table, find_images, read_table
+from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import DataError, UserError
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.log import Say
@@ -28,7 +29,7 @@ def learns_from_all(settings: TrainSettings) -> bool:
 
 def read_split_table(data: DataSettings, path: Path) -> Table:
     """The CSV of a split, read as the settings say."""
-    return read_table(path, data.image_column, data.separator, data.missing_value)
+    return read_table(path, TableFormat.of(data))
 
 
 def find_pool(
@@ -72,10 +73,10 @@ def with_unlabelled(
 
 def _read_unlabelled(data: DataSettings, source: str, label_space: LabelSpace, say: Say) -> Rows:
     folder = Path(data.data_dir)
-    split = find_split(folder, source, data.image_column)
+    split = find_split(folder, source, TableFormat.of(data))
     if isinstance(split, Shards):
         raise DataError(f'--unlabelled {source}: {split.source} are shards; name a CSV or a folder of images')
-    if split is not None:
+    if split is not None and not split.is_dir():
         return rows_of_table(read_split_table(data, split), label_space)
     for place in (Path(source), folder / source):
         if place.is_dir():
@@ -91,7 +92,7 @@ def _scored(settings: TrainSettings, say: Say) -> set[str]:
     asked_for = [split_path(folder, name).resolve() for name in (data.train_split, settings.pool.unlabelled) if name]
     found: set[str] = set()
     for name in (data.val_split, 'test'):
-        split = find_split(folder, name, data.image_column)
+        split = find_split(folder, name, TableFormat.of(data))
         if isinstance(split, Shards):
             say(f'{split.source}: cannot keep the images of shards out of the unlabelled ones')
         elif split is not None and split.resolve() not in asked_for:

@@ -9,10 +9,12 @@ from tqdm.auto import tqdm
 
 from timm_multilabel.assembly import head_options
 from timm_multilabel.config.values import HeadOptions
-from timm_multilabel.data.shards import Shards, find_library
+from timm_multilabel.data.optional import find_library
+from timm_multilabel.data.shards import Shards
 from timm_multilabel.data.split_names import find_split, no_split
 from timm_multilabel.data.streams import Stored, StreamedTable, read_labels, table_of_labels, table_without_labels
 from timm_multilabel.data.table import Table, read_table
+from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import UserError
 from timm_multilabel.heads import Head
@@ -27,9 +29,7 @@ class Splits:
         stored: What its JSON files say.
         label_space: The heads, where they are known and need no pass over the labels.
         say: Prints a line.
-        image_column: See `read_table`, as the next two.
-        separator: It is between cells.
-        missing_value: A label that is missing.
+        written: How tables and shards are written.
         columns: The label columns to read of shards; all when None.
     """
 
@@ -38,18 +38,15 @@ class Splits:
             stored: Stored,
             label_space: LabelSpace | None,
             say: Callable[[str], None],
-            image_column: str,
-            separator: str | None,
-            missing_value: str | None,
+            written: TableFormat,
             columns: list[str] | None = None,
     ):
         self.stored, self.label_space, self.say = stored, label_space, say
-        self.image_column, self.separator, self.missing_value = image_column, separator, missing_value
-        self.columns = columns
+        self.written, self.columns = written, columns
         self.counted: dict[str, int] = {}
 
     def read(self, name: str, spare: bool = True) -> Table:
-        """Read the CSV of a split, or else the labels of its shards; see `find_split`.
+        """Read the table of a split, or else the labels of its shards; see `find_split`.
 
         Args:
             name: The split.
@@ -58,11 +55,11 @@ class Splits:
         Raises:
             UserError: There is no such split, or it cannot be read.
         """
-        shards = find_split(self.stored.folder, name, self.image_column, self.missing_value)
+        shards = find_split(self.stored.folder, name, self.written)
         if shards is None:
             raise no_split(self.stored.folder, name)
         if not isinstance(shards, Shards):
-            return read_table(shards, self.image_column, self.separator, self.missing_value)
+            return read_table(shards, self.written)
         find_library(shards.library)  # else it would be missed by the first loader process
         shards = replace(shards, columns=None if self.columns is None else tuple(self.columns))
         if spare and self.label_space is not None and name in self.stored.rows:

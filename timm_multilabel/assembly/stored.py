@@ -1,5 +1,6 @@
 """Predictions of a run on a split, kept in its folder: made once, read by reports and comparisons."""
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from timm_multilabel.assembly.evaluation import create_scoring_loader, read_spli
 from timm_multilabel.assembly.run_settings import last_phase, read_run_settings
 from timm_multilabel.assembly.splits import read_stored
 from timm_multilabel.config.train import TrainSettings
+from timm_multilabel.data.folders import walk
 from timm_multilabel.data.split_names import check_folder, split_path
 from timm_multilabel.data.streams import StreamedRows, encode
 from timm_multilabel.data.table import Rows
@@ -84,7 +86,7 @@ def stored_predictions(
     if checkpoint is None and kept.is_file():
         found = Predictions.load(kept)
         stale = found.own_metrics is None and settings.data.head_module  # it may hold probabilities that no head has
-        table_is_gone = not table.is_file() and found.made_from == (now[0], *found.made_from[1:]) and (
+        table_is_gone = not table.exists() and found.made_from == (now[0], *found.made_from[1:]) and (
             found.made_from[1].startswith(f'{now[1]} '))
         if not stale and (found.made_from == now or table_is_gone):
             return found
@@ -100,6 +102,9 @@ def stored_predictions(
 def made_from(checkpoint: Path, table: Path) -> tuple[str, str]:
     """What tells a checkpoint, wherever it lies, and a table: length and time, and of the table its real path."""
     state, path = checkpoint.stat(), os.path.realpath(table)
+    if table.is_dir():  # class folders: what is added to one or taken away gives it another time
+        newest = max(os.stat(folder).st_mtime_ns for folder, _ in walk(table, Counter()))
+        return f'{state.st_size} {state.st_mtime_ns}', f'{path} {newest}'
     if not table.is_file():
         return f'{state.st_size} {state.st_mtime_ns}', path
     of_table = table.stat()

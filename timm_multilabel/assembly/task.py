@@ -1,4 +1,5 @@
 """From settings to the task: the model with its objective, EMA and compilation."""
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from timm_multilabel.assembly.data import Data
 from timm_multilabel.assembly.model import has_one_view
 from timm_multilabel.compat import BatchNorm
 from timm_multilabel.config.train import ModelSettings, TeacherSettings, TrainSettings
+from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import SettingError
 from timm_multilabel.inference.teachers import Teachers
 from timm_multilabel.labels import LabelSpace
@@ -69,9 +71,7 @@ def create_task(
             'projection_dim': objective.projection_dim,
             'train_split': of_data.train_split,
             'val_split': of_data.val_split,
-            'image_column': of_data.image_column,
-            'separator': of_data.separator,
-            'missing_value': of_data.missing_value,
+            **asdict(TableFormat.of(of_data)),
         },
         device=device,
     )

@@ -225,7 +225,7 @@ def _scored_images(settings: TrainSettings, data: Data, path: Path) -> str | Non
         phases = [] if theirs is None else [phase.settings for phase in theirs.phases] or [theirs]
         for each in phases:
             table = split_path(Path(each.data.data_dir), each.data.train_split)
-            if table.is_file() and table.resolve() != ours.resolve():
+            if table.exists() and table.resolve() != ours.resolve():
                 trained.update(real_paths(find_images(read_split_table(each.data, table), passing_over=True)))
     both = trained.intersection(real_paths(data.eval_rows.images)) if trained else ()
     if not both:

@@ -16,6 +16,7 @@ COMMANDS: dict[str, type[Settings]] = {
     'grid': commands.GridSettings,
     'sample': commands.SampleSettings,
     'split': commands.SplitSettings,
+    'convert': commands.ConvertSettings,
     'check': commands.CheckSettings,
 }
 """By name, in the order of the help. `timm_multilabel.cli.NAME` has `run(settings)`."""

@@ -67,6 +67,8 @@ class ProbeSettings(Settings):
         None, 'flip: the features are the mean of those of an image and of its mirror image, also wherever the '
         'checkpoint is used', choices=('flip',))
     image_column: str = shared.image_column('column with the image paths', DataSettings.image_column)
+    image_root: str | None = shared.image_root()
+    class_head: str = shared.class_head()
     train_split: str = setting(
         'train', 'split to fit on: a name such as train, or the path of a CSV', metavar='NAME')
     val_split: str = setting(
@@ -124,6 +126,7 @@ class ValidateSettings(Settings):
         None, "split: val, test, ... or the path of a CSV (default: the run's validation split)", metavar='NAME')
     weights: str = shared.weights('score')
     image_column: str | None = shared.image_column(f'column with the image paths {_AS_IN_TRAINING}')
+    image_root: str | None = shared.image_root('as in training')
     separator: str | None = shared.cell_separator(f'cell separator: a character, tab or whitespace {_AS_IN_TRAINING}')
     missing_value: str | None = shared.missing_value(f'cell text that means a missing label {_AS_IN_TRAINING}')
     tag_separator: str | None = shared.tags_between('as in training')
@@ -365,18 +368,21 @@ class SampleSettings(Settings):
 
 @dataclass(frozen=True)
 class SplitSettings(Settings):
-    """Split one CSV of labels into train.csv, val.csv and test.csv, and write all rows to all.csv."""
-    HELP = 'split one CSV of labels into train.csv, val.csv and test.csv'
+    """Split one table of labels, or class folders, into train.csv, val.csv and test.csv; all rows go to all.csv."""
+    HELP = 'split one table of labels, or class folders, into train.csv, val.csv and test.csv'
     EXAMPLE = "table.csv --image 'images/{id}.jpg' --heads color size=SizeColumn"
     PAGE = 'how-to/own-labels.md'
 
-    source: str = required('CSV with one row per image', positional=True, metavar='CSV')
-    out: str | None = setting(None, 'output folder (default: the folder of the CSV)', metavar='DIR')
-    image: str = required(
-        "pattern of the image paths, with column names in braces: './images/{id}.jpg'", metavar='PATTERN')
-    heads: list[tuple[str, str]] = required(
-        'label heads; add =COLUMN if the column has a different name', head_and_column, nargs='+',
+    source: str = required(
+        'table with one row per image (.csv, .tsv, .xlsx, .jsonl, .parquet), or a folder with a folder of images for '
+        'each class', positional=True, metavar='SOURCE')
+    out: str | None = setting(None, 'output folder (default: the folder of the table)', metavar='DIR')
+    image: str | None = setting(
+        None, "pattern of a table's image paths, with column names in braces: './images/{id}.jpg'", metavar='PATTERN')
+    heads: list[tuple[str, str]] | None = setting(
+        None, 'label heads of a table; add =COLUMN if the column has a different name', head_and_column, nargs='+',
         metavar='NAME[=COLUMN]')
+    class_head: str = shared.class_head()
     image_column: str = shared.image_column('name of the image path column to write', DataSettings.image_column)
     separator: str | None = shared.cell_separator(
         'cell separator: a character, tab, or whitespace for runs of blanks (default: detected)')
@@ -390,6 +396,21 @@ class SplitSettings(Settings):
         None, 'keep rows with the same value in this column in one split, such as photos of one product',
         metavar='COLUMN')
     seed: int = setting(42, 'random seed; the same seed gives the same splits', count, metavar='N')
+    force: bool = shared.force()
+
+
+@dataclass(frozen=True)
+class ConvertSettings(Settings):
+    """Write the tables of a data directory for a data set of CelebA, COCO or Label Studio; images are not copied."""
+    HELP = 'turn CelebA, COCO or Label Studio data into tables'
+    EXAMPLE = 'coco my-photos'
+    PAGE = 'how-to/convert.md'
+
+    source: str = required(
+        'folder of CelebA or COCO, or a JSON file of COCO or Label Studio', positional=True, metavar='SOURCE')
+    directory: str = required('data directory to write', positional=True, metavar='DIR')
+    image_root: str | None = setting(
+        None, 'folder that the images are under (default: looked up from SOURCE)', metavar='DIR')
     force: bool = shared.force()
 
 
@@ -410,6 +431,8 @@ class CheckSettings(Settings):
         None, 'validation split: a name such as val, or the path of a CSV', metavar='NAME')
     image_column: str | None = shared.image_column(
         f'column with the image paths (default: {DataSettings.image_column})')
+    image_root: str | None = shared.image_root()
+    class_head: str | None = shared.class_head(None)
     separator: str | None = shared.cell_separator(
         'cell separator: a character, tab, or whitespace for runs of blanks (default: detected)')
     missing_value: str | None = shared.missing_value(

@@ -23,6 +23,15 @@ def image_column(help: str, default: str | None = None) -> Any:
     return setting(default, help, metavar='NAME')
 
 
+def image_root(instead: str = 'looked up from the folder of the table, its parent, and the working directory') -> Any:
+    return setting(None, f'folder that the image paths of tables are relative to (default: {instead})', metavar='DIR')
+
+
+def class_head(default: str | None = 'class') -> Any:
+    return setting(default, 'name of the head where the data are a folder of images for each class, and no table '
+                   '(default: class)', metavar='NAME')
+
+
 def cell_separator(help: str) -> Any:
     return setting(None, help, separator, metavar='CHAR')
 

@@ -29,6 +29,8 @@ class DataSettings(Settings):
     data_dir: str = required(
         'data directory with train.csv, val.csv and optionally all.csv', positional=True, metavar='DIR')
     image_column: str = shared.image_column('column with the image paths', 'image_path')
+    image_root: str | None = shared.image_root()
+    class_head: str = shared.class_head()
     train_split: str = setting('train', 'training split: a name such as train, or the path of a CSV', metavar='NAME')
     val_split: str = setting('val', 'validation split: a name such as val, or the path of a CSV', metavar='NAME')
     separator: str | None = shared.cell_separator(

@@ -12,8 +12,9 @@ import numpy as np
 
 from timm_multilabel.config.train import DataSettings
 from timm_multilabel.data.folders import images_of_folder, walk
-from timm_multilabel.data.images import ENDINGS
+from timm_multilabel.data.image_names import ENDINGS
 from timm_multilabel.data.table import Rows, find_images, look_for_images, missing_targets, read_table
+from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import DataError
 from timm_multilabel.labels import LabelSpace
 
@@ -95,7 +96,7 @@ def _of_lines(stream: BinaryIO) -> Found:
 
 
 def _of_table(path: str, image_column: str, separator: str | None) -> Found:
-    table = read_table(path, image_column, separator)
+    table = read_table(path, TableFormat(image_column, separator))
     images, exist = look_for_images(table)
     if not any(exist):
         find_images(table)  # which says where it looked

@@ -1,5 +1,6 @@
 """What the columns of a table look like, so that not every column becomes a head of classes."""
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -80,14 +81,15 @@ class Columns:
 
 def look_at(texts: Sequence[str], tag_separator: str = TAG_SEPARATOR) -> Look:
     """What the cells of a column look like; empty ones do not count, and a list of one value is that value."""
-    labels = [text for text in texts if text]
-    different = {text.removeprefix(LIST) for text in labels}
-    tagged = sum(_no_single(text, tag_separator) for text in labels)
-    kind = TAGS if labels and tagged >= _TAGGED * len(labels) else CLASSES
-    if kind == CLASSES and len(labels) >= MIN_LABELS:
+    counts = Counter(texts)
+    del counts['']
+    labels, different = counts.total(), {text.removeprefix(LIST) for text in counts}
+    tagged = sum(count for text, count in counts.items() if _no_single(text, tag_separator))
+    kind = TAGS if labels and tagged >= _TAGGED * labels else CLASSES
+    if kind == CLASSES and labels >= MIN_LABELS:
         numbers = _numbers(different)
-        kind = _kind_of_texts(different, len(labels)) if numbers is None else _kind_of_numbers(numbers, len(labels))
-    return Look(kind, len(labels), len(different))
+        kind = _kind_of_texts(different, labels) if numbers is None else _kind_of_numbers(numbers, labels)
+    return Look(kind, labels, len(different))
 
 
 def _no_single(text: str, tag_separator: str) -> bool:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from timm_multilabel.data.images import ENDINGS
+from timm_multilabel.data.image_names import ENDINGS
 from timm_multilabel.errors import DataError, listed
 
 _HIDDEN, _LINKED = 'hidden files and folders', 'links to folders already taken'

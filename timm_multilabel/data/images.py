@@ -10,6 +10,7 @@ import simplejpeg
 from PIL import Image, ImageFile, ImageOps
 
 from timm_multilabel.data.expensive import check_bytes, check_opened, check_scans
+from timm_multilabel.data.image_names import FORMATS
 from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import DataError, UserError
 from timm_multilabel.files import open_regular
@@ -21,11 +22,6 @@ MAX_BYTES = 2 ** 31
 """Bytes of an image's file at most."""
 
 REDUCTIONS = (1, 2, 4, 8)  # what libjpeg decodes at almost no cost for the pixels that are left out
-# Pillow's formats of photos. Of its others some start a program (EPS) or read files that the image names.
-_FORMATS = ('JPEG', 'MPO', 'PNG', 'WEBP', 'GIF', 'BMP', 'DIB', 'TIFF', 'JPEG2000', 'AVIF', 'PPM', 'TGA', 'PCX', 'ICO')
-ENDINGS = frozenset(
-    ending for ending, kind in Image.registered_extensions().items() if kind in _FORMATS) - {'.pfm'}
-"""How the names of files of these formats end, in lower case; without that of floats, whose range is unknown."""
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _MARKS = (b'Exif\0\0', b'eXIf', b'EXIF', b'tiff:Orientation')  # of JPEG, PNG, WebP, XMP
@@ -184,7 +180,7 @@ def open_image(file: BinaryIO | str) -> ImageFile.ImageFile:
         Exception: Of many kinds, as Pillow's decoders raise them.
     """
     Image.init()
-    return Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
+    return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def _orientation(image: Image.Image) -> int:

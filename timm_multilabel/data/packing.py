@@ -2,7 +2,7 @@
 import json
 from pathlib import Path
 
-from timm_multilabel.data.shards import find_library
+from timm_multilabel.data.optional import find_library
 from timm_multilabel.data.table import Table, find_images
 from timm_multilabel.files import atomic_write
 

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from timm_multilabel.cells import BadCell
-from timm_multilabel.config.train import DataSettings
 from timm_multilabel.data.columns import Columns, choose_columns
 from timm_multilabel.data.images import open_image, read_photo
 from timm_multilabel.data.pool import real_paths
 from timm_multilabel.data.split import SPLITS
-from timm_multilabel.data.split_names import check_folder, find_split
+from timm_multilabel.data.split_names import check_folder, find_split, table_of_classes
 from timm_multilabel.data.table import Table, find_label_space, look_for_images, read_table
+from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import DataError, UserError, shortened
 from timm_multilabel.labels import Labels, LabelSet, LabelSpace, Quantity
 
@@ -55,7 +55,8 @@ class Split:
 
     def row(self, position: int) -> str:
         """Name a row as examples do: `val.csv row 17`."""
-        return f'{self.csv} row {self.table.frame.index[position]}'
+        number = self.table.frame.index[position]
+        return f'{self.csv} row {number}' if number else self.csv  # the latter of class folders
 
     def image(self, position: int) -> str:
         """Name a row and its image: `val.csv row 17 (1163.jpg)`."""
@@ -161,9 +162,7 @@ class Scans:
 
 def read_contents(
         folder: Path,
-        image_column: str = DataSettings.image_column,
-        separator: str | None = None,
-        missing_value: str | None = None,
+        written: TableFormat | None = None,
         heads: Sequence[str] | None = None,
         given: Mapping[str, Mapping[str, Any]] | None = None,
         groups: Callable[[list[str]], Mapping[str, Sequence[str]]] = lambda columns: {},
@@ -175,9 +174,7 @@ def read_contents(
 
     Args:
         folder: The data directory.
-        image_column: See `read_table`, as the next two.
-        separator: What is between cells.
-        missing_value: A further text that means a missing label.
+        written: How they are written.
         heads: The label columns to look at; all that training takes when None.
         given: The options of heads that the user names.
         groups: The 0/1 columns of a head of tags, by its name, of the label columns.
@@ -191,17 +188,17 @@ def read_contents(
     check_folder(folder)
     splits, shards = {}, {}
     for name in (*SPLITS, UNLABELLED):
-        found = find_split(folder, names.get(name, name) if names else name, image_column)
+        found = find_split(folder, names.get(name, name) if names else name, written)
         if isinstance(found, Path):
-            splits[name] = _read_split(name, read_table(found, image_column, separator, missing_value))
+            splits[name] = _read_split(name, read_table(found, written))
         elif found is not None:
             shards[name] = str(found.source)
     if not splits:
         also = f'; {", ".join(shards.values())} are shards, which are not checked' if shards else ''
         raise DataError(
             f'{folder}: no {", ".join(f"{name}.csv" for name in SPLITS)} or {UNLABELLED}.csv to check{also}')
-    path = folder / 'all.csv'
-    tables = [read_table(path, image_column, separator, missing_value)] if path.is_file() else []
+    path = table_of_classes(folder)
+    tables = [read_table(path, written)] if path.is_file() else []
     if 'train' in splits:
         tables.append(splits['train'].table)
     classes = tables[0] if tables else None

@@ -3,24 +3,22 @@
 The files are opened here, never by those libraries, which would take a path such as `pipe:...` for a command.
 """
 import json
-import math
 import os
 import random
 import re
 import tarfile
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape, glob
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple
 
-from timm_multilabel.cells import list_cell, missing_texts
-from timm_multilabel.data.images import ENDINGS, MAX_BYTES
+from timm_multilabel.cells import cell_text, list_cell, missing_texts
+from timm_multilabel.data.image_names import ENDINGS
+from timm_multilabel.data.images import MAX_BYTES
+from timm_multilabel.data.optional import find_library
+from timm_multilabel.data.parquet import batches, class_name, columns_of, open_parquet
 from timm_multilabel.errors import DataError, escaped, listed, shortened
 from timm_multilabel.files import open_regular
 
@@ -31,8 +29,6 @@ MAX_JSON = 16 * 2 ** 20
 """Bytes of a sample's JSON at most; parsed, it may take 25 times as many."""
 
 _MAX_HEADER = 2 ** 20  # bytes that a tar may spend on one name or one set of extended headers
-_EXPANDED = 256 * 2 ** 20  # bytes of a Parquet row group that may come of a file of any size
-_EXPANSION = 100  # times the size of its file that a larger row group may take
 
 
 _Read = tuple[str, bytes | None, dict[str, Any]]  # of a sample: its name, image and cells
@@ -111,7 +107,7 @@ class Shards:
         read = self._tar_samples if self.tars else self._parquet_samples
         for name, image, cells in read(rank, ranks, seed, images):
             _check_columns(cells, name)
-            texts = {column: _text(value, name, column) for column, value in cells.items()
+            texts = {column: cell_text(value, name, column) for column, value in cells.items()
                      if wanted is None or column in wanted}
             yield Sample(name, image, {
                 column: '' if text in missing else text for column, text in texts.items()})
@@ -179,7 +175,7 @@ def _most_in_tar(path: str) -> int:
 
 
 def _rows_of_parquet(path: str) -> int:
-    with _open_parquet(path) as (_, table):
+    with open_parquet(path) as (_, table):
         rows: int = table.metadata.num_rows
     return rows
 
@@ -187,21 +183,6 @@ def _rows_of_parquet(path: str) -> int:
 def _is_even(files: int, parts: int) -> bool:
     """Whether files can be dealt out so that parts are equal, or differ by a quarter at most."""
     return files % parts == 0 or files >= 4 * parts
-
-
-def find_library(name: str) -> ModuleType:
-    """Import a library that only shards need.
-
-    Raises:
-        DataError: It is not installed.
-    """
-    try:
-        return import_module(name)
-    except ImportError as error:
-        extra = 'webdataset' if name == 'webdataset' else 'parquet'
-        raise DataError(
-            f"{name} cannot be imported ({error}), and these shards need it: pip install '.[{extra}]'"
-        ) from error
 
 
 def _read_tars(files: Iterable[str], images: bool) -> Iterator[dict[str, Any]]:
@@ -288,26 +269,10 @@ def _from_tar(members: dict[str, Any], images: bool) -> _Read:
     return name, image if images else None, cells
 
 
-@contextmanager
-def _open_parquet(path: str) -> Iterator[tuple[BinaryIO, Any]]:
-    """A Parquet file, as a file and as a table.
-
-    Raises:
-        DataError: It cannot be opened, or read within the context.
-    """
-    pyarrow, parquet = find_library('pyarrow'), find_library('pyarrow.parquet')
-    try:
-        with open_regular(path) as file, parquet.ParquetFile(file) as table:
-            yield file, table
-    except (pyarrow.ArrowException, ValueError, OSError, RecursionError) as error:
-        reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())
-        raise DataError(f'{path}: cannot be read as Parquet ({reason}); write it anew') from error
-
-
 def _read_parquet(files: Sequence[str], *args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
     """The rows of Parquet files as `datasets` streams them."""
     for path in files:
-        with _open_parquet(path) as (file, table):
+        with open_parquet(path) as (file, table):
             yield from _rows(table, path, os.fstat(file.fileno()).st_size, *args, **kwargs)
 
 
@@ -324,49 +289,18 @@ def _rows(
     if column is None:
         raise DataError(f"{file}: no column '{image_column}' or 'image' (there are: {listed(columns)}); "
                         'name the one that holds the images with --image-column')
-    if twice := [name for name, count in Counter(columns).items() if count > 1]:
-        raise DataError(f"{file}: two columns are called '{shortened(twice[0])}'; rename or remove one")
-    try:
-        features = find_library('datasets').Features.from_arrow_schema(table.schema_arrow)
-    except Exception as error:  # whatever absurd metadata make of the reader
-        reason = shortened(' '.join(str(error).split()), 200)
-        raise DataError(f'{file}: its metadata of columns cannot be read ({reason}); write it anew') from error
+    features = columns_of(table, file)
     labels = set(columns if label_columns is None else label_columns)
     wanted = [name for name in columns if (images if name == column else name in labels)]
     number = 0
-    for batch in _batches(table, wanted, size, images):
+    for batch in batches(table, wanted, size, images):
         # A batch of no columns still has rows.
         for row in batch.to_pylist() if wanted else [{}] * batch.num_rows:
             number += 1
             name = f'{escaped(Path(file).name)} row {number}'
             image = _image_bytes(row.pop(column), name, column) if images else None
-            cells = {key: _class_name(value, features[key], name, key) for key, value in row.items()}
+            cells = {key: class_name(value, features[key], name, key) for key, value in row.items()}
             yield {'name': name, 'image': image, 'cells': cells}
-
-
-def _batches(table: Any, wanted: list[str], size: int, images: bool) -> Iterator[Any]:
-    """The rows of a Parquet file, so few at once that they fit into memory whatever they expand to.
-
-    Raises:
-        ValueError: They expand out of all proportion to their size on disk.
-    """
-    most = max(_EXPANDED, _EXPANSION * size)
-    for group in range(table.num_row_groups):
-        # Not by what the footer says of each column: pyarrow ends the process where that is damaged.
-        total = table.metadata.row_group(group).total_byte_size
-        # A dictionary may make one large value the value of every row. Footers may lie, so images come one by one.
-        rows = 1 if images else max(1, min(64, 8 * _EXPANDED // max(1, total)))
-        if total <= most:
-            total = 0
-            # No threads, which a forked loader process has not.
-            for batch in table.iter_batches(rows, row_groups=[group], columns=wanted, use_threads=False):
-                total += batch.nbytes
-                if total > most:
-                    break
-                yield batch
-        if total > most:
-            raise ValueError(f'row group {group + 1} expands to more than {most:,} bytes, which is out of all '
-                             'proportion to the size of the file')
 
 
 def _image_bytes(value: Any, name: str, column: str) -> bytes:
@@ -376,19 +310,6 @@ def _image_bytes(value: Any, name: str, column: str) -> bytes:
     return data
 
 
-def _class_name(value: Any, feature: Any, name: str, column: str) -> Any:
-    """What a number stands for where the table's metadata say that it is a class (-1: none)."""
-    feature = getattr(feature, 'feature', feature)  # of a list
-    names = getattr(feature, 'names', None)
-    if names is None or value is None:
-        return value
-    if isinstance(value, list):
-        return [_class_name(part, feature, name, column) for part in value]
-    if not -1 <= value < len(names):
-        raise DataError(f"{name}: '{shortened(column)}' is class {value}, and its metadata name {len(names)}")
-    return names[value] if value >= 0 else None
-
-
 def _check_columns(cells: dict[str, Any], name: str) -> None:
     for column in cells:
         if not column.strip():
@@ -396,22 +317,3 @@ def _check_columns(cells: dict[str, Any], name: str) -> None:
         if not column.isprintable():
             raise DataError(f'{name}: the name of a label column, {shortened(ascii(column))}, holds a character that '
                             'cannot be shown; rename it')
-
-
-def _text(value: Any, name: str, column: str) -> str:
-    """A label as the cell of a CSV would hold it, or the cell of a list."""
-    if value is None or isinstance(value, float) and math.isnan(value):
-        return ''
-    if isinstance(value, bool):
-        return str(int(value))  # a tag's column of 0 and 1
-    if isinstance(value, list) and not any(isinstance(part, list) for part in value):
-        texts = [text for part in value if (text := _text(part, name, column))]
-        return list_cell(texts) if texts or not value else ''  # of nulls alone nothing is known
-    if isinstance(value, dict | bytes | list):
-        raise DataError(f"{name}: '{shortened(column)}' is no text, number or list of tags; choose --heads without it")
-    try:
-        text = str(value).strip()
-        text.encode()
-    except ValueError as error:  # half a surrogate pair, which JSON can spell; an integer of thousands of digits
-        raise DataError(f"{name}: '{shortened(column)}' cannot be written as text ({error})") from error
-    return text

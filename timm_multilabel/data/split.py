@@ -1,5 +1,6 @@
-"""One CSV of labels turned into all.csv, train.csv, val.csv and test.csv."""
+"""One table of labels, or class folders, turned into all.csv, train.csv, val.csv and test.csv."""
 import itertools
+import json
 import math
 import os
 import random
@@ -10,21 +11,25 @@ from pathlib import Path
 
 import pandas as pd
 
+from timm_multilabel.cells import LIST, values_of_list
 from timm_multilabel.config.commands import SplitSettings
-from timm_multilabel.data.table import read_cells
+from timm_multilabel.data.class_folders import read_class_folders
+from timm_multilabel.data.table_files import read_cells
 from timm_multilabel.errors import DataError, escaped, is_utf8
 from timm_multilabel.escaping import csv_line
 from timm_multilabel.files import write_atomic
 
 SPLITS = ('train', 'val', 'test')
+_IMAGE = 'image_path'  # the column of the images of class folders, before it gets its name
 
 
 def split_csv(
         source: str | Path,
         directory: str | Path,
         *,
-        image: str,
-        heads: Sequence[tuple[str, str]],
+        image: str | None = None,
+        heads: Sequence[tuple[str, str]] | None = None,
+        class_head: str = SplitSettings.class_head,
         image_column: str = SplitSettings.image_column,
         separator: str | None = None,
         ratios: Sequence[float] = SplitSettings.ratios,
@@ -33,15 +38,16 @@ def split_csv(
         group: str | None = None,
         force: bool = False,
 ) -> dict[str, int]:
-    """Shuffle the rows of a CSV whose image exists into three disjoint splits.
+    """Shuffle the rows of a table whose image exists into three disjoint splits.
 
     Args:
-        source: CSV with a header and a row for each image.
+        source: A table with a row for each image, or a folder with a folder of images for each class.
         directory: Folder for the four files, made if it is not there.
         image: Pattern of the image's path with columns in braces, such as './images/{id}.jpg'. It is looked up from
             the folder of the source, then from its parent, then from the working directory; the first of them that
-            holds any image counts for all rows.
+            holds any image counts for all rows. Class folders have none, and no heads.
         heads: Name and source column of each head.
+        class_head: The name of the head of class folders.
         image_column: Name of the column of paths in the files written.
         separator: Of the source, see `read_table`; the files written have commas.
         ratios: Shares of train, val and test, in any unit. A split with a ratio of 0 gets no file.
@@ -59,14 +65,21 @@ def split_csv(
         DataError: Something is wrong with the source or the arguments; nothing has been written then.
     """
     source, directory = Path(source), Path(directory)
-    outputs = {name: directory / f'{name}.csv' for name in (*SPLITS, 'all')}
     _check_ratios(ratios)
-    _check_outputs(source, list(outputs.values()), force)
+    outputs = _outputs(source, directory, 'csv', force)
+    if source.is_dir():
+        if image is not None or heads is not None:
+            raise DataError(f'{source}: --image and --heads are of tables; leave them out, or name a table')
+        frame = read_class_folders(source, _IMAGE, class_head)
+        image, heads = f'{{{_IMAGE}}}', [(class_head, class_head)]
+    else:
+        if image is None or heads is None:
+            raise DataError(f"{source}: name its images and heads: --image './images/{{id}}.jpg' --heads COLUMN ...")
+        frame = read_cells(source, separator, join_surplus=True)
     names = [image_column, *(name for name, _ in heads)]
     if not heads or len(set(names)) < len(names):
         raise DataError(f'{", ".join(names)}: expected the image column and one or more heads, all named differently')
 
-    frame = read_cells(source, separator, join_surplus=True)
     _check_columns(source, frame, dict(heads), stratify, group)
     rows = _rows_with_image(source, frame, image, directory)
     labels, groups = (
@@ -75,6 +88,9 @@ def split_csv(
     chosen = (_draw(len(rows), ratios, seed) if stratify is group is None
               else _draw_groups(labels, groups, ratios, seed))
     table = [[path, *(row[column] for _, column in heads)] for path, row in rows]
+    lists = any(cell.startswith(LIST) for row in table for cell in row)  # of tags, which no CSV can hold
+    if lists:
+        outputs = {**outputs, **_outputs(source, directory, 'jsonl', force)}
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -83,8 +99,11 @@ def split_csv(
         if name in SPLITS and not ratios[SPLITS.index(name)]:
             outputs[name].unlink(missing_ok=True)
             continue
-        lines = map(csv_line, [names, *(table[index] for index in indices)])
+        chosen_rows = [table[index] for index in indices]
+        lines = (_json_line(names, row) for row in chosen_rows) if lists else map(csv_line, [names, *chosen_rows])
         write_atomic(outputs[name], ''.join(f'{line}\n' for line in lines))
+        if lists:
+            (directory / f'{name}.csv').unlink(missing_ok=True)  # an earlier one, which would count before it
     return {
         'missing': len(frame) - len(table), **{name: len(indices) for name, indices in chosen.items()},
         'all': len(table)}
@@ -210,12 +229,26 @@ def _check_ratios(ratios: Sequence[float]) -> None:
         raise DataError(f'ratios {text}: expected three numbers of 0 or more that are not all 0, such as 80 10 10')
 
 
-def _check_outputs(source: Path, outputs: Sequence[Path], force: bool) -> None:
+def _json_line(names: Sequence[str], cells: Sequence[str]) -> str:
+    """A row as JSON, lists as lists."""
+    values = [cell if (values := values_of_list(cell)) is None else values for cell in cells]
+    return json.dumps(dict(zip(names, values, strict=True)), ensure_ascii=False)
+
+
+def _outputs(source: Path, directory: Path, ending: str, force: bool) -> dict[str, Path]:
+    """The files to write, by the name of the split.
+
+    Raises:
+        DataError: One is the source, or is there and is not to be overwritten.
+    """
+    named = {name: directory / f'{name}.{ending}' for name in (*SPLITS, 'all')}
+    outputs = named.values()
     if any(path.resolve() == source.resolve() for path in outputs):
         raise DataError(f'{source} would be overwritten by its own split; choose another folder with --out')
     taken = [str(path) for path in outputs if path.exists()]
     if taken and not force:
         raise DataError(f'{", ".join(taken)}: already there; overwrite with --force or choose another --out')
+    return named
 
 
 def _fill(image: str, source: Path, columns: list[str], numbered: list[tuple[int, dict[str, str]]]) -> list[str]:
@@ -231,6 +264,8 @@ def _fill(image: str, source: Path, columns: list[str], numbered: list[tuple[int
 
 def _find_base(source: Path, paths: list[str]) -> Path:
     bases = (source.absolute().parent, source.absolute().parent.parent, Path.cwd())
+    if source.is_dir():
+        bases = (source.absolute(),) * 3
     for base in bases:
         if any(os.path.isfile(base / path) for path in paths):
             return base

@@ -2,40 +2,50 @@
 import shlex
 from pathlib import Path
 
-from timm_multilabel.config.train import DataSettings
+from timm_multilabel.data.class_folders import has_class_folders
 from timm_multilabel.data.shards import Shards, find_shards
+from timm_multilabel.data.table_files import ENDINGS, holds_paths
+from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import DataError
 
 _OTHER_SPLITS = ('val', 'test', 'unlabelled')
 
 
 def split_path(folder: Path, name: str) -> Path:
-    """The file of a split: NAME.csv or NAME in the data directory, or else the path NAME.
+    """The table of a split: the file NAME.csv (.tsv, ...) or NAME in the data directory, or else the path NAME.
 
-    Where there is none of these, the file that the name asks for.
+    A folder of class folders with that name or path is a table too, in a data directory that has no files of tables or
+    shards. Where there is none of these, the file that the name asks for.
     """
-    inside = folder / name if name.endswith('.csv') else folder / f'{name}.csv'
-    return next((path for path in _candidates(folder, name) if path.is_file()), inside)
+    inside = folder / name if name.endswith(ENDINGS) else folder / f'{name}.csv'
+    found = next((path for path in _candidates(folder, name) if path.is_file()), None)
+    return found or _class_folders(folder, name) or inside
+
+
+def table_of_classes(folder: Path) -> Path:
+    """The table that names all classes, all.csv (.tsv, ...); where there is none, all.csv."""
+    return next((path for ending in ENDINGS if (path := folder / f'all{ending}').is_file()), folder / 'all.csv')
 
 
 def find_split(
         folder: Path,
         name: str,
-        image_column: str = DataSettings.image_column,
-        missing_value: str | None = None,
+        written: TableFormat | None = None,
 ) -> Path | Shards | None:
-    """The CSV of a split, or else its shards; None where there is neither.
+    """The table of a split, or else its shards; None where there is neither.
 
     Args:
         folder: The data directory.
         name: See `split_path` and `find_shards`.
-        image_column: The column of the images in Parquet, see `Shards`.
-        missing_value: A further text that means a missing label.
+        written: How tables and shards are written.
     """
+    written = written or TableFormat()
     path = split_path(folder, name)
-    if path.is_file() and path.suffix not in ('.tar', '.parquet'):
+    if path.is_file() and path.suffix != '.tar' and (
+            path.suffix != '.parquet' or holds_paths(path, written.image_column)):
         return path
-    return find_shards(folder, name, image_column, missing_value)
+    shards = find_shards(folder, name, written.image_column, written.missing_value)
+    return path if shards is None and path.is_dir() else shards
 
 
 def check_folder(folder: Path) -> None:
@@ -50,14 +60,16 @@ def check_folder(folder: Path) -> None:
 
 def no_split(folder: Path, name: str) -> DataError:
     """The error of a split that `find_split` does not find."""
-    places = ', '.join(map(str, _candidates(folder, name)))
+    places = ', '.join(map(str, (folder / f'{name}.csv', folder / name, Path(name))))
+    others = ', '.join(ENDINGS[1:])
     tables = sorted(path for path in folder.glob('*.csv') if path.is_file() and path.stem not in _OTHER_SPLITS)
     hint = ''
     if name == 'train':
         hint = (f'; {_make_of(tables[0])}' if tables else
                 '; write a CSV with the path of an image and its labels in each row, and split it with: '
-                'timm-multilabel split')
-    return DataError(f'{split_path(folder, name)}: no such file; looked for {places} and shards of this name{hint}')
+                'timm-multilabel split; or split a folder that has a folder of images for each class')
+    return DataError(f'{split_path(folder, name)}: no such file; looked for {places} (or {others}), class folders and '
+                     f'shards of this name{hint}')
 
 
 def _make_of(table: Path) -> str:
@@ -72,4 +84,17 @@ def files_of_split(split: Path | Shards) -> set[Path]:
 
 
 def _candidates(folder: Path, name: str) -> list[Path]:
-    return [folder / f'{name}.csv', folder / name, Path(name)]
+    return [*(folder / f'{name}{ending}' for ending in ENDINGS), folder / name, Path(name)]
+
+
+def _class_folders(folder: Path, name: str) -> Path | None:
+    """The folder of class folders that a name stands for.
+
+    Not beside tables or shards, whose images may lie in folders that are called like the splits.
+    """
+    inside = folder / name
+    if has_class_folders(inside) and not any(
+            path.suffix in (*ENDINGS, '.tar') and path.is_file() for path in folder.iterdir()):
+        return inside
+    path = Path(name)
+    return path if path.name != name and has_class_folders(path) else None

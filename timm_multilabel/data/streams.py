@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from timm_multilabel.cells import TAG_SEPARATOR
+from timm_multilabel.cells import TAG_SEPARATOR, too_sparse
 from timm_multilabel.data.shards import Sample, Shards
 from timm_multilabel.data.table import FIX_LABELS, Rows, Table, encode_rows, encode_targets
 from timm_multilabel.errors import DataError
@@ -18,8 +18,6 @@ from timm_multilabel.labels import Labels, LabelSet, LabelSpace, TagSet
 _SEEN = 50_000  # combinations of labels that are kept
 _MOST = 10 ** 12  # samples of a split
 _MAX_BYTES = 2 ** 20  # of rows.json
-_MAX_CELLS = 2 ** 27  # of a table of labels, where nearly all cells are empty
-_MAX_HOLES = 100  # cells of such a table for each one that is filled
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def read_labels(samples: Iterable[Sample]) -> pd.DataFrame:
     while part := list(islice(samples, 10_000)):
         rows, filled = rows + len(part), filled + sum(len(each.cells) for each in part)
         columns.update(*(each.cells for each in part))
-        if rows * len(columns) > max(_MAX_CELLS, _MAX_HOLES * filled):
+        if too_sparse(rows, len(columns), filled):
             raise DataError(f'{part[-1].name}: the samples up to this one have {len(columns):,} label columns, nearly '
                             'all of them empty in each sample; write such labels as a list of tags in one column')
         cells = [{column: texts.setdefault(text, text) for column, text in each.cells.items()} for each in part]

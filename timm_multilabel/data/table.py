@@ -1,12 +1,10 @@
-"""CSV -> rows: image paths that exist and class indices, or one clear line about what is wrong."""
-import csv
+"""Table -> rows: image paths that exist and class indices, or one clear line about what is wrong."""
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from timm_multilabel.cells import BadCell, csv_rows, missing_texts
-from timm_multilabel.config.train import DataSettings
+from timm_multilabel.cells import BadCell, missing_texts
 from timm_multilabel.config.values import WHITESPACE
+from timm_multilabel.data.class_folders import read_class_folders
+from timm_multilabel.data.table_files import read_cells
+from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import DataError, listed, printable, shortened
-from timm_multilabel.files import open_regular
 from timm_multilabel.labels import (
     MISSING,
     UNKNOWN,
@@ -33,21 +32,21 @@ from timm_multilabel.labels import (
 FIX_LABELS = 'fix them, or take them as missing with --unknown-labels ignore'
 """What to advise where labels are unknown, unless told otherwise."""
 
+_ODD = re.compile(r'^/|^\.?$|\./|//|/\.?$')  # a path that pathlib would write in another way
 _EXAMPLES = 3  # rows, files or labels named in a message
-_PART = 2 ** 26  # bytes read at once
-_LINE_END = re.compile(r'\r\n|\r|\n')
 
 
 @dataclass(frozen=True)
 class Table:
-    """A CSV read as text.
+    """A table read as text.
 
-    `frame` has the file's columns, and the row numbers of the file (the header is row 1) as its index; blank lines are
-    left out.
+    `frame` has the file's columns, and the row numbers of the file (the header of a CSV is row 1) as its index, 0 for
+    what stands in no file; blank lines are left out. `image_root` is the folder of the images, where it is known.
     """
     path: Path
     frame: pd.DataFrame
     image_column: str
+    image_root: Path | None = field(default=None, kw_only=True)
 
     @cached_property
     def label_columns(self) -> list[str]:
@@ -104,27 +103,23 @@ class Rows:
             self, images=self.images[mask], targets=targets, numbers=self.numbers[mask], which=self.which[mask])
 
 
-def read_table(
-        path: str | Path,
-        image_column: str = DataSettings.image_column,
-        separator: str | None = None,
-        missing_value: str | None = None,
-) -> Table:
-    """Read a CSV as text, so that `NA` stays a label; only an empty (or blank) cell is a missing one.
+def read_table(path: str | Path, written: TableFormat | None = None) -> Table:
+    """Read a table as text, so that `NA` stays a label; only an empty (or blank) cell is a missing one.
 
     Args:
-        path: The CSV.
-        image_column: The column of the image paths.
-        separator: The character between cells, or `WHITESPACE`; by default a comma if the header has one outside of
-            quotes, else a tab, `;` or `|` that it has.
-        missing_value: A further text that means a missing label; see `missing_texts`.
+        path: A CSV or another file that `read_cells` reads, or a folder with a folder of images for each class.
+        written: How it is written.
 
     Raises:
         DataError: The file is missing, unreadable, empty, has no image column, an unnamed or a repeated column, or a
             row without an image.
     """
-    path = Path(path)
-    frame = read_cells(path, separator)
+    path, written = Path(path), written or TableFormat()
+    image_column = written.image_column
+    if path.is_dir():
+        frame = read_class_folders(path, image_column, written.class_head)
+        return Table(path, frame, image_column, image_root=path)
+    frame = read_cells(path, written.separator)
     if image_column not in frame.columns:
         blanks = len(frame.columns) == 1 and ' ' in frame.columns[0]
         raise DataError(
@@ -134,134 +129,21 @@ def read_table(
     without = frame.index[frame[image_column] == '']
     if len(without):
         raise DataError(f"{path} row {without[0]}: no image in column '{image_column}'; name one or remove the row")
-    if missing := missing_texts(missing_value):
+    if missing := missing_texts(written.missing_value):
         frame = frame.mask(frame.isin(missing) & (frame.columns != image_column), '')
-    return Table(path, frame, image_column)
-
-
-def read_cells(path: Path, separator: str | None = None, join_surplus: bool = False) -> pd.DataFrame:
-    """The cells of a CSV as text without blanks around them: the one reader of all commands.
-
-    Args:
-        path: The CSV.
-        separator: What is between cells, see `read_table`.
-        join_surplus: Take cells beyond the last column as parts of it, as in Kaggle's styles.csv, where it has commas
-            without quotes; and refuse a row with fewer cells than columns.
-
-    Returns:
-        The rows that are not blank, by their numbers in the file (the header is row 1).
-
-    Raises:
-        DataError: The file is missing, unreadable or empty, or has an unnamed or a repeated column.
-    """
-    if not path.is_file():
-        raise DataError(f'{path}: no such file')
-    text = _read_text(path)
-    separator = separator or _find_separator(text)
-    try:
-        if join_surplus and separator != WHITESPACE:
-            cells = _complete_rows(path, text, separator)
-        else:
-            # The header is read as a row: pandas would rename repeated columns and take surplus cells for an index.
-            cells = pd.read_csv(
-                StringIO(text), sep=r'\s+' if separator == WHITESPACE else separator, header=None, dtype=object,
-                keep_default_na=False, skip_blank_lines=False).fillna('').to_numpy(dtype=object)
-    except (ValueError, csv.Error) as error:  # the former pandas' parser errors
-        # pandas counts rows from 0 here.
-        reason = re.sub(r'\bat row (\d+)', lambda row: f'at row {int(row[1]) + 1}', ' '.join(str(error).split()))
-        raise DataError(f'{path}: cannot be read as a CSV ({reason}); fix it') from error
-    # As one array of objects: pandas would spend a millisecond on each of many columns.
-    cells = np.frompyfunc(str.strip, 1, 1)(cells)
-    frame = pd.DataFrame(cells[1:], np.arange(2, len(cells) + 1), _check_header(path, cells[0].tolist()), dtype=object)
-    filled = (cells[1:] != '').any(axis=1)
-    if not filled.any():
-        raise DataError(f'{path}: the table has no rows')
-    return frame[filled]
-
-
-def _complete_rows(path: Path, text: str, separator: str) -> np.ndarray:
-    """The cells (N, C) of a CSV, where cells beyond the last column are parts of it.
-
-    Not pandas, whose way of joining cells silently drops a row that it cannot read.
-
-    Raises:
-        DataError: A row that is not blank has fewer cells than the header.
-        csv.Error: It cannot be read.
-    """
-    rows = list(csv_rows(text, delimiter=separator))
-    width = len(rows[0]) if rows else 0
-    if not width:
-        raise csv.Error('no columns in the first row')
-    for number, row in enumerate(rows, 1):
-        if any(map(str.strip, row)) and len(row) < width:
-            raise DataError(f'{path} row {number}: {len(row)} cells for {width} columns; complete the row or remove it')
-    last = width - 1
-    padded = ([*row, *[''] * (width - len(row))] for row in rows)
-    return np.array([[*row[:last], separator.join(row[last:])] for row in padded], dtype=object)
-
-
-def _check_header(path: Path, header: list[str]) -> pd.Index:
-    """The names of the columns.
-
-    Raises:
-        DataError: One is empty, cannot be shown or is there twice.
-    """
-    seen: set[str] = set()
-    for position, name in enumerate(header, 1):
-        if not name:
-            raise DataError(f'{path} row 1: column {position} has no name; name it or remove it')
-        if not name.isprintable():
-            raise DataError(f'{path} row 1: the name of column {position} holds a character that cannot be shown; '
-                            'rename it')
-        if name in seen:
-            raise DataError(f"{path} row 1: two columns are called '{shortened(name)}'; rename or remove one")
-        seen.add(name)
-    return pd.Index(header, dtype=object)
-
-
-def _read_text(path: Path) -> str:
-    """The text of a file in UTF-8, with or without a byte-order mark.
-
-    Raises:
-        DataError: It cannot be read, or is something else.
-    """
-    parts = []
-    try:
-        with open_regular(path) as file:
-            while part := file.read(_PART):
-                parts.append(part)
-                if b'\0' in part:  # the rest may be terabytes of them, which take no room on disk
-                    break
-    except OSError as error:
-        raise DataError(f'{path}: cannot be read ({error.strerror})') from error
-    data = b''.join(parts)
-    try:
-        text = data.decode('utf-8-sig')
-    except UnicodeDecodeError as error:
-        row = len(_LINE_END.split(data[:error.start].decode('latin-1')))
-        utf_16 = ' (it looks like UTF-16)' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else ''
-        raise DataError(
-            f'{path} row {row}: byte 0x{data[error.start]:02x} is not UTF-8{utf_16}; save the file as UTF-8') from error
-    if '\0' in text:
-        row = len(_LINE_END.split(text[:text.index('\0')]))
-        raise DataError(f'{path} row {row}: holds a zero byte, so this is no text; save the table as a CSV in UTF-8')
-    return text
-
-
-def _find_separator(text: str) -> str:
-    header = re.sub('"[^"]*"', '', _LINE_END.split(text, maxsplit=1)[0])
-    return next((mark for mark in ',\t;|' if mark in header), ',')
+    root = Path(written.image_root).expanduser() if written.image_root else None
+    return Table(path, frame, image_column, image_root=root)
 
 
 def find_images(table: Table, passing_over: bool = False) -> list[str]:
     """Find the images of a table on disk.
 
-    A path is taken as written relative to the CSV's folder, to the parent of that folder, or to the working directory,
-    or by its name under `images/` beside the CSV: the first of these under which any of the images exists serves for
-    all.
+    A path is taken as written relative to the table's folder, to the parent of that folder, or to the working
+    directory, or by its name under `images/` beside the table: the first of these under which any of the images exists
+    serves for all. Where the table has an `image_root`, it is relative to that.
 
     Args:
-        table: A CSV whose image column names the files.
+        table: Its image column names the files.
         passing_over: Pass over images that are missing.
 
     Raises:
@@ -274,7 +156,7 @@ def find_images(table: Table, passing_over: bool = False) -> list[str]:
     missing = [f'{text} (row {row})' for (row, text), found in zip(texts.items(), exists) if not found]
     examples = ', '.join(missing[:_EXAMPLES]) + (', ...' if len(missing) > _EXAMPLES else '')
     if len(missing) == len(texts):
-        looked = ', '.join(_rules(table.path.parent))
+        looked = ', '.join(_rules(table))
         raise DataError(f'{table.path}: none of its {len(texts)} images is on disk: {examples}; looked {looked}')
     raise DataError(
         f'{table.path}: {len(missing)} of {len(texts)} images are missing on disk: {examples}; '
@@ -283,22 +165,32 @@ def find_images(table: Table, passing_over: bool = False) -> list[str]:
 
 def look_for_images(table: Table) -> tuple[list[str], list[bool]]:
     """Where the image of each row (N,) is looked for, as `find_images` says it, and whether a file is there (N,)."""
-    for rule in _rules(table.path.parent).values():
-        paths = [str(rule(text)) for text in table.frame[table.image_column]]
+    for rule in _rules(table).values():
+        paths = list(map(rule, table.frame[table.image_column]))
         exists = [os.path.isfile(path) for path in paths]
         if any(exists):
             break
     return paths, exists
 
 
-def _rules(folder: Path) -> dict[str, Callable[[str], Path]]:
+def _rules(table: Table) -> dict[str, Callable[[str], str]]:
     """Where images are looked for, in order: how a message names the place, and a cell's path there."""
+    root, folder = table.image_root, table.path.parent
+    if root is not None:
+        return {f'in {root}': _under(root)}
+    images = _under(folder / 'images')
     return {
-        f'in {folder}': lambda text: folder / text,
-        f'in {folder / ".."}': lambda text: folder / '..' / text,
-        'in the working directory': lambda text: Path(text),
-        f'by name in {folder / "images"}': lambda text: folder / 'images' / Path(text).name,
+        f'in {folder}': _under(folder),
+        f'in {folder / ".."}': _under(folder / '..'),
+        'in the working directory': _under(Path()),
+        f'by name in {folder / "images"}': lambda text: images(Path(text).name),
     }
+
+
+def _under(folder: Path) -> Callable[[str], str]:
+    """Path(folder, text), in a tenth of pathlib's time where there is nothing to normalize in a text."""
+    start = os.path.join(folder, '') if folder != Path() else ''
+    return lambda text: str(folder / text) if _ODD.search(text) else start + text
 
 
 def find_label_space(
@@ -399,8 +291,9 @@ def describe_unknown(unknown: dict[str, dict[str, list[int]]]) -> str:
     for head, labels in unknown.items():
         for label, rows in labels.items():
             shown = ', '.join(str(row) for row in rows[:_EXAMPLES]) + (', ...' if len(rows) > _EXAMPLES else '')
+            where = f' ({shown})' if any(rows) else ''  # of class folders they have no numbers
             parts.append(f"{shortened(head)} '{printable(shortened(label))}' in {len(rows)} "
-                         f"row{'s' if len(rows) > 1 else ''} ({shown})")
+                         f"row{'s' if len(rows) > 1 else ''}{where}")
     more = len(parts) - 2 * _EXAMPLES
     return '; '.join(parts[:2 * _EXAMPLES]) + (f'; and {more} more labels' if more > 0 else '')
 

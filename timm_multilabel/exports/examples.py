@@ -11,6 +11,7 @@ from timm_multilabel.data.folders import images_of_folder
 from timm_multilabel.data.images import FilePhotos
 from timm_multilabel.data.split_names import find_split
 from timm_multilabel.data.table import Rows, find_images, missing_targets, read_table
+from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import read_text, reading
 from timm_multilabel.loading.batches import ImageDataset
@@ -37,13 +38,12 @@ def images_of_run(checkpoint: Checkpoint) -> list[str]:
         args = yaml.safe_load(read_text(settings, 2 ** 24))
         # Settings of the checkpoint come first: a phase may have splits of its own.
         folder, settings_of = Path(args['data_dir']), {**args, **checkpoint.state}
-        splits = [find_split(folder, settings_of.get(f'{usual}_split') or usual) for usual in ('val', 'train')]
+        written = TableFormat.of(checkpoint.state)
+        splits = [find_split(folder, settings_of.get(f'{usual}_split') or usual, written) for usual in ('val', 'train')]
         path = next((split for split in splits if isinstance(split, Path)), None)
     if path is None:
         raise UserError(f'{settings}: of its data directory {folder} no CSV is here; {way_out}')
-    state = checkpoint.state
-    table = read_table(
-        path, state.get('image_column', 'image_path'), state.get('separator'), state.get('missing_value'))
+    table = read_table(path, written)
     return find_images(replace(table, frame=table.frame.iloc[_spread(len(table.frame))]))
 
 

@@ -92,6 +92,8 @@ _SETTINGS: Mapping[str, Callable[[Any], bool]] = {
     'separator': lambda value: value is None or value == WHITESPACE or isinstance(
         value, str) and len(value) == 1,
     'missing_value': _is_text,
+    'image_root': _is_text,
+    'class_head': _is_text,
     'eval_metric': _is_text,
     'best_weights': lambda value: value in ('plain', 'ema'),
     'phases': lambda value: isinstance(value, list) and all(
