@@ -1,5 +1,4 @@
 """What the tests share: a tiny backbone, a tiny data directory, real processes that talk through gloo."""
-import multiprocessing
 import os
 import tempfile
 import traceback
@@ -13,6 +12,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 from PIL import Image
+from processes import SERVER
 from torch import nn
 
 from timm_multilabel.cli.main import run_command
@@ -78,12 +78,10 @@ def run_ranks(function: Callable[..., Any], ranks: int, *args: Any, join: bool =
     Without `join` they have no group yet, but the environment of a launcher, from which training makes its own.
     """
     # A server forks the processes, so that they start at once and without the state of this one.
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['timm_multilabel.api.train'])
-    queue = context.Queue()
+    queue = SERVER.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_rank_main, args=(function, rank, ranks, f'{folder}/store', queue, args, join))
+            SERVER.Process(target=_rank_main, args=(function, rank, ranks, f'{folder}/store', queue, args, join))
             for rank in range(ranks)
         ]
         for process in processes:
