@@ -88,7 +88,7 @@ def run_ranks(function: Callable[..., Any], ranks: int, *args: Any, join: bool =
         for process in processes:
             process.start()
         try:
-            results = dict(queue.get(timeout=120) for _ in processes)
+            results = dict(queue.get(timeout=300) for _ in processes)
         finally:
             for process in processes:
                 process.join(timeout=20)
@@ -105,7 +105,7 @@ def _rank_main(function, rank: int, ranks: int, store: str, queue, args, join: b
     try:
         if join:
             dist.init_process_group(
-                'gloo', init_method=f'file://{store}', rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+                'gloo', init_method=f'file://{store}', rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
         else:
             os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(ranks),
                            'LOCAL_WORLD_SIZE': str(ranks), 'TORCHELASTIC_RESTART_COUNT': '0', STORE: store}

@@ -7,6 +7,7 @@ import torch
 from common import leave_curves_undrawn, write_data
 
 os.environ.setdefault('FUZZ_SEED', str(secrets.randbits(32)))  # before xdist starts its processes
+os.environ['OMP_NUM_THREADS'] = '1'  # of the processes that tests start, which run side by side
 os.environ.pop('COLUMNS', None)  # xdist's processes have 80; lines are as wide as they are outside of a terminal
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 SERVER = multiprocessing.get_context('forkserver')
 SERVER.set_forkserver_preload([
     'timm_multilabel.api.train', 'timm_multilabel.api.validate', 'timm_multilabel.cli.main', 'torch.distributed.run',
-    'torch._dynamo'])
+    'torch._dynamo', 'timm_multilabel.reports.curves'])
 
 
 class Forked:
@@ -30,14 +30,19 @@ class Forked:
         words: A script, or -m and a module, or -c and a text, and what follows.
         out: A file that its output is added to.
         errors: Likewise; the same one by default.
+        cwd: Where it runs.
         environment: What differs from this process's.
     """
 
-    def __init__(self, words: Sequence[str | Path], out: Path, errors: Path | None = None, **environment: str):
-        self._start(SERVER, words, {**os.environ, 'OMP_NUM_THREADS': '1', **environment}, (out, errors or out))
+    def __init__(
+            self, words: Sequence[str | Path], out: Path, errors: Path | None = None, cwd: Path = ROOT,
+            **environment: str):
+        self._start(SERVER, words, {**os.environ, **environment}, (out, errors or out), cwd)
 
-    def _start(self, context: Any, words: Sequence[str | Path], env: Mapping[str, str], files: Sequence[Path]) -> None:
-        self.process = context.Process(target=_python, args=([str(word) for word in words], dict(env), files))
+    def _start(
+            self, context: Any, words: Sequence[str | Path], env: Mapping[str, str], files: Sequence[Path],
+            cwd: Path | None) -> None:
+        self.process = context.Process(target=_python, args=([str(word) for word in words], dict(env), files, cwd))
         self.process.start()
         self.pid = self.process.pid
 
@@ -64,13 +69,14 @@ class _OfLauncher(Forked):
     """A process that the launcher starts. Its words begin with the name of Python's program and -u."""
 
     def __init__(self, args: Sequence[str], env: Mapping[str, str], **_: Any):
-        self._start(multiprocessing.get_context('fork'), args[2:], env, ())
+        self._start(multiprocessing.get_context('fork'), args[2:], env, (), None)
 
 
-def _python(words: list[str], env: dict[str, str], files: Sequence[Path]) -> None:
+def _python(words: list[str], env: dict[str, str], files: Sequence[Path], cwd: Path | None) -> None:
     """What a new Python would do, without what it inherits from the process that it is forked from."""
     os.setsid()
-    os.chdir(ROOT)
+    if cwd is not None:
+        os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):

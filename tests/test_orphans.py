@@ -20,7 +20,7 @@ from timm_multilabel.training.update_decisions import ToldToStop, until_told
 
 FLAGS_OF_ALL = [*TINY, '--epochs', '2', '--experiment', 'run', '-b', '2', '--model-ema', '--model-ema-decay', '0.9',
                 '--cache', 'disk', '--resume', 'auto']
-END = 60
+END = 120
 """Seconds within which all processes must have gone on a loaded machine, whatever they wait for."""
 
 STAGES = '''
