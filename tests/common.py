@@ -1,4 +1,5 @@
 """What the tests share: a tiny backbone, a tiny data directory, real processes that talk through gloo."""
+import multiprocessing
 import os
 import tempfile
 import traceback
@@ -100,6 +101,7 @@ def run_ranks(function: Callable[..., Any], ranks: int, *args: Any, join: bool =
 
 
 def _rank_main(function, rank: int, ranks: int, store: str, queue, args, join: bool) -> None:
+    multiprocessing.set_start_method(None, force=True)  # else loaders start a server of their own
     torch.set_num_threads(1)
     leave_curves_undrawn()
     try:

@@ -74,6 +74,7 @@ class _OfLauncher(Forked):
 
 def _python(words: list[str], env: dict[str, str], files: Sequence[Path], cwd: Path | None) -> None:
     """What a new Python would do, without what it inherits from the process that it is forked from."""
+    multiprocessing.set_start_method(None, force=True)  # else loaders start a server of their own
     os.setsid()
     if cwd is not None:
         os.chdir(cwd)
