@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 from PIL import Image
+from processes import SERVER
 from torch import nn
 
 from timm_multilabel.cli.main import run_command
@@ -21,6 +22,7 @@ from timm_multilabel.config.files import build
 from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.labels import LabelSet, LabelSpace
 from timm_multilabel.model import MultiLabelModel
+from timm_multilabel.reports import curves
 from timm_multilabel.task import JointTask
 from timm_multilabel.training.parent import STORE
 
@@ -78,18 +80,16 @@ def run_ranks(function: Callable[..., Any], ranks: int, *args: Any, join: bool =
     Without `join` they have no group yet, but the environment of a launcher, from which training makes its own.
     """
     # A server forks the processes, so that they start at once and without the state of this one.
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['timm_multilabel.api.train'])
-    queue = context.Queue()
+    queue = SERVER.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_rank_main, args=(function, rank, ranks, f'{folder}/store', queue, args, join))
+            SERVER.Process(target=_rank_main, args=(function, rank, ranks, f'{folder}/store', queue, args, join))
             for rank in range(ranks)
         ]
         for process in processes:
             process.start()
         try:
-            results = dict(queue.get(timeout=120) for _ in processes)
+            results = dict(queue.get(timeout=300) for _ in processes)
         finally:
             for process in processes:
                 process.join(timeout=20)
@@ -101,11 +101,13 @@ def run_ranks(function: Callable[..., Any], ranks: int, *args: Any, join: bool =
 
 
 def _rank_main(function, rank: int, ranks: int, store: str, queue, args, join: bool) -> None:
+    multiprocessing.set_start_method(None, force=True)  # else loaders start a server of their own
     torch.set_num_threads(1)
+    leave_curves_undrawn()
     try:
         if join:
             dist.init_process_group(
-                'gloo', init_method=f'file://{store}', rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+                'gloo', init_method=f'file://{store}', rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
         else:
             os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(ranks),
                            'LOCAL_WORLD_SIZE': str(ranks), 'TORCHELASTIC_RESTART_COUNT': '0', STORE: store}
@@ -129,6 +131,11 @@ def train_ranks(words: list[str]) -> str:
 def _train_rank(rank: int, words: list[str], log: str) -> None:
     with open(log, 'a') as file, redirect_stdout(file), redirect_stderr(file):
         run_command('train', 'train.py', words)
+
+
+def leave_curves_undrawn() -> None:
+    """Have runs make an empty curves.png: to draw it after each epoch is most of what a tiny run takes."""
+    curves.write_curves = lambda summary, path: path.touch()
 
 
 def train_run(data_dir, output, *flags, epochs=2):

@@ -104,7 +104,7 @@ def test_memory_is_shared_with_workers(photos_dir, method):
     queue = context.Queue()
     process = context.Process(target=_read_in_another_process, args=(cached, queue))
     process.start()
-    assert queue.get(timeout=60) == cached[3].decode().sum()
+    assert queue.get(timeout=240) == cached[3].decode().sum()
     process.join()
 
 

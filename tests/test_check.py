@@ -451,7 +451,7 @@ def test_number_of_threads_and_progress(clean):
 
 def test_images_are_decoded_side_by_side(clean, monkeypatch):
     write(clean, 'unlabelled', *(f'{seed}.png' for seed in range(100, 214)), header='image_path')
-    both = threading.Barrier(2, timeout=30)  # the first and the last image are of two threads, which meet
+    both = threading.Barrier(2, timeout=120)  # the first and the last image are of two threads, which meet
 
     def meet(path, where):
         if os.path.basename(path) in ('0.png', '213.png'):

@@ -194,10 +194,12 @@ def test_picture_is_written_whole(tmp_path):
 @pytest.mark.slow
 def test_each_epoch_of_a_run_draws_its_curves(data_dir, tmp_path, monkeypatch):
     drawn = []
-    draw = curves.write_curves
-    monkeypatch.setattr(curves, 'write_curves', lambda summary, path: (drawn.append(len(summary)), draw(summary, path)))
+    monkeypatch.setattr(
+        curves, 'write_curves', lambda summary, path: (drawn.append(len(summary)), write_curves(summary, path)))
     folder = train_run(data_dir, tmp_path, epochs=3)
-    assert drawn == [1, 2, 3] and (folder / 'curves.png').is_file()
+    assert drawn == [1, 2, 3]
+    with Image.open(folder / 'curves.png') as picture:
+        assert picture.width == 1200
 
 
 def test_a_picture_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):

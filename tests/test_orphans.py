@@ -4,11 +4,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 from common import TINY, assert_same_summary, assert_same_weights, run_ranks, train_ranks, train_run, write_data
+from processes import ROOT, Forked
 from test_grid import FLAGS, write_grid
 
 from timm_multilabel.cli.launch import meet_by_files
@@ -18,10 +18,9 @@ from timm_multilabel.temporary import remove_leftovers, temporary_folder
 from timm_multilabel.training.parent import LAUNCHER
 from timm_multilabel.training.update_decisions import ToldToStop, until_told
 
-ROOT = Path(__file__).parent.parent
 FLAGS_OF_ALL = [*TINY, '--epochs', '2', '--experiment', 'run', '-b', '2', '--model-ema', '--model-ema-decay', '0.9',
                 '--cache', 'disk', '--resume', 'auto']
-END = 60
+END = 120
 """Seconds within which all processes must have gone on a loaded machine, whatever they wait for."""
 
 STAGES = '''
@@ -59,10 +58,8 @@ run_command('train', 'train.py', sys.argv[1:])
 def start(words, tmp_path, **environment):
     """Start a command in the background; temporary files and its output are in `tmp_path`."""
     (tmp_path / 'tmp').mkdir(exist_ok=True)
-    with open(tmp_path / 'log', 'wb') as log:
-        return subprocess.Popen(
-            [sys.executable, *words], cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
-            env={**os.environ, 'OMP_NUM_THREADS': '1', 'TMPDIR': str(tmp_path / 'tmp'), **environment})
+    (tmp_path / 'log').write_bytes(b'')
+    return Forked(words, tmp_path / 'log', TMPDIR=str(tmp_path / 'tmp'), **environment)
 
 
 def launched(data, tmp_path, script=ROOT / 'train.py', torchrun='timm_multilabel.cli.launch'):

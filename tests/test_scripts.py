@@ -4,15 +4,14 @@ import json
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import pandas as pd
 import pytest
+from processes import ROOT, Forked
 
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.sample import write_sample
 
-ROOT = Path(__file__).parent.parent
 TRAIN = (
     './distributed_train.sh 1 ./fashion-product-images/ --model efficientnet_b0 -b 32 --sched cosine --epochs 100 '
     '--decay-epochs 2.4 --decay-rate .97 --opt adamp --opt-eps .001 -j 8 --warmup-lr 1e-6 --weight-decay 1e-5 '
@@ -42,8 +41,18 @@ def root(tmp_path):
 
 def shell(command, cwd, **environment):
     return subprocess.run(
-        command, shell=True, cwd=cwd, capture_output=True, text=True, timeout=300,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', **environment})
+        command, shell=True, cwd=cwd, capture_output=True, text=True, timeout=600,
+        env={**os.environ, **environment})
+
+
+def launch(words, cwd):
+    """What the launcher does with a script and its flags in two processes, as distributed_train.sh starts it."""
+    out, errors = cwd / 'output.txt', cwd / 'errors.txt'
+    for path in (out, errors):
+        path.write_bytes(b'')
+    status = Forked(['-m', 'timm_multilabel.cli.launch', '--standalone', '--nproc-per-node', '2', *words.split()],
+                    out, errors, cwd).wait(600)
+    return subprocess.CompletedProcess(words, status, out.read_text(), errors.read_text())
 
 
 def shortened(command):
@@ -81,8 +90,7 @@ def test_two_processes_train_and_only_the_first_speaks(root, monkeypatch):
     flags = f'--checkpoint {folder}/last.pth.tar -j 1 --weights plain --results-file {root}/'
     monkeypatch.chdir(root)
     run_command('validate', 'validate.py', f'fashion-product-images {flags}1.json'.split())
-    done = shell('python -m timm_multilabel.cli.launch --standalone --nproc-per-node 2 validate.py '
-                 f'fashion-product-images {flags}2.json', root)
+    done = launch(f'validate.py fashion-product-images {flags}2.json', root)
     assert done.returncode == 0, done.stderr
     one, two = (json.loads((root / f'{ranks}.json').read_text()) for ranks in (1, 2))
     assert one['heads']['color']['labels'] == two['heads']['color']['labels'] == 16
@@ -112,8 +120,8 @@ phases:
    marginal_entropy_weight: 0.1, pseudo_label_weight: 0.5, pseudo_label_threshold: 0.2,
    head: {shape: {loss: arcface, input: projection}}}
 """)
-    command = './distributed_train.sh 2 fashion-product-images -c recipe.yaml --experiment'
-    done = shell(f'{command} run', root)
+    command = 'train.py fashion-product-images -c recipe.yaml --experiment'
+    done = launch(f'{command} run', root)
     assert done.returncode == 0, done.stderr
     assert '53 images to train on and 11 without labels' in done.stdout
     folder = root / 'output' / 'train' / 'run'
@@ -126,7 +134,7 @@ phases:
     again = root / 'output' / 'train' / 'again'
     shutil.copytree(folder, again)
     (again / 'checkpoint-0.pth.tar').replace(again / 'last.pth.tar')
-    done = shell(f'{command} again --resume {again}/last.pth.tar', root)
+    done = launch(f'{command} again --resume {again}/last.pth.tar', root)
     assert done.returncode == 0, done.stderr
     resumed = pd.read_csv(again / 'summary.csv')
     pd.testing.assert_frame_equal(
@@ -144,7 +152,8 @@ def test_bad_input_through_torchrun_is_one_line_and_status_2(root):
 def test_a_bad_image_on_one_of_two_ranks_is_one_line_and_status_2(root):
     image = pd.read_csv(root / 'fashion-product-images' / 'train.csv')['image_path'][5]
     (root / image).write_bytes(b'nothing')
-    done = shell(shortened(TRAIN).replace('sh 1', 'sh 2').replace('-b 32', '-b 16').replace('-j 8', '-j 1'), root)
+    words = shortened(TRAIN).replace('-b 32', '-b 16').replace('-j 8', '-j 1')
+    done = launch(words.replace('./distributed_train.sh 1', 'train.py'), root)
     assert done.returncode == 2
     assert done.stderr.startswith('train.py: error: ') and done.stderr.count('\n') == 1
     assert 'train.csv row 7): cannot be decoded' in done.stderr

@@ -27,7 +27,7 @@ def test_the_script_with_a_loop_of_ones_own(data_dir, tmp_path, capsys):
     done = subprocess.run(
         [sys.executable, ROOT / 'examples/own_loop.py', data_dir, '--model', 'test_resnet', '--img-size', '32',
          '--epochs', '2', '--batch-size', '5', '--workers', '0', '--output', tmp_path / 'own', '--device', 'cpu'],
-        capture_output=True, text=True, cwd=ROOT, timeout=300)
+        capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first.startswith('epoch 1/2, train loss ') and second.startswith('epoch 2/2, train loss ')
