@@ -18,7 +18,8 @@ def test_quickstart(tmp_path, monkeypatch):
         cell.source = cell.source.replace('train=240, val=80, test=40', 'train=48, val=24, test=8') \
             .replace('resnet10t', 'test_resnet')
     assert sum('train=48' in cell.source or 'test_resnet' in cell.source for cell in cells) == 2
-    NotebookClient(notebook, timeout=600, startup_timeout=600, resources={'metadata': {'path': str(tmp_path)}}).execute()
+    resources = {'metadata': {'path': str(tmp_path)}}
+    NotebookClient(notebook, timeout=600, startup_timeout=600, resources=resources).execute()
     assert (tmp_path / 'runs' / 'quickstart' / 'report.html').is_file()
     text = [''.join(str(output.get('text') or output.get('data', {}).get('text/plain')) for output in cell.outputs)
             for cell in cells]
