@@ -198,7 +198,7 @@ def _make_model(checkpoint: Checkpoint, registry: Mapping[str, type[Head]]) -> M
         checkpoint.label_space,
         head_options=checkpoint.state.get('head_options'),
         registry=registry,
-        projection_dim=checkpoint.state.get('projection_dim', 64),
+        projector=ProjectorShape.of(checkpoint.state),
     )
 
 
@@ -273,7 +273,7 @@ def start_from(task: JointTask, checkpoint: Checkpoint, weights: str) -> str:
 def _alike(options: Mapping[str, Any], theirs: Mapping[str, Any], labels: Labels) -> bool:
     """Whether two heads of the same labels are of one kind and have the same input; of a user's kind, all options."""
     if options['loss'] not in REGISTRY:
-        return options == theirs
+        return {**options, 'views': None} == {**theirs, 'views': None}
     kind, read = theirs.get('loss', default_kind(labels)), theirs.get('input', 'features')
     return (options['loss'], options['input']) == (kind, read)
 
