@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 
 from timm_multilabel.errors import UserError
 from timm_multilabel.labels import LabelSet, LabelSpace
-from timm_multilabel.model import MultiLabelModel, Projector, create_backbone
+from timm_multilabel.model import MultiLabelModel, create_backbone
+from timm_multilabel.projector import Projector
 
 # mobilenetv3 and others have features wider than num_features: head_hidden_size is what comes out.
 FAMILIES = [

@@ -43,7 +43,7 @@ class PlainViews(nn.Module):
 
     def count(self, plain: torch.Tensor) -> torch.Tensor:
         """How many views (N,) are plain, the mean over ranks; never 0, since where there is none all losses are 0."""
-        return sum_over_ranks(plain.sum()).clamp(min=1e-6) / world()[1]
+        return sum_over_ranks(plain.sum(dtype=torch.float32)).clamp(min=1e-6) / world()[1]
 
     def teach(self, weak: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
         """Outputs of weak views (N, ...) that are sure of nothing (NaN) where the strong view is not plain (N,)."""

@@ -22,6 +22,7 @@ from timm_multilabel.lora import merge_adapters
 from timm_multilabel.metric_names import earlier_name
 from timm_multilabel.model import MultiLabelModel, create_backbone
 from timm_multilabel.model_names import is_from_elsewhere
+from timm_multilabel.projector import projector_shape
 from timm_multilabel.task import JointTask
 from timm_multilabel.training.checkpoint_checks import check_archive, wrong_setting, wrong_tensors
 from timm_multilabel.training.optimizer_state import load_optimizer, load_plateau
@@ -198,7 +199,7 @@ def _make_model(checkpoint: Checkpoint, registry: Mapping[str, type[Head]]) -> M
         checkpoint.label_space,
         head_options=checkpoint.state.get('head_options'),
         registry=registry,
-        projector=ProjectorShape.of(checkpoint.state),
+        **projector_shape(checkpoint.state),
     )
 
 

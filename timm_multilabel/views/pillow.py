@@ -52,7 +52,7 @@ class PillowViews:
         self.plain_shares = [float(each) for each in plain]
 
     def __call__(self, photos: Sequence[Photo], seeds: Sequence[int], out: np.ndarray) -> torch.Tensor | None:
-        """Write the views of N images into `out` (V, N, H, W, 3), uint8; what is told of them (V, N, 1), if anything."""
+        """Write the views of N images into `out` (V, N, H, W, 3), uint8; what is told of them (V, N, 1), or None."""
         for n, (photo, seed) in enumerate(zip(photos, seeds, strict=True)):
             image = Image.fromarray(photo.decode())
             with seeded(seed) if self.random else nullcontext():

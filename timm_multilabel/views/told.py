@@ -47,7 +47,8 @@ class Told:
         if not self:
             return target, None, None
         target, columns = target[:, :-self.width], target[:, -self.width:]
-        return target, columns[:, 0] > 0 if self.plain else None, columns[:, int(self.plain):] if self.parameters else None
+        plain = columns[:, 0] > 0 if self.plain else None
+        return target, plain, columns[:, int(self.plain):] if self.parameters else None
 
 
 def is_plain(draws: Draws) -> torch.Tensor:
