@@ -32,8 +32,8 @@ def run_with_gradient_cache(
     last. Batch norm sees a piece, and its running statistics take each piece in once.
 
     Args:
-        module: View-major images (V * B, 3, H, W), and `further` -> ({name: output (V * B, ...)}, projections or None,
-            (V * B, D)), perhaps within DistributedDataParallel, which then reduces once.
+        module: View-major images (V * B, 3, H, W), with `further`, -> ({name: output (V * B, ...)}, projections
+            (V * B, D) or None), perhaps within DistributedDataParallel, which then reduces once.
         images: Images of a batch (V * N, 3, H, W), the same number on every rank.
         views: V.
         size: The most images of a piece; None for the whole batch at once.
