@@ -27,9 +27,9 @@ from timm_multilabel.errors import UserError
 from timm_multilabel.labels import LabelSet, LabelSpace, Quantity, TagSet
 from timm_multilabel.losses import distillation_loss
 from timm_multilabel.task import Pool, Teaching
-from timm_multilabel.views.device import make_views
+from timm_multilabel.views.device import make_drawn, make_views
 from timm_multilabel.views.opencv import OpenCVViews
-from timm_multilabel.views.recipe import ViewRecipe, draw, view_seeds, weak_recipe
+from timm_multilabel.views.recipe import ViewRecipe, draw, weak_recipe
 from timm_multilabel.views.told import PARAMETERS, Told
 
 NAN = float('nan')
@@ -263,10 +263,10 @@ def _learn_hues(views):
     optimizer = torch.optim.Adam(task.parameters(), lr=0.03)
     generator, sizes = torch.Generator().manual_seed(3), torch.full((64, 2), 12)
     for step in range(150):
-        rows, seeds = torch.randint(512, (64,), generator=generator), torch.arange(64) + 1000 * step
-        told = task.told.of(draw(recipe, view_seeds(seeds, 0), *sizes.unbind(1)), *sizes.unbind(1)) if task.told else (
-            torch.empty(64, 0))
-        made = make_views(recipe, photos[rows], sizes, sizes, seeds, 0) / 127.5 - 1
+        rows, seeds = torch.randint(512, (64,), generator=generator), torch.arange(64) + 64 * step
+        draws = draw(recipe, seeds, *sizes.unbind(1))
+        told = task.told.of(draws, *sizes.unbind(1)) if task.told else torch.empty(64, 0)
+        made = make_drawn(recipe, photos[rows], sizes, sizes, draws) / 127.5 - 1
         optimizer.zero_grad()
         task(made, torch.cat([hue[rows, None], told], dim=1))['loss'].backward()
         optimizer.step()

@@ -148,7 +148,7 @@ class LoadedModel:
             projector.load_state_dict(stored, assign=True)
         except (RuntimeError, TypeError, AttributeError) as error:
             raise CheckpointError(f'{path}: its projector does not fit its model') from error
-        return projector
+        return projector.float()
 
     def maker(self, what: str) -> dict[str, Any]:
         """What tells embeddings of this model from those of another: plain values, a digest of weights and input."""
