@@ -507,9 +507,10 @@ class JointTask(TrainingTask):
         losses = teacher_losses_of_heads(
             self._taught_groups, heads, outputs, dict(zip(teaching.heads, parts, strict=True)), teaching.temperature)
         means = losses.mean(dim=1)
-        if plain is not None:
-            means = torch.stack([self.plain_views.mean(of_head, plain) if name in self.plain_views.names else mean
-                                 for name, of_head, mean in zip(teaching.heads, losses, means, strict=True)])
+        if plain is not None and not self.plain_views.names.isdisjoint(teaching.heads):
+            of_plain = self.plain_views.mean(losses, plain)
+            means = torch.stack([of_plain[place] if name in self.plain_views.names else means[place]
+                                 for place, name in enumerate(teaching.heads)])
         return teaching.weight * (means * torch.stack([weights[name] for name in teaching.heads])).sum()
 
     def _pseudo_labels(

@@ -38,8 +38,8 @@ class PlainViews(nn.Module):
         return target.where(plain[:, None] | self.other_columns, self.missing)
 
     def mean(self, losses: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
-        """The mean (...) of losses (..., N) over the plain views (N,) of all ranks, so that DDP's average is exact."""
-        return losses.where(plain, 0).sum(dim=-1) / self.count(plain)
+        """The means (H,) of losses (H, N) over the plain views (N,) of all ranks, so that DDP's average is exact."""
+        return losses.where(plain, 0).sum(dim=1) / self.count(plain)
 
     def count(self, plain: torch.Tensor) -> torch.Tensor:
         """How many views (N,) are plain, the mean over ranks; never 0, since where there is none all losses are 0."""

@@ -91,7 +91,7 @@ class DeviceDataset:
     recipes: Sequence[ViewRecipe]
     bad: np.ndarray
     rows: Rows
-    told: Told = Told()  # noqa: RUF009 (frozen)
+    told: Told = Told()
 
     @classmethod
     def copy(

@@ -67,7 +67,7 @@ class OpenCVViews:
             return None
         told = [self.told.of(drawn, height.repeat(len(views)), width.repeat(len(views)))
                 for (_, views), drawn in zip(groups, draws, strict=True)]
-        return torch.cat(told).view(len(out), len(photos), -1)
+        return torch.cat(told).view(len(out), len(photos), self.told.width)
 
     @property
     def plain_shares(self) -> list[float]:
