@@ -208,7 +208,7 @@ def _build(
         progress = resume(checkpoint, task, optimizer_step, data.steps)
     check_plain_views(
         settings, tuple(sorted(task.plain_views.names)) if task.told.plain else (),
-        train_views(settings, data_config, task.views, settings.augmentation.weak_first_view), say)
+        train_views(settings, data_config, task.views, bool(settings.augmentation.weak_first_view)), say)
     soft_labels = []
     if teachers is not None and not settings.teaching.teacher_views and not rehearsal:
         soft_labels = make_soft_labels(settings, data, teachers, say)
