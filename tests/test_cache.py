@@ -31,7 +31,9 @@ from timm_multilabel.loading.soft_labels import Answers, SoftLabels
 from timm_multilabel.views.opencv import OpenCVViews
 from timm_multilabel.views.pillow import eval_views
 from timm_multilabel.views.recipe import ViewRecipe
+from timm_multilabel.views.told import Told
 
+NOTHING = Told()
 VIEWS = OpenCVViews([ViewRecipe((16, 16))] * 2)
 CPU = torch.device('cpu')
 
@@ -230,25 +232,25 @@ def test_machines_may_differ(photos_dir, tmp_path, kind):
     assert [first[1], second[1]] == (['FilePhotos', 'CachedPhotos'] if kind == 'ram' else ['CachedPhotos'] * 2)
 
 
-def device_part(folder, recipes, split='train', skip_bad=False, soft_labels=None):
+def device_part(folder, recipes, split='train', skip_bad=False, soft_labels=None, told=NOTHING):
     cached = opened(folder, 'ram', OpenCVViews(recipes), skip_bad, split)
-    return cached, device.DeviceDataset.copy(cached, recipes, CPU, soft_labels)
+    return cached, device.DeviceDataset.copy(cached, recipes, CPU, soft_labels, told)
 
 
-@pytest.mark.parametrize('ranks', [1, 2])
-def test_the_device_makes_the_loaders_batches(photos_dir, ranks):
+@pytest.mark.parametrize(('ranks', 'told'), [(1, NOTHING), (2, NOTHING), (1, Told(plain=True, parameters=True))])
+def test_the_device_makes_the_loaders_batches(photos_dir, ranks, told):
     """The same rows, targets and views, pool behind labelled ones in each view. Pixels: see test_views."""
     recipes = [ViewRecipe((16, 16))] * 2
     pool_recipes = [ViewRecipe((16, 16), scale=(0.8, 1.0), blur_prob=0.0), recipes[0]]
     (cached, labelled), (pool_cached, pool) = (
-        device_part(photos_dir, recipes), device_part(photos_dir, pool_recipes, 'val'))
+        device_part(photos_dir, recipes, told=told), device_part(photos_dir, pool_recipes, 'val', told=told))
     for rank in range(ranks):
         common = {'views': 2, 'seed': 3, 'rank': rank, 'ranks': ranks, 'steps': 5}
         made = device.DeviceTrainLoader([(labelled, 3), (pool, 2)], mean=(0.0,) * 3, std=(1.0,) * 3, **common)
         expected = create_train_loader(
             [
-                (ImageDataset(cached.files.rows, cached, OpenCVViews(recipes)), 3),
-                (ImageDataset(pool_cached.files.rows, pool_cached, OpenCVViews(pool_recipes)), 2),
+                (ImageDataset(cached.files.rows, cached, OpenCVViews(recipes, told)), 3),
+                (ImageDataset(pool_cached.files.rows, pool_cached, OpenCVViews(pool_recipes, told)), 2),
             ],
             workers=0,
             **PLAIN,
@@ -259,7 +261,8 @@ def test_the_device_makes_the_loaders_batches(photos_dir, ranks):
             pairs = list(zip(made, expected, strict=True))
             assert len(pairs) == len(made) == 5
             for (images, targets), (theirs, their_targets) in pairs:
-                assert images.shape == (10, 3, 16, 16) and torch.equal(targets, their_targets)
+                assert images.shape == (10, 3, 16, 16) and targets.shape[1] == 2 + told.width
+                torch.testing.assert_close(targets, their_targets, check_dtype=False)
                 off = 255 * (images - theirs).abs()
                 # Large images are kept at half scale, where the host may take a quarter.
                 small = off.mean(dim=(1, 2, 3)) < 0.6
@@ -267,7 +270,7 @@ def test_the_device_makes_the_loaders_batches(photos_dir, ranks):
 
 
 def test_a_step_on_device_images_waits_for_nothing(photos_dir):
-    _, part = device_part(photos_dir, [ViewRecipe((16, 16))] * 2)
+    _, part = device_part(photos_dir, [ViewRecipe((16, 16))] * 2, told=Told(plain=True, parameters=True))
     batches = iter(device.DeviceTrainLoader(
         [(part, 4)], views=2, seed=0, mean=(0.5,) * 3, std=(0.2,) * 3, re_prob=1.0, re_mode='pixel'))
     next(batches)  # the draws of the pass came to the device with it

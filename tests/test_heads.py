@@ -105,7 +105,8 @@ def test_options_are_those_of_the_constructor():
     for labels, options, message in [
         (CLASSES, {'loss': 'hinge'}, "no loss 'hinge' .there are: softmax, arcface, tags, numeric"),
         (TAGS, {'loss': 'arcface'}, "'arcface' reads classes, and the head has tags"),
-        (NUMBER, {'smoothing': 0.1}, "'numeric' has no option 'smoothing' .it has: loss, weight, input, columns, drop"),
+        (NUMBER, {'smoothing': 0.1},
+         "'numeric' has no option 'smoothing' .it has: loss, weight, input, columns, views, drop"),
     ]:
         with pytest.raises(ValueError, match=message):
             resolve_options(labels, options, {}, REGISTRY)

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from timm_multilabel.errors import UserError
 from timm_multilabel.labels import LabelSet, LabelSpace
-from timm_multilabel.model import MultiLabelModel, Projector, create_backbone
+from timm_multilabel.model import MultiLabelModel, create_backbone
 
 # mobilenetv3 and others have features wider than num_features: head_hidden_size is what comes out.
 FAMILIES = [
@@ -39,12 +39,6 @@ def test_dropout_reaches_the_heads_and_drop_path_the_backbone():
     assert [head.drop.p for head in model.heads] == [0.3, 0.3]
     rates = [module.drop_prob for module in model.backbone.modules() if hasattr(module, 'drop_prob')]
     assert max(rates) == pytest.approx(0.25)
-
-
-def test_projector():
-    projector = Projector(10, 7)
-    assert [tuple(p.shape) for p in projector.parameters()] == [(10, 10), (7, 10)]
-    assert projector(torch.zeros(4, 10)).shape == (4, 7)
 
 
 @pytest.mark.parametrize('kind', ['safetensors', 'checkpoint'])

@@ -23,7 +23,8 @@ PACKAGES = {f'--log-{name}': None if importlib.util.find_spec(name) else f"needs
             for name in ('tensorboard', 'wandb')}
 FLAGS = [  # the run that goes on, its new flags, and what the refusal or the line says; None where they take effect
     *(('simclr', words, None) for words in (
-        '--train-split val', '--val-split train', '--separator ,', '--missing-value x', '--head color:smoothing=0.2',
+        '--train-split val', '--val-split train', '--separator ,', '--missing-value x',
+        '--head color:smoothing=0.2,views=plain',
         '--unknown-labels ignore', '--skip-bad-images', '--cache ram', '--cache disk --cache-dir cache', '--workers 1',
         '--img-size 48', '--mean 0.4', '--std 0.3', '--drop 0.1', '--drop-path 0.1',
         '--model-kwargs global_pool=max', '--grad-checkpointing', '--channels-last', '--torchcompile aot_eager',
@@ -55,6 +56,8 @@ FLAGS = [  # the run that goes on, its new flags, and what the refusal or the li
     ('simclr', '--head-module heads.py', 'heads.py: no such file'),
     ('simclr', '--input-size 3 48 48', 'Conflicting input image sizes'),
     ('simclr', '--model test_byobnet', MISFIT), ('simclr', '--projection-dim 8', MISFIT),
+    ('simclr', '--projector-layers 3', MISFIT), ('simclr', '--projector-width 8', MISFIT),
+    ('simclr', '--condition-projector', MISFIT),
     ('simclr', '--layer-decay 0.7', MISFIT), ('plain', '--freeze-backbone', MISFIT),
     ('simclr', '--lora 2', MISFIT if importlib.util.find_spec('peft') else 'peft is not installed'),
     ('adamw', '--opt-kwargs amsgrad=True', 'its settings keep max_exp_avg_sq, which the file has not'),

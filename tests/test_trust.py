@@ -181,6 +181,7 @@ def test_a_model_of_a_folder_is_kept_under_the_name_that_timm_has_for_it(data_di
     {'model_kwargs': {'drop_rate': np.nan}}, {'model_kwargs': {'act_layer': '../x'}},
     {'model_kwargs': {'layers': [[[1]]]}}, {'model_kwargs': {'layers': [1] * 65}},
     {'model_kwargs': {'act_layer': {}}}, {'head_module': 7}, {'projection_dim': 2 ** 15}, {'projection_dim': True},
+    {'projector_layers': 17}, {'projector_layers': 0}, {'projector_width': 2 ** 15}, {'condition_projector': 1},
     {'best_weights': 'other'}, {'separator': '(a+)+$'}, {'image_column': None}, {'missing_value': 1},
     {'phases': ['../x'], 'phase': 0}, {'head_weights': {'color': float('nan')}}, {'head_weights': {'color': -1}},
     {'head_options': {'color': {'scale': float('inf')}}}, {'head_options': {'color': {'class_weights': [[1]]}}},
@@ -219,6 +220,7 @@ def test_data_configs_that_this_program_does_not_write(plain, tmp_path, name, va
 @pytest.mark.parametrize('settings', [
     {'arch': 'vit_giant_patch14_224'},  # 4 GB
     {'projection_dim': 2 ** 14, 'head_options': {'color': {'input': 'projection'}}},
+    {'projector_layers': 16, 'projector_width': 2 ** 14, 'head_options': {'color': {'input': 'projection'}}},
     {'label_space': {'heads': [{'name': 'color', 'classes': [str(number) for number in range(10 ** 5)]}]},
      'head_weights': {}},
     {'arch': 'test_vit', 'model_kwargs': {'embed_dim': 2 ** 16, 'depth': 500}},  # 100 TB

@@ -14,7 +14,13 @@ from timm_multilabel.compat import after_backward
 Outputs = tuple[dict[str, torch.Tensor], torch.Tensor | None]
 
 
-def run_with_gradient_cache(module: nn.Module, images: torch.Tensor, views: int, size: int | None) -> Outputs:
+def run_with_gradient_cache(
+        module: nn.Module,
+        images: torch.Tensor,
+        views: int,
+        size: int | None,
+        *further: torch.Tensor,
+) -> Outputs:
     """Run a module on a batch in pieces, keeping nothing but what comes out: gradient caching.
 
     A loss on the outputs of all images has a gradient at those outputs. On its way back each piece is run again, from
@@ -26,11 +32,12 @@ def run_with_gradient_cache(module: nn.Module, images: torch.Tensor, views: int,
     last. Batch norm sees a piece, and its running statistics take each piece in once.
 
     Args:
-        module: View-major images (V * B, 3, H, W) -> ({name: output (V * B, ...)}, projections (V * B, D) or None),
-            perhaps within DistributedDataParallel, which then reduces once.
+        module: View-major images (V * B, 3, H, W), with `further`, -> ({name: output (V * B, ...)}, projections
+            (V * B, D) or None), perhaps within DistributedDataParallel, which then reduces once.
         images: Images of a batch (V * N, 3, H, W), the same number on every rank.
         views: V.
         size: The most images of a piece; None for the whole batch at once.
+        further: What else the module takes, without a gradient of its own, a row for each of the images (V * N, ...).
 
     Returns:
         What the module returns for the whole batch.
@@ -41,7 +48,7 @@ def run_with_gradient_cache(module: nn.Module, images: torch.Tensor, views: int,
     number = len(images) // views
     pieces = math.ceil(number / size) if size is not None else 1
     if pieces <= 1:
-        return _with_buffers_kept(module, module(images))
+        return _with_buffers_kept(module, module(images, *further))
     positions = torch.arange(len(images), device=images.device).view(views, number)
     parts = [positions[:, first::pieces].flatten() for first in range(pieces)]
     inner = module.module if isinstance(module, DistributedDataParallel) else module
@@ -50,12 +57,13 @@ def run_with_gradient_cache(module: nn.Module, images: torch.Tensor, views: int,
     with _kept_buffers(inner) if with_gradient else nullcontext():  # the second run of the pieces changes them
         for part in parts:
             states.append(_RandomState(images.device))
-            found.append(_detached(inner(images[part])))
+            found.append(_detached(inner(*(rows[part] for rows in (images, *further)))))
     back = torch.cat(parts).argsort()
     names = list(found[0][0])
     whole = [torch.cat(tensors).index_select(0, back) for tensors in zip(*map(_flat, found), strict=True)]
     if with_gradient:
-        whole = _Cached.apply(_Replay(module, images, parts, states), torch.zeros((), requires_grad=True), *whole)
+        replay = _Replay(module, (images, *further), parts, states)
+        whole = _Cached.apply(replay, torch.zeros((), requires_grad=True), *whole)
     return dict(zip(names, whole)), whole[-1] if len(whole) > len(names) else None
 
 
@@ -129,10 +137,10 @@ class _Cached(torch.autograd.Function):
 class _Replay:
     """Runs the pieces again, each with its part of the gradient at the outputs."""
 
-    def __init__(self, module: nn.Module, images: torch.Tensor, parts: list[torch.Tensor],
+    def __init__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], parts: list[torch.Tensor],
                  states: list['_RandomState']):
-        self.module, self.images, self.parts, self.states = module, images, parts, states
-        device = images.device.type
+        self.module, self.inputs, self.parts, self.states = module, inputs, parts, states
+        device = inputs[0].device.type
         self.autocast = partial(
             torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
@@ -146,7 +154,7 @@ class _Replay:
                     stack.enter_context(no_sync())
                 stack.enter_context(torch.enable_grad())
                 with state.again(), self.autocast():
-                    outputs = _flat(_with_buffers_kept(self.module, self.module(self.images[part])))
+                    outputs = _flat(_with_buffers_kept(self.module, self.module(*(rows[part] for rows in self.inputs))))
                 pairs = [(output, gradient.index_select(0, part))
                          for output, gradient in zip(outputs, gradients, strict=True) if output.requires_grad]
                 torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])

@@ -21,18 +21,8 @@ from timm_multilabel.errors import SettingError, UserError
 from timm_multilabel.heads import REGISTRY, Head, create_head, group_heads, resolve_options
 from timm_multilabel.labels import LabelSet, LabelSpace
 from timm_multilabel.model_names import is_joined, names_of
+from timm_multilabel.projector import Projector
 from timm_multilabel.weights_file import create_from_file
-
-
-class Projector(nn.Sequential):
-    """The MLP before NT-Xent (Chen et al. 2020, section 4.2): features (B, F) -> projections (B, D)."""
-
-    def __init__(self, in_features: int, dim: int):
-        super().__init__(
-            nn.Linear(in_features, in_features, bias=False),
-            nn.ReLU(),
-            nn.Linear(in_features, dim, bias=False),
-        )
 
 
 class MultiLabelModel(nn.Module):
@@ -46,10 +36,12 @@ class MultiLabelModel(nn.Module):
         label_space: The heads and their labels.
         drop: Dropout rate of the heads.
         smoothing: Label smoothing of the heads.
-        head_options: Options of heads by name: 'loss' (the kind), 'input' ('features' or 'projection') and those that
-            the kind has.
+        head_options: Options of heads by name: 'loss' (the kind), 'input' ('features' or 'projection'), 'views' ('all'
+            or 'plain', which `JointTask` keeps to) and those that the kind has.
         registry: The kinds of heads by name.
         projection_dim: Width of the projections.
+        projector_layers: See `Projector`.
+        projector_width: Likewise.
 
     Raises:
         ValueError: Options of a head that there is none of, or that do not fit it.
@@ -64,6 +56,8 @@ class MultiLabelModel(nn.Module):
             head_options: Mapping[str, Mapping[str, Any]] | None = None,
             registry: Mapping[str, type[Head]] = REGISTRY,
             projection_dim: int = ObjectiveSettings.projection_dim,
+            projector_layers: int = ObjectiveSettings.projector_layers,
+            projector_width: int | None = ObjectiveSettings.projector_width,
     ):
         super().__init__()
         self.backbone = backbone
@@ -85,7 +79,9 @@ class MultiLabelModel(nn.Module):
                 raise ValueError(f"head '{labels.name}': {error}") from error
             self.head_options[labels.name] = options
         projected = any(options['input'] == 'projection' for options in self.head_options.values())
-        self.projector = Projector(self.num_features, projection_dim) if projected else None
+        self.projector = None
+        if projected:
+            self.projector = Projector(self.num_features, projection_dim, projector_layers, projector_width)
         # A list, not a dict by name: a column may be called 'type' or 'a.b', which no submodule can be.
         self.heads = nn.ModuleList(heads)
         by_input = {input: {name: head for name, head in zip(label_space.names, heads)

@@ -10,7 +10,9 @@ LARGEST_SIDE = 4096
 """Pixels of a side of a model's input, at most."""
 
 LARGEST_PROJECTION = 2 ** 14
-"""Width of the projections, at most."""
+"""Width of the projections, and of the projector's hidden layers, at most."""
+
+MOST_PROJECTOR_LAYERS = 16
 
 _LARGEST = 2 ** 16  # of a number among a model's arguments
 _MOST_BLOCKS = 512  # of a stage or a model, since each is made in Python

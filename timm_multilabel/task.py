@@ -14,11 +14,20 @@ from timm_multilabel.compat import BatchNorm
 from timm_multilabel.config.train import ObjectiveSettings, TeacherSettings, UnlabelledSettings
 from timm_multilabel.distributed import sum_over_ranks, world
 from timm_multilabel.gradient_cache import run_with_gradient_cache
-from timm_multilabel.heads import Head, group_heads, losses_of_heads, teacher_losses_of_heads
+from timm_multilabel.heads import (
+    Head,
+    PlainViews,
+    group_heads,
+    heads_of_plain_views,
+    losses_of_heads,
+    teacher_losses_of_heads,
+)
 from timm_multilabel.lora import add_adapters
 from timm_multilabel.losses import feature_loss, nt_xent_loss
 from timm_multilabel.metrics import MultiLabelEvaluator
-from timm_multilabel.model import MultiLabelModel, Projector
+from timm_multilabel.model import MultiLabelModel
+from timm_multilabel.projector import ConditionedProjector, Projector
+from timm_multilabel.views.told import Told
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,8 @@ class JointModule(nn.Module):
 
     Args:
         model: Backbone and heads.
-        projector: The projector, where the model has none of its own and NT-Xent needs one.
+        projector: The projector, where the model has none of its own and NT-Xent needs one; a `ConditionedProjector`
+            gets what was drawn of each view.
         classify: Call the heads.
         project: Give projections.
         freeze_backbone: Leave the backbone as it is, batch norm statistics included.
@@ -97,7 +107,7 @@ class JointModule(nn.Module):
     def __init__(
             self,
             model: MultiLabelModel,
-            projector: Projector | None,
+            projector: Projector | ConditionedProjector | None,
             classify: bool,
             project: bool,
             freeze_backbone: bool,
@@ -129,15 +139,22 @@ class JointModule(nn.Module):
         """The names of the weights that the backbone exempts from weight decay, which timm's optimizers ask for."""
         return {f'model.{name}' for name in self.model.no_weight_decay()}
 
-    def forward(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    def forward(
+            self,
+            images: torch.Tensor,
+            drawn: torch.Tensor | None = None,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         """View-major images (V * B, 3, H, W) -> ({head: output}, projections (V * B, D) or None).
+
+        `drawn` (V * B, PARAMETERS) is what a conditioned projector is told of each view, and no other.
 
         What is compared with a teacher's features (V * B, F) is an output of its own.
         """
         with torch.no_grad() if self.freeze_backbone else nullcontext():
             features = self.model.backbone(images)
         projector = self.projector if self.projector is not None else self.model.projector
-        projections = projector(features) if projector is not None else None
+        further = () if drawn is None else (drawn,)
+        projections = projector(features, *further) if projector is not None else None
         outputs = self.model.forward_heads(features, projections) if self.classify else {}
         if self.to_features is not None:
             outputs[_FEATURES] = self.to_features(features)
@@ -159,7 +176,7 @@ class JointTask(TrainingTask):
     Terms of weight 0 are not computed. Without SimCLR there is no projector (but where a head reads projections) and,
     without pseudo-labels too, batches have one view; without classification the heads stay as they are. With several
     ranks NT-Xent sees all pairs, and a head's loss divides by the number of labels of all ranks, so that DDP's averaged
-    gradient is that of one process.
+    gradient is that of one process. Heads with the option `views=plain` learn from plain views alone, in all terms.
 
     Args:
         model: Backbone and heads.
@@ -167,6 +184,9 @@ class JointTask(TrainingTask):
         classification_weight: Weight of the heads' losses.
         temperature: Temperature of NT-Xent.
         projection_dim: Width of the projections, where the model has no projector of its own.
+        projector_layers: Likewise the projector's layers, see `Projector`.
+        projector_width: Likewise the width of its hidden layers.
+        condition_projector: Tell the projector what was drawn of each view, see `ConditionedProjector`.
         head_weights: Weights w_h by head; 1 / H each when None.
         first_view_only: Classify the first view only (not both).
         pool: The unlabelled images.
@@ -181,7 +201,8 @@ class JointTask(TrainingTask):
         verbose: As in timm; unused.
 
     Raises:
-        ValueError: Nothing is left to train, a head weight is missing, unknown or negative, or a micro-batch is empty.
+        ValueError: Nothing is left to train, a head weight is missing, unknown or negative, a micro-batch is empty, or
+            a head reads the projections of a conditioned projector.
     """
     trainable_module: nn.Module
     _weights: torch.Tensor
@@ -193,6 +214,9 @@ class JointTask(TrainingTask):
             classification_weight: float = ObjectiveSettings.classification_loss_weight,
             temperature: float = ObjectiveSettings.temperature,
             projection_dim: int = ObjectiveSettings.projection_dim,
+            projector_layers: int = ObjectiveSettings.projector_layers,
+            projector_width: int | None = ObjectiveSettings.projector_width,
+            condition_projector: bool = ObjectiveSettings.condition_projector,
             head_weights: dict[str, float] | None = None,
             first_view_only: bool = False,
             pool: Pool = Pool(),  # noqa: B008 (frozen)
@@ -214,6 +238,8 @@ class JointTask(TrainingTask):
             raise ValueError('teachers teach heads, and no head is trained')
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f'a micro-batch has 1 image or more, not {micro_batch}')
+        if condition_projector and model.projector is not None:
+            raise ValueError('a head reads projections, and a conditioned projector has none of an image without draws')
         self.label_space = model.label_space
         self.simclr_weight = simclr_weight
         self.classification_weight = classification_weight
@@ -229,12 +255,18 @@ class JointTask(TrainingTask):
         weights = torch.tensor(list(self.head_weights.values()), device=self.device)
         self.register_buffer('_weights', weights, persistent=False)
 
+        self.plain_views = PlainViews(self.label_space, heads_of_plain_views(model.head_options)).to(self.device)
+        self.told = Told(
+            plain=bool(self.plain_views.names and classification_weight),
+            parameters=bool(condition_projector and simclr_weight))
         self._groups = group_heads(model.named_heads)
         taught = () if teaching is None else teaching.heads
         self._taught_groups = group_heads({name: model.named_heads[name] for name in taught})
         projector = None
         if simclr_weight and model.projector is None:
-            projector = Projector(model.num_features, projection_dim).to(self.device, self.dtype)
+            kind = ConditionedProjector if condition_projector else Projector
+            projector = kind(model.num_features, projection_dim, projector_layers, projector_width)
+            projector.to(self.device, self.dtype)
         to_features = None
         if feature_teaching is not None:
             to_features = nn.Linear(model.num_features, feature_teaching.width).to(self.device, self.dtype)
@@ -369,23 +401,29 @@ class JointTask(TrainingTask):
 
         Args:
             input: View-major images (V * B, 3, H, W); the last images of each view are the pool's.
-            target: Targets (V * B, W) as `LabelSpace.split` takes them; those of teachers' answers (V * B, S) after
-                them, see `Teaching`.
+            target: Targets (V * B, W) as `LabelSpace.split` takes them; after them those of teachers' answers
+                (V * B, S), see `Teaching`, and what is told of each view (V * B, K), see `told`.
 
         Returns:
             'loss', its weighted terms '<term>_loss' (see `terms`; zero where off), 'head_losses' (H,) unweighted,
             'output' and 'target' of the classified rows by head, and with pseudo-labels 'pseudo_label_shares' (H,).
         """
+        width = sum(labels.width for labels in self.label_space.heads)
+        if self.told and target.shape[1] < width + self.told.width:
+            raise ValueError(
+                f'targets have {target.shape[1]} columns, and this task needs {self.told.width} more on each view: see '
+                'timm_multilabel.views.told')
+        target, plain, drawn = self.told.split(target)
         answers = taught = None
         if self.teaching is not None:
             if self.teaching.of_views is None:
-                width = sum(labels.width for labels in self.label_space.heads)
                 target, answers = target[:, :width], target[:, width:]
             else:
                 answers = self._in_pieces(self.teaching.of_views, input)
         if self.feature_teaching is not None:
             taught = self._in_pieces(self.feature_teaching.of_views, input)
-        outputs, projections = run_with_gradient_cache(self.trainable_module, input, self.views, self.micro_batch)
+        outputs, projections = run_with_gradient_cache(
+            self.trainable_module, input, self.views, self.micro_batch, *(() if drawn is None else (drawn,)))
         losses = {term: torch.zeros((), device=input.device) for term in self.terms}
         result: dict[str, Any] = {'head_losses': losses['simclr'].expand(len(self.label_space.heads))}
         if projections is not None:
@@ -396,7 +434,8 @@ class JointTask(TrainingTask):
         result['output'] = self._classified_outputs(outputs)
         result['target'] = {}
         if self.classification_weight:
-            columns = self.label_space.split(self._classified(target))
+            labels = target if plain is None else self.plain_views.mask(target, plain)
+            columns = self.label_space.split(self._classified(labels))
             result['target'] = dict(zip(self.label_space.names, columns, strict=True))
             head_losses = self._head_losses(result['output'], result['target'])
             losses['classification'] = self.classification_weight * (head_losses * self._weights).sum()
@@ -404,9 +443,9 @@ class JointTask(TrainingTask):
             if self.pool.batch_size:
                 losses |= self._entropies(outputs)
             if self.pool.pseudo_label_weight:
-                losses['pseudo_label'], result['pseudo_label_shares'] = self._pseudo_labels(input, outputs)
+                losses['pseudo_label'], result['pseudo_label_shares'] = self._pseudo_labels(input, outputs, plain)
             if self.teaching is not None and answers is not None:
-                losses['teacher'] = self._taught(self.teaching, outputs, answers)
+                losses['teacher'] = self._taught(self.teaching, outputs, answers, plain)
         result['loss'] = sum(losses.values())
         return result | {f'{term}_loss': loss.detach() for term, loss in losses.items()}
 
@@ -459,6 +498,7 @@ class JointTask(TrainingTask):
             teaching: Teaching,
             outputs: dict[str, torch.Tensor],
             answers: torch.Tensor,
+            plain: torch.Tensor | None,
     ) -> torch.Tensor:
         """The term of the teachers' answers (V * B, S)."""
         heads = self.heads
@@ -466,12 +506,18 @@ class JointTask(TrainingTask):
         parts = answers.split([heads[name].labels.outputs for name in teaching.heads], dim=1)
         losses = teacher_losses_of_heads(
             self._taught_groups, heads, outputs, dict(zip(teaching.heads, parts, strict=True)), teaching.temperature)
-        return teaching.weight * (losses * torch.stack([weights[name] for name in teaching.heads])).sum()
+        means = losses.mean(dim=1)
+        if plain is not None and not self.plain_views.names.isdisjoint(teaching.heads):
+            of_plain = self.plain_views.mean(losses, plain)
+            means = torch.stack([of_plain[place] if name in self.plain_views.names else means[place]
+                                 for place, name in enumerate(teaching.heads)])
+        return teaching.weight * (means * torch.stack([weights[name] for name in teaching.heads])).sum()
 
     def _pseudo_labels(
             self,
             images: torch.Tensor,
             outputs: dict[str, torch.Tensor],
+            plain: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The term of the pseudo-labels, and the share of the pool's images that passes (H,)."""
         teacher = self.get_trainable_module(ema=True)
@@ -486,10 +532,15 @@ class JointTask(TrainingTask):
             passed = total.new_zeros(())
             if head.distribution:
                 weak, strong = self._unlabelled(outputs[name])
-                loss, passed = head.pseudo_label_loss(
-                    strong, taught.get(name, weak), self.pool.pseudo_label_threshold)
-                total = total + weight * loss / self.pool.batch_size
-            shares.append(passed.to(total.dtype) / self.pool.batch_size)
+                weak = taught.get(name, weak)
+                of: float | torch.Tensor = self.pool.batch_size
+                if plain is not None and name in self.plain_views.names:
+                    learnt = self._unlabelled(plain)[1]
+                    weak, of = self.plain_views.teach(weak, learnt), self.plain_views.count(learnt)
+                loss, passed = head.pseudo_label_loss(strong, weak, self.pool.pseudo_label_threshold)
+                total = total + weight * loss / of
+                passed = passed.to(total.dtype) / of
+            shares.append(passed)
         return self.pool.pseudo_label_weight * total, torch.stack(shares)
 
 

@@ -112,6 +112,8 @@ def run_probe(settings: ProbeSettings) -> Probe | None:
     for name, its in options.items():
         if its.get('input') == 'projection':
             raise SettingError(f'--head {name}:input=projection: a probe has no projector; leave it out')
+        if its.get('views') == 'plain':
+            raise SettingError(f'--head {name}:views=plain: a probe sees all photos in their colors; leave it out')
     random_seed(settings.seed, 0)  # the same first weights on every rank
     model, data_config = create_model(of_training, data, options, True, say)
     for name, head in model.named_heads.items():

@@ -111,6 +111,10 @@ def check_settings(settings: TrainSettings, given: Collection[str]) -> None:
         raise SettingError(
             f"--cache device makes SimCLR's views on the device, and the views here are {which_views(settings)}; pass "
             '--views simclr, or --cache ram')
+    if objective.condition_projector and objective.simclr_loss_weight and which_views(settings) != 'simclr':
+        raise SettingError(
+            f'--condition-projector: what --views {which_views(settings)} draws for a view is not known; pass --views '
+            'simclr')
     jitter = views.color_jitter
     if jitter and (len(jitter) not in (1, 3, 4) or max(jitter[3:], default=0) > 0.5):
         raise SettingError('--color-jitter takes 1, 3 or 4 numbers, the fourth (hue) 0.5 at most')
@@ -150,6 +154,7 @@ def _check_idle(settings: TrainSettings, pool: bool, given: Collection[str]) -> 
         and 'there is no entropy weight to ramp up',
         'weak_first_view': not (settings.objective.simclr_loss_weight or of_pool.pseudo_label_weight)
         and 'there is one view an image',
+        'condition_projector': not settings.objective.simclr_loss_weight and 'there is no SimCLR',
         'cache_dir': settings.data.cache != 'disk' and (
             not settings.teaching.teacher or settings.teaching.teacher_views) and 'there is no --cache disk',
         **dict.fromkeys(('teacher_weight', 'teacher_temperature', 'teacher_views'),

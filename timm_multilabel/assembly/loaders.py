@@ -26,6 +26,7 @@ from timm_multilabel.loading.streaming import create_stream_loader
 from timm_multilabel.log import Say
 from timm_multilabel.views.opencv import OpenCVViews
 from timm_multilabel.views.pillow import scoring_views
+from timm_multilabel.views.told import Told
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def create_loaders(
         say: Say,
         cache: bool = True,
         soft_labels: Sequence[SoftLabels] = (),
+        told: Told = Told(),  # noqa: B008 (frozen)
 ) -> Loaders:
     """Make the loaders, and the cache that the settings ask for.
 
@@ -74,6 +76,7 @@ def create_loaders(
         say: Tells a line.
         cache: Open the cache; without it nothing is read, and no process is started.
         soft_labels: Those of the training rows and of the pool, if there are any.
+        told: What training is told of each view.
 
     Raises:
         SettingError: A cache that cannot be had.
@@ -93,7 +96,7 @@ def create_loaders(
     if of_data.cache and any(isinstance(rows, StreamedRows) for rows in (data.train_rows, data.eval_rows)):
         raise SettingError(f'--cache {of_data.cache}: shards are streamed, and nothing of them is kept; leave it out')
     photos = _Photos(of_data, options['workers'], device, say, of_data.cache if cache else None)
-    labelled_views = train_views(settings, data_config, views, augmentation.weak_first_view)
+    labelled_views = train_views(settings, data_config, views, augmentation.weak_first_view, told)
     train: TrainBatches
     evaluation: EvalBatches | None = None
     datasets: list[LeavesOutBad]
@@ -106,7 +109,7 @@ def create_loaders(
         sets = [(data.train_rows, labelled_views)]
         sizes = [data.batch_size]
         if data.pool_rows is not None:
-            sets.append((data.pool_rows, train_views(settings, data_config, views, weak_first(settings))))
+            sets.append((data.pool_rows, train_views(settings, data_config, views, weak_first(settings), told)))
             sizes.append(data.pool_batch_size)
         evaluated = 0 if data.eval_rows is None else -(-len(data.eval_rows) // ranks)
         parts, on_device = photos.datasets(
@@ -208,5 +211,5 @@ class _Photos:
                      f'fit into the {format_size(free)} of {self.device} that may be used; goes on with --cache ram')
             return None
         self.say(f'--cache device: {format_size(size)} on {self.device}, where the views are made')
-        return [DeviceDataset.copy(each, its.recipes, self.device, soft) for each, its, soft
+        return [DeviceDataset.copy(each, its.recipes, self.device, soft, its.told) for each, its, soft
                 in zip(photos, views, soft_labels, strict=True)]

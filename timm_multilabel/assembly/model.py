@@ -76,7 +76,7 @@ def create_model(
     try:
         made = MultiLabelModel(
             backbone, data.label_space, wanted.drop, objective.smoothing, options, data.registry,
-            objective.projection_dim)
+            objective.projection_dim, objective.projector_layers, objective.projector_width)
     except ValueError as error:
         raise SettingError(f'--head: {error}') from error
     return made, data_config

@@ -17,6 +17,7 @@ from timm_multilabel.assembly.device import choose_precision
 from timm_multilabel.assembly.loaders import Loaders, create_loaders
 from timm_multilabel.assembly.model import create_model
 from timm_multilabel.assembly.optimization import create_optimizer_step, create_saver
+from timm_multilabel.assembly.plain_views import check_plain_views
 from timm_multilabel.assembly.task import create_task, create_teaching, setup_ema_and_compile
 from timm_multilabel.assembly.teachers import (
     create_feature_teaching,
@@ -25,6 +26,7 @@ from timm_multilabel.assembly.teachers import (
     make_soft_labels,
     taught_heads,
 )
+from timm_multilabel.assembly.views import train_views
 from timm_multilabel.config.train import Phase, TrainSettings
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError
@@ -204,13 +206,16 @@ def _build(
     progress = TrainingProgress(0)
     if checkpoint is not None:
         progress = resume(checkpoint, task, optimizer_step, data.steps)
+    check_plain_views(
+        settings, tuple(sorted(task.plain_views.names)) if task.told.plain else (),
+        train_views(settings, data_config, task.views, bool(settings.augmentation.weak_first_view)), say)
     soft_labels = []
     if teachers is not None and not settings.teaching.teacher_views and not rehearsal:
         soft_labels = make_soft_labels(settings, data, teachers, say)
         del teachers
         free_memory(precision.device)
     loaders = create_loaders(
-        settings, data, data_config, task.views, precision.device, say, not rehearsal, soft_labels)
+        settings, data, data_config, task.views, precision.device, say, not rehearsal, soft_labels, task.told)
     if checkpoint is not None:
         differs = what_differs(
             checkpoint, ranks=world()[1], images_per_step=prepared.images_per_step,

@@ -35,6 +35,12 @@ def create_task(
             raise SettingError(f'--sync-bn needs CUDA, and the device is {device}; leave it out')
         model = convert_sync_batchnorm(model)
     _check_micro_batch(settings, model, data)
+    conditioned = bool(objective.condition_projector and objective.simclr_loss_weight)
+    if conditioned and model.projector is not None:
+        name = next(name for name, options in model.head_options.items() if options['input'] == 'projection')
+        raise SettingError(
+            f"--condition-projector: head '{name}' reads projections (input=projection), which then depend on what is "
+            'drawn of a view, and of a photo to predict nothing is drawn; leave one of them out')
     arch, model_kwargs = plain_model(backbone.model, backbone.model_kwargs)
     model.to(device)
     if backbone.channels_last:
@@ -45,6 +51,9 @@ def create_task(
         classification_weight=objective.classification_loss_weight,
         temperature=objective.temperature,
         projection_dim=objective.projection_dim,
+        projector_layers=objective.projector_layers,
+        projector_width=objective.projector_width,
+        condition_projector=conditioned,
         head_weights=head_weights,
         first_view_only=objective.classify_views == 'first',
         pool=Pool(
@@ -69,6 +78,9 @@ def create_task(
             'head_weights': head_weights,
             'head_options': model.head_options,
             'projection_dim': objective.projection_dim,
+            'projector_layers': objective.projector_layers,
+            'projector_width': objective.projector_width,
+            'condition_projector': conditioned,
             'train_split': of_data.train_split,
             'val_split': of_data.val_split,
             **asdict(TableFormat.of(of_data)),

@@ -9,6 +9,7 @@ from timm_multilabel.errors import SettingError
 from timm_multilabel.views.opencv import OpenCVViews
 from timm_multilabel.views.pillow import PillowViews, Transform, exact_transform, timm_transform
 from timm_multilabel.views.recipe import ViewRecipe, weak_recipe
+from timm_multilabel.views.told import Told
 
 PhotoViews = OpenCVViews | PillowViews
 """What makes the views of images."""
@@ -77,6 +78,7 @@ def train_views(
         data_config: dict[str, Any],
         count: int,
         weak_first: bool = False,
+        told: Told = Told(),  # noqa: B008 (frozen)
 ) -> PhotoViews:
     """What makes the training views of an image.
 
@@ -85,15 +87,23 @@ def train_views(
         data_config: timm's: size of the input, normalisation.
         count: Views of an image.
         weak_first: Of two, the first is FixMatch's weak one.
+        told: What training is told of each view.
     """
     kind, views, weak_first = which_views(settings), settings.augmentation, weak_first and count == 2
     weak = weak_recipe(**_placing(views, data_config, 'random' if kind == 'timm' else 'bilinear'))
     if kind == 'simclr':
         strong = view_recipe(views, data_config)
-        return OpenCVViews([weak if weak_first else strong] + [strong] * (count - 1))
+        return OpenCVViews([weak if weak_first else strong] + [strong] * (count - 1), told)
     transform = (_timm_transform(views, data_config) if kind == 'timm' else
                  exact_transform(view_recipe(views, data_config)))
-    return PillowViews([exact_transform(weak) if weak_first else transform] + [transform] * (count - 1), weak.size)
+    if kind == 'timm':
+        jitter = views.color_jitter_prob != 0 and any(views.color_jitter or [1])
+        plain = not (views.aa or jitter or views.grayscale_prob)
+    else:
+        plain = view_recipe(views, data_config).plain_share == 1
+    return PillowViews(
+        [exact_transform(weak) if weak_first else transform] + [transform] * (count - 1), weak.size,
+        told=told, plain=[weak_first or plain] + [plain] * (count - 1))
 
 
 def _timm_transform(views: AugmentationSettings, data_config: dict[str, Any]) -> Transform:

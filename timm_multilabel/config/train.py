@@ -18,7 +18,7 @@ from timm_multilabel.config.values import (
     number,
     positive,
 )
-from timm_multilabel.model_names import LARGEST_PROJECTION, LARGEST_SIDE
+from timm_multilabel.model_names import LARGEST_PROJECTION, LARGEST_SIDE, MOST_PROJECTOR_LAYERS
 
 side = number(int, least=1, most=LARGEST_SIDE)
 
@@ -42,7 +42,8 @@ class DataSettings(Settings):
     heads: list[str] | None = shared.heads('label columns to learn (default: all)')
     head: HeadOptions = shared.head(
         'options of a head: loss=softmax|arcface|tags|numeric, weight, input=features|projection, drop, smoothing, '
-        'class_weights=balanced, scale, margin, columns=a+b (one 0/1 column per tag)')
+        'class_weights=balanced, scale, margin, columns=a+b (one 0/1 column per tag), views=plain (learn from views '
+        'without color changes only)')
     head_module: str | None = shared.head_module()
     allow_hub: bool = shared.allow_hub()
     unknown_labels: str = setting(
@@ -115,6 +116,14 @@ class ObjectiveSettings(Settings):
     temperature: float = setting(0.5, 'temperature of NT-Xent', above_0, flags=('-t',), metavar='T')
     projection_dim: int = setting(
         64, 'dimension of the projections', number(int, least=1, most=LARGEST_PROJECTION), metavar='N')
+    projector_layers: int = setting(
+        2, 'layers of the projector', number(int, least=1, most=MOST_PROJECTOR_LAYERS), metavar='N')
+    projector_width: int | None = setting(
+        None, "width of the projector's hidden layers (default: that of the features)",
+        number(int, least=1, most=LARGEST_PROJECTION), metavar='N')
+    condition_projector: bool = switch(
+        "tell the projector each view's crop, flip, jitter, grayscale and blur (CASSLE), so that the features need not "
+        'lose what these change; with --views simclr')
     smoothing: float = setting(0.1, 'label smoothing factor', fraction, metavar='P')
     head_weights: dict[str, float] | None = setting(
         None, 'loss weight of each head (default: 1 / number of heads)', nargs='+', metavar='HEAD=W', read=assignments)

@@ -11,6 +11,7 @@ from torch import nn
 from timm_multilabel.errors import UserError
 from timm_multilabel.heads import Head
 from timm_multilabel.model import MultiLabelModel
+from timm_multilabel.projector import projector_shape
 from timm_multilabel.training.checkpoint import Checkpoint
 
 INPUT = 'images'
@@ -105,7 +106,7 @@ def describe(checkpoint: Checkpoint, weights: str, model: MultiLabelModel) -> di
         'preprocessing': preprocessing,
         'label_space': labels.to_dict(),
         'head_options': state.get('head_options') or {},
-        'projection_dim': state.get('projection_dim', 64),
+        **projector_shape(state),
     }
     try:
         found: dict[str, Any] = json.loads(json.dumps(description))

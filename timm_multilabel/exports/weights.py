@@ -48,7 +48,8 @@ def read_exported(path: str | Path) -> Checkpoint:
             described, 'the description of an exported model', way_out, lambda value: isinstance(value, dict))
         tensors = load_file(path)
     settings = {name: description[name] for name in (
-        'arch', 'model_kwargs', 'head_options', 'projection_dim', 'label_space') if name in description}
+        'arch', 'model_kwargs', 'head_options', 'projection_dim', 'projector_layers', 'projector_width', 'label_space')
+        if name in description}
     if 'preprocessing' in description:
         settings['data_config'] = description['preprocessing']
     return checkpoint_of(path, {**settings, 'state_dict': tensors})

@@ -3,6 +3,7 @@ from timm_multilabel.heads.classes import ArcFaceHead, SoftmaxHead
 from timm_multilabel.heads.head import Head
 from timm_multilabel.heads.numeric import NumericHead
 from timm_multilabel.heads.options import options_of, parse_option
+from timm_multilabel.heads.plain import PlainViews, heads_of_plain_views
 from timm_multilabel.heads.registry import (
     COMMON_OPTIONS,
     REGISTRY,
@@ -23,12 +24,14 @@ __all__ = [
     'Group',
     'Head',
     'NumericHead',
+    'PlainViews',
     'SoftmaxHead',
     'TagsHead',
     'create_head',
     'default_kind',
     'group_heads',
     'has_own_metrics',
+    'heads_of_plain_views',
     'load_registry',
     'losses_of_heads',
     'options_of',

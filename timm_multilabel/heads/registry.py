@@ -20,8 +20,9 @@ from timm_multilabel.metric_names import check_metric_names
 REGISTRY: Mapping[str, type[Head]] = {kind.kind: kind for kind in (SoftmaxHead, ArcFaceHead, TagsHead, NumericHead)}
 """The kinds of heads by name."""
 
-COMMON_OPTIONS = ('loss', 'weight', 'input', 'columns')
-"""Options of every head: its kind, its weight, 'features' or 'projection', the 0/1 columns of a group of tags."""
+COMMON_OPTIONS = ('loss', 'weight', 'input', 'columns', 'views')
+"""Options of every head: its kind, its weight, 'features' or 'projection', the 0/1 columns of a group of tags, and
+whether it learns from 'all' views or from 'plain' ones only."""
 
 
 def load_registry(path: str | None) -> dict[str, type[Head]]:
@@ -62,7 +63,8 @@ def resolve_options(
 
     Args:
         labels: Its labels.
-        options: 'loss', the kind, by default that of the labels; 'input', by default 'features'; options of the kind.
+        options: 'loss', the kind, by default that of the labels; 'input', by default 'features'; 'views', by default
+            'all', of which nothing is kept; options of the kind.
         defaults: Values of the flags that a kind may inherit.
         registry: The kinds by name.
 
@@ -74,6 +76,9 @@ def resolve_options(
         raise ValueError(f"there is no loss '{name}' (there are: {', '.join(registry)}); --head-module brings your own")
     if read not in ('features', 'projection'):
         raise ValueError(f"input is '{read}', expected features or projection")
+    views = options.get('views', 'all')
+    if views not in ('all', 'plain'):
+        raise ValueError(f"views is '{views}', expected all or plain (the views that keep their image's colors)")
     kind = registry[name]
     if not isinstance(labels, kind.reads):
         raise ValueError(f"'{name}' reads {kind.reads.kind}, and the head has {labels.kind}")
@@ -83,7 +88,7 @@ def resolve_options(
         if key not in known:
             raise ValueError(f"'{name}' has no option '{key}' (it has: {', '.join([*COMMON_OPTIONS, *known])})")
     inherited = {key: value for key, value in defaults.items() if key in kind.inherits and key in known}
-    return {'loss': name, 'input': read, **inherited, **given}
+    return {'loss': name, 'input': read, **({'views': views} if views == 'plain' else {}), **inherited, **given}
 
 
 def create_head(

@@ -82,8 +82,8 @@ class Group:
             answers: Mapping[str, torch.Tensor],
             temperature: float,
     ) -> torch.Tensor:
-        """The mean of `SoftmaxHead.teacher_loss` of each head (H,)."""
-        return distillation_loss(self._padded(outputs), self._padded(answers), temperature).mean(dim=0)
+        """`SoftmaxHead.teacher_loss` of each head (H, B)."""
+        return distillation_loss(self._padded(outputs), self._padded(answers), temperature).T
 
     def hits(
             self,
@@ -191,10 +191,10 @@ def teacher_losses_of_heads(
         answers: Mapping[str, torch.Tensor],
         temperature: float,
 ) -> torch.Tensor:
-    """The mean of `Head.teacher_loss` of each head that there are answers for (H,), in their order."""
+    """`Head.teacher_loss` of each head that there are answers for (H, B), in their order."""
     found: dict[str, torch.Tensor] = {}
     for group in groups:
         found |= zip(group.names, group.teacher_losses(outputs, answers, temperature).unbind(), strict=True)
     return torch.stack([
-        found[name] if name in found else heads[name].teacher_loss(outputs[name], answer, temperature).mean()
+        found[name] if name in found else heads[name].teacher_loss(outputs[name], answer, temperature)
         for name, answer in answers.items()])

@@ -17,7 +17,8 @@ from timm_multilabel.heads import REGISTRY, Head
 from timm_multilabel.labels import missing_row
 from timm_multilabel.loading.batches import ImageDataset
 from timm_multilabel.loading.loaders import create_eval_loader
-from timm_multilabel.model import MultiLabelModel, Projector
+from timm_multilabel.model import MultiLabelModel
+from timm_multilabel.projector import Projector, projector_shape
 from timm_multilabel.training.checkpoint import Checkpoint, load_model
 from timm_multilabel.training.trainer import Precision
 from timm_multilabel.views.pillow import scoring_views
@@ -131,6 +132,10 @@ class LoadedModel:
         if self.model.projector is not None:
             return self.model.projector
         path, state = self.checkpoint.path, self.checkpoint.state
+        if state.get('condition_projector'):
+            raise CheckpointError(
+                f'{path}: its projector is told what was drawn of each view (--condition-projector), and nothing is '
+                'drawn here; take the features')
         stored = state.get('task_state' if self.weights == 'plain' else 'task_state_ema')
         stored = stored.get('projector') if isinstance(stored, dict) else None
         if not stored:
@@ -138,11 +143,12 @@ class LoadedModel:
                 f'{path}: holds no projector of its {self.weights} weights (trained with -wls 0, perhaps); take the '
                 'features')
         try:
-            projector = Projector(self.model.num_features, state.get('projection_dim', 64))
-            projector.load_state_dict(stored)
+            with torch.device('meta'):  # no memory for what a file may ask for, but for what it holds
+                projector = Projector(self.model.num_features, *projector_shape(state).values())
+            projector.load_state_dict(stored, assign=True)
         except (RuntimeError, TypeError, AttributeError) as error:
             raise CheckpointError(f'{path}: its projector does not fit its model') from error
-        return projector
+        return projector.float()
 
     def maker(self, what: str) -> dict[str, Any]:
         """What tells embeddings of this model from those of another: plain values, a digest of weights and input."""

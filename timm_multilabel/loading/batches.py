@@ -53,8 +53,14 @@ class Views(Protocol):
     """Makes the views of images. `size` is (H, W)."""
     size: tuple[int, int]
 
-    def __call__(self, photos: Sequence[Photo], seeds: Sequence[int], out: np.ndarray) -> None:
-        """Write the views of N images into `out` (V, N, H, W, 3)."""
+    def __call__(self, photos: Sequence[Photo], seeds: Sequence[int], out: np.ndarray) -> torch.Tensor | None:
+        """Write the views of N images into `out` (V, N, H, W, 3); what is told of them (V, N, K), if anything is."""
+
+
+def of_views(targets: torch.Tensor, told: torch.Tensor | None, views: int) -> torch.Tensor:
+    """Targets (B, W) of images for each of their views (V, B, W + K), followed by what is told of these (V, B, K)."""
+    repeated = targets.expand(views, *targets.shape)
+    return repeated if told is None else torch.cat([repeated, told], dim=2)
 
 
 @dataclass
@@ -86,25 +92,28 @@ class ImageDataset:
         return self
 
     def write(self, draws: Sequence[Draw], out: np.ndarray) -> torch.Tensor:
-        """Write the views of draws into `out` (V, B, H, W, 3); their targets (B, W), or (B, W + S) with soft labels.
+        """Write the views of draws into `out` (V, B, H, W, 3).
+
+        Returns:
+            Their targets (V, B, W), followed by S soft labels, and by what is told of each view, where there are any.
 
         Raises:
             DataError: An image cannot be read, and bad ones are not left out.
         """
         rows, seeds = [draw.row for draw in draws], [draw.seed for draw in draws]
         if self.bad is None:
-            self.views([self.photos[row] for row in rows], seeds, out)
-            return self.targets_of(rows)
+            told = self.views([self.photos[row] for row in rows], seeds, out)
+            return of_views(self.targets_of(rows), told, len(out))
         good = [self._find_good(draw, self.bad) for draw in draws]
         try:
-            self.views([photo for _, photo, _ in good], seeds, out)
+            told = self.views([photo for _, photo, _ in good], seeds, out)
         except UserError:  # a header was well, and the rest is not
             found = [row for row, photo, _ in good if row is not None and not can_be_decoded(photo)]
             if not found:
                 raise
             self.bad[found] = True
             return self.write(draws, out)
-        return torch.stack([target for *_, target in good])
+        return of_views(torch.stack([target for *_, target in good]), told, len(out))
 
     def targets_of(self, rows: Sequence[int]) -> torch.Tensor:
         """The targets of rows, and after them their soft labels if there are any."""
@@ -160,7 +169,7 @@ class Batches(Dataset[Batch]):
             targets.append(part.write(its, images[:, start:start + len(its)].numpy()))
             start += len(its)
         # Colors last in memory, as they were made: moving them is left to the device.
-        return images.flatten(0, 1).permute(0, 3, 1, 2), torch.cat(targets).repeat(self.views, 1)
+        return images.flatten(0, 1).permute(0, 3, 1, 2), torch.cat(targets, dim=1).flatten(0, 1)
 
 
 def empty_batch(shape: tuple[int, ...]) -> torch.Tensor:

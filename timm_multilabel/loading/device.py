@@ -15,8 +15,9 @@ from timm_multilabel.loading.loaders import RepeatableErasing, names_of, shuffle
 from timm_multilabel.loading.sampling import ShuffledBatches, other_rows
 from timm_multilabel.loading.shared import free_memory
 from timm_multilabel.loading.soft_labels import SoftLabels
-from timm_multilabel.views.device import make_views
-from timm_multilabel.views.recipe import ViewRecipe
+from timm_multilabel.views.device import make_drawn
+from timm_multilabel.views.recipe import Draws, ViewRecipe, draw, view_seeds
+from timm_multilabel.views.told import Told
 
 _SHARE = 0.8  # of the device's free memory, what images may take at most
 _CHUNK = 1024  # images that are copied there at once
@@ -83,12 +84,14 @@ class DeviceDataset:
         recipes: The recipe of each view.
         bad: Rows whose image is bad (N,), on the host; another row takes the place of each.
         rows: The same rows on the host, which messages name.
+        told: What is told of each view.
     """
     images: DeviceImages
     targets: torch.Tensor
     recipes: Sequence[ViewRecipe]
     bad: np.ndarray
     rows: Rows
+    told: Told = Told()
 
     @classmethod
     def copy(
@@ -97,6 +100,7 @@ class DeviceDataset:
             recipes: Sequence[ViewRecipe],
             device: torch.device,
             soft_labels: SoftLabels | None = None,
+            told: Told = Told(),  # noqa: B008 (frozen)
     ) -> 'DeviceDataset':
         """Copy photos and their targets, with their soft labels if there are any, to a device.
 
@@ -108,18 +112,21 @@ class DeviceDataset:
         targets = photos.files.rows.targets.to(device)
         if soft_labels is not None:
             targets = torch.cat([targets, soft_labels.of(slice(None)).to(device)], dim=1)
-        return cls(DeviceImages.copy(photos, device), targets, recipes, photos.contents.bad, photos.files.rows)
+        return cls(DeviceImages.copy(photos, device), targets, recipes, photos.contents.bad, photos.files.rows, told)
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def make(self, view: int, rows: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
-        """One view of rows (B,): (B, 3, H, W) of 0 to 255."""
-        its = self.images
+    def make(self, view: int, rows: torch.Tensor, seeds: torch.Tensor) -> Batch:
+        """One view of rows (B,): (B, 3, H, W) of 0 to 255, and its targets with what is told of it (B, W + K)."""
+        its, recipe, sizes = self.images, self.recipes[view], self.images.sizes[rows]
+        draws, targets = draw(recipe, view_seeds(seeds, view), *sizes.unbind(1)), self.targets[rows]
+        if self.told:
+            targets = torch.cat([targets, self.told.of(draws, *sizes.unbind(1))], dim=1)
         views = max(1, min(_VIEWS, _BYTES // (4 * its.pixels[0].numel())))
         return torch.cat([
-            make_views(self.recipes[view], its.pixels[some], its.shapes[some], its.sizes[some], seed, view)
-            for some, seed in zip(rows.split(views), seeds.split(views))])
+            make_drawn(recipe, its.pixels[some], its.shapes[some], its.sizes[some], Draws(*drawn))
+            for some, *drawn in zip(rows.split(views), *(each.split(views) for each in draws))]), targets
 
     def replace_bad(self, rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         """Rows (S, B) with another one in place of each bad one, the one that a loader would take."""
@@ -193,14 +200,13 @@ class DeviceTrainLoader:
     def __iter__(self) -> Iterator[Batch]:
         passes = [self._draws(*each) for each in zip(self.parts, self.samplers.samplers)]
         for draws in zip(*passes):
-            images = torch.cat([
+            images, targets = (torch.cat(each) for each in zip(*(
                 part.make(view, rows, seeds) for view in range(self.views)
-                for part, (rows, seeds) in zip(self.parts, draws)])
+                for part, (rows, seeds) in zip(self.parts, draws))))
             images.sub_(self.mean).div_(self.std)
             if self.erase is not None:
                 images = self.erase(images)
-            targets = torch.cat([part.targets[rows] for part, (rows, _) in zip(self.parts, draws)])
-            yield images, targets.repeat(self.views, 1)
+            yield images, targets
 
     def _draws(self, part: DeviceDataset, sampler: ShuffledBatches) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Rows and seeds of each batch; those of a pass come to the device at once."""

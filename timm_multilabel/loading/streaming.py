@@ -13,7 +13,7 @@ from timm_multilabel.data.images import EncodedPhoto
 from timm_multilabel.data.shards import Sample
 from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.errors import DataError, UserError
-from timm_multilabel.loading.batches import Batch, Views, as_it_is, can_be_decoded, empty_batch
+from timm_multilabel.loading.batches import Batch, Views, as_it_is, can_be_decoded, empty_batch, of_views
 from timm_multilabel.loading.loaders import RepeatableLoader, WatchedLoader, worker_options
 
 
@@ -88,7 +88,7 @@ class StreamedBatches(IterableDataset[Batch]):
                 drawn = []
                 continue
             try:
-                images = self._images(drawn)
+                images, told = self._images(drawn)
             except UserError:
                 good = [each for each in drawn if can_be_decoded(each.photo)]
                 bad += len(drawn) - len(good)
@@ -98,7 +98,8 @@ class StreamedBatches(IterableDataset[Batch]):
                     self._leave_out(name)
                 drawn = good
                 continue
-            yield images, self.rows.encode([each.sample for each in drawn]).repeat(self.views, 1)
+            targets = self.rows.encode([each.sample for each in drawn])
+            yield images, of_views(targets, told, self.views).flatten(0, 1)
             drawn, bad = [], 0
 
     def _draws(self) -> Iterator[_Drawn]:
@@ -140,10 +141,11 @@ class StreamedBatches(IterableDataset[Batch]):
             except Empty:
                 return names
 
-    def _images(self, drawn: list[_Drawn]) -> torch.Tensor:
+    def _images(self, drawn: list[_Drawn]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The views of samples, and what is told of them (V, B, K), if anything is."""
         images = empty_batch((self.views, len(drawn), *self.make_views.size, 3))
-        self.make_views([each.photo for each in drawn], [each.seed for each in drawn], images.numpy())
-        return images.flatten(0, 1).permute(0, 3, 1, 2)
+        told = self.make_views([each.photo for each in drawn], [each.seed for each in drawn], images.numpy())
+        return images.flatten(0, 1).permute(0, 3, 1, 2), told
 
     def _hash(self, *parts: Any) -> int:
         text = repr((self.seed, int(self.epoch), *parts))

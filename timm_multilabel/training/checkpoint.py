@@ -22,6 +22,7 @@ from timm_multilabel.lora import merge_adapters
 from timm_multilabel.metric_names import earlier_name
 from timm_multilabel.model import MultiLabelModel, create_backbone
 from timm_multilabel.model_names import is_from_elsewhere
+from timm_multilabel.projector import projector_shape
 from timm_multilabel.task import JointTask
 from timm_multilabel.training.checkpoint_checks import check_archive, wrong_setting, wrong_tensors
 from timm_multilabel.training.optimizer_state import load_optimizer, load_plateau
@@ -198,7 +199,7 @@ def _make_model(checkpoint: Checkpoint, registry: Mapping[str, type[Head]]) -> M
         checkpoint.label_space,
         head_options=checkpoint.state.get('head_options'),
         registry=registry,
-        projection_dim=checkpoint.state.get('projection_dim', 64),
+        **projector_shape(checkpoint.state),
     )
 
 
@@ -273,7 +274,7 @@ def start_from(task: JointTask, checkpoint: Checkpoint, weights: str) -> str:
 def _alike(options: Mapping[str, Any], theirs: Mapping[str, Any], labels: Labels) -> bool:
     """Whether two heads of the same labels are of one kind and have the same input; of a user's kind, all options."""
     if options['loss'] not in REGISTRY:
-        return options == theirs
+        return {**options, 'views': None} == {**theirs, 'views': None}
     kind, read = theirs.get('loss', default_kind(labels)), theirs.get('input', 'features')
     return (options['loss'], options['input']) == (kind, read)
 

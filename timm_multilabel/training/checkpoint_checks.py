@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from timm_multilabel.config.values import WHITESPACE
-from timm_multilabel.model_names import LARGEST_PROJECTION, LARGEST_SIDE, check_arguments
+from timm_multilabel.model_names import LARGEST_PROJECTION, LARGEST_SIDE, MOST_PROJECTOR_LAYERS, check_arguments
 from timm_multilabel.training.pickle_checks import check_pickle
 
 _LARGEST_RESIZED = 2 ** 13  # pixels that the shorter edge of an image is resized to before the center is cropped
@@ -85,6 +85,9 @@ _SETTINGS: Mapping[str, Callable[[Any], bool]] = {
     'head_weights': lambda value: value is None or all(
         isinstance(name, str) and _is_number(weight) and weight >= 0 for name, weight in value.items()),
     'projection_dim': lambda value: _is_count(value, LARGEST_PROJECTION) and value > 0,
+    'projector_layers': lambda value: _is_count(value, MOST_PROJECTOR_LAYERS) and value > 0,
+    'projector_width': lambda value: value is None or _is_count(value, LARGEST_PROJECTION) and value > 0,
+    'condition_projector': lambda value: isinstance(value, bool),
     'data_config': is_data_config,
     'train_split': _is_text,
     'val_split': _is_text,

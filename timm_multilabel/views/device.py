@@ -30,7 +30,17 @@ def make_views(
         seeds: Their seeds (N,), int64.
         view: Which of an image's views it is, from 0.
     """
-    draws = draw(recipe, view_seeds(seeds, view), *sizes.unbind(1))
+    return make_drawn(recipe, images, shapes, sizes, draw(recipe, view_seeds(seeds, view), *sizes.unbind(1)))
+
+
+def make_drawn(
+        recipe: ViewRecipe,
+        images: torch.Tensor,
+        shapes: torch.Tensor,
+        sizes: torch.Tensor,
+        draws: Draws,
+) -> torch.Tensor:
+    """`make_views` from what was drawn."""
     boxes = draws.box * (shapes / sizes).repeat(1, 2)
     (height, width), radius = recipe.size, recipe.blur_radius
     rows = _placing(boxes[:, 0], boxes[:, 2], images.shape[1], height, draws.vflip, draws.bicubic)

@@ -9,7 +9,6 @@ import torch
 from timm_multilabel.compat import resize_antialiased
 from timm_multilabel.data.images import Photo
 from timm_multilabel.views.recipe import (
-    NEUTRAL,
     Draws,
     ViewRecipe,
     color_matrices,
@@ -18,6 +17,7 @@ from timm_multilabel.views.recipe import (
     useful_reductions,
     view_seeds,
 )
+from timm_multilabel.views.told import Told, is_plain
 
 
 class OpenCVViews:
@@ -28,19 +28,23 @@ class OpenCVViews:
 
     Args:
         recipes: A recipe for each view, all of one size.
+        told: What is told of each view.
     """
 
-    def __init__(self, recipes: Sequence[ViewRecipe]):
-        self.recipes = tuple(recipes)
+    def __init__(self, recipes: Sequence[ViewRecipe], told: Told = Told()):  # noqa: B008 (frozen)
+        self.recipes, self.told = tuple(recipes), told
         self.size = self.recipes[0].size
 
-    def __call__(self, photos: Sequence[Photo], seeds: Sequence[int], out: np.ndarray) -> None:
+    def __call__(self, photos: Sequence[Photo], seeds: Sequence[int], out: np.ndarray) -> torch.Tensor | None:
         """Write the views of N images into `out` (V, N, H, W, 3), uint8.
 
         Args:
             photos: The images.
             seeds: A seed each.
             out: Where to.
+
+        Returns:
+            What is told of the views (V, N, K), if anything is.
 
         Raises:
             UserError: An image cannot be decoded.
@@ -59,6 +63,16 @@ class OpenCVViews:
             _rotate(images, drawn)
             _color(images, drawn)
             _blur(images, drawn, recipe.blur_radius)
+        if not self.told:
+            return None
+        told = [self.told.of(drawn, height.repeat(len(views)), width.repeat(len(views)))
+                for (_, views), drawn in zip(groups, draws, strict=True)]
+        return torch.cat(told).view(len(out), len(photos), self.told.width)
+
+    @property
+    def plain_shares(self) -> list[float]:
+        """The share of each view that keeps the colors of its image, by the probabilities of its recipe."""
+        return [recipe.plain_share for recipe in self.recipes]
 
     def useful_reductions(self, photo: Photo) -> Sequence[int]:
         """The reductions of a photo that some view of it could ask for."""
@@ -129,7 +143,7 @@ def _rotate(views: list[np.ndarray], draws: Draws) -> None:
 
 
 def _color(views: list[np.ndarray], draws: Draws) -> None:
-    changed = ((draws.factors != torch.tensor(NEUTRAL)).any(dim=1) | draws.gray).tolist()
+    changed = (~is_plain(draws)).tolist()
     if not any(changed):
         return
     mean = torch.tensor([cv2.mean(view)[:3] if at else (0.0, 0.0, 0.0) for view, at in zip(views, changed)])

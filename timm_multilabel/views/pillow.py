@@ -17,6 +17,7 @@ from torchvision import transforms
 from timm_multilabel.data.images import Photo
 from timm_multilabel.views.opencv import crop_and_resize
 from timm_multilabel.views.recipe import ViewRecipe
+from timm_multilabel.views.told import Told
 
 Transform = Callable[[Image.Image], Image.Image]
 
@@ -30,21 +31,34 @@ class PillowViews:
         transforms: A transform for each view.
         size: (H, W) of what they give.
         random: They draw random numbers.
+        told: What is told of each view; their draws are not known.
+        plain: For each view whether it always has the colors of its image; those of any other view may be changed.
     """
 
     scales_key = 'whole'
     """What the reductions depend on that views could ask for."""
 
-    def __init__(self, transforms: Sequence[Transform], size: tuple[int, int], random: bool = True):
-        self.transforms, self.size, self.random = tuple(transforms), size, random
+    def __init__(
+            self,
+            transforms: Sequence[Transform],
+            size: tuple[int, int],
+            random: bool = True,
+            told: Told = Told(),  # noqa: B008 (frozen)
+            plain: Sequence[bool] = (),
+    ):
+        if told.parameters:
+            raise ValueError('what these views draw is not known')
+        self.transforms, self.size, self.random, self.told = tuple(transforms), size, random, told
+        self.plain_shares = [float(each) for each in plain]
 
-    def __call__(self, photos: Sequence[Photo], seeds: Sequence[int], out: np.ndarray) -> None:
-        """Write the views of N images into `out` (V, N, H, W, 3), uint8."""
+    def __call__(self, photos: Sequence[Photo], seeds: Sequence[int], out: np.ndarray) -> torch.Tensor | None:
+        """Write the views of N images into `out` (V, N, H, W, 3), uint8; what is told of them (V, N, 1), or None."""
         for n, (photo, seed) in enumerate(zip(photos, seeds, strict=True)):
             image = Image.fromarray(photo.decode())
             with seeded(seed) if self.random else nullcontext():
                 for view, transform in enumerate(self.transforms):
                     out[view, n] = transform(image)
+        return torch.tensor(self.plain_shares)[:, None, None].expand(-1, len(photos), 1) if self.told else None
 
     def useful_reductions(self, photo: Photo) -> Sequence[int]:
         """The reductions of a photo that some view of it could ask for."""

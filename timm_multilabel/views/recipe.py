@@ -55,6 +55,11 @@ class ViewRecipe:
         """Most pixels that the blur reaches to either side: its kernel is a tenth of the view's height."""
         return self.size[0] // 20
 
+    @property
+    def plain_share(self) -> float:
+        """The share of the views that keep the colors of their image: those without jitter and greyscale."""
+        return (1 - (self.jitter_prob if any(self.jitter) else 0.0)) * (1 - self.grayscale_prob)
+
 
 def weak_recipe(size: tuple[int, int], **flips_and_interpolation: Any) -> ViewRecipe:
     """The weak view of FixMatch (Sohn et al. 2020) for an image size (H, W): flip and a slight crop.
