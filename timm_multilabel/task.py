@@ -19,6 +19,7 @@ from timm_multilabel.lora import add_adapters
 from timm_multilabel.losses import feature_loss, nt_xent_loss
 from timm_multilabel.metrics import MultiLabelEvaluator
 from timm_multilabel.model import MultiLabelModel, Projector
+from timm_multilabel.pseudo_labels import PseudoLabels
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Pool:
         entropy_ramp_up: Epochs over which that weight grows from 0.
         marginal_entropy_weight: Weight of the reward for the entropy of the mean prediction; it ramps up alike.
         pseudo_label_weight: Weight of the pseudo-labels' cross-entropy; the first view is then the weak one.
-        pseudo_label_threshold: Least probability of a pseudo-label.
+        pseudo_label_threshold: Least probability of a pseudo-label, as a share of the reference.
+        pseudo_label_reference: 'labelled', the mean highest probability on labelled images, or 'none': 1.
+        pseudo_label_alignment: Align the distribution of the predictions first; see `PseudoLabels`.
     """
     batch_size: int = 0
     entropy_weight: float = 0.0
@@ -39,6 +42,8 @@ class Pool:
     marginal_entropy_weight: float = 0.0
     pseudo_label_weight: float = 0.0
     pseudo_label_threshold: float = UnlabelledSettings.pseudo_label_threshold
+    pseudo_label_reference: str = UnlabelledSettings.pseudo_label_reference
+    pseudo_label_alignment: bool = UnlabelledSettings.pseudo_label_alignment
 
     def __post_init__(self) -> None:
         weights = (self.entropy_weight, self.marginal_entropy_weight, self.pseudo_label_weight)
@@ -152,7 +157,7 @@ class JointTask(TrainingTask):
     - entropy: over the unlabelled images, the sum over heads of w_h times the mean entropy of its prediction.
     - marginal_entropy: minus the entropy of the mean prediction there, likewise over heads.
     - pseudo_label: likewise, the mean over them of the loss of the second view against what the first view, seen by the
-      EMA weights where there are any, is taken for; images below the threshold count as zero.
+      EMA weights where there are any, is taken for (see `PseudoLabels`); images below the threshold count as zero.
     - teacher: over all images, the sum over the heads that are taught of w_h times the mean of `Head.teacher_loss`.
     - teacher_features: over all images, the mean of `feature_loss` of the backbone's features, mapped to the teacher's.
 
@@ -229,6 +234,11 @@ class JointTask(TrainingTask):
         weights = torch.tensor(list(self.head_weights.values()), device=self.device)
         self.register_buffer('_weights', weights, persistent=False)
 
+        self.pseudo_labels = None
+        if pool.pseudo_label_weight:
+            self.pseudo_labels = PseudoLabels(
+                model.named_heads, pool.pseudo_label_threshold, pool.pseudo_label_reference == 'labelled',
+                pool.pseudo_label_alignment, self.device)
         self._groups = group_heads(model.named_heads)
         taught = () if teaching is None else teaching.heads
         self._taught_groups = group_heads({name: model.named_heads[name] for name in taught})
@@ -334,10 +344,15 @@ class JointTask(TrainingTask):
         return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """The projector and the map to a teacher's features, which live beside the model in a checkpoint."""
+        """What lives beside the model in a checkpoint: the projector, the map to a teacher's features, and, once, the
+        running means of pseudo-labels.
+        """
+        return {name: part.state_dict() for name, part in self._beside_the_model(module, ema).items()}
+
+    def _beside_the_model(self, module: nn.Module | None, ema: bool) -> dict[str, nn.Module]:
         module = module if module is not None else self.get_trainable_module(ema=ema)
-        return {} if module is None else {
-            name: part.state_dict() for name, part in _unwrapped(module).beside_the_model().items()}
+        parts = {} if module is None else _unwrapped(module).beside_the_model()
+        return parts if ema or self.pseudo_labels is None else {**parts, 'pseudo_labels': self.pseudo_labels}
 
     def load_task_state(
             self,
@@ -347,8 +362,7 @@ class JointTask(TrainingTask):
             ema: bool = False,
     ) -> None:
         """Bring back what `get_task_state` gives; a checkpoint without a part leaves it as it is."""
-        module = module if module is not None else self.get_trainable_module(ema=ema)
-        for name, part in ({} if module is None else _unwrapped(module).beside_the_model()).items():
+        for name, part in self._beside_the_model(module, ema).items():
             if state and name in state:
                 part.load_state_dict(state[name], strict=strict)
 
@@ -403,8 +417,9 @@ class JointTask(TrainingTask):
             result['head_losses'] = head_losses.detach()
             if self.pool.batch_size:
                 losses |= self._entropies(outputs)
-            if self.pool.pseudo_label_weight:
-                losses['pseudo_label'], result['pseudo_label_shares'] = self._pseudo_labels(input, outputs)
+            if self.pseudo_labels is not None:
+                losses['pseudo_label'], result['pseudo_label_shares'] = self._pseudo_labels(
+                    self.pseudo_labels, input, outputs, result['target'])
             if self.teaching is not None and answers is not None:
                 losses['teacher'] = self._taught(self.teaching, outputs, answers)
         result['loss'] = sum(losses.values())
@@ -470,24 +485,40 @@ class JointTask(TrainingTask):
 
     def _pseudo_labels(
             self,
+            rules: PseudoLabels,
             images: torch.Tensor,
             outputs: dict[str, torch.Tensor],
+            target: dict[str, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The term of the pseudo-labels, and the share of the pool's images that passes (H,)."""
+        """The term of the pseudo-labels, and the share of the pool's images that passes (H,).
+
+        `target` are those of the classified rows, the first of which are the labelled images' first views.
+        """
+        views, heads = images.chunk(self.views)[0], self.heads
+        labelled = len(views) - self.pool.batch_size
+        first = 0 if rules.needs_labelled else labelled
         teacher = self.get_trainable_module(ema=True)
-        taught = {}
         if teacher is not None:
-            model, weak_views = _unwrapped(teacher).model, self._unlabelled(images)[0]
+            # In evaluation mode: a label does not depend on which images are in the batch, nor on dropout. The
+            # statistics of its batch norm are the EMA of the student's, which are over labelled images and pool together.
+            model, seen = _unwrapped(teacher).model, views[first:]
             with torch.no_grad():
-                parts = [model(part) for part in weak_views.split(self.micro_batch or len(weak_views))]
-            taught = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                parts = [model(part) for part in seen.split(self.micro_batch or len(seen))]
+            weak = {name: torch.cat([part[name] for part in parts]) for name in rules.names}
+        else:
+            # The student in the very pass in which it learns: labelled images and pool are normalised together there.
+            weak = {name: outputs[name].chunk(self.views)[0][first:].detach() for name in rules.names}
+        made = rules(
+            heads,
+            {name: output[:labelled - first] for name, output in weak.items()},
+            {name: target[name][:labelled - first] for name in rules.names},
+            {name: output[labelled - first:] for name, output in weak.items()},
+        )
         total, shares = self._weights.new_zeros(()), []
-        for weight, (name, head) in zip(self._weights, self.heads.items(), strict=True):
+        for weight, (name, head) in zip(self._weights, heads.items(), strict=True):
             passed = total.new_zeros(())
-            if head.distribution:
-                weak, strong = self._unlabelled(outputs[name])
-                loss, passed = head.pseudo_label_loss(
-                    strong, taught.get(name, weak), self.pool.pseudo_label_threshold)
+            if name in made:
+                loss, passed = head.pseudo_label_loss(self._unlabelled(outputs[name])[1], *made[name])
                 total = total + weight * loss / self.pool.batch_size
             shares.append(passed.to(total.dtype) / self.pool.batch_size)
         return self.pool.pseudo_label_weight * total, torch.stack(shares)
