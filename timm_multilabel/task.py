@@ -499,8 +499,8 @@ class JointTask(TrainingTask):
         first = 0 if rules.needs_labelled else labelled
         teacher = self.get_trainable_module(ema=True)
         if teacher is not None:
-            # In evaluation mode: a label does not depend on which images are in the batch, nor on dropout. The
-            # statistics of its batch norm are the EMA of the student's, which are over labelled images and pool together.
+            # In evaluation mode: a label depends on no other image of the batch and on no dropout. The statistics
+            # of its batch norm are an EMA of the student's, which are over labelled images and pool together.
             model, seen = _unwrapped(teacher).model, views[first:]
             with torch.no_grad():
                 parts = [model(part) for part in seen.split(self.micro_batch or len(seen))]

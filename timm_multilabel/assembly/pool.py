@@ -12,7 +12,6 @@ from timm_multilabel.errors import DataError, UserError
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.log import Say
 
-
 _TIMES_LABELLED = 7  # FixMatch's and AdaMatch's ratio of unlabelled to labelled images
 
 
@@ -64,8 +63,8 @@ def find_pool(
 def choose_pool_batch(settings: TrainSettings, pool: Rows, say: Say) -> int:
     """Unlabelled images of a batch on each rank: those asked for, else as many as labelled ones.
 
-    With pseudo-labels alone, which need many of them to find some that are sure, it is FixMatch's 7 times as many, or all
-    that there are.
+    With pseudo-labels alone, which need many of them to find some that are sure, it is FixMatch's 7 times as many, or
+    all that there are.
     """
     asked, size, ranks = settings.pool.unlabelled_batch_size, settings.run.batch_size, world()[1]
     if asked or not settings.pool.pseudo_label_weight or settings.objective.simclr_loss_weight:

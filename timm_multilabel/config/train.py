@@ -136,8 +136,8 @@ class UnlabelledSettings(Settings):
         positive, metavar='N')
     unlabelled_batch_size: int | None = setting(
         None,
-        'unlabelled images per batch and GPU (default: the same as -b; with pseudo-labels and -wls 0: 7 times -b, or all '
-        'that there are; with -wlc 0: none in addition to -b)',
+        'unlabelled images per batch and GPU (default: the same as -b; with pseudo-labels and -wls 0 7 times -b, or '
+        'all that there are; with -wlc 0: none in addition to -b)',
         positive, metavar='N')
     epoch_by: str = setting(
         'larger', 'the set of images that one epoch passes over once; the other set starts over when it runs out',
@@ -159,7 +159,7 @@ class UnlabelledSettings(Settings):
         '(labelled), or 1 (none)',
         choices=('labelled', 'none'))
     pseudo_label_alignment: bool = switch(
-        'before the threshold, align the mean prediction on unlabelled images with that on labelled images', default=True)
+        'before the threshold, align the mean prediction on unlabelled images with that on labelled ones', default=True)
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,8 @@ class AugmentationSettings(Settings):
         default=None)
     scale: list[float] | None = setting(
         None,
-        "range of the crop area, as fractions of the image (default: 0.2 1; with timm's views 0.08 1, or 0.8 1 with the "
-        'default --aa of pseudo-labels)',
+        "range of the crop area, as fractions of the image (default: 0.2 1; with timm's views 0.08 1, or 0.8 1 with "
+        'the default --aa of pseudo-labels)',
         above_0, nargs=2, metavar='X')
     ratio: list[float] = setting(
         [3 / 4, 4 / 3], 'range of the crop aspect ratio (default: 3/4 4/3)', above_0, nargs=2, metavar='X')

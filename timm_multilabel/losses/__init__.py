@@ -13,7 +13,12 @@ from timm_multilabel.losses.distillation import (
     mean_of_tags,
 )
 from timm_multilabel.losses.nt_xent import nt_xent_loss
-from timm_multilabel.losses.pseudo_labels import alignment, binary_alignment, binary_pseudo_label_loss, pseudo_label_loss
+from timm_multilabel.losses.pseudo_labels import (
+    alignment,
+    binary_alignment,
+    binary_pseudo_label_loss,
+    pseudo_label_loss,
+)
 from timm_multilabel.losses.regression import smooth_l1
 from timm_multilabel.losses.unlabelled import (
     binary_entropy,
