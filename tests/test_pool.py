@@ -202,7 +202,8 @@ def test_entropy_ramps_up_over_epochs():
 @pytest.mark.parametrize('ema', [False, True])
 def test_pseudo_labels_come_from_the_first_view_by_the_ema_where_there_is_one(ema):
     task = tiny_task(simclr_weight=0, classification_weight=1,
-                     pool=Pool(2, pseudo_label_weight=2.0, pseudo_label_threshold=0.4))
+                     pool=Pool(2, pseudo_label_weight=2.0, pseudo_label_threshold=0.4, pseudo_label_reference='none',
+                               pseudo_label_alignment=False))
     assert task.views == 2 and task.trainable_module.projector is None
     model = task.trainable_module.model
     teacher = model

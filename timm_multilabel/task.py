@@ -1,4 +1,5 @@
 """The joint objective as a `timm.task.TrainingTask`."""
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class Pool:
         entropy_ramp_up: Epochs over which that weight grows from 0.
         marginal_entropy_weight: Weight of the reward for the entropy of the mean prediction; it ramps up alike.
         pseudo_label_weight: Weight of the pseudo-labels' cross-entropy; the first view is then the weak one.
+        pseudo_label_ramp_up: Epochs over which that weight grows from 0.
         pseudo_label_threshold: Least probability of a pseudo-label, as a share of the reference.
         pseudo_label_reference: 'labelled', the mean highest probability on labelled images, or 'none': 1.
         pseudo_label_alignment: Align the distribution of the predictions first; see `PseudoLabels`.
@@ -41,6 +43,7 @@ class Pool:
     entropy_ramp_up: int = 0
     marginal_entropy_weight: float = 0.0
     pseudo_label_weight: float = 0.0
+    pseudo_label_ramp_up: float = 0.0
     pseudo_label_threshold: float = UnlabelledSettings.pseudo_label_threshold
     pseudo_label_reference: str = UnlabelledSettings.pseudo_label_reference
     pseudo_label_alignment: bool = UnlabelledSettings.pseudo_label_alignment
@@ -226,6 +229,7 @@ class JointTask(TrainingTask):
         self.micro_batch = micro_batch
         self.pool, self.teaching, self.feature_teaching = pool, teaching, feature_teaching
         self.ramp = 1.0
+        self.pseudo_label_ramp = 1.0
         self.views = 2 if simclr_weight or pool.pseudo_label_weight else 1
         self.first_view_only = first_view_only and self.views == 2
         self.metadata = metadata if metadata is not None else {}
@@ -299,6 +303,18 @@ class JointTask(TrainingTask):
     def start_epoch(self, epoch: int) -> None:
         """Set what changes with the epoch (from 0): the ramp of the entropies."""
         self.ramp = min(1.0, epoch / self.pool.entropy_ramp_up) if self.pool.entropy_ramp_up else 1.0
+
+    def start_step(self, epochs: float) -> None:
+        """Set what changes with the step: the ramp of the pseudo-labels.
+
+        The mean prediction on labelled images is no more certain at first than that on the pool, so that nearly every
+        image passes a threshold relative to it; AdaMatch's weight grows as here, over half of the training.
+
+        Args:
+            epochs: How many are done, with the share of the present one.
+        """
+        ramp_up = self.pool.pseudo_label_ramp_up
+        self.pseudo_label_ramp = 0.5 - 0.5 * math.cos(math.pi * min(1.0, epochs / ramp_up)) if ramp_up else 1.0
 
     def train(self, mode: bool = True) -> 'JointTask':
         super().train(mode)
@@ -521,7 +537,7 @@ class JointTask(TrainingTask):
                 loss, passed = head.pseudo_label_loss(self._unlabelled(outputs[name])[1], *made[name])
                 total = total + weight * loss / self.pool.batch_size
             shares.append(passed.to(total.dtype) / self.pool.batch_size)
-        return self.pool.pseudo_label_weight * total, torch.stack(shares)
+        return self.pool.pseudo_label_weight * self.pseudo_label_ramp * total, torch.stack(shares)
 
 
 def _unwrapped(module: nn.Module) -> JointModule:

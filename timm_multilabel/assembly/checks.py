@@ -18,7 +18,8 @@ from timm_multilabel.metric_names import earlier_name, of_head
 from timm_multilabel.metrics import MEANS, default_metric
 from timm_multilabel.task import resolve_head_weights
 
-_OF_PSEUDO_LABELS = 'pseudo_label_threshold', 'pseudo_label_reference', 'pseudo_label_alignment'
+_OF_PSEUDO_LABELS = (
+    'pseudo_label_ramp_up', 'pseudo_label_threshold', 'pseudo_label_reference', 'pseudo_label_alignment')
 _RUN_WIDE = (
     'output', 'experiment', 'resume', 'initial_checkpoint', 'device', 'seed', 'log_tensorboard', 'log_wandb')
 

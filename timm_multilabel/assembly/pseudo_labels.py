@@ -53,3 +53,11 @@ def ema_warms_up(backbone: ModelSettings, updates: int) -> bool:
     if backbone.model_ema_warmup is not None:
         return backbone.model_ema_warmup
     return bool(backbone.model_ema) and updates * (1 - backbone.model_ema_decay) < 1
+
+
+def pseudo_label_ramp_up(settings: TrainSettings) -> float:
+    """Epochs over which the weight of pseudo-labels grows: as the flag says, else half (AdaMatch) or none (FixMatch)."""
+    asked, reference = settings.pool.pseudo_label_ramp_up, settings.pool.pseudo_label_reference
+    if asked is not None:
+        return asked
+    return settings.schedule.epochs / 2 if reference == 'labelled' else 0.0

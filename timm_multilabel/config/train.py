@@ -150,6 +150,11 @@ class UnlabelledSettings(Settings):
     pseudo_label_weight: float = setting(
         0.0, 'weight of the pseudo-label loss: the strong view learns what is predicted on the weak view', at_least_0,
         metavar='W')
+    pseudo_label_ramp_up: float | None = setting(
+        None,
+        'epochs over which that weight ramps up from 0, step by step (default: half of --epochs; 0 with '
+        '--pseudo-label-reference none)',
+        at_least_0, metavar='N')
     pseudo_label_threshold: float = setting(
         0.95, 'minimum probability for a prediction to become a pseudo-label, as a share of the reference', fraction,
         metavar='P')
