@@ -283,7 +283,8 @@ def _rank(rank):
         result['loss'].backward()
         optimizer.step()
         losses.append({term: result[f'{term}_loss'].item() for term in task.terms})
-    return losses, {name: p.tolist() for name, p in task.trainable_module.module.named_parameters()}
+    means = {name: value.tolist() for name, value in task.pseudo_labels.state_dict().items()}
+    return losses, {name: p.tolist() for name, p in task.trainable_module.module.named_parameters()}, means
 
 
 @pytest.mark.slow
@@ -305,8 +306,11 @@ def test_two_ranks_train_every_kind_of_head_and_term_as_one_process():
     results = run_ranks(_rank, 2)
     for step in range(2):
         for term, value in expected[step].items():
-            assert np.mean([losses[step][term] for losses, _ in results]) == pytest.approx(value, rel=1e-9), term
-    for _, weights in results:
+            assert np.mean([losses[step][term] for losses, *_ in results]) == pytest.approx(value, rel=1e-9), term
+    assert results[0][2] == results[1][2]  # the running means of pseudo-labels
+    for name, value in task.pseudo_labels.state_dict().items():
+        np.testing.assert_allclose(results[0][2][name], value, rtol=1e-9)
+    for _, weights, _ in results:
         for name, p in task.trainable_module.named_parameters():
             torch.testing.assert_close(torch.tensor(weights[name], dtype=torch.float64), p.detach(),
                                        rtol=1e-9, atol=1e-12, msg=name)

@@ -56,7 +56,7 @@ def ema_warms_up(backbone: ModelSettings, updates: int) -> bool:
 
 
 def pseudo_label_ramp_up(settings: TrainSettings) -> float:
-    """Epochs over which the weight of pseudo-labels grows: as the flag says, else half (AdaMatch) or none (FixMatch)."""
+    """Epochs over which the weight of pseudo-labels grows: as asked, else half (AdaMatch) or none (FixMatch)."""
     asked, reference = settings.pool.pseudo_label_ramp_up, settings.pool.pseudo_label_reference
     if asked is not None:
         return asked
