@@ -127,7 +127,7 @@ def prepare_phase(phase: Phase, recipe: str | None, device: torch.device, say: S
     with _named(phase, recipe):
         precision = choose_precision(device, run.amp, run.amp_dtype, phase.settings.backbone.channels_last)
         if phase.chosen:
-            say(f'{prefix}--pseudo-label-weight brings {as_flags(phase.chosen)}; flags of yours would win')
+            say(f'{prefix}--pseudo-label-weight also sets {as_flags(phase.chosen)}; pass others to change that')
         data = read_data(phase.settings, lambda line: say(f'{prefix}{line}'))
         if phase.settings.backbone.fresh_start and index:
             seed = int(np.random.SeedSequence((run.seed, index)).generate_state(1)[0]) % 2 ** 31

@@ -12,7 +12,7 @@ from timm_multilabel.errors import DataError, UserError
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.log import Say
 
-_TIMES_LABELLED = 7  # FixMatch's and AdaMatch's ratio of unlabelled to labelled images
+_TIMES_LABELLED = 7  # FixMatch's ratio of unlabelled to labelled images
 
 
 def wants_pool(settings: TrainSettings) -> bool:

@@ -7,13 +7,13 @@ from timm_multilabel.config.files import as_words
 from timm_multilabel.config.train import ModelSettings, TrainSettings
 
 RAND_AUGMENT = 'rand-m10-n2-mstd101-inc1'
-"""FixMatch's RandAugment (Sohn et al. 2020, appendix D) in timm's words: two operations, each with a chance of a half
-and a strength that is drawn for each image."""
+"""The RandAugment of FixMatch (Sohn et al. 2020) in timm's words: two operations, each with a chance of a half and a
+strength that is drawn anew."""
 
 STRONG_VIEW = {
     'aa': RAND_AUGMENT,
     'scale': [0.8, 1.0],  # the crop of the weak view, as in FixMatch: what makes it strong is the policy
-    'reprob': 0.5,  # of timm's erasing, which on average takes twice the area of FixMatch's cutout
+    'reprob': 0.5,  # in place of FixMatch's cutout
 }
 """The strong view of FixMatch."""
 
@@ -25,6 +25,7 @@ def chosen_by_pseudo_labels(settings: TrainSettings) -> dict[str, Any]:
       while the learning rate is high.
     - The first view of labelled images is a weak one too, as AdaMatch has it: confidence and distribution on labelled
       images are compared with those on the pool, so both are seen alike.
+    - The weight ramps up over half of the epochs, as AdaMatch has it: a relative threshold lets early guesses pass.
     - The second view is FixMatch's strong one, unless views are chosen. Beside NT-Xent it stays SimCLR's, which NT-Xent
       needs (Chen et al. 2020, table 1, find AutoAugment worse) and which is a strong one as well.
     """
@@ -32,6 +33,8 @@ def chosen_by_pseudo_labels(settings: TrainSettings) -> dict[str, Any]:
     if not settings.pool.pseudo_label_weight:
         return {}
     wanted: dict[str, Any] = {'model_ema': True, 'weak_first_view': True}
+    if settings.pool.pseudo_label_reference == 'labelled':
+        wanted['pseudo_label_ramp_up'] = settings.schedule.epochs / 2
     own = views.views or views.aa or views.color_jitter or views.color_jitter_prob is not None
     if which_views(settings) == 'timm' and not own:
         wanted |= STRONG_VIEW
@@ -53,11 +56,3 @@ def ema_warms_up(backbone: ModelSettings, updates: int) -> bool:
     if backbone.model_ema_warmup is not None:
         return backbone.model_ema_warmup
     return bool(backbone.model_ema) and updates * (1 - backbone.model_ema_decay) < 1
-
-
-def pseudo_label_ramp_up(settings: TrainSettings) -> float:
-    """Epochs over which the weight of pseudo-labels grows: as asked, else half (AdaMatch) or none (FixMatch)."""
-    asked, reference = settings.pool.pseudo_label_ramp_up, settings.pool.pseudo_label_reference
-    if asked is not None:
-        return asked
-    return settings.schedule.epochs / 2 if reference == 'labelled' else 0.0

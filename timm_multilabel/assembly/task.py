@@ -6,7 +6,7 @@ from timm.layers import convert_sync_batchnorm
 
 from timm_multilabel.assembly.data import Data
 from timm_multilabel.assembly.model import has_one_view
-from timm_multilabel.assembly.pseudo_labels import ema_warms_up, pseudo_label_ramp_up
+from timm_multilabel.assembly.pseudo_labels import ema_warms_up
 from timm_multilabel.compat import BatchNorm
 from timm_multilabel.config.train import ModelSettings, TeacherSettings, TrainSettings
 from timm_multilabel.errors import SettingError
@@ -53,7 +53,7 @@ def create_task(
             pool.entropy_ramp_up,
             pool.marginal_entropy_weight,
             pool.pseudo_label_weight,
-            pseudo_label_ramp_up(settings),
+            pool.pseudo_label_ramp_up or 0.0,
             pool.pseudo_label_threshold,
             pool.pseudo_label_reference,
             pool.pseudo_label_alignment,
