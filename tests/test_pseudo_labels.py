@@ -220,7 +220,8 @@ def test_pseudo_labels_choose_what_no_flag_says(data_dir, flags, chosen):
     phase, = check_phases(settings)
     assert phase.chosen == chosen and {name: phase.settings.flat()[name] for name in chosen} == chosen
     assert settings.flat()['model_ema'] is (False if '--no-model-ema' in flags else None)  # as args.yaml has it
-    assert not check_phases(settings.replace(pseudo_label_weight=0.0))[0].chosen
+    without = {'pseudo_label_weight': 0.0, 'pseudo_label_ramp_up': None, 'pseudo_label_reference': 'labelled'}
+    assert not check_phases(settings.replace(**without))[0].chosen
 
 
 def test_strong_views_and_the_size_of_the_batch(data_dir):
