@@ -19,7 +19,7 @@ from common import tiny_task, train_run, weights, write_data
 
 from timm_multilabel import losses
 from timm_multilabel.labels import MISSING
-from timm_multilabel.task import JointTask
+from timm_multilabel.task import JointTask, Pool
 from timm_multilabel.training.optimizer_step import OptimizerStep
 from timm_multilabel.training.progress_bar import ProgressBar
 from timm_multilabel.training.trainer import Precision, Trainer, make_scaler
