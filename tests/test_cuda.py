@@ -19,7 +19,7 @@ from common import tiny_task, train_run, weights, write_data
 
 from timm_multilabel import losses
 from timm_multilabel.labels import MISSING
-from timm_multilabel.task import JointTask
+from timm_multilabel.task import JointTask, Pool
 from timm_multilabel.training.optimizer_step import OptimizerStep
 from timm_multilabel.training.progress_bar import ProgressBar
 from timm_multilabel.training.trainer import Precision, Trainer, make_scaler
@@ -241,9 +241,12 @@ def test_bfloat16_is_close_to_float32():
     assert results[1]['train_loss'] == pytest.approx(results[0]['train_loss'], rel=0.02)
 
 
-def test_a_step_waits_for_nothing():
+@pytest.mark.parametrize('pool', [Pool(), Pool(1, pseudo_label_weight=1.0)])
+def test_a_step_waits_for_nothing(pool):
     """Between the ends of an epoch: the steps in the middle are told to raise where the host waits."""
-    task, steps = device_task(), []
+    task, steps = device_task(pool=pool), []
+    if pool.batch_size:
+        task.setup_ema()
 
     def before(*_):
         steps.append(len(steps))

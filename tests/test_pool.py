@@ -202,7 +202,8 @@ def test_entropy_ramps_up_over_epochs():
 @pytest.mark.parametrize('ema', [False, True])
 def test_pseudo_labels_come_from_the_first_view_by_the_ema_where_there_is_one(ema):
     task = tiny_task(simclr_weight=0, classification_weight=1,
-                     pool=Pool(2, pseudo_label_weight=2.0, pseudo_label_threshold=0.4))
+                     pool=Pool(2, pseudo_label_weight=2.0, pseudo_label_threshold=0.4, pseudo_label_reference='none',
+                               pseudo_label_alignment=False))
     assert task.views == 2 and task.trainable_module.projector is None
     model = task.trainable_module.model
     teacher = model
@@ -282,7 +283,8 @@ def _rank(rank):
         result['loss'].backward()
         optimizer.step()
         losses.append({term: result[f'{term}_loss'].item() for term in task.terms})
-    return losses, {name: p.tolist() for name, p in task.trainable_module.module.named_parameters()}
+    means = {name: value.tolist() for name, value in task.pseudo_labels.state_dict().items()}
+    return losses, {name: p.tolist() for name, p in task.trainable_module.module.named_parameters()}, means
 
 
 @pytest.mark.slow
@@ -304,8 +306,11 @@ def test_two_ranks_train_every_kind_of_head_and_term_as_one_process():
     results = run_ranks(_rank, 2)
     for step in range(2):
         for term, value in expected[step].items():
-            assert np.mean([losses[step][term] for losses, _ in results]) == pytest.approx(value, rel=1e-9), term
-    for _, weights in results:
+            assert np.mean([losses[step][term] for losses, *_ in results]) == pytest.approx(value, rel=1e-9), term
+    assert results[0][2] == results[1][2]  # the running means of pseudo-labels
+    for name, value in task.pseudo_labels.state_dict().items():
+        np.testing.assert_allclose(results[0][2][name], value, rtol=1e-9)
+    for _, weights, _ in results:
         for name, p in task.trainable_module.named_parameters():
             torch.testing.assert_close(torch.tensor(weights[name], dtype=torch.float64), p.detach(),
                                        rtol=1e-9, atol=1e-12, msg=name)

@@ -45,6 +45,8 @@ def killed_run(data_dir, output, monkeypatch, saves, *flags, epochs=3):
       '--checkpoint-steps', '3'], 2),
     (['-wls', '0', '--mixup', '0.4', '--cutmix', '1', '-j', '1', '--checkpoint-steps', '2'], 2),
     (['-wlc', '0', '--cache', 'device', '--opt', 'adamw', '--checkpoint-steps', '2'], 1),
+    (['-wls', '0', '--unlabelled', 'images', '--labelled-rows', '8', '--pseudo-label-weight', '1',
+      '--pseudo-label-threshold', '0.5', '--checkpoint-steps', '1'], 2),  # with running means
     (['--sched', 'plateau', '--patience-epochs', '1', '--micro-batch', '3', '--amp', '--checkpoint-steps', '2'], 3),
 ])
 def test_resume_within_an_epoch(data_dir, tmp_path, monkeypatch, flags, saves):

@@ -32,7 +32,8 @@ FLAGS = [  # the run that goes on, its new flags, and what the refusal or the li
         '--smoothing 0', '--head-weights color=1 shape=2', '--classify-views first', '--labelled-rows 8', POOL,
         f'{POOL} --epoch-by labelled', f'{POOL} --entropy-weight 0.1',
         f'{POOL} --entropy-weight 0.1 --entropy-ramp-up 2', f'{POOL} --marginal-entropy-weight 0.1',
-        f'{POOL} --pseudo-label-weight 0.1', f'{POOL} --pseudo-label-weight 0.1 --pseudo-label-threshold 0.5',
+        f'{POOL} --pseudo-label-weight 0.1', f'{POOL} --pseudo-label-weight 0.1 --pseudo-label-ramp-up 1 '
+        '--pseudo-label-threshold 0.5 --pseudo-label-reference none --no-pseudo-label-alignment',
         f'{TEACHER} --cache-dir cache', f'{TEACHER} --teacher-views --teacher-weight 2 --teacher-temperature 3',
         '--views simclr-exact', '--weak-first-view', '--scale 0.5 1', '--ratio 0.8 1.2', '--hflip 0', '--vflip 0.5',
         '--rotation 10', '--train-interpolation bicubic', '--aa rand-m5', '--color-jitter 0.1 0.1 0.1',

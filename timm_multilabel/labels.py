@@ -86,8 +86,8 @@ class LabelSet(_Classes):
         Raises:
             BadCell: A cell is a list of none or of several.
         """
-        index = singles(cells).map(self._index).fillna(UNKNOWN)
-        return index.to_numpy(np.float32)[:, None]
+        index: np.ndarray = singles(cells).map(self._index).fillna(UNKNOWN).to_numpy(np.float32)
+        return index[:, None]
 
     def unknown(self, cells: pd.DataFrame) -> dict[str, list[Any]]:
         """The texts that are no classes, with their rows."""

@@ -1,4 +1,5 @@
 """The joint objective as a `timm.task.TrainingTask`."""
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from timm_multilabel.losses import feature_loss, nt_xent_loss
 from timm_multilabel.metrics import MultiLabelEvaluator
 from timm_multilabel.model import MultiLabelModel
 from timm_multilabel.projector import ConditionedProjector, Projector
+from timm_multilabel.pseudo_labels import PseudoLabels
 from timm_multilabel.views.told import Told
 
 
@@ -40,14 +42,20 @@ class Pool:
         entropy_ramp_up: Epochs over which that weight grows from 0.
         marginal_entropy_weight: Weight of the reward for the entropy of the mean prediction; it ramps up alike.
         pseudo_label_weight: Weight of the pseudo-labels' cross-entropy; the first view is then the weak one.
-        pseudo_label_threshold: Least probability of a pseudo-label.
+        pseudo_label_ramp_up: Epochs over which that weight grows from 0.
+        pseudo_label_threshold: Least probability of a pseudo-label, as a share of the reference.
+        pseudo_label_reference: 'labelled', the mean highest probability on labelled images, or 'none': 1.
+        pseudo_label_alignment: Align the distribution of the predictions first; see `PseudoLabels`.
     """
     batch_size: int = 0
     entropy_weight: float = 0.0
     entropy_ramp_up: int = 0
     marginal_entropy_weight: float = 0.0
     pseudo_label_weight: float = 0.0
+    pseudo_label_ramp_up: float = 0.0
     pseudo_label_threshold: float = UnlabelledSettings.pseudo_label_threshold
+    pseudo_label_reference: str = UnlabelledSettings.pseudo_label_reference
+    pseudo_label_alignment: bool = UnlabelledSettings.pseudo_label_alignment
 
     def __post_init__(self) -> None:
         weights = (self.entropy_weight, self.marginal_entropy_weight, self.pseudo_label_weight)
@@ -169,7 +177,7 @@ class JointTask(TrainingTask):
     - entropy: over the unlabelled images, the sum over heads of w_h times the mean entropy of its prediction.
     - marginal_entropy: minus the entropy of the mean prediction there, likewise over heads.
     - pseudo_label: likewise, the mean over them of the loss of the second view against what the first view, seen by the
-      EMA weights where there are any, is taken for; images below the threshold count as zero.
+      EMA weights where there are any, is taken for (see `PseudoLabels`); images below the threshold count as zero.
     - teacher: over all images, the sum over the heads that are taught of w_h times the mean of `Head.teacher_loss`.
     - teacher_features: over all images, the mean of `feature_loss` of the backbone's features, mapped to the teacher's.
 
@@ -247,6 +255,7 @@ class JointTask(TrainingTask):
         self.micro_batch = micro_batch
         self.pool, self.teaching, self.feature_teaching = pool, teaching, feature_teaching
         self.ramp = 1.0
+        self.pseudo_label_ramp = 1.0
         self.views = 2 if simclr_weight or pool.pseudo_label_weight else 1
         self.first_view_only = first_view_only and self.views == 2
         self.metadata = metadata if metadata is not None else {}
@@ -259,6 +268,11 @@ class JointTask(TrainingTask):
         self.told = Told(
             plain=bool(self.plain_views.names and classification_weight),
             parameters=bool(condition_projector and simclr_weight))
+        self.pseudo_labels = None
+        if pool.pseudo_label_weight:
+            self.pseudo_labels = PseudoLabels(
+                model.named_heads, pool.pseudo_label_threshold, pool.pseudo_label_reference == 'labelled',
+                pool.pseudo_label_alignment, self.device)
         self._groups = group_heads(model.named_heads)
         taught = () if teaching is None else teaching.heads
         self._taught_groups = group_heads({name: model.named_heads[name] for name in taught})
@@ -322,6 +336,18 @@ class JointTask(TrainingTask):
         """Set what changes with the epoch (from 0): the ramp of the entropies."""
         self.ramp = min(1.0, epoch / self.pool.entropy_ramp_up) if self.pool.entropy_ramp_up else 1.0
 
+    def start_step(self, epochs: float) -> None:
+        """Set what changes with the step: the ramp of the pseudo-labels.
+
+        The mean prediction on labelled images is no more certain at first than that on the pool, so that nearly every
+        image passes a threshold relative to it; AdaMatch's weight grows as here, over half of the training.
+
+        Args:
+            epochs: How many are done, with the share of the present one.
+        """
+        ramp_up = self.pool.pseudo_label_ramp_up
+        self.pseudo_label_ramp = 0.5 - 0.5 * math.cos(math.pi * min(1.0, epochs / ramp_up)) if ramp_up else 1.0
+
     def train(self, mode: bool = True) -> 'JointTask':
         super().train(mode)
         self.joint_module.train(mode)  # a compiled model is a second child with the same backbone
@@ -366,10 +392,15 @@ class JointTask(TrainingTask):
         return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """The projector and the map to a teacher's features, which live beside the model in a checkpoint."""
+        """What lives beside the model in a checkpoint: the projector, the map to a teacher's features, and, once, the
+        running means of pseudo-labels.
+        """
+        return {name: part.state_dict() for name, part in self._beside_the_model(module, ema).items()}
+
+    def _beside_the_model(self, module: nn.Module | None, ema: bool) -> dict[str, nn.Module]:
         module = module if module is not None else self.get_trainable_module(ema=ema)
-        return {} if module is None else {
-            name: part.state_dict() for name, part in _unwrapped(module).beside_the_model().items()}
+        parts = {} if module is None else _unwrapped(module).beside_the_model()
+        return parts if ema or self.pseudo_labels is None else {**parts, 'pseudo_labels': self.pseudo_labels}
 
     def load_task_state(
             self,
@@ -379,8 +410,7 @@ class JointTask(TrainingTask):
             ema: bool = False,
     ) -> None:
         """Bring back what `get_task_state` gives; a checkpoint without a part leaves it as it is."""
-        module = module if module is not None else self.get_trainable_module(ema=ema)
-        for name, part in ({} if module is None else _unwrapped(module).beside_the_model()).items():
+        for name, part in self._beside_the_model(module, ema).items():
             if state and name in state:
                 part.load_state_dict(state[name], strict=strict)
 
@@ -442,8 +472,9 @@ class JointTask(TrainingTask):
             result['head_losses'] = head_losses.detach()
             if self.pool.batch_size:
                 losses |= self._entropies(outputs)
-            if self.pool.pseudo_label_weight:
-                losses['pseudo_label'], result['pseudo_label_shares'] = self._pseudo_labels(input, outputs, plain)
+            if self.pseudo_labels is not None:
+                losses['pseudo_label'], result['pseudo_label_shares'] = self._pseudo_labels(
+                    self.pseudo_labels, input, outputs, result['target'], plain)
             if self.teaching is not None and answers is not None:
                 losses['teacher'] = self._taught(self.teaching, outputs, answers, plain)
         result['loss'] = sum(losses.values())
@@ -515,33 +546,50 @@ class JointTask(TrainingTask):
 
     def _pseudo_labels(
             self,
+            rules: PseudoLabels,
             images: torch.Tensor,
             outputs: dict[str, torch.Tensor],
+            target: dict[str, torch.Tensor],
             plain: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The term of the pseudo-labels, and the share of the pool's images that passes (H,)."""
+        """The term of the pseudo-labels, and the share of the pool's images that passes (H,).
+
+        `target` are those of the classified rows, the first of which are the labelled images' first views.
+        """
+        views, heads = images.chunk(self.views)[0], self.heads
+        labelled = len(views) - self.pool.batch_size
+        first = 0 if rules.needs_labelled else labelled
         teacher = self.get_trainable_module(ema=True)
-        taught = {}
         if teacher is not None:
-            model, weak_views = _unwrapped(teacher).model, self._unlabelled(images)[0]
+            # In evaluation mode: a label depends on no other image of the batch and on no dropout. The statistics
+            # of its batch norm are an EMA of the student's, which are over labelled images and pool together.
+            model, seen = _unwrapped(teacher).model, views[first:]
             with torch.no_grad():
-                parts = [model(part) for part in weak_views.split(self.micro_batch or len(weak_views))]
-            taught = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                parts = [model(part) for part in seen.split(self.micro_batch or len(seen))]
+            weak = {name: torch.cat([part[name] for part in parts]) for name in rules.names}
+        else:
+            # The student in the very pass in which it learns: labelled images and pool are normalised together there.
+            weak = {name: outputs[name].chunk(self.views)[0][first:].detach() for name in rules.names}
+        made = rules(
+            heads,
+            {name: output[:labelled - first] for name, output in weak.items()},
+            {name: target[name][:labelled - first] for name in rules.names},
+            {name: output[labelled - first:] for name, output in weak.items()},
+        )
         total, shares = self._weights.new_zeros(()), []
-        for weight, (name, head) in zip(self._weights, self.heads.items(), strict=True):
+        for weight, (name, head) in zip(self._weights, heads.items(), strict=True):
             passed = total.new_zeros(())
-            if head.distribution:
-                weak, strong = self._unlabelled(outputs[name])
-                weak = taught.get(name, weak)
+            if name in made:
+                weak_pool, threshold = made[name]
                 of: float | torch.Tensor = self.pool.batch_size
                 if plain is not None and name in self.plain_views.names:
                     learnt = self._unlabelled(plain)[1]
-                    weak, of = self.plain_views.teach(weak, learnt), self.plain_views.count(learnt)
-                loss, passed = head.pseudo_label_loss(strong, weak, self.pool.pseudo_label_threshold)
+                    weak_pool, of = self.plain_views.teach(weak_pool, learnt), self.plain_views.count(learnt)
+                loss, passed = head.pseudo_label_loss(self._unlabelled(outputs[name])[1], weak_pool, threshold)
                 total = total + weight * loss / of
                 passed = passed.to(total.dtype) / of
             shares.append(passed)
-        return self.pool.pseudo_label_weight * total, torch.stack(shares)
+        return self.pool.pseudo_label_weight * self.pseudo_label_ramp * total, torch.stack(shares)
 
 
 def _unwrapped(module: nn.Module) -> JointModule:

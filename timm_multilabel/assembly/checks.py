@@ -6,6 +6,7 @@ import torch
 
 from timm_multilabel.assembly.data import Data
 from timm_multilabel.assembly.pool import wants_pool
+from timm_multilabel.assembly.pseudo_labels import chosen_by_pseudo_labels
 from timm_multilabel.assembly.views import which_views
 from timm_multilabel.config.train import Phase, TrainSettings
 from timm_multilabel.data.remarks import can_be_scored
@@ -17,6 +18,8 @@ from timm_multilabel.metric_names import earlier_name, of_head
 from timm_multilabel.metrics import MEANS, default_metric
 from timm_multilabel.task import resolve_head_weights
 
+_OF_PSEUDO_LABELS = (
+    'pseudo_label_ramp_up', 'pseudo_label_threshold', 'pseudo_label_reference', 'pseudo_label_alignment')
 _RUN_WIDE = (
     'output', 'experiment', 'resume', 'initial_checkpoint', 'device', 'seed', 'log_tensorboard', 'log_wandb')
 
@@ -31,7 +34,7 @@ def check_phases(settings: TrainSettings) -> list[Phase]:
         if settings.backbone.fresh_start:
             raise SettingError('--fresh-start would change nothing: the run has no phases; leave it out')
         check_settings(settings, frozenset(settings.settings()))
-        return [Phase('', {}, settings)]
+        return [_with_choices(Phase('', {}, settings))]
     checked = []
     for phase in settings.phases:
         where = f"{settings.config}, phase '{phase.name}'"
@@ -46,15 +49,21 @@ def check_phases(settings: TrainSettings) -> list[Phase]:
             raise SettingError(f'{where}: {error}') from error
         if not phase.settings.objective.classification_loss_weight:
             phase = replace(phase, settings=_without_heads(phase.settings))
-        checked.append(phase)
+        checked.append(_with_choices(phase))
     return checked
+
+
+def _with_choices(phase: Phase) -> Phase:
+    """A phase with the settings that pseudo-labels choose."""
+    chosen = chosen_by_pseudo_labels(phase.settings)
+    return replace(phase, settings=phase.settings.replace(**chosen), chosen=chosen)
 
 
 def _without_heads(settings: TrainSettings) -> TrainSettings:
     """A phase of SimCLR alone without what the recipe, or the command line, says of heads for all phases."""
     of_heads = ('head', 'heads', 'head_weights', 'eval_metric', 'entropy_weight', 'marginal_entropy_weight',
-                'pseudo_label_weight', 'classify_views', 'teacher', 'teacher_weight', 'teacher_temperature',
-                'teacher_views')
+                'pseudo_label_weight', *_OF_PSEUDO_LABELS, 'classify_views', 'teacher', 'teacher_weight',
+                'teacher_temperature', 'teacher_views')
     known = settings.settings()
     return settings.replace(**{name: known[name].default for name in of_heads})
 
@@ -152,7 +161,8 @@ def _check_idle(settings: TrainSettings, pool: bool, given: Collection[str]) -> 
         settings.run.epoch_steps and '--epoch-steps says how long an epoch is',
         'entropy_ramp_up': not (of_pool.entropy_weight or of_pool.marginal_entropy_weight)
         and 'there is no entropy weight to ramp up',
-        'weak_first_view': not (settings.objective.simclr_loss_weight or of_pool.pseudo_label_weight)
+        'weak_first_view': settings.augmentation.weak_first_view
+        and not (settings.objective.simclr_loss_weight or of_pool.pseudo_label_weight)
         and 'there is one view an image',
         'condition_projector': not settings.objective.simclr_loss_weight and 'there is no SimCLR',
         'cache_dir': settings.data.cache != 'disk' and (
@@ -161,7 +171,7 @@ def _check_idle(settings: TrainSettings, pool: bool, given: Collection[str]) -> 
                         not settings.teaching.teacher and 'there is no --teacher'),
         **dict.fromkeys(('teacher_features_path', 'teacher_features_weight'),
                         not settings.teaching.teacher_features and 'there is no --teacher-features'),
-        'pseudo_label_threshold': not of_pool.pseudo_label_weight and 'there is no --pseudo-label-weight',
+        **dict.fromkeys(_OF_PSEUDO_LABELS, not of_pool.pseudo_label_weight and 'there is no --pseudo-label-weight'),
     }
     for name, reason in reasons.items():
         if reason and name in changed and name in given:
@@ -184,7 +194,7 @@ def _without_effect(settings: TrainSettings) -> dict[str, str]:
     reasons = {
         'temperature': not settings.objective.simclr_loss_weight and 'without SimCLR (-wls 0)',
         'model_ema_decay': no_ema,
-        'model_ema_warmup': no_ema,
+        'model_ema_warmup': settings.backbone.model_ema_warmup and no_ema,
         'amp_dtype': not settings.run.amp and 'without --amp',
         'clip_mode': optimizer.clip_grad is None and 'without --clip-grad',
         'mixup_prob': no_mixing,

@@ -4,7 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from timm_multilabel.assembly import head_options
-from timm_multilabel.assembly.pool import find_pool, learns_from_all, read_split_table, wants_pool, with_unlabelled
+from timm_multilabel.assembly.pool import (
+    choose_pool_batch,
+    find_pool,
+    learns_from_all,
+    read_split_table,
+    wants_pool,
+    with_unlabelled,
+)
 from timm_multilabel.assembly.splits import Splits, read_stored, stored_heads
 from timm_multilabel.cells import missing_texts
 from timm_multilabel.config.train import TrainSettings
@@ -125,7 +132,7 @@ def read_data(settings: TrainSettings, say: Say) -> Data:
         train_rows, pool_rows = _divide(settings, train_rows, label_space, say)
     elif asked := settings.pool.labelled_rows:
         raise DataError(f'--labelled-rows {asked}: {train_rows.source} are shards; train on a CSV')
-    pool_batch_size = 0 if pool_rows is None else settings.pool.unlabelled_batch_size or settings.run.batch_size
+    pool_batch_size = 0 if pool_rows is None else choose_pool_batch(settings, pool_rows, say)
     for line in (
         *how_read(train, label_space),
         *useless_labels(label_space, train_rows.targets, str(train.path), scored=False),

@@ -69,8 +69,10 @@ def _describe(settings: TrainSettings, phase: str, size: tuple[int, int], views:
     of_phase = f' of phase {phase}' if phase else ''
     pairs = 'Pairs of views' if views == 2 else 'Views, one a photo,'
     pool = f'; the last {of_pool} photos are unlabelled ones' if of_pool else ''
-    of_weak = views == 2 and (
-        settings.augmentation.weak_first_view or of_pool and settings.pool.pseudo_label_weight)
-    weak = ', whose first view is the weak one' if of_weak else ''
+    weak = ''
+    if views == 2 and settings.augmentation.weak_first_view:
+        weak = '; the first view of each pair is the weak one'
+    elif of_pool and settings.pool.pseudo_label_weight:
+        weak = ', whose first view is the weak one'
     return (f'{pairs} as the model saw them in the first epoch{of_phase}: {size[1]}x{size[0]} pixels, made by --views '
             f'{which_views(settings)}{pool}{weak}.')

@@ -88,7 +88,7 @@ def create_loaders(
         'views': views,
         'seed': run.seed,
         'steps': data.steps,
-        're_prob': augmentation.reprob,
+        're_prob': augmentation.reprob or 0.0,
         're_mode': augmentation.remode,
         're_count': augmentation.recount,
         're_num_splits': 2 if views == 2 and weak_first(settings) else 0,  # the first, weak views stay whole
@@ -96,7 +96,7 @@ def create_loaders(
     if of_data.cache and any(isinstance(rows, StreamedRows) for rows in (data.train_rows, data.eval_rows)):
         raise SettingError(f'--cache {of_data.cache}: shards are streamed, and nothing of them is kept; leave it out')
     photos = _Photos(of_data, options['workers'], device, say, of_data.cache if cache else None)
-    labelled_views = train_views(settings, data_config, views, augmentation.weak_first_view, told)
+    labelled_views = train_views(settings, data_config, views, bool(augmentation.weak_first_view), told)
     train: TrainBatches
     evaluation: EvalBatches | None = None
     datasets: list[LeavesOutBad]

@@ -18,6 +18,7 @@ from timm_multilabel.assembly.loaders import Loaders, create_loaders
 from timm_multilabel.assembly.model import create_model
 from timm_multilabel.assembly.optimization import create_optimizer_step, create_saver
 from timm_multilabel.assembly.plain_views import check_plain_views
+from timm_multilabel.assembly.pseudo_labels import as_flags
 from timm_multilabel.assembly.task import create_task, create_teaching, setup_ema_and_compile
 from timm_multilabel.assembly.teachers import (
     create_feature_teaching,
@@ -127,6 +128,8 @@ def prepare_phase(phase: Phase, recipe: str | None, device: torch.device, say: S
     run, prefix = phase.settings.run, f'Phase {phase.name}: ' if phase.name else ''
     with _named(phase, recipe):
         precision = choose_precision(device, run.amp, run.amp_dtype, phase.settings.backbone.channels_last)
+        if phase.chosen:
+            say(f'{prefix}--pseudo-label-weight also sets {as_flags(phase.chosen)}; pass others to change that')
         data = read_data(phase.settings, lambda line: say(f'{prefix}{line}'))
         if phase.settings.backbone.fresh_start and index:
             seed = int(np.random.SeedSequence((run.seed, index)).generate_state(1)[0]) % 2 ** 31
@@ -200,7 +203,8 @@ def _build(
             'start it from --pretrained, --pretrained-path or --initial-checkpoint')
     if backbone.lora:
         say(task.add_adapters(backbone.lora, data_config['input_size']))
-    setup_ema_and_compile(backbone, task)
+    updates = settings.schedule.epochs * -(-data.steps // settings.optimizer.grad_accum_steps)
+    setup_ema_and_compile(backbone, task, updates, say)
     optimizer_step, length = create_optimizer_step(
         settings.optimizer, settings.schedule, task, precision, data.steps, metric, say)
     progress = TrainingProgress(0)

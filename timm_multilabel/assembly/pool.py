@@ -8,9 +8,12 @@ from timm_multilabel.data.split_names import find_split, split_path
 from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.data.table import Rows, Table, find_images, read_table
 from timm_multilabel.data.table_format import TableFormat
+from timm_multilabel.distributed import world
 from timm_multilabel.errors import DataError, UserError
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.log import Say
+
+_TIMES_LABELLED = 7  # FixMatch's ratio of unlabelled to labelled images
 
 
 def wants_pool(settings: TrainSettings) -> bool:
@@ -56,6 +59,23 @@ def find_pool(
         raise DataError(
             f'{pool.source}: all of its images are labelled or scored elsewhere; name others with --unlabelled')
     return pool
+
+
+def choose_pool_batch(settings: TrainSettings, pool: Rows, say: Say) -> int:
+    """Unlabelled images of a batch on each rank: those asked for, else as many as labelled ones.
+
+    With pseudo-labels alone, which need many of them to find some that are sure, it is FixMatch's 7 times as many, or
+    all that there are.
+    """
+    asked, size, ranks = settings.pool.unlabelled_batch_size, settings.run.batch_size, world()[1]
+    if asked or not settings.pool.pseudo_label_weight or settings.objective.simclr_loss_weight:
+        return asked or size
+    wanted, most = _TIMES_LABELLED * size, max(1, len(pool) // ranks)
+    found = min(wanted, most)
+    say(f'--unlabelled-batch-size {found}: ' + (
+        f'{_TIMES_LABELLED} times -b, as pseudo-labels have it without SimCLR' if found == wanted else
+        f'all of the {len(pool)} unlabelled images in each step, as they are fewer than {_TIMES_LABELLED} times -b'))
+    return found
 
 
 def with_unlabelled(

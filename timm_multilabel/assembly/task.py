@@ -7,12 +7,14 @@ from timm.layers import convert_sync_batchnorm
 
 from timm_multilabel.assembly.data import Data
 from timm_multilabel.assembly.model import has_one_view
+from timm_multilabel.assembly.pseudo_labels import ema_warms_up
 from timm_multilabel.compat import BatchNorm
 from timm_multilabel.config.train import ModelSettings, TeacherSettings, TrainSettings
 from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import SettingError
 from timm_multilabel.inference.teachers import Teachers
 from timm_multilabel.labels import LabelSpace
+from timm_multilabel.log import Say
 from timm_multilabel.model import MultiLabelModel
 from timm_multilabel.model_names import plain_model
 from timm_multilabel.task import FeatureTeaching, JointTask, Pool, Teaching
@@ -62,7 +64,10 @@ def create_task(
             pool.entropy_ramp_up,
             pool.marginal_entropy_weight,
             pool.pseudo_label_weight,
+            pool.pseudo_label_ramp_up or 0.0,
             pool.pseudo_label_threshold,
+            pool.pseudo_label_reference,
+            pool.pseudo_label_alignment,
         ) if data.pool_rows is not None else Pool(),
         teaching=teaching,
         feature_teaching=feature_teaching,
@@ -108,10 +113,14 @@ def _check_micro_batch(settings: TrainSettings, model: MultiLabelModel, data: Da
             f'images or more, and of {images} images a step some would go through it alone; choose another')
 
 
-def setup_ema_and_compile(backbone: ModelSettings, made: JointTask) -> None:
-    """EMA and compilation of a task that has its first weights."""
+def setup_ema_and_compile(backbone: ModelSettings, made: JointTask, updates: int, say: Say) -> None:
+    """EMA and compilation of a task that has its first weights; `updates` are those of the run, or of the phase."""
     if backbone.model_ema:
-        made.setup_ema(decay=backbone.model_ema_decay, use_warmup=backbone.model_ema_warmup)
+        warms_up = ema_warms_up(backbone, updates)
+        if warms_up and backbone.model_ema_warmup is None:
+            say(f'--model-ema-warmup: the EMA would average more updates than the {updates:,} that there are, so its '
+                'decay warms up')
+        made.setup_ema(decay=backbone.model_ema_decay, use_warmup=warms_up)
     if backbone.torchcompile:
         try:
             made.compile(backend=backbone.torchcompile)

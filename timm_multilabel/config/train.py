@@ -99,9 +99,13 @@ class ModelSettings(Settings):
     torchcompile: str | None = setting(
         None, 'compile the model with torch.compile', nargs='?', const='inductor', metavar='BACKEND')
     sync_bn: bool = switch('synchronize batch norm across GPUs')
-    model_ema: bool = switch('keep an exponential moving average (EMA) of the weights')
+    model_ema: bool | None = switch(
+        'keep an exponential moving average (EMA) of the weights (default: only with --pseudo-label-weight)',
+        default=None)
     model_ema_decay: float = setting(0.9998, 'decay of the EMA', fraction, metavar='P')
-    model_ema_warmup: bool = switch('warm up the EMA decay')
+    model_ema_warmup: bool | None = switch(
+        'warm up the EMA decay (default: only if there are fewer updates than the EMA averages: 1 / (1 - decay))',
+        default=None)
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,9 @@ class UnlabelledSettings(Settings):
         'unlabelled images if batches have any, and are left out otherwise',
         positive, metavar='N')
     unlabelled_batch_size: int | None = setting(
-        None, 'unlabelled images per batch and GPU (default: the same as -b; with -wlc 0: none in addition to -b)',
+        None,
+        'unlabelled images per batch and GPU (default: the same as -b; with pseudo-labels and -wls 0 7 times -b, or '
+        'all that there are; with -wlc 0: none in addition to -b)',
         positive, metavar='N')
     epoch_by: str = setting(
         'larger', 'the set of images that one epoch passes over once; the other set starts over when it runs out',
@@ -155,8 +161,21 @@ class UnlabelledSettings(Settings):
     pseudo_label_weight: float = setting(
         0.0, 'weight of the pseudo-label loss: the strong view learns what is predicted on the weak view', at_least_0,
         metavar='W')
+    pseudo_label_ramp_up: float | None = setting(
+        None,
+        'epochs over which that weight ramps up from 0, step by step (default: half of --epochs; 0 with '
+        '--pseudo-label-reference none)',
+        at_least_0, metavar='N')
     pseudo_label_threshold: float = setting(
-        0.95, 'minimum probability for a prediction to become a pseudo-label', fraction, metavar='P')
+        0.95, 'minimum probability for a prediction to become a pseudo-label, as a share of the reference', fraction,
+        metavar='P')
+    pseudo_label_reference: str = setting(
+        'labelled',
+        "reference of that threshold, for each head: the mean highest probability on the batch's labelled images "
+        '(labelled), or 1 (none)',
+        choices=('labelled', 'none'))
+    pseudo_label_alignment: bool = switch(
+        'before the threshold, align the mean prediction on unlabelled images with that on labelled ones', default=True)
 
 
 @dataclass(frozen=True)
@@ -191,11 +210,15 @@ class AugmentationSettings(Settings):
         "SimCLR's crop, flip, jitter, grayscale and blur, fast (simclr) or exact (simclr-exact), or timm's transforms "
         "(default: simclr with SimCLR and without --aa, else timm)",
         choices=('simclr', 'simclr-exact', 'timm'))
-    weak_first_view: bool = switch(
-        'use a weak first view in each pair (flip and slight crop), as pseudo-labels do for unlabelled images')
+    weak_first_view: bool | None = switch(
+        'use a weak first view in each pair (flip and slight crop); with pseudo-labels, unlabelled images always have '
+        'one (default: only with --pseudo-label-weight)',
+        default=None)
     scale: list[float] | None = setting(
-        None, "range of the crop area, as fractions of the image (default: 0.2 1; with timm's views 0.08 1)", above_0,
-        nargs=2, metavar='X')
+        None,
+        "range of the crop area, as fractions of the image (default: 0.2 1; with timm's views 0.08 1, or 0.8 1 with "
+        'the default --aa of pseudo-labels)',
+        above_0, nargs=2, metavar='X')
     ratio: list[float] = setting(
         [3 / 4, 4 / 3], 'range of the crop aspect ratio (default: 3/4 4/3)', above_0, nargs=2, metavar='X')
     hflip: float = setting(0.5, 'probability of a horizontal flip', fraction, metavar='P')
@@ -205,7 +228,11 @@ class AugmentationSettings(Settings):
     train_interpolation: str | None = setting(
         None, "interpolation of training crops (default: bilinear; with timm's views random)",
         choices=('random', 'bilinear', 'bicubic'))
-    aa: str | None = setting(None, 'auto-augmentation policy of timm, e.g. rand-m9-mstd0.5', metavar='POLICY')
+    aa: str | None = setting(
+        None,
+        'auto-augmentation policy of timm, e.g. rand-m9-mstd0.5 (default: none; with pseudo-labels and -wls 0 '
+        'rand-m10-n2-mstd101-inc1, unless --views or --color-jitter is given)',
+        metavar='POLICY')
     color_jitter: list[float] | None = setting(
         None,
         "strength of brightness, contrast, saturation[, hue], or one number for the first three (default: 0.4 0.4 0.4 "
@@ -217,7 +244,9 @@ class AugmentationSettings(Settings):
         None, "probability of grayscale (default: 0.1; with timm's views 0)", fraction, metavar='P')
     gaussian_blur_prob: float | None = setting(
         None, "probability of blur (default: 0.5; with timm's views 0)", fraction, metavar='P')
-    reprob: float = setting(0.0, 'probability of random erasing', fraction, metavar='P')
+    reprob: float | None = setting(
+        None, 'probability of random erasing (default: 0; 0.5 with the default --aa of pseudo-labels)', fraction,
+        metavar='P')
     remode: str = setting(
         'pixel', 'fill of erased areas: constant, random color, or random pixels', choices=('const', 'rand', 'pixel'))
     recount: int = setting(1, 'erased areas per image', number(int, least=1, most=100), metavar='N')
@@ -341,10 +370,12 @@ class Phase:
         name: What it is called.
         given: What its mapping in the recipe sets, by name, as it stands there.
         settings: All of its settings; it is a run without phases.
+        chosen: Of these, what no flag says and pseudo-labels want, by name.
     """
     name: str
     given: Mapping[str, Any]
     settings: TrainSettings
+    chosen: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

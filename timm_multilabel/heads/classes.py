@@ -27,6 +27,7 @@ class ClassHead(Head):
     metric_formats = dict.fromkeys(metric_titles, '.2f %')
     compared = ('top1',)
     distribution = True
+    is_logits = True
 
     def predict(self, output: torch.Tensor) -> torch.Tensor:
         return output.argmax(dim=1)
@@ -62,7 +63,7 @@ class ClassHead(Head):
             self,
             strong: torch.Tensor,
             weak: torch.Tensor,
-            threshold: float,
+            threshold: float | torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return pseudo_label_loss(strong, weak, threshold)
 

@@ -42,6 +42,9 @@ class Head(nn.Module):
     distribution = False
     """Whether it predicts a distribution, and so learns from unlabelled images: `entropy`, `marginal_entropy` and
     `pseudo_label_loss`."""
+    is_logits = False
+    """Whether outputs are logits (B, C), whose softmax (of tags: sigmoid) are the probabilities: pseudo-labels are
+    aligned by adding to them."""
     inherits: tuple[str, ...] = ('drop', 'smoothing')
     """Options that, where they are not given, have the value of the flag of that name."""
 
@@ -141,9 +144,12 @@ class Head(nn.Module):
             self,
             strong: torch.Tensor,
             weak: torch.Tensor,
-            threshold: float,
+            threshold: float | torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum of losses against what the weak outputs say, and the number of rows that pass, both scalars."""
+        """The sum of losses against what the weak outputs say, and the number of rows that pass, both scalars.
+
+        The threshold is a number or a scalar tensor.
+        """
         raise NotImplementedError
 
     @property

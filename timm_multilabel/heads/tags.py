@@ -27,6 +27,7 @@ class TagsHead(LinearHead):
     metric_formats = dict.fromkeys(metric_names, '.2f %')
     compared = ('map',)
     distribution = True
+    is_logits = True
 
     def loss(self, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return binary_cross_entropy(output, target, self.smoothing, self.class_weights)
@@ -72,7 +73,7 @@ class TagsHead(LinearHead):
             self,
             strong: torch.Tensor,
             weak: torch.Tensor,
-            threshold: float,
+            threshold: float | torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return binary_pseudo_label_loss(strong, weak, threshold)
 

@@ -13,18 +13,24 @@ from timm_multilabel.losses.distillation import (
     mean_of_tags,
 )
 from timm_multilabel.losses.nt_xent import nt_xent_loss
+from timm_multilabel.losses.pseudo_labels import (
+    alignment,
+    binary_alignment,
+    binary_pseudo_label_loss,
+    pseudo_label_loss,
+)
 from timm_multilabel.losses.regression import smooth_l1
 from timm_multilabel.losses.unlabelled import (
     binary_entropy,
     binary_marginal_entropy,
-    binary_pseudo_label_loss,
     categorical_entropy,
     marginal_entropy,
-    pseudo_label_loss,
 )
 
 __all__ = [
+    'alignment',
     'arcface_logits',
+    'binary_alignment',
     'binary_cross_entropy',
     'binary_distillation_loss',
     'binary_entropy',

@@ -1,4 +1,4 @@
-"""What a head can learn from images without labels: to be sure, to be even, to agree with itself.
+"""What a head can learn from images without labels: to be sure, to be even.
 
 All take logits without a margin and compute in float32 at least.
 """
@@ -52,37 +52,3 @@ def _mean_over_ranks(rows: torch.Tensor) -> torch.Tensor:
 def _entropy(p: torch.Tensor) -> torch.Tensor:
     information: torch.Tensor = torch.special.xlogy(p, p.clamp(min=torch.finfo(p.dtype).tiny))
     return -information.sum()
-
-
-def pseudo_label_loss(
-        strong: torch.Tensor,
-        weak: torch.Tensor,
-        threshold: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Consistency with confident predictions (Sohn et al. 2020, "FixMatch", eq. 4).
-
-    Args:
-        strong: Logits (B, C) of the strongly augmented views, which learn.
-        weak: Logits (B, C) of the weakly augmented views, which teach; no gradient flows into them.
-        threshold: Least probability of a class to be taken as the label.
-
-    Returns:
-        The sum over rows that pass of the cross-entropy, and the number that pass, both scalars.
-    """
-    confidence, label = float32(weak.detach()).softmax(dim=1).max(dim=1)
-    passed = (confidence >= threshold).to(confidence.dtype)
-    losses = F.cross_entropy(float32(strong), label, reduction='none')
-    return (losses * passed).sum(), passed.sum()
-
-
-def binary_pseudo_label_loss(
-        strong: torch.Tensor,
-        weak: torch.Tensor,
-        threshold: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`pseudo_label_loss` for tags: each passes by itself, as there or as not there, and weighs 1 / C of a row."""
-    probability = float32(weak.detach()).sigmoid()
-    passed = (torch.maximum(probability, 1 - probability) >= threshold).to(probability.dtype)
-    losses = F.binary_cross_entropy_with_logits(float32(strong), (probability > 0.5).to(probability.dtype),
-                                                reduction='none')
-    return (losses * passed).mean(dim=1).sum(), passed.mean(dim=1).sum()

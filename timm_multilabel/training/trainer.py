@@ -231,6 +231,7 @@ class Trainer:
             # What is random in a step depends on these numbers alone, so that a run that goes on from here is the run
             # that never stopped.
             seed_step(MODEL, self.seed, epoch, rank, step)
+            task.start_step(epoch + step / steps)
             update = optimizer_step.is_update(step, steps)
             optimizer_step.begin()
             with nullcontext() if update else task.no_sync():
