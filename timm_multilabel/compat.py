@@ -3,7 +3,7 @@
 No other module uses such a name, but for the methods of timm's saver that `WholeSaver` overrides.
 """
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from timm.utils import NativeScaler
@@ -93,6 +93,25 @@ def assert_on_device(condition: torch.Tensor, message: str) -> None:
     Needed since a public assertion, in PyTorch up to 2.14 at least, reads the scalar on the host.
     """
     torch._assert_async(condition, message)
+
+
+def split_from(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The tensor (B, C) that some tensors (B, C_1), (B, C_2) ... were split from, in this order, or None.
+
+    Needed since PyTorch, up to 2.14 at least, has no public name for the tensor that another is a view of. Where
+    another function came in between, whose backward pass would be left out, there is none.
+    """
+    whole = parts[0]._base
+    if whole is None or whole.shape != (len(parts[0]), sum(part.shape[1] for part in parts)):
+        return None
+    place, step = whole.storage_offset(), whole.stride(1)
+    for part in parts:
+        made_by = part.grad_fn.next_functions[0][0] if part.grad_fn is not None else None
+        if part._base is not whole or part.storage_offset() != place or part.stride() != whole.stride() or (
+                made_by is not whole.grad_fn):
+            return None
+        place += step * part.shape[1]
+    return whole
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -82,11 +82,17 @@ def _with_buffers_kept(module: nn.Module, result: Outputs) -> Outputs:
     second time. It is done here, outside of what torch.compile compiles, and with any loop that calls `backward`.
     """
     outputs, projections = result
-    recomputes = any(getattr(each, 'grad_checkpointing', False) for each in module.modules())
-    if not recomputes or not torch.is_grad_enabled() or not any(each.requires_grad for each in _flat(result)):
+    if not torch.is_grad_enabled() or not _recomputes(module):
+        return result
+    if not any(each.requires_grad for each in _flat(result)):
         return result
     flat = _BuffersKept.apply(list(module.buffers()), *_flat(result))
     return dict(zip(outputs, flat)), None if projections is None else flat[-1]
+
+
+def _recomputes(module: nn.Module) -> bool:
+    """Whether gradient checkpointing is on in some part; `modules()` is slow where there are hundreds of heads."""
+    return bool(vars(module).get('grad_checkpointing')) or any(map(_recomputes, module.children()))
 
 
 class _BuffersKept(torch.autograd.Function):
