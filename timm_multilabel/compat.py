@@ -3,7 +3,7 @@
 No other module uses such a name, but for the methods of timm's saver that `WholeSaver` overrides.
 """
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from timm.utils import NativeScaler
@@ -101,17 +101,24 @@ def split_from(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
     Needed since PyTorch, up to 2.14 at least, has no public name for the tensor that another is a view of. Where
     another function came in between, whose backward pass would be left out, there is none.
     """
-    whole = parts[0]._base
-    if whole is None or whole.shape != (len(parts[0]), sum(part.shape[1] for part in parts)):
+    whole, split = parts[0]._base, parts[0].grad_fn
+    if whole is None or (split.next_functions[0][0] if split is not None else None) is not whole.grad_fn:
         return None
-    place, step = whole.storage_offset(), whole.stride(1)
+    place, strides, width = whole.storage_offset(), whole.stride(), 0
     for part in parts:
-        made_by = part.grad_fn.next_functions[0][0] if part.grad_fn is not None else None
-        if part._base is not whole or part.storage_offset() != place or part.stride() != whole.stride() or (
-                made_by is not whole.grad_fn):
+        if part._base is not whole or part.grad_fn is not split or (
+                part.storage_offset() != place + width * strides[1] or part.stride() != strides):
             return None
-        place += step * part.shape[1]
-    return whole
+        width += part.shape[1]
+    return whole if whole.shape == (len(parts[0]), width) else None
+
+
+def own_buffers(module: nn.Module) -> Iterable[torch.Tensor | None]:
+    """The buffers of a module without those of its parts, None where one is not set.
+
+    Needed since `nn.Module.buffers` takes longer for some hundred heads than what is done with them.
+    """
+    return module._buffers.values()
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -10,8 +10,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_multilabel.compat import after_backward
+from timm_multilabel.heads import REGISTRY
 
 Outputs = tuple[dict[str, torch.Tensor], torch.Tensor | None]
+_HEADS = frozenset(REGISTRY.values())
 
 
 def run_with_gradient_cache(module: nn.Module, images: torch.Tensor, views: int, size: int | None) -> Outputs:
@@ -91,8 +93,10 @@ def _with_buffers_kept(module: nn.Module, result: Outputs) -> Outputs:
 
 
 def _recomputes(module: nn.Module) -> bool:
-    """Whether gradient checkpointing is on in some part; `modules()` is slow where there are hundreds of heads."""
-    return bool(vars(module).get('grad_checkpointing')) or any(map(_recomputes, module.children()))
+    """Whether gradient checkpointing is on in some part; heads of our own kinds, which may be hundreds, have none."""
+    if type(module) in _HEADS:
+        return False
+    return bool(getattr(module, 'grad_checkpointing', False)) or any(map(_recomputes, module.children()))
 
 
 class _BuffersKept(torch.autograd.Function):

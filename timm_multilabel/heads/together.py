@@ -45,10 +45,12 @@ class Group:
         layers = []
         for name in self.names:
             head = heads[name]
-            layer = head.fc
-            if type(head) is not SoftmaxHead or type(layer) is not nn.Linear or (head.training and head.drop.p):
+            if type(head) is not SoftmaxHead:
                 return None
-            if has_hooks(head) or has_hooks(head.drop) or has_hooks(layer):
+            layer, drop = head.fc, head.drop
+            if type(layer) is not nn.Linear or (head.training and drop.p):
+                return None
+            if has_hooks(head) or has_hooks(drop) or has_hooks(layer):
                 return None
             layers.append(layer)
         weight, bias = joined if joined is not None else (
