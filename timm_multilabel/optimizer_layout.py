@@ -35,9 +35,9 @@ class FormerLayout:
         found = {}
         for place, moments in state['state'].items():
             parts = self.parts[place]
+            its = {name: _apart(value, [shape[0] for _, shape in parts]) for name, value in moments.items()}
             for number, (former, _) in enumerate(parts):
-                found[former] = moments if len(parts) == 1 else {
-                    name: _part(value, number, [shape[0] for _, shape in parts]) for name, value in moments.items()}
+                found[former] = {name: values[number] for name, values in its.items()}
         numbers = iter(range(sum(self.counts)))
         groups = [{**group, 'params': [next(numbers) for _ in range(count)]}
                   for group, count in zip(state['param_groups'], self.counts, strict=True)]
@@ -68,11 +68,11 @@ class FormerLayout:
         return {**state, 'state': found, 'param_groups': groups}
 
 
-def _part(value: Any, number: int, rows: list[int]) -> Any:
-    """What a head has of a moment: its rows, or the same as all where it is a count."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return (value.split(rows)[number] if value.ndim else value).clone()  # else they would share their memory
+def _apart(value: Any, rows: list[int]) -> Sequence[Any]:
+    """What each part has of a moment: its rows, or the same as all where it is a count."""
+    if len(rows) == 1 or not isinstance(value, torch.Tensor):
+        return len(rows) * [value]
+    return [part.clone() for part in (value.split(rows) if value.ndim else len(rows) * [value])]  # of a memory each
 
 
 def _joined(values: list[Any], shapes: list[torch.Size]) -> Any:
