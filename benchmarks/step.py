@@ -114,7 +114,7 @@ class Steps:
 
     def with_adamw(self) -> Callable[[], None]:
         """A step of training with its update, as `training/optimizer_step.py` does it."""
-        update = OptimizerStep(self.task, create_optimizer(self.task, 'adamw', lr=1e-9))
+        update = OptimizerStep(self.task, create_optimizer(self.task, 'adamw', lr=1e-9, join_heads=True))
         decisions = UpdateDecisions(self.precision.device)
 
         def step() -> None:

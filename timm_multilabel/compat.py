@@ -3,7 +3,7 @@
 No other module uses such a name, but for the methods of timm's saver that `WholeSaver` overrides.
 """
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from timm.utils import NativeScaler
@@ -93,6 +93,32 @@ def assert_on_device(condition: torch.Tensor, message: str) -> None:
     Needed since a public assertion, in PyTorch up to 2.14 at least, reads the scalar on the host.
     """
     torch._assert_async(condition, message)
+
+
+def split_from(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The tensor (B, C) that some tensors (B, C_1), (B, C_2) ... were split from, in this order, or None.
+
+    Needed since PyTorch, up to 2.14 at least, has no public name for the tensor that another is a view of. Where
+    another function came in between, whose backward pass would be left out, there is none.
+    """
+    whole, split = parts[0]._base, parts[0].grad_fn
+    if whole is None or (split.next_functions[0][0] if split is not None else None) is not whole.grad_fn:
+        return None
+    place, strides, width = whole.storage_offset(), whole.stride(), 0
+    for part in parts:
+        if part._base is not whole or part.grad_fn is not split or (
+                part.storage_offset() != place + width * strides[1] or part.stride() != strides):
+            return None
+        width += part.shape[1]
+    return whole if whole.shape == (len(parts[0]), width) else None
+
+
+def own_buffers(module: nn.Module) -> Iterable[torch.Tensor | None]:
+    """The buffers of a module without those of its parts, None where one is not set.
+
+    Needed since `nn.Module.buffers` takes longer for some hundred heads than what is done with them.
+    """
+    return module._buffers.values()
 
 
 def has_hooks(module: nn.Module) -> bool:

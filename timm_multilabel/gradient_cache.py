@@ -10,8 +10,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_multilabel.compat import after_backward
+from timm_multilabel.heads import REGISTRY
 
 Outputs = tuple[dict[str, torch.Tensor], torch.Tensor | None]
+_HEADS = frozenset(REGISTRY.values())
 
 
 def run_with_gradient_cache(
@@ -90,11 +92,19 @@ def _with_buffers_kept(module: nn.Module, result: Outputs) -> Outputs:
     second time. It is done here, outside of what torch.compile compiles, and with any loop that calls `backward`.
     """
     outputs, projections = result
-    recomputes = any(getattr(each, 'grad_checkpointing', False) for each in module.modules())
-    if not recomputes or not torch.is_grad_enabled() or not any(each.requires_grad for each in _flat(result)):
+    if not torch.is_grad_enabled() or not _recomputes(module):
+        return result
+    if not any(each.requires_grad for each in _flat(result)):
         return result
     flat = _BuffersKept.apply(list(module.buffers()), *_flat(result))
     return dict(zip(outputs, flat)), None if projections is None else flat[-1]
+
+
+def _recomputes(module: nn.Module) -> bool:
+    """Whether gradient checkpointing is on in some part; heads of our own kinds, which may be hundreds, have none."""
+    if type(module) in _HEADS:
+        return False
+    return bool(getattr(module, 'grad_checkpointing', False)) or any(map(_recomputes, module.children()))
 
 
 class _BuffersKept(torch.autograd.Function):

@@ -215,7 +215,7 @@ class TrainingMeter:
         hits = self._hits_together(result)
         for column, (name, target) in enumerate(result['target'].items()):
             head = self.heads[name]
-            if not _has_accuracy(head) or name in hits:
+            if name in hits or not _has_accuracy(head):
                 continue
             if target.ndim == 2:  # mixed labels: score the larger share
                 target = torch.where(target.sum(dim=1) > 0, target.argmax(dim=1), MISSING)

@@ -18,7 +18,7 @@ from torch import nn
 from timm_multilabel.backbones import JoinedBackbones
 from timm_multilabel.config.train import ObjectiveSettings
 from timm_multilabel.errors import SettingError, UserError
-from timm_multilabel.heads import REGISTRY, Head, create_head, group_heads, resolve_options
+from timm_multilabel.heads import REGISTRY, Head, JoinedWeights, create_head, group_heads, resolve_options
 from timm_multilabel.labels import LabelSet, LabelSpace
 from timm_multilabel.model_names import is_joined, names_of
 from timm_multilabel.projector import Projector
@@ -120,17 +120,34 @@ class MultiLabelModel(nn.Module):
         assert callable(switch)  # as timm's models have it
         switch(enable=enable)
 
-    def forward_heads(self, features: torch.Tensor, projections: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Features (B, F) and, where they are known already, their projections (B, D) -> {head: output}."""
+    def forward_heads(
+            self,
+            features: torch.Tensor,
+            projections: torch.Tensor | None = None,
+            joined: Iterable[JoinedWeights] = (),
+    ) -> dict[str, torch.Tensor]:
+        """Outputs by head.
+
+        Args:
+            features: Features (B, F).
+            projections: Their projections (B, D), where they are known already.
+            joined: The weights of groups of heads that are trained as one.
+        """
         if projections is None and self.projector is not None:
             projections = self.projector(features)
         heads, inputs = self.named_heads, {'features': features}
         if projections is not None:
             inputs['projection'] = projections
         outputs: dict[str, torch.Tensor] = {}
+        weights = {each.names: each for each in joined}
         for input, groups in self.groups.items():
             for group in groups:
-                logits = group.logits(heads, inputs[input])
+                its = weights.get(group.names)
+                if its is None:
+                    logits = group.logits(heads, inputs[input])
+                else:
+                    logits = group.logits(heads, inputs[input], (its.weight, its.bias)) or its.one_by_one(
+                        heads, inputs[input])
                 outputs |= zip(group.names, logits, strict=True) if logits is not None else ()
         return {
             name: outputs[name] if name in outputs else head(inputs[self.head_options[name]['input']])

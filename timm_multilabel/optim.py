@@ -14,6 +14,7 @@ from torch import nn
 
 from timm_multilabel.backbones import JoinedBackbones
 from timm_multilabel.compat import FUSED_OPTIMIZERS
+from timm_multilabel.optimizer_layout import FormerLayout
 from timm_multilabel.task import JointModule, JointTask
 
 
@@ -25,6 +26,7 @@ def create_optimizer(
         weight_decay: float = 0.0,
         layer_decay: float | None = None,
         gradient_centralization: bool | None = None,
+        join_heads: bool = False,
         **kwargs: Any,
 ) -> torch.optim.Optimizer:
     """Make an optimizer of timm's for what a task trains; call it before `prepare_distributed`.
@@ -37,17 +39,25 @@ def create_optimizer(
         layer_decay: Factor on the learning rate from each layer of the backbone to the one below it; heads and
             projector have the whole rate.
         gradient_centralization: Centralize updates (see `centralize_`); by default for 'adamp' only, as the fork.
+        join_heads: Have heads that are computed together trained as one (see `JointTask.join_heads`), where PyTorch's
+            optimizer has one kernel for all weights. Checkpoints are the same.
         kwargs: Further arguments of `timm.optim.create_optimizer_v2`.
 
     Raises:
-        ValueError: timm knows no such optimizer.
+        ValueError: timm knows no such optimizer, or heads are joined for another one.
     """
     if gradient_centralization is None:
         gradient_centralization = opt.lower() == 'adamp'
-    groups = _parameter_groups(task.joint_module, weight_decay, layer_decay)
+    if len(task.joint_module.joined):
+        raise ValueError('the heads of this task are joined for another optimizer')
+    groups, joined = _parameter_groups(task.joint_module, weight_decay, layer_decay), {}
     if _fuses(opt, groups) and not kwargs.keys() & {'foreach', 'fused', 'capturable', 'differentiable'}:
         kwargs['fused'] = True
-    optimizer = create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=weight_decay, **kwargs)
+        joined = task.join_heads() if join_heads else {}
+    layout = FormerLayout(groups, joined)
+    optimizer = create_optimizer_v2(layout.groups, opt=opt, lr=lr, weight_decay=weight_decay, **kwargs)
+    if joined:
+        layout.attach(optimizer)
     if opt.lower() == 'adamp' and not kwargs.get('caution'):
         return CentralizedAdamP(optimizer.param_groups, gradient_centralization)
     if gradient_centralization:

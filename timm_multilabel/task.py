@@ -17,6 +17,7 @@ from timm_multilabel.distributed import sum_over_ranks, world
 from timm_multilabel.gradient_cache import run_with_gradient_cache
 from timm_multilabel.heads import (
     Head,
+    JoinedWeights,
     PlainViews,
     group_heads,
     heads_of_plain_views,
@@ -126,6 +127,7 @@ class JointModule(nn.Module):
         self.projector = projector
         self.to_features = to_features
         self.classify, self.project, self.freeze_backbone = classify, project, freeze_backbone
+        self.joined = nn.ModuleList()  # see `JointTask.join_heads`
         self.adapted = False  # the backbone is frozen but for adapters in it
 
     def train(self, mode: bool = True) -> 'JointModule':
@@ -163,7 +165,8 @@ class JointModule(nn.Module):
         projector = self.projector if self.projector is not None else self.model.projector
         further = () if drawn is None else (drawn,)
         projections = projector(features, *further) if projector is not None else None
-        outputs = self.model.forward_heads(features, projections) if self.classify else {}
+        joined: Any = self.joined  # whose type says no more than that it holds modules
+        outputs = self.model.forward_heads(features, projections, joined) if self.classify else {}
         if self.to_features is not None:
             outputs[_FEATURES] = self.to_features(features)
         return outputs, projections if self.project else None
@@ -332,6 +335,21 @@ class JointTask(TrainingTask):
         self.joint_module.adapted = True
         return line
 
+    def join_heads(self) -> dict[nn.Parameter, list[nn.Parameter]]:
+        """Hold the weights of the heads that are computed together in one parameter each; see `JoinedWeights`.
+
+        Only `JointTask.forward` trains them from here on. Call it before `prepare_distributed`, and for an optimizer
+        that changes each number by itself; `optim.create_optimizer` does.
+
+        Returns:
+            The joined parameters, each with the heads' own, which are views of it.
+        """
+        model, heads = self.joint_module.model, self.heads
+        joined = [JoinedWeights(group, heads) for groups in model.groups.values() for group in groups
+                  if JoinedWeights.can_join(group, heads)]
+        self.joint_module.joined.extend(joined)
+        return {whole: parts for each in joined for whole, parts in each.parts().items()}
+
     def start_epoch(self, epoch: int) -> None:
         """Set what changes with the epoch (from 0): the ramp of the entropies."""
         self.ramp = min(1.0, epoch / self.pool.entropy_ramp_up) if self.pool.entropy_ramp_up else 1.0
@@ -421,6 +439,10 @@ class JointTask(TrainingTask):
     ) -> dict[str, Any]:
         """The weights and, once, the label space and further metadata that make the file usable by itself."""
         state = super().get_checkpoint_state(ema=ema, unwrap_fn=unwrap_fn)
+        weights = state.get('state_dict_ema' if ema else 'state_dict', {})
+        for name, value in weights.items():
+            if value.numel() < value.untyped_storage().nbytes() // value.itemsize:  # joined: a file would have them all
+                weights[name] = value.clone()
         return state if ema else {**self.metadata, **state}
 
     def create_evaluator(self, **kwargs: Any) -> MultiLabelEvaluator:

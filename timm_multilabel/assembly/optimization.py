@@ -59,6 +59,7 @@ def create_optimizer_step(
             momentum=wanted.momentum,
             layer_decay=wanted.layer_decay,
             gradient_centralization=wanted.gradient_centralization,
+            join_heads=True,
             **further,
         )
     except (ValueError, TypeError, AssertionError, LookupError) as error:

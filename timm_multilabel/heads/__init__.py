@@ -1,6 +1,7 @@
 """What a head is: its layer, its loss, its prediction, its metrics. A new kind is a subclass of `Head`."""
 from timm_multilabel.heads.classes import ArcFaceHead, SoftmaxHead
 from timm_multilabel.heads.head import Head
+from timm_multilabel.heads.joined import JoinedWeights
 from timm_multilabel.heads.numeric import NumericHead
 from timm_multilabel.heads.options import options_of, parse_option
 from timm_multilabel.heads.plain import PlainViews, heads_of_plain_views
@@ -23,6 +24,7 @@ __all__ = [
     'ArcFaceHead',
     'Group',
     'Head',
+    'JoinedWeights',
     'NumericHead',
     'PlainViews',
     'SoftmaxHead',

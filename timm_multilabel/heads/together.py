@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_multilabel.compat import has_hooks
+from timm_multilabel.compat import has_hooks, split_from
 from timm_multilabel.heads.classes import SoftmaxHead
 from timm_multilabel.heads.head import Head
 from timm_multilabel.labels import MISSING
@@ -26,22 +26,35 @@ class Group:
     names: tuple[str, ...]
     sizes: tuple[int, ...]
 
-    def logits(self, heads: Mapping[str, Head], inputs: torch.Tensor) -> Sequence[torch.Tensor] | None:
+    def logits(
+            self,
+            heads: Mapping[str, Head],
+            inputs: torch.Tensor,
+            joined: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Sequence[torch.Tensor] | None:
         """The logits (B, C) of each head of inputs (B, F) by one matrix product; None where each must run by itself.
 
         That is so where dropout draws other numbers for each head, where a layer was replaced by another, and where a
         hook waits for a head to run.
+
+        Args:
+            heads: All heads by name.
+            inputs: What the heads of the group read.
+            joined: Weight and bias of all layers of the group, where they are one already (see `JoinedWeights`).
         """
         layers = []
         for name in self.names:
             head = heads[name]
-            layer = head.fc
-            if type(head) is not SoftmaxHead or type(layer) is not nn.Linear or (head.training and head.drop.p):
+            if type(head) is not SoftmaxHead:
                 return None
-            if has_hooks(head) or has_hooks(head.drop) or has_hooks(layer):
+            layer, drop = head.fc, head.drop
+            if type(layer) is not nn.Linear or (head.training and drop.p):
+                return None
+            if has_hooks(head) or has_hooks(drop) or has_hooks(layer):
                 return None
             layers.append(layer)
-        weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+        weight, bias = joined if joined is not None else (
+            torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
         logits: tuple[torch.Tensor, ...] = F.linear(inputs, weight, bias).split(self.sizes, dim=1)
         return logits
 
@@ -96,7 +109,9 @@ class Group:
 
     def _padded(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Logits of all heads (B, H, C) in float32 at least, C being the most classes; -inf where a head has less."""
-        logits = float32(torch.cat([outputs[name] for name in self.names], dim=1))
+        its = [outputs[name] for name in self.names]
+        whole = split_from(its)
+        logits = float32(torch.cat(its, dim=1) if whole is None else whole)
         if len(set(self.sizes)) == 1:
             return logits.reshape(len(logits), len(self.sizes), self.sizes[0])
         index, classes = _padding(self.sizes, logits.device)

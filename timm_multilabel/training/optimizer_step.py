@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import NativeScaler, dispatch_clip_grad
+from torch import nn
 
-from timm_multilabel.compat import all_finite, grad_scaler, step_unless
+from timm_multilabel.compat import all_finite, grad_scaler, own_buffers, step_unless
 from timm_multilabel.task import JointTask
 from timm_multilabel.training.update_decisions import UpdateDecisions
 
@@ -35,6 +36,7 @@ class OptimizerStep:
     accumulate: int = 1
     clip_grad: float | None = None
     clip_mode: str = 'norm'
+    modules: list[nn.Module] = field(default_factory=list, init=False)  # those with buffers
     finite: torch.Tensor | None = field(default=None, init=False)
     buffers: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list, init=False)
 
@@ -53,7 +55,10 @@ class OptimizerStep:
     def begin(self) -> None:
         """Before the forward pass of a step: keep what a skipped update must leave as it was."""
         if self.finite is None:
-            self.buffers = [(buffer, buffer.clone()) for buffer in self.task.joint_module.buffers()]
+            if not self.modules:
+                self.modules = [module for module in self.task.joint_module.modules() if own_buffers(module)]
+            self.buffers = [(buffer, buffer.clone()) for module in self.modules for buffer in own_buffers(module)
+                            if buffer is not None]
 
     def backward(self, loss: torch.Tensor, update: bool, decisions: UpdateDecisions, step: int, stop: bool) -> None:
         """Add the gradient of a loss, and change the weights if it is the update's last.
