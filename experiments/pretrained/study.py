@@ -42,11 +42,11 @@ ARMS: dict[str, Arm] = {  # the arm that must have run before, and the settings
 SHORT = ('probe-lite0', 'fine-tuned', 'small', 'small-student')
 RUNS = [
     *((arm, labels, 0) for arm in (*SHORT, 'lora', 'probe-lite2', 'probe-both') for labels in (1000, 250)),
-    *(('lite0-student', labels, 0) for labels in (1000, 250)),
     *((arm, labels, seed) for seed in (1, 2) for arm in SHORT for labels in (1000, 250)),
+    *((arm, labels, seed) for arm in ('probe-lite2', 'probe-both') for seed in (1, 2) for labels in (1000, 250)),
+    *(('lite0-student', labels, 0) for labels in (1000, 250)),
     *((arm, 32_000, 0) for arm in ('probe-lite0', 'fine-tuned')),
-    *((arm, labels, seed) for seed in (1, 2) for arm in ('probe-lite2', 'probe-both', 'lite0-student', 'lora')
-      for labels in (1000, 250)),
+    *((arm, labels, seed) for arm in ('lite0-student', 'lora') for seed in (1, 2) for labels in (1000, 250)),
     *((arm, 32_000, 0) for arm in ('lora', 'probe-lite2', 'probe-both')),
     *(('from-probe', labels, seed) for seed in (0, 1, 2) for labels in (1000, 250)),
 ]
