@@ -68,6 +68,14 @@ def test_coco(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / 'data' / 'train.jsonl').read_text().splitlines()]
     assert lines == [{'image_path': '../coco/train2017/000000000007.jpg', 'objects': ['cat', 'dog']},
                      {'image_path': '../coco/train2017/000000000008.jpg', 'objects': []}]
+    photo(tmp_path / 'coco' / 'train2017' / '000000000009.jpg')  # of the same name as that of val
+    again = tm.convert(tmp_path / 'coco', tmp_path / 'data', force=True)
+    assert 'coco/val2017/000000000009.jpg' in (again.folder / 'val.jsonl').read_text()
+    (tmp_path / 'coco' / 'val2017' / '000000000009.jpg').unlink()
+    (tmp_path / 'coco' / 'train2017' / '000000000009.jpg').unlink()
+    part = tm.convert(tmp_path / 'coco', tmp_path / 'part')
+    assert dict(part.rows) == {'train': 2} and 'none of its 1 images is on disk' in part.skipped[0]
+    photo(tmp_path / 'coco' / 'val2017' / '000000000009.jpg')
     one = tm.convert(tmp_path / 'coco' / 'annotations' / 'instances_val2017.json', tmp_path / 'one')
     assert dict(one.rows) == {'val': 1}
 
@@ -118,7 +126,7 @@ def test_what_cannot_be_converted(tmp_path):
     path = tmp_path / 'coco' / 'annotations' / 'instances_train2017.json'
     good = path.read_text()
     path.write_text(good.replace('"category_id": 18', '"category_id": 99'))
-    with pytest.raises(DataError, match='annotations: there is no category 99'):
+    with pytest.raises(DataError, match=r'annotations\[1\]: there is no category 99'):
         tm.convert(tmp_path / 'coco', tmp_path / 'data')
     path.write_text(good)
     with pytest.raises(DataError, match=r'none of its 2 images is on disk: .*; name the folder that they are under'):
@@ -127,6 +135,9 @@ def test_what_cannot_be_converted(tmp_path):
     tm.convert(tmp_path / 'coco', tmp_path / 'data')
     with pytest.raises(DataError, match='already there; overwrite with force'):
         tm.convert(tmp_path / 'coco', tmp_path / 'data')
+    (tmp_path / 'data' / 'train.csv').write_text('image_path,a\n')
+    with pytest.raises(DataError, match='train.csv: already there, and would be read too'):
+        tm.convert(tmp_path / 'coco', tmp_path / 'data', force=True)
     celeba(tmp_path / 'celeba', 'txt')
     with (tmp_path / 'celeba' / 'list_attr_celeba.txt').open('a') as file:
         file.write('000010.jpg 1 1\n')

@@ -241,7 +241,8 @@ def test_bfloat16_is_close_to_float32():
     assert results[1]['train_loss'] == pytest.approx(results[0]['train_loss'], rel=0.02)
 
 
-@pytest.mark.parametrize('pool', [Pool(), Pool(1, pseudo_label_weight=1.0)])
+@pytest.mark.parametrize('pool', [Pool(), Pool(
+    1, pseudo_label_weight=1.0, pseudo_label_reference='labelled', pseudo_label_alignment=True)])
 def test_a_step_waits_for_nothing(pool):
     """Between the ends of an epoch: the steps in the middle are told to raise where the host waits."""
     task, steps = device_task(pool=pool), []

@@ -12,7 +12,8 @@ from timm_multilabel.model import MultiLabelModel
 from timm_multilabel.task import JointTask, Pool
 
 TARGET = torch.tensor([[0, 1], [2, 0], [1, -1], [-1, -1], [-1, 1], [2, -1], [0, 0]])
-POOL = Pool(3, entropy_weight=0.3, marginal_entropy_weight=0.2, pseudo_label_weight=0.4, pseudo_label_threshold=0.35)
+POOL = Pool(3, entropy_weight=0.3, marginal_entropy_weight=0.2, pseudo_label_weight=0.4, pseudo_label_threshold=0.95,
+            pseudo_label_reference='labelled', pseudo_label_alignment=True)
 
 
 def batch(images=10, views=2, dtype=torch.float64):

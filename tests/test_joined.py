@@ -26,9 +26,20 @@ KWARGS = {
 }
 
 
+class Gained(TinyBackbone):
+    """With a scalar among its weights, as NFNets have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(1.))
+
+    def forward(self, images):
+        return self.gain * super().forward(images)
+
+
 def training_of(join, opt='adamw', options=OPTIONS, **settings):
     torch.manual_seed(0)
-    model = MultiLabelModel(TinyBackbone(), SPACE, smoothing=0.1, head_options=options, projection_dim=5)
+    model = MultiLabelModel(Gained(), SPACE, smoothing=0.1, head_options=options, projection_dim=5)
     task = JointTask(model, **settings).double()
     clip = 0.5 if opt == 'adamw' else None
     return OptimizerStep(task, create_optimizer(task, **KWARGS[opt], join_heads=join), clip_grad=clip, accumulate=2)
@@ -66,8 +77,8 @@ def test_training_is_that_of_heads_with_their_own_weights(opt, settings):
     made, expected = (train(training_of(join, opt, **settings)) for join in (True, False))
     assert_same(state_of(made), state_of(expected))
     assert [each.names for each in made.task.joint_module.joined] == [('a', 'b', 'c', 'e'), ('f', 'g')]
-    # Backbone 4, projector 2, d 2, and 2 for each group.
-    assert sum(len(group['params']) for group in made.optimizer.param_groups) == 4 + 2 + 2 + 2 * 2
+    # Backbone 5, projector 2, d 2, and 2 for each group.
+    assert sum(len(group['params']) for group in made.optimizer.param_groups) == 5 + 2 + 2 + 2 * 2
     assert {group['weight_decay'] for group in made.optimizer.param_groups if made.task.joint_module.joined[0].bias
             in set(group['params'])} == {0.0}
 

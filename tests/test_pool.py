@@ -242,7 +242,7 @@ def test_terms_without_a_pool_are_refused():
 
 
 TERMS = {'entropy_weight': 0.3, 'marginal_entropy_weight': 0.2, 'pseudo_label_weight': 0.5,
-         'pseudo_label_threshold': 0.3}
+         'pseudo_label_threshold': 0.95, 'pseudo_label_reference': 'labelled', 'pseudo_label_alignment': True}
 OPTIONS = {
     'article': {'loss': 'arcface', 'input': 'projection', 'scale': 4.0}, 'color': {'class_weights': [1., 3., 2.]}}
 

@@ -169,7 +169,7 @@ def toy(aligned, ramp_up, steps=150):
     space = LabelSpace((LabelSet('kind', ('common', 'rare')),))
     task = JointTask(MultiLabelModel(Flat(), space), simclr_weight=0, classification_weight=1, pool=Pool(
         60, pseudo_label_weight=2., pseudo_label_ramp_up=ramp_up, pseudo_label_threshold=0.7,
-        pseudo_label_alignment=aligned))
+        pseudo_label_reference='labelled', pseudo_label_alignment=aligned))
     optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.3)
     weak, target = torch.cat([labelled, pool]), torch.cat([known, -torch.ones(60)])[:, None].repeat(2, 1)
     task.train()
@@ -203,7 +203,7 @@ def test_the_ramp_keeps_first_guesses_from_becoming_labels():
 
 
 PSEUDO = ['-b', '2', '-j', '0', '--unlabelled', 'images', '--labelled-rows', '4', '--pseudo-label-weight', '1']
-ALWAYS = {'model_ema': True, 'weak_first_view': True, 'pseudo_label_ramp_up': 50.0}
+ALWAYS = {'model_ema': True, 'model_ema_warmup': True, 'weak_first_view': True, 'pseudo_label_ramp_up': 50.0}
 VIEWS = {'aa': RAND_AUGMENT, 'scale': [0.8, 1.0], 'reprob': 0.5}
 
 
@@ -213,7 +213,7 @@ VIEWS = {'aa': RAND_AUGMENT, 'scale': [0.8, 1.0], 'reprob': 0.5}
     (['-wls', '0', '--color-jitter', '0', '--epochs', '5'], ALWAYS | {'pseudo_label_ramp_up': 2.5}),
     (['-wls', '0', '--aa', 'rand-m5', '--no-model-ema', '--pseudo-label-ramp-up', '0'], {'weak_first_view': True}),
     (['-wls', '0', '--no-weak-first-view', '--scale', '0.5', '1', '--reprob', '0', '--pseudo-label-reference', 'none'],
-     {'model_ema': True, 'aa': RAND_AUGMENT}),
+     {'model_ema': True, 'model_ema_warmup': True, 'aa': RAND_AUGMENT}),
 ])
 def test_pseudo_labels_choose_what_no_flag_says(data_dir, flags, chosen):
     settings = train_settings(str(data_dir), *PSEUDO, *flags)
@@ -262,3 +262,13 @@ def test_the_decay_of_the_ema_warms_up_where_the_run_is_shorter_than_its_memory(
 def test_what_is_refused(flags, line):
     with pytest.raises(UserError, match=line):
         check_phases(train_settings('d', *flags))
+
+
+def test_running_means_are_left_out_where_there_are_none():
+    """A run may go on with --pseudo-label-reference none --no-pseudo-label-alignment, and back."""
+    heads = MultiLabelModel(TinyBackbone(), SPACE).named_heads
+    aligned, plain = (PseudoLabels(heads, 0.9, relative=on, aligned=on) for on in (True, False))
+    aligned.sums += 1
+    plain.load_state_dict(aligned.state_dict())
+    aligned.load_state_dict(plain.state_dict())
+    assert not plain.needs_labelled and (aligned.sums == 1).all()

@@ -14,6 +14,7 @@ from timm_multilabel.data.table import encode_rows, find_label_space, read_table
 from timm_multilabel.data.table_files import read_cells
 from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import DataError
+from timm_multilabel.labels import Quantity
 
 TINY = {'model': 'test_resnet', 'img_size': 32, 'simclr_loss_weight': 0, 'batch_size': 4, 'workers': 0, 'epochs': 1,
         'warmup_epochs': 0, 'cooldown_epochs': 0}
@@ -65,6 +66,8 @@ def test_class_folders_beside_tables_are_only_images(class_folders):
     assert find_split(class_folders, 'train') == class_folders / 'train.csv'
     assert find_split(class_folders, 'val') is None
     assert find_split(class_folders, str(class_folders / 'val')) == class_folders / 'val'  # asked for by its path
+    (class_folders / 'train.csv').rename(class_folders / 'predictions.csv')  # of no split
+    assert find_split(class_folders, 'train') == class_folders / 'train'
 
 
 def test_what_is_wrong_with_class_folders(class_folders):
@@ -72,6 +75,9 @@ def test_what_is_wrong_with_class_folders(class_folders):
     train, val = (read_table(class_folders / name) for name in ('train', 'val'))
     with pytest.raises(DataError, match=r"val: labels that training does not know: class 'caps' in 1 row; "):
         encode_rows(val, find_label_space([train], None))
+    for kind, message in (({'class': Quantity}, "train, column 'class': 'boots' is no number; fix it"),):
+        with pytest.raises(DataError, match=message):
+            find_label_space([train], None, kind)
     photo(class_folders / 'train' / 'loose.png')
     with pytest.raises(DataError, match=r'loose.png: of no class; move it into the folder of its class'):
         read_table(class_folders / 'train')
@@ -90,6 +96,8 @@ def test_class_folders_are_split(class_folders, tmp_path):
     assert here.folder == class_folders / 'val' and find_split(here.folder, 'train') == here.folder / 'train.csv'
     with pytest.raises(DataError, match='image and heads are of tables'):
         tm.split(class_folders / 'train', image='{id}.jpg', heads=['a'])
+    tm.split(class_folders / 'train', out=tmp_path / 'out', class_head='article', ratios=(50, 50, 0), force=True)
+    assert not (tmp_path / 'out' / 'test.csv').exists()
     with pytest.raises(DataError, match='name its images and heads'):
         tm.split(here.folder / 'all.csv', out=tmp_path / 'other')
 
@@ -150,9 +158,24 @@ def test_rows_of_columns_of_their_own(tmp_path, monkeypatch):
         read_cells(tmp_path / 't.jsonl')
 
 
-def test_a_separator_is_of_csvs(tmp_path):
-    with pytest.raises(DataError, match='--separator is of CSVs'):
-        read_table(write(tmp_path / 't.jsonl'), TableFormat(separator=';'))
+@pytest.mark.parametrize('ending', ['tsv', 'jsonl', 'xlsx'])
+def test_a_separator_is_of_csvs(tmp_path, ending):
+    """A checkpoint remembers that of its run, whose other splits may be files of another kind."""
+    table = read_table(write(tmp_path / f't.{ending}'), TableFormat(separator=';'))
+    assert table.frame['color'].tolist() == ['red', 'NA', '']
+
+
+def test_a_sheet_with_a_cell_far_away(tmp_path):
+    import openpyxl
+    book = openpyxl.Workbook()
+    book.active['A1'], book.active['B1'], book.active['A3'] = 'image_path', 'n', 'a.png'
+    book.save(tmp_path / 'good.xlsx')
+    frame = read_cells(tmp_path / 'good.xlsx')
+    assert frame.to_dict('index') == {3: {'image_path': 'a.png', 'n': ''}}
+    book.active['XFD1048576'] = 1
+    book.save(tmp_path / 'far.xlsx')
+    with pytest.raises(DataError, match='row 1048576 has more cells than the header'):
+        read_cells(tmp_path / 'far.xlsx')
 
 
 def test_images_under_a_root(class_folders, tmp_path):

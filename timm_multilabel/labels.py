@@ -86,13 +86,12 @@ class LabelSet(_Classes):
         Raises:
             BadCell: A cell is a list of none or of several.
         """
-        index: np.ndarray = singles(cells).map(self._index).fillna(UNKNOWN).to_numpy(np.float32)
-        return index[:, None]
+        index = (self._index.get(text, UNKNOWN) for text in singles(cells))
+        return np.fromiter(index, dtype=np.float32)[:, None]
 
     def unknown(self, cells: pd.DataFrame) -> dict[str, list[Any]]:
         """The texts that are no classes, with their rows."""
-        texts = singles(cells)
-        return _group(texts[~texts.isin(self._index)].items())
+        return _group((row, text) for row, text in singles(cells).items() if text not in self._index)
 
     def check(self, target: np.ndarray) -> None:
         """Raise ValueError unless targets (N,) are indices of classes or missing."""
@@ -360,8 +359,7 @@ def _numbers(name: str, texts: pd.Series) -> np.ndarray:
     numbers: np.ndarray = pd.to_numeric(filled, errors='coerce').to_numpy(dtype=np.float64, copy=True)
     wrong = ~np.isfinite(numbers)
     if wrong.any():
-        row = texts.index[wrong][0]
-        raise BadCell(f"'{shortened(texts[row])}' is no number", name, row)
+        raise BadCell(f"'{shortened(texts.iloc[wrong.argmax()])}' is no number", name, texts.index[wrong.argmax()])
     numbers[(texts == '').to_numpy()] = np.nan
     return numbers
 

@@ -35,6 +35,9 @@ class FormerLayout:
         found = {}
         for place, moments in state['state'].items():
             parts = self.parts[place]
+            if len(parts) == 1:  # of any shape, which may be that of a scalar
+                found[parts[0][0]] = moments
+                continue
             its = {name: _apart(value, [shape[0] for _, shape in parts]) for name, value in moments.items()}
             for number, (former, _) in enumerate(parts):
                 found[former] = {name: values[number] for name, values in its.items()}

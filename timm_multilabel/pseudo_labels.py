@@ -1,5 +1,6 @@
 """Which predictions on the pool become labels: a threshold that goes by labelled images, and distribution alignment."""
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,6 +64,12 @@ class PseudoLabels(nn.Module):
         binary = [isinstance(heads[name].labels, TagSet) for name in self.measured for _ in range(
             heads[name].labels.outputs)]
         self.register_buffer('binary', torch.tensor(binary, dtype=torch.bool, device=device), persistent=False)
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Bring back the running means; those of a run that had none, or had them where this has none, are left out."""
+        if not self.measured or not state.get('sums', self.sums).numel():
+            return None
+        return super().load_state_dict(state, strict, assign)
 
     @property
     def needs_labelled(self) -> bool:

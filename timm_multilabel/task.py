@@ -43,7 +43,7 @@ class Pool:
         entropy_ramp_up: Epochs over which that weight grows from 0.
         marginal_entropy_weight: Weight of the reward for the entropy of the mean prediction; it ramps up alike.
         pseudo_label_weight: Weight of the pseudo-labels' cross-entropy; the first view is then the weak one.
-        pseudo_label_ramp_up: Epochs over which that weight grows from 0.
+        pseudo_label_ramp_up: Epochs over which that weight grows from 0; `start_step` says where in the run a step is.
         pseudo_label_threshold: Least probability of a pseudo-label, as a share of the reference.
         pseudo_label_reference: 'labelled', the mean highest probability on labelled images, or 'none': 1.
         pseudo_label_alignment: Align the distribution of the predictions first; see `PseudoLabels`.
@@ -55,8 +55,8 @@ class Pool:
     pseudo_label_weight: float = 0.0
     pseudo_label_ramp_up: float = 0.0
     pseudo_label_threshold: float = UnlabelledSettings.pseudo_label_threshold
-    pseudo_label_reference: str = UnlabelledSettings.pseudo_label_reference
-    pseudo_label_alignment: bool = UnlabelledSettings.pseudo_label_alignment
+    pseudo_label_reference: str = 'none'  # with a reference, early guesses are labels unless the weight ramps up
+    pseudo_label_alignment: bool = False
 
     def __post_init__(self) -> None:
         weights = (self.entropy_weight, self.marginal_entropy_weight, self.pseudo_label_weight)

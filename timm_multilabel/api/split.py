@@ -56,7 +56,8 @@ def run_split(settings: SplitSettings) -> SplitTable:
     """
     source = Path(settings.source)
     folder = (source if source.is_dir() else source.parent) if settings.out is None else Path(settings.out)
-    before = [path for name in SPLITS if (path := folder / f'{name}.csv').exists()]
+    before = [path for name, ratio in zip(SPLITS, settings.ratios, strict=True) for ending in ('csv', 'jsonl')
+              if not ratio and (path := folder / f'{name}.{ending}').exists()]
     rows = split_csv(
         source, folder, image=settings.image, heads=settings.heads, class_head=settings.class_head,
         image_column=settings.image_column, separator=settings.separator, ratios=settings.ratios, seed=settings.seed,

@@ -191,8 +191,13 @@ def _without_effect(settings: TrainSettings) -> dict[str, str]:
     no_ema = not settings.backbone.model_ema and 'without --model-ema'
     no_mixing = not (views.mixup or views.cutmix) and 'without --mixup or --cutmix'
     no_erasing = not views.reprob and 'without --reprob'
+    no_simclr = not settings.objective.simclr_loss_weight and 'without SimCLR (-wls 0)'
+    no_projector = not any(its.get('input') == 'projection' for its in settings.data.head.values()) and no_simclr
     reasons = {
-        'temperature': not settings.objective.simclr_loss_weight and 'without SimCLR (-wls 0)',
+        'temperature': no_simclr,
+        'projection_dim': no_projector,
+        'projector_layers': no_projector,
+        'projector_width': no_projector or settings.objective.projector_layers == 1 and 'with --projector-layers 1',
         'model_ema_decay': no_ema,
         'model_ema_warmup': settings.backbone.model_ema_warmup and no_ema,
         'amp_dtype': not settings.run.amp and 'without --amp',

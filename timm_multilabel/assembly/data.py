@@ -89,7 +89,7 @@ def read_data(settings: TrainSettings, say: Say) -> Data:
         splits.save(None)
         return _without_heads(settings, train, registry, say)
 
-    all_path = table_of_classes(folder)
+    all_path = table_of_classes(folder, TableFormat.of(settings.data))
     tables = [read_split_table(settings.data, all_path)] if all_path.is_file() else []
     given = head_options.match_columns(settings.data.head, train.label_columns)
     head_options.check_groups(given, train.label_columns)

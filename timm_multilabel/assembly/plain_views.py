@@ -32,6 +32,9 @@ def check_plain_views(settings: TrainSettings, heads: tuple[str, ...], views: Ph
     share = sum(shares) / len(shares)
     if not share:
         raise SettingError(f'{flag}: no view keeps its colors; {_way_out(settings)}')
+    if pool.pseudo_label_weight and not views.plain_shares[-1]:
+        say(f'views=plain of {listed(heads)}: no pseudo-labels, since no strong view keeps its colors (with --views '
+            'simclr some do)')
     say(f'views=plain of {listed(heads)}: {100 * share:.3g} % of the labelled views keep their colors (no color '
         'jitter, no grayscale); learns from these only')
 

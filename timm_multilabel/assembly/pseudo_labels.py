@@ -22,7 +22,8 @@ def chosen_by_pseudo_labels(settings: TrainSettings) -> dict[str, Any]:
     """The settings that pseudo-labels choose, by name; flags that are given win.
 
     - The EMA is the teacher, as in Mean Teacher (Tarvainen and Valpola 2017): it is better than the model is, above all
-      while the learning rate is high.
+      while the learning rate is high. Its decay warms up, as there, however long the run is: else the first weights
+      would be most of the teacher for thousands of updates.
     - The first view of labelled images is a weak one too, as AdaMatch has it: confidence and distribution on labelled
       images are compared with those on the pool, so both are seen alike.
     - The weight ramps up over half of the epochs, as AdaMatch has it: a relative threshold lets early guesses pass.
@@ -33,6 +34,8 @@ def chosen_by_pseudo_labels(settings: TrainSettings) -> dict[str, Any]:
     if not settings.pool.pseudo_label_weight:
         return {}
     wanted: dict[str, Any] = {'model_ema': True, 'weak_first_view': True}
+    if settings.backbone.model_ema is not False:
+        wanted['model_ema_warmup'] = True
     if settings.pool.pseudo_label_reference == 'labelled':
         wanted['pseudo_label_ramp_up'] = settings.schedule.epochs / 2
     own = views.views or views.aa or views.color_jitter or views.color_jitter_prob is not None

@@ -3,9 +3,9 @@ from pathlib import Path
 
 from timm_multilabel.assembly.device import choose_precision, loader_workers, start_device
 from timm_multilabel.config.commands import ReadingSettings
-from timm_multilabel.config.train import DataSettings
 from timm_multilabel.data.arguments import rows_of_arguments
 from timm_multilabel.data.table import Rows
+from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.distributed import world
 from timm_multilabel.errors import UserError, escaped, is_utf8
 from timm_multilabel.heads import load_registry
@@ -30,10 +30,9 @@ def load_checkpoint_model(settings: ReadingSettings, checkpoint: Checkpoint, wei
 
 def read_rows(settings: ReadingSettings, checkpoint: Checkpoint, space: LabelSpace) -> Rows:
     """The images that the user names."""
-    return rows_of_arguments(
-        settings.images, space,
-        settings.image_column or checkpoint.state.get('image_column', DataSettings.image_column),
-        separator=settings.separator or checkpoint.state.get('separator'), say=say)
+    # The root of the training images is not that of others.
+    of_training = {**checkpoint.state, 'image_root': None}
+    return rows_of_arguments(settings.images, space, TableFormat.of(settings, of_training), say=say)
 
 
 def check_names(rows: Rows, form: str, way_out: str) -> None:

@@ -12,7 +12,7 @@ from timm_multilabel.assembly.run_settings import last_phase, read_run_settings
 from timm_multilabel.assembly.splits import read_stored
 from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.data.folders import walk
-from timm_multilabel.data.split_names import check_folder, split_path
+from timm_multilabel.data.split_names import check_folder, places_of_split, split_path
 from timm_multilabel.data.streams import StreamedRows, encode
 from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import CheckpointError
@@ -86,8 +86,9 @@ def stored_predictions(
     if checkpoint is None and kept.is_file():
         found = Predictions.load(kept)
         stale = found.own_metrics is None and settings.data.head_module  # it may hold probabilities that no head has
-        table_is_gone = not table.exists() and found.made_from == (now[0], *found.made_from[1:]) and (
-            found.made_from[1].startswith(f'{now[1]} '))
+        places = [f'{os.path.realpath(place)} ' for place in places_of_split(folder, split)]
+        table_is_gone = not table.exists() and found.made_from[0] == now[0] and (
+            found.made_from[1].startswith(tuple(places)))
         if not stale and (found.made_from == now or table_is_gone):
             return found
     if not folder.is_dir():

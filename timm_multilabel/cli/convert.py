@@ -14,6 +14,8 @@ def run(settings: ConvertSettings) -> None:
     say(f'{made.form}: wrote {sum(made.rows.values()):,} rows ({described}) to {made.folder}')
     if made.missing:
         say(f'Left out {made.missing:,} rows whose image is not there')
+    for line in made.skipped:
+        say(f'Left out: {line}')
     tags = f' --head {" ".join(shlex.quote(f"{head}:loss=tags") for head in made.tags)}' if made.tags else ''
     if 'train' in made.rows:
         say(f'Next: timm-multilabel check {folder}{tags}')

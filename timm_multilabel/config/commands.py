@@ -70,9 +70,9 @@ class ProbeSettings(Settings):
     image_root: str | None = shared.image_root()
     class_head: str = shared.class_head()
     train_split: str = setting(
-        'train', 'split to fit on: a name such as train, or the path of a CSV', metavar='NAME')
+        'train', 'split to fit on: a name such as train, or the path of a table', metavar='NAME')
     val_split: str = setting(
-        'val', 'split to choose and score on: a name such as val, or the path of a CSV', metavar='NAME')
+        'val', 'split to choose and score on: a name such as val, or the path of a table', metavar='NAME')
     separator: str | None = shared.cell_separator(
         'cell separator: a character, tab, or whitespace for runs of blanks (default: detected)')
     missing_value: str | None = shared.missing_value(
@@ -123,7 +123,7 @@ class ValidateSettings(Settings):
     checkpoint: str = required('checkpoint of a training run', metavar='FILE')
     model: str | None = setting(None, 'stop if the checkpoint has a different model', metavar='NAME')
     split: str | None = setting(
-        None, "split: val, test, ... or the path of a CSV (default: the run's validation split)", metavar='NAME')
+        None, "split: val, test, ... or the path of a table (default: the run's validation split)", metavar='NAME')
     weights: str = shared.weights('score')
     image_column: str | None = shared.image_column(f'column with the image paths {_AS_IN_TRAINING}')
     image_root: str | None = shared.image_root('as in training')
@@ -172,7 +172,8 @@ class PredictSettings(Settings):
     out: str | None = setting(None, 'output file (default: standard output)', metavar='FILE')
     force: bool = shared.force()
     weights: str = shared.weights('use')
-    image_column: str | None = shared.image_column(f'column with the image paths in CSVs {_AS_IN_TRAINING}')
+    image_column: str | None = shared.image_column(f'column with the image paths in tables {_AS_IN_TRAINING}')
+    image_root: str | None = shared.image_root()
     separator: str | None = shared.cell_separator(
         f'cell separator of CSVs: a character, tab or whitespace {_AS_IN_TRAINING}')
     head_module: str | None = shared.head_module()
@@ -199,7 +200,8 @@ class EmbedSettings(Settings):
         choices=EMBEDDED)
     force: bool = shared.force()
     weights: str = shared.weights('use')
-    image_column: str | None = shared.image_column(f'column with the image paths in CSVs {_AS_IN_TRAINING}')
+    image_column: str | None = shared.image_column(f'column with the image paths in tables {_AS_IN_TRAINING}')
+    image_root: str | None = shared.image_root()
     separator: str | None = shared.cell_separator(
         f'cell separator of CSVs: a character, tab or whitespace {_AS_IN_TRAINING}')
     head_module: str | None = shared.head_module()
@@ -225,7 +227,8 @@ class SearchSettings(Settings):
     sheet: str | None = setting(
         None, 'also write a picture of the query images and their matches (.png or .jpg)', metavar='FILE')
     force: bool = shared.force()
-    image_column: str | None = shared.image_column(f'column with the image paths in CSVs {_AS_IN_TRAINING}')
+    image_column: str | None = shared.image_column(f'column with the image paths in tables {_AS_IN_TRAINING}')
+    image_root: str | None = shared.image_root()
     separator: str | None = shared.cell_separator(
         f'cell separator of CSVs: a character, tab or whitespace {_AS_IN_TRAINING}')
     head_module: str | None = shared.head_module()
@@ -279,7 +282,7 @@ class ReportSettings(Settings):
     out: str | None = setting(None, 'HTML file to write (default: report.html in the run folder)', metavar='FILE')
     force: bool = shared.force('overwrite an existing page')
     split: str | None = setting(
-        None, "split: val, test, ... or the path of a CSV (default: the run's validation split)", metavar='NAME')
+        None, "split: val, test, ... or the path of a table (default: the run's validation split)", metavar='NAME')
     data: str | None = setting(None, "data directory, if it has moved (default: the run's)", metavar='DIR')
     checkpoint: str | None = setting(None, 'checkpoint to use (default: model_best.pth.tar of the run)', metavar='FILE')
     head_module: str | None = shared.head_module()
@@ -426,9 +429,9 @@ class CheckSettings(Settings):
     run: str | None = setting(
         None, 'run folder to take data flags from, unless they are given here', metavar='RUN')
     train_split: str | None = setting(
-        None, 'training split: a name such as train, or the path of a CSV', metavar='NAME')
+        None, 'training split: a name such as train, or the path of a table', metavar='NAME')
     val_split: str | None = setting(
-        None, 'validation split: a name such as val, or the path of a CSV', metavar='NAME')
+        None, 'validation split: a name such as val, or the path of a table', metavar='NAME')
     image_column: str | None = shared.image_column(
         f'column with the image paths (default: {DataSettings.image_column})')
     image_root: str | None = shared.image_root()

@@ -16,7 +16,7 @@ HEAD_METAVAR = 'HEAD:NAME=VALUE,...'
 WEIGHTS = ('best', 'plain', 'ema')
 """Which weights of a checkpoint: those that made it what it is, or by name."""
 IMAGES_HELP = (
-    "image files, folders, quoted globs ('photos/**/*.jpg') or CSVs with an image column; - reads paths from stdin")
+    "image files, folders, quoted globs ('photos/**/*.jpg') or tables with an image column; - reads paths from stdin")
 
 
 def image_column(help: str, default: str | None = None) -> Any:

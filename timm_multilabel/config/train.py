@@ -31,8 +31,8 @@ class DataSettings(Settings):
     image_column: str = shared.image_column('column with the image paths', 'image_path')
     image_root: str | None = shared.image_root()
     class_head: str = shared.class_head()
-    train_split: str = setting('train', 'training split: a name such as train, or the path of a CSV', metavar='NAME')
-    val_split: str = setting('val', 'validation split: a name such as val, or the path of a CSV', metavar='NAME')
+    train_split: str = setting('train', 'training split: a name such as train, or the path of a table', metavar='NAME')
+    val_split: str = setting('val', 'validation split: a name such as val, or the path of a table', metavar='NAME')
     separator: str | None = shared.cell_separator(
         'cell separator: a character, tab, or whitespace for runs of blanks (default: detected)')
     missing_value: str | None = shared.missing_value(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from timm_multilabel.converters.form import Form, Row
-from timm_multilabel.data.table_files import read_cells
+from timm_multilabel.data.table_files import read_cells, read_text_of
 from timm_multilabel.errors import DataError
 
 _SPLITS = {'train': '0', 'val': '1', 'test': '2'}
@@ -40,9 +40,9 @@ def _read(path: Path, split: str, source: Path) -> Iterator[Row]:
 def _rows(path: Path, width: int | None) -> tuple[list[str], list[list[str]]]:
     """The names of the columns after the first one, and the rows."""
     if path.suffix == '.csv':
-        frame = read_cells(path)
+        frame = read_cells(path).iloc[:, :width]
         return list(frame.columns[1:]), frame.to_numpy().tolist()
-    lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    lines = [line.split() for line in read_text_of(path).splitlines() if line.strip()]
     if width is not None:  # no header
         rows, names = lines, ['']
     else:
@@ -53,5 +53,5 @@ def _rows(path: Path, width: int | None) -> tuple[list[str], list[list[str]]]:
     return names, rows
 
 
-FORM = Form('CelebA', 'list_attr_celeba.txt and list_eval_partition.txt', _find, _read,
-            ('img_align_celeba', 'img_align_celeba/img_align_celeba', 'Img/img_align_celeba', 'images'))
+FORM = Form('CelebA', 'list_attr_celeba.txt and list_eval_partition.txt', _find, _read, lambda path: (
+    'img_align_celeba', 'img_align_celeba/img_align_celeba', 'Img/img_align_celeba', 'images', ''))

@@ -8,10 +8,12 @@ from typing import Any
 
 from timm_multilabel.converters import FORMS
 from timm_multilabel.converters.form import Form, Row
+from timm_multilabel.data.table_files import ENDINGS
 from timm_multilabel.errors import DataError, escaped, is_utf8, listed
 from timm_multilabel.files import write_atomic
 
 _EXAMPLES = 3  # images named in a message
+_TABLES = ('train', 'val', 'test', 'all', 'table', 'unlabelled')
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Converted:
         folder: The data directory.
         rows: The rows of each table, by the name of its split.
         missing: Images that are not on disk, whose rows were left out.
+        skipped: Files of the data set of whose images none is there.
         tags: The heads whose labels are lists of tags.
         heads: All heads.
     """
@@ -30,6 +33,7 @@ class Converted:
     folder: Path
     rows: Mapping[str, int]
     missing: int
+    skipped: Sequence[str]
     tags: Sequence[str]
     heads: Sequence[str]
 
@@ -51,24 +55,37 @@ def convert_data(source: Path, folder: Path, image_root: Path | None, force: boo
         raise DataError(f'{source}: no such file or folder')
     form, files = _form_of(source)
     outputs = {split: folder / f'{split}.jsonl' for split in files}
+    others = [path for name in _TABLES for ending in ENDINGS
+              if (path := folder / f'{name}{ending}').exists() and path not in outputs.values()]
+    if others:
+        raise DataError(f'{listed(list(map(str, others)))}: already there, and would be read too; choose another '
+                        'folder')
     taken = [str(path) for path in outputs.values() if path.exists()]
     if taken and not force:
-        raise DataError(f'{", ".join(taken)}: already there; overwrite with --force or choose another --out')
+        raise DataError(f'{", ".join(taken)}: already there; overwrite with --force or choose another folder')
     texts, rows, missing = {}, {}, 0
+    without: list[DataError] = []
     heads: dict[str, bool] = {}  # whether its labels are tags
     for split, path in files.items():
         found = list(form.read(path, split, source))
-        there = _with_images(found, _bases(form, source, image_root), folder, path)
+        try:
+            there = _with_images(found, _bases(form, source, image_root, path), folder, path)
+        except DataError as error:
+            without.append(error)
+            continue
         missing += len(found) - len(there)
         for row in there:
             for head, label in row.items():
                 if head != 'image_path':
                     heads[head] = heads.get(head, False) or isinstance(label, list)
         rows[split], texts[split] = len(there), there
+    if without and not texts:
+        raise without[0]
     folder.mkdir(parents=True, exist_ok=True)
     for split, there in texts.items():
         write_atomic(outputs[split], ''.join(_line(row, heads) for row in there))
-    return Converted(form.name, folder, rows, missing, [head for head, tags in heads.items() if tags], list(heads))
+    return Converted(form.name, folder, rows, missing, [error.line for error in without],
+                     [head for head, tags in heads.items() if tags], list(heads))
 
 
 def _form_of(source: Path) -> tuple[Form, Mapping[str, Path]]:
@@ -80,12 +97,12 @@ def _form_of(source: Path) -> tuple[Form, Mapping[str, Path]]:
                     'timm-multilabel split --help')
 
 
-def _bases(form: Form, source: Path, image_root: Path | None) -> list[Path]:
-    """Where images are looked for, in order."""
-    if image_root is not None:
-        return [image_root]
+def _bases(form: Form, source: Path, image_root: Path | None, path: Path) -> list[Path]:
+    """Where the images of a file are looked for."""
     starts = [source] if source.is_dir() else [source.parent, source.parent.parent]
-    return [start / folder for start in starts for folder in ('', *form.folders)]
+    if image_root is not None:
+        starts = [image_root]
+    return [start / folder for start in starts for folder in form.folders(path)]
 
 
 def _with_images(
@@ -94,12 +111,10 @@ def _with_images(
         folder: Path,
         path: Path,
 ) -> list[dict[str, Any]]:
-    """The rows whose image is there, under the first base that has any of them, with the path as `folder` has it."""
-    for base in bases:
-        there = [row for row in rows if (base / row['']).is_file()]
-        if there:
-            break
-    else:
+    """The rows whose image is there, under the base that has the most of them, with the path as `folder` has it."""
+    by_base = {base: [row for row in rows if (base / row['']).is_file()] for base in bases}
+    base, there = max(by_base.items(), key=lambda item: len(item[1]))
+    if not there:
         examples = listed([row[''] for row in rows[:_EXAMPLES]])
         raise DataError(f'{path}: none of its {len(rows)} images is on disk: {examples}; looked in '
                         f'{listed(list(map(str, bases)))}; name the folder that they are under with --image-root')

@@ -1,13 +1,12 @@
 """What a form of another program's data is."""
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from timm_multilabel.data.table_files import read_text_of
 from timm_multilabel.errors import DataError
-from timm_multilabel.files import read_json
-
-_MOST = 2 ** 32  # bytes of a JSON file
 
 Row = Mapping[str, Any]
 """Of an image: its path, under '', and its labels: a text, a list of tags, or None where there is none."""
@@ -23,13 +22,13 @@ class Form:
         find: The files of a source that it can read, by the name of the split that each makes ('table' where it has yet
             to be divided); empty where the source is of another form.
         read: The rows of such a file, given the source; raises `DataError` where it is damaged.
-        folders: Where images usually lie below the source.
+        folders: Where the images of such a file usually lie, below the source or the folder of images.
     """
     name: str
     needs: str
     find: Callable[[Path], Mapping[str, Path]]
     read: Callable[[Path, str, Path], Iterator[Row]]
-    folders: Sequence[str] = ()
+    folders: Callable[[Path], Sequence[str]]
 
 
 def json_of(path: Path) -> Any:
@@ -38,7 +37,10 @@ def json_of(path: Path) -> Any:
     Raises:
         DataError: It cannot be read.
     """
-    return read_json(path, 'JSON', 'export it again', most=_MOST)
+    try:
+        return json.loads(read_text_of(path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f'{path}: cannot be read as JSON ({error}); export it again') from error
 
 
 def entry(holder: Any, name: str, where: str, kind: type | tuple[type, ...]) -> Any:

@@ -25,13 +25,15 @@ def _find(source: Path) -> Mapping[str, Path]:
 
 
 def _read(path: Path, split: str, source: Path) -> Iterator[Row]:
+    rows: dict[str, Row] = {}  # JSON-MIN has an object for each annotation of a task
     for number, task in enumerate(json_of(path), 1):
         where = f'{path} task {number}'
         data = entry(task, 'data', where, dict) if 'annotations' in task else task
         image = _image(data)
         if image is None:
             raise DataError(f'{where}: its data name no image; leave it out of the export')
-        yield {'': image, **(_of_annotations(task, where) if 'annotations' in task else _of_minimal(task))}
+        rows[image] = {'': image, **(_of_annotations(task, where) if 'annotations' in task else _of_minimal(task))}
+    yield from rows.values()
 
 
 def _of_annotations(task: dict[str, Any], where: str) -> dict[str, Any]:
@@ -74,8 +76,12 @@ def _image(data: dict[str, Any]) -> str | None:
 
 
 def _is_image(value: str) -> bool:
-    parts = urlsplit(value)
+    try:
+        parts = urlsplit(value)
+    except ValueError:  # of a text such as //[x
+        return False
     return any(os.path.splitext(text)[1].lower() in ENDINGS for text in (parts.path, parts.query))
 
 
-FORM = Form('Label Studio', 'a JSON or JSON-MIN export of image choices', _find, _read, ('', 'images', 'upload'))
+FORM = Form('Label Studio', 'a JSON or JSON-MIN export of image choices', _find, _read,
+            lambda path: ('', 'images', 'upload'))

@@ -1,4 +1,4 @@
-"""IMAGES of a command line -> rows: files, folders, globs, CSVs, and paths on standard input."""
+"""IMAGES of a command line -> rows: files, folders, globs, tables, and paths on standard input."""
 import glob
 import os
 import re
@@ -10,10 +10,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from timm_multilabel.config.train import DataSettings
 from timm_multilabel.data.folders import images_of_folder, walk
 from timm_multilabel.data.image_names import ENDINGS
 from timm_multilabel.data.table import Rows, find_images, look_for_images, missing_targets, read_table
+from timm_multilabel.data.table_files import ENDINGS as ENDINGS_OF_TABLES
 from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import DataError
 from timm_multilabel.labels import LabelSpace
@@ -25,9 +25,8 @@ Found = Iterable[tuple[str, int]]
 def rows_of_arguments(
         arguments: Sequence[str],
         label_space: LabelSpace,
-        image_column: str = DataSettings.image_column,
+        written: TableFormat | None = None,
         stdin: BinaryIO | None = None,
-        separator: str | None = None,
         say: Callable[[str], None] = lambda line: None,
 ) -> Rows:
     """The images that words of a command line name, in their order, as rows without labels.
@@ -35,22 +34,21 @@ def rows_of_arguments(
     A file need not be there or be an image: that is found out when it is read, and is the row's own matter.
 
     Args:
-        arguments: Files, folders, globs, CSVs, or - for standard input.
+        arguments: Files, folders, globs, tables, or - for standard input.
         label_space: The heads, which say how wide the empty targets are.
-        image_column: The column of the image paths in CSVs.
+        written: How tables are written.
         stdin: What '-' stands for: paths, one a line, or with a zero byte between them as `find -print0` writes them;
             standard input when None.
-        separator: What is between the cells of CSVs, see `read_table`.
         say: Told what was passed over in folders, see `images_of_folder`.
 
     Raises:
-        DataError: A word names no image: an empty folder or standard input, a glob that nothing matches, a CSV that
+        DataError: A word names no image: an empty folder or standard input, a glob that nothing matches, a table that
             cannot be read or of whose images none is there.
     """
     images, numbers, which = [], [], []
     sources: dict[Path, int] = {}
     for argument in arguments:
-        source, found = _expand(argument, image_column, stdin, separator, say)
+        source, found = _expand(argument, written or TableFormat(), stdin, say)
         place = sources.setdefault(source, len(sources))
         for image, number in found:
             images.append(image)
@@ -67,9 +65,8 @@ def rows_of_arguments(
 
 def _expand(
         argument: str,
-        image_column: str,
+        written: TableFormat,
         stdin: BinaryIO | None,
-        separator: str | None,
         say: Callable[[str], None],
 ) -> tuple[Path, Found]:
     """What one word names, and what messages call it."""
@@ -77,8 +74,8 @@ def _expand(
         return Path('standard input'), _of_lines(sys.stdin.buffer if stdin is None else stdin)
     if os.path.isdir(argument):
         return Path(argument), [(image, 0) for image in images_of_folder(argument, say)]
-    if argument.lower().endswith('.csv'):
-        return Path(argument), _of_table(argument, image_column, separator)
+    if argument.lower().endswith(ENDINGS_OF_TABLES):
+        return Path(argument), _of_table(argument, written)
     if not os.path.lexists(argument) and glob.has_magic(argument):
         return Path(argument), [(image, 0) for image in _of_glob(argument, say)]
     if not os.path.lexists(argument) and Path(argument).suffix.lower() not in ENDINGS:
@@ -95,8 +92,8 @@ def _of_lines(stream: BinaryIO) -> Found:
     return found
 
 
-def _of_table(path: str, image_column: str, separator: str | None) -> Found:
-    table = read_table(path, TableFormat(image_column, separator))
+def _of_table(path: str, written: TableFormat) -> Found:
+    table = read_table(path, written)
     images, exist = look_for_images(table)
     if not any(exist):
         find_images(table)  # which says where it looked

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from timm_multilabel.cells import BadCell
+from timm_multilabel.cells import BadCell, singles
 from timm_multilabel.data.columns import Columns, choose_columns
 from timm_multilabel.data.images import open_image, read_photo
 from timm_multilabel.data.pool import real_paths
+from timm_multilabel.data.shards import Shards
 from timm_multilabel.data.split import SPLITS
 from timm_multilabel.data.split_names import check_folder, find_split, table_of_classes
 from timm_multilabel.data.table import Table, find_label_space, look_for_images, read_table
@@ -88,7 +89,7 @@ class Split:
             return None
         cells = self.table.cells(head.columns)
         if isinstance(head, LabelSet):
-            labels: np.ndarray = cells.iloc[:, 0].to_numpy(dtype=object)
+            labels: np.ndarray = singles(cells).to_numpy(dtype=object)
             return labels
         encoded = head.encode(cells).copy()  # what pandas gives may be read-only
         if isinstance(head, Quantity):
@@ -189,15 +190,15 @@ def read_contents(
     splits, shards = {}, {}
     for name in (*SPLITS, UNLABELLED):
         found = find_split(folder, names.get(name, name) if names else name, written)
-        if isinstance(found, Path):
+        if isinstance(found, Path) and not (name == UNLABELLED and found.is_dir()):
             splits[name] = _read_split(name, read_table(found, written))
-        elif found is not None:
+        elif isinstance(found, Shards):
             shards[name] = str(found.source)
     if not splits:
         also = f'; {", ".join(shards.values())} are shards, which are not checked' if shards else ''
         raise DataError(
             f'{folder}: no {", ".join(f"{name}.csv" for name in SPLITS)} or {UNLABELLED}.csv to check{also}')
-    path = table_of_classes(folder)
+    path = table_of_classes(folder, written)
     tables = [read_table(path, written)] if path.is_file() else []
     if 'train' in splits:
         tables.append(splits['train'].table)

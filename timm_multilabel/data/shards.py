@@ -306,7 +306,9 @@ def _rows(
 def _image_bytes(value: Any, name: str, column: str) -> bytes:
     data = value.get('bytes') if isinstance(value, dict) else value
     if not isinstance(data, bytes):
-        raise DataError(f"{name}: column '{column}' holds no image bytes; write them into the table")
+        way_out = f'if it holds paths, pass --image-column {column}' if isinstance(data, str) else (
+            'write them into the table')
+        raise DataError(f"{name}: column '{column}' holds no image bytes; {way_out}")
     return data
 
 

@@ -67,6 +67,7 @@ def split_csv(
     source, directory = Path(source), Path(directory)
     _check_ratios(ratios)
     outputs = _outputs(source, directory, 'csv', force)
+    _outputs(source, directory, 'jsonl', force)  # which it will be where there are lists
     if source.is_dir():
         if image is not None or heads is not None:
             raise DataError(f'{source}: --image and --heads are of tables; leave them out, or name a table')
@@ -90,20 +91,20 @@ def split_csv(
     table = [[path, *(row[column] for _, column in heads)] for path, row in rows]
     lists = any(cell.startswith(LIST) for row in table for cell in row)  # of tags, which no CSV can hold
     if lists:
-        outputs = {**outputs, **_outputs(source, directory, 'jsonl', force)}
+        outputs = {name: path.with_suffix('.jsonl') for name, path in outputs.items()}
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f'{directory}: cannot make this folder ({error.strerror}); choose another --out') from error
     for name, indices in {**chosen, 'all': range(len(table))}.items():
+        for ending in ('csv', 'jsonl'):  # an earlier one of the other kind might count before the new one
+            if directory / f'{name}.{ending}' != outputs[name] or name in SPLITS and not ratios[SPLITS.index(name)]:
+                (directory / f'{name}.{ending}').unlink(missing_ok=True)
         if name in SPLITS and not ratios[SPLITS.index(name)]:
-            outputs[name].unlink(missing_ok=True)
             continue
         chosen_rows = [table[index] for index in indices]
         lines = (_json_line(names, row) for row in chosen_rows) if lists else map(csv_line, [names, *chosen_rows])
         write_atomic(outputs[name], ''.join(f'{line}\n' for line in lines))
-        if lists:
-            (directory / f'{name}.csv').unlink(missing_ok=True)  # an earlier one, which would count before it
     return {
         'missing': len(frame) - len(table), **{name: len(indices) for name, indices in chosen.items()},
         'all': len(table)}

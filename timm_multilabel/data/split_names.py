@@ -14,17 +14,19 @@ _OTHER_SPLITS = ('val', 'test', 'unlabelled')
 def split_path(folder: Path, name: str) -> Path:
     """The table of a split: the file NAME.csv (.tsv, ...) or NAME in the data directory, or else the path NAME.
 
-    A folder of class folders with that name or path is a table too, in a data directory that has no files of tables or
-    shards. Where there is none of these, the file that the name asks for.
+    A folder of class folders with that name or path is a table too, in a data directory without tables or shards of
+    splits. Where there is none of these, the file that the name asks for.
     """
     inside = folder / name if name.endswith(ENDINGS) else folder / f'{name}.csv'
-    found = next((path for path in _candidates(folder, name) if path.is_file()), None)
+    found = next((path for path in places_of_split(folder, name) if path.is_file()), None)
     return found or _class_folders(folder, name) or inside
 
 
-def table_of_classes(folder: Path) -> Path:
+def table_of_classes(folder: Path, written: TableFormat | None = None) -> Path:
     """The table that names all classes, all.csv (.tsv, ...); where there is none, all.csv."""
-    return next((path for ending in ENDINGS if (path := folder / f'all{ending}').is_file()), folder / 'all.csv')
+    paths = [folder / f'all{ending}' for ending in ENDINGS]
+    return next((path for path in paths if path.is_file() and (
+        path.suffix != '.parquet' or holds_paths(path, (written or TableFormat()).image_column))), paths[0])
 
 
 def find_split(
@@ -83,7 +85,8 @@ def files_of_split(split: Path | Shards) -> set[Path]:
     return {Path(file).resolve() for file in (split.files if isinstance(split, Shards) else [split])}
 
 
-def _candidates(folder: Path, name: str) -> list[Path]:
+def places_of_split(folder: Path, name: str) -> list[Path]:
+    """Where the table of a split may be, in order."""
     return [*(folder / f'{name}{ending}' for ending in ENDINGS), folder / name, Path(name)]
 
 
@@ -94,7 +97,8 @@ def _class_folders(folder: Path, name: str) -> Path | None:
     """
     inside = folder / name
     if has_class_folders(inside) and not any(
-            path.suffix in (*ENDINGS, '.tar') and path.is_file() for path in folder.iterdir()):
+            (folder / f'{split}{ending}').is_file() or find_shards(folder, split, '') is not None
+            for split in ('train', *_OTHER_SPLITS) for ending in ENDINGS):
         return inside
     path = Path(name)
     return path if path.name != name and has_class_folders(path) else None

@@ -248,18 +248,17 @@ def find_label_space(
 
 
 def _bad_cell(table: Table, error: BadCell) -> DataError:
-    return DataError(
-        f"{table.path} row {error.row}, column '{shortened(error.column)}': {error}; fix it, or leave it empty")
+    row = f' row {error.row}' if error.row else ''  # of class folders they have no numbers
+    return DataError(f"{table.path}{row}, column '{shortened(error.column)}': {error}; fix it, or leave it empty")
 
 
 def check_single_class(table: Table, name: str) -> None:
     """Raise UserError where cells of a column hold several tags."""
-    several = table.frame.index[table.frame[name].str.contains('|', regex=False)]
-    if len(several):
+    several = table.frame[name][table.frame[name].str.contains('|', regex=False)]
+    for row, text in several[:1].items():
         raise DataError(
-            f"{table.path} row {several[0]}: column '{shortened(name)}' holds several tags "
-            f"('{shortened(table.frame[name][several[0]])}'), "
-            f'and ArcFace takes one class an image; for tags, --head {name}:loss=tags')
+            f"{table.path}{f' row {row}' if row else ''}: column '{shortened(name)}' holds several tags "
+            f"('{shortened(text)}'), and ArcFace takes one class an image; for tags, --head {name}:loss=tags")
 
 
 def unknown_labels(table: Table, label_space: LabelSpace) -> dict[str, dict[str, list[int]]]:

@@ -32,7 +32,7 @@ def read_cells(path: Path, separator: str | None = None, join_surplus: bool = Fa
 
     Args:
         path: The file.
-        separator: What is between the cells of a CSV, see `TableFormat`.
+        separator: What is between the cells of a CSV, see `TableFormat`; other files have none.
         join_surplus: Take cells beyond the last column of a CSV as parts of it, as in Kaggle's styles.csv, where it has
             commas without quotes; and refuse a row with fewer cells than columns.
 
@@ -46,11 +46,9 @@ def read_cells(path: Path, separator: str | None = None, join_surplus: bool = Fa
         raise DataError(f'{path}: no such file')
     kind = path.suffix.lower()
     if kind in _TYPED:
-        if separator is not None:
-            raise DataError(f'{path}: --separator is of CSVs; leave it out')
         columns, numbers, cells = _TYPED[kind](path)
     else:
-        columns, numbers, cells = _of_csv(path, separator or ('\t' if kind == '.tsv' else None), join_surplus)
+        columns, numbers, cells = _of_csv(path, '\t' if kind == '.tsv' else separator, join_surplus)
     # As one array of objects: pandas would spend a millisecond on each of many columns.
     cells = np.frompyfunc(str.strip, 1, 1)(cells)
     frame = pd.DataFrame(cells, numbers, _check_header(path, columns), dtype=object)
@@ -65,7 +63,7 @@ _Cells = tuple[list[str], np.ndarray, np.ndarray]
 
 
 def _of_csv(path: Path, separator: str | None, join_surplus: bool) -> _Cells:
-    text = _read_text(path)
+    text = read_text_of(path)
     separator = separator or _find_separator(text)
     try:
         if join_surplus and separator != WHITESPACE:
@@ -83,28 +81,44 @@ def _of_csv(path: Path, separator: str | None, join_surplus: bool) -> _Cells:
 
 
 def _of_excel(path: Path) -> _Cells:
-    find_library('openpyxl')
+    openpyxl = find_library('openpyxl')
+    numbers: list[int] = []
+    rows: list[list[Any]] = []
     try:
         with open_regular(path) as file:
             with zipfile.ZipFile(file) as archive:
                 if sum(part.file_size for part in archive.infolist()) > _EXPANDED:
                     raise ValueError(f'it unpacks to more than {_EXPANDED:,} bytes')
-            sheet = pd.read_excel(file, header=None, dtype=object, na_filter=False, engine='openpyxl')
+            sheet = openpyxl.load_workbook(file, read_only=True, data_only=True).worksheets[0]
+            sheet.reset_dimensions()  # the file may claim any, and rows would be filled up to them
+            for number, row in enumerate(sheet.iter_rows(values_only=True), 1):
+                filled = len(row) - next((place for place, cell in enumerate(row[::-1]) if cell is not None), len(row))
+                if not filled:
+                    continue
+                if rows and filled > len(rows[0]):
+                    raise ValueError(f'row {number} has more cells than the header')
+                row = row[:filled]
+                numbers.append(number)
+                rows.append([*map(_whole, row), *[None] * (len(rows[0]) - filled if rows else 0)])
     except Exception as error:  # whatever a damaged archive makes of openpyxl
         reason = shortened(getattr(error, 'strerror', None) or ' '.join(str(error).split()), 200)
-        raise DataError(f'{path}: cannot be read as an Excel file ({reason}); save it as a CSV') from error
-    if not len(sheet):
+        raise DataError(f'{path}: cannot be read as an Excel file ({reason}); fix it, or save it as a CSV') from error
+    if not rows:
         raise DataError(f'{path}: the first sheet is empty')
-    header, *rows = sheet.to_numpy(dtype=object).tolist()
-    columns = [cell_text(name, f'{path} row 1', 'header') for name in header]
-    return columns, np.arange(2, len(rows) + 2), _texts(path, columns, range(2, len(rows) + 2), rows)
+    columns = [cell_text(name, f'{path} row {numbers[0]}', 'header') for name in rows[0]]
+    return columns, np.array(numbers[1:], int), _texts(path, columns, numbers[1:], rows[1:])
+
+
+def _whole(value: Any) -> Any:
+    """A cell of a sheet, where all numbers are floats, with whole ones as integers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _of_json_lines(path: Path) -> _Cells:
     numbers, rows = [], []
     columns: dict[str, int] = {}
     filled = 0
-    for number, line in enumerate(_read_text(path).split('\n'), 1):
+    for number, line in enumerate(read_text_of(path).split('\n'), 1):
         if not line.strip():
             continue
         try:
@@ -144,7 +158,7 @@ ENDINGS = ('.csv', '.tsv', *_TYPED)
 
 def _texts(path: Path, columns: list[str], numbers: Iterable[int], rows: Iterable[list[Any]]) -> np.ndarray:
     """Cells of any type as texts (N, C)."""
-    made = [[value if isinstance(value, str) else cell_text(value, f'{path} row {number}', column)
+    made = [[value if isinstance(value, str) and value.isascii() else cell_text(value, f'{path} row {number}', column)
              for column, value in zip(columns, row, strict=True)] for number, row in zip(numbers, rows, strict=True)]
     return np.array(made, dtype=object).reshape(len(made), len(columns))
 
@@ -160,6 +174,8 @@ def holds_paths(path: Path, image_column: str) -> bool:
         if image_column not in schema.names:
             return False
         kind = schema.field(schema.names.index(image_column)).type
+        if types.is_dictionary(kind):
+            kind = kind.value_type
         return bool(types.is_string(kind) or types.is_large_string(kind))
 
 
@@ -203,7 +219,7 @@ def _check_header(path: Path, header: list[str]) -> pd.Index:
     return pd.Index(header, dtype=object)
 
 
-def _read_text(path: Path) -> str:
+def read_text_of(path: Path) -> str:
     """The text of a file in UTF-8, with or without a byte-order mark.
 
     Raises:

@@ -148,7 +148,8 @@ class Head(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The sum of losses against what the weak outputs say, and the number of rows that pass, both scalars.
 
-        The threshold is a number or a scalar tensor.
+        The threshold is a number or a scalar tensor. Rows of weak outputs that are NaN (views that a head with
+        `views=plain` does not learn from) may not pass, nor add anything to the sum.
         """
         raise NotImplementedError
 

@@ -328,7 +328,8 @@ def _unknown_labels(contents: Contents, limit: int) -> Iterator[Finding]:
                 'unknown-labels', ERROR,
                 f"{split.csv}: {_counted(len(labels), 'label')} of '{head}' in {_counted(rows, 'row')}, which "
                 f'{contents.classes.path.name} does not know: {effects[split.name]}', len(labels), (split.name,), head,
-                tuple(f'{_quoted(label)} in {split.csv} row {numbers[0]}' for label, numbers in labels.items())[:limit])
+                tuple(f'{_quoted(label)} in {split.csv}{f" row {numbers[0]}" if numbers[0] else ""}'
+                      for label, numbers in labels.items())[:limit])
 
 
 def _splits_not_checked(contents: Contents) -> Iterator[Finding]:
