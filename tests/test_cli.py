@@ -202,7 +202,7 @@ BAD_POOLS_AND_HEADS = [
     (['--head', 'colour:weight=2'], '--head colour: there is no such head (there are: color, shape)'),
     (['--head', 'color:loss=hinge'], 'there is no such loss (there are: softmax, arcface, tags, numeric)'),
     (['--head', 'color:scale=3'], "head 'color': 'softmax' has no option 'scale' (it has: loss, weight, input, "
-                                  'columns, drop, smoothing, class_weights)'),
+                                  'columns, views, drop, smoothing, class_weights)'),
     (['--head', 'color:loss=arcface,margin=big'], "--head color:margin=big: could not convert string to float: 'big'"),
     (['--head', 'color:loss=arcface,margin=9'], "head 'color': margin is 9, expected an angle from 0 to pi"),
     (['--head', 'color:weight=-1'], '--head color:weight=-1: -1 is out of range'),

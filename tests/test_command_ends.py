@@ -73,7 +73,7 @@ def test_versions_and_the_list_of_commands(monkeypatch, capsys):
     assert done.returncode == 2 and not done.stdout
     assert re.findall(r'^    (\w+) ', done.stderr, re.MULTILINE) == [
         'probe', 'train', 'validate', 'predict', 'embed', 'search', 'export', 'report', 'compare', 'grid', 'sample',
-        'split', 'check']
+        'split', 'convert', 'check']
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_the_command_that_is_named_makes_a_data_directory(data_dir, capsys):
     }
     (data_dir / 'empty').mkdir()
     line = ends(capsys, 'train', data_dir / 'empty', '--model', 'test_resnet')
-    assert 'split it with: timm-multilabel split\n' in line
+    assert 'split it with: timm-multilabel split; or split a folder' in line
 
 
 @pytest.mark.slow
@@ -218,7 +218,8 @@ def test_split_says_what_it_removes(tmp_path, capsys):
 
 def test_hints_at_what_there_is(data_dir, tmp_path, capsys):
     (data_dir / 'train.csv').unlink()
-    assert 'split it with: timm-multilabel split\n' in ends(capsys, 'train', data_dir, '--model', 'test_resnet')
+    assert 'split it with: timm-multilabel split; or split a folder' in ends(
+        capsys, 'train', data_dir, '--model', 'test_resnet')
     (data_dir / 'recipe.yaml').write_text('epochs: 1\n')
     line = ends(capsys, 'train', data_dir / 'recipe.yaml', '--model', 'test_resnet')
     assert 'a data directory is expected; pass a recipe or the args.yaml of a run with -c' in line

@@ -23,6 +23,7 @@ from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.data.images import EncodedPhoto
 from timm_multilabel.data.split import split_csv
 from timm_multilabel.data.table import encode_rows, find_label_space, read_table
+from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import UserError, one_line
 from timm_multilabel.heads import REGISTRY
 from timm_multilabel.labels import LabelSpace, Quantity
@@ -106,7 +107,7 @@ def test_tables(folder, content, separator, missing):
     path.write_bytes(content)
 
     def read():
-        table = read_table(path, separator=separator, missing_value=missing)
+        table = read_table(path, TableFormat(separator=separator, missing_value=missing))
         space = find_label_space([table], None)
         rows = encode_rows(table, space)
         assert len(rows) == len(table.frame) and LabelSpace.from_dict(space.to_dict()) == space

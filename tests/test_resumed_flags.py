@@ -25,6 +25,7 @@ FLAGS = [  # the run that goes on, its new flags, and what the refusal or the li
     *(('simclr', words, None) for words in (
         '--train-split val', '--val-split train', '--separator ,', '--missing-value x',
         '--head color:smoothing=0.2,views=plain',
+        '--class-head kind',
         '--unknown-labels ignore', '--skip-bad-images', '--cache ram', '--cache disk --cache-dir cache', '--workers 1',
         '--img-size 48', '--mean 0.4', '--std 0.3', '--drop 0.1', '--drop-path 0.1',
         '--model-kwargs global_pool=max', '--grad-checkpointing', '--channels-last', '--torchcompile aot_eager',
@@ -51,7 +52,7 @@ FLAGS = [  # the run that goes on, its new flags, and what the refusal or the li
         '--mixup 0.2 --cutmix 1 --mixup-switch-prob 0.1', '--mixup 0.2 --mixup-mode pair')),
     ('adamw', '--opt-eps 0.001', None), ('adamw', '--opt-betas 0.8 0.9', None),
     *(('simclr', flag, refusal) for flag, refusal in PACKAGES.items()),
-    ('simclr', '--image-column picture', "no column 'picture'"),
+    ('simclr', '--image-column picture', "no column 'picture'"), ('simclr', '--image-root away', 'images is on disk'),
     ('simclr', '--heads color', 'a checkpoint of other classes'),
     ('simclr', '--tag-separator ;', 'reads tags in one column'), ('simclr', '--none-value nil', 'tags in one column'),
     ('simclr', '--head-module heads.py', 'heads.py: no such file'),

@@ -136,7 +136,7 @@ def test_a_table_of_every_kind(tmp_path, ending):
     ('t.jsonl', '{"image_path": "a"}\n[1]\n', 'row 2: is no JSON object'),
     ('t.jsonl', '{"image_path": "a"\n', 'row 1: cannot be read as JSON'),
     ('t.jsonl', '{"image_path": "a", "b": {"c": 1}}\n', "row 1: 'b' is no text, number or list of tags"),
-    ('t.xlsx', 'no archive', 'cannot be read as an Excel file .*; save it as a CSV'),
+    ('t.xlsx', 'no archive', 'cannot be read as an Excel file .*; fix it, or save it as a CSV'),
     ('t.parquet', 'no table', 'cannot be read as Parquet'),
 ])
 def test_tables_that_cannot_be_read(tmp_path, name, content, message):

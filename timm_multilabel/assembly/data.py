@@ -14,7 +14,7 @@ from timm_multilabel.assembly.pool import (
 )
 from timm_multilabel.assembly.splits import Splits, read_stored, stored_heads
 from timm_multilabel.cells import missing_texts
-from timm_multilabel.config.train import TrainSettings
+from timm_multilabel.config.train import DataSettings, TrainSettings
 from timm_multilabel.config.values import HeadOptions
 from timm_multilabel.data.columns import choose_columns
 from timm_multilabel.data.pool import keep_labels, split_labelled
@@ -81,6 +81,8 @@ def read_data(settings: TrainSettings, say: Say) -> Data:
     splits = _splits(settings, folder, registry, say)
     train = splits.read(settings.data.train_split)
     streamed = isinstance(train, StreamedTable)
+    if settings.data.class_head != DataSettings.class_head and not train.path.is_dir():
+        say(f'{train.path}: --class-head has no effect, since the heads are columns')
     if streamed and (settings.pool.unlabelled or wants_pool(settings)):
         raise DataError(
             f'{train.path}: shards go without --unlabelled and the terms that learn from it; leave them out, or train '
