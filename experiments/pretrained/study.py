@@ -34,7 +34,7 @@ ARMS: dict[str, Arm] = {  # the arm that must have run before, and the settings
     'probe-both': ('', {'model': ('tf_efficientnet_lite0', 'tf_efficientnet_lite2')}),
     'fine-tuned': ('', LITE0),
     'lora': ('', {**LITE0, 'lora': 8, 'lr': 2e-3}),
-    'from-probe': ('probe-lite0', LITE0),
+    'from-probe': ('probe-lite0', {**LITE0, 'lr': 1e-4}),
     'small': ('', SMALL),
     'small-student': ('fine-tuned', {**SMALL, 'unlabelled': 'unlabelled', 'unlabelled_batch_size': 64}),
     'lite0-student': ('fine-tuned', {**LITE0, 'unlabelled': 'unlabelled', 'unlabelled_batch_size': 32}),
