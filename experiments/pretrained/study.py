@@ -36,6 +36,7 @@ ARMS: dict[str, Arm] = {  # the arm that must have run before, and the settings
     'lora': ('', {**LITE0, 'lora': 8, 'lr': 2e-3}),
     'from-probe': ('probe-lite0', {**LITE0, 'lr': 1e-4}),
     'small': ('', SMALL),
+    'small-long': ('', {**SMALL, 'epoch_steps': 3600}),  # as many labelled photos as small-student has photos
     'small-student': ('fine-tuned', {**SMALL, 'unlabelled': 'unlabelled', 'unlabelled_batch_size': 64}),
     'lite0-student': ('fine-tuned', {**LITE0, 'unlabelled': 'unlabelled', 'unlabelled_batch_size': 32}),
 }
@@ -45,6 +46,7 @@ RUNS = [
     *((arm, labels, seed) for seed in (1, 2) for arm in SHORT for labels in (1000, 250)),
     *((arm, labels, seed) for arm in ('probe-lite2', 'probe-both') for seed in (1, 2) for labels in (1000, 250)),
     *(('lite0-student', labels, 0) for labels in (1000, 250)),
+    *(('small-long', labels, seed) for seed in (0, 1, 2) for labels in (1000, 250)),
     *((arm, 32_000, 0) for arm in ('probe-lite0', 'fine-tuned')),
     *((arm, labels, seed) for arm in ('lite0-student', 'lora') for seed in (1, 2) for labels in (1000, 250)),
     *((arm, 32_000, 0) for arm in ('lora', 'probe-lite2', 'probe-both')),

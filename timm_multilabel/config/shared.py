@@ -28,7 +28,7 @@ def image_root(instead: str = 'looked up from the folder of the table, its paren
 
 
 def class_head(default: str | None = 'class') -> Any:
-    return setting(default, 'name of the head where the data are a folder of images for each class, and no table '
+    return setting(default, 'name of the head of class folders, such as train/shoes/1.jpg, which are data without a table '
                    '(default: class)', metavar='NAME')
 
 

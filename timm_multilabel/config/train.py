@@ -104,7 +104,8 @@ class ModelSettings(Settings):
         default=None)
     model_ema_decay: float = setting(0.9998, 'decay of the EMA', fraction, metavar='P')
     model_ema_warmup: bool | None = switch(
-        'warm up the EMA decay (default: only if there are fewer updates than the EMA averages: 1 / (1 - decay))',
+        'warm up the EMA decay (default: only with --pseudo-label-weight, or if there are fewer updates than the EMA '
+        'averages: 1 / (1 - decay))',
         default=None)
 
 
@@ -147,7 +148,7 @@ class UnlabelledSettings(Settings):
         positive, metavar='N')
     unlabelled_batch_size: int | None = setting(
         None,
-        'unlabelled images per batch and GPU (default: the same as -b; with pseudo-labels and -wls 0 7 times -b, or '
+        'unlabelled images per batch and GPU (default: the same as -b; with pseudo-labels and -wls 0: 7 times -b, or '
         'all that there are; with -wlc 0: none in addition to -b)',
         positive, metavar='N')
     epoch_by: str = setting(
