@@ -28,7 +28,7 @@ def image_root(instead: str = 'looked up from the folder of the table, its paren
 
 
 def class_head(default: str | None = 'class') -> Any:
-    return setting(default, 'name of the head of class folders, such as train/shoes/1.jpg, which are data without a table '
+    return setting(default, 'name of the head where there is no table but class folders, such as train/shoes/1.jpg '
                    '(default: class)', metavar='NAME')
 
 
