@@ -449,7 +449,7 @@ def throughput(sizes: Sizes) -> Cases:
                            ('probabilities', lambda: loaded.probabilities(images))):
             rate = batch / timed(step, sizes)
             yield f'{name} of a batch on the device', {'images/s': rate, 'of_bare': rate / bare}
-        rows = rows_of_arguments([f'{folder}/images'], checkpoint.label_space, 'image_path', separator=None, say=print)
+        rows = rows_of_arguments([f'{folder}/images'], checkpoint.label_space, say=print)
         predictor, processes = Predictor(loaded), loader_workers(workers)
 
         def embed() -> None:

@@ -58,8 +58,7 @@ def convert_data(source: Path, folder: Path, image_root: Path | None, force: boo
     others = [path for name in _TABLES for ending in ENDINGS
               if (path := folder / f'{name}{ending}').exists() and path not in outputs.values()]
     if others:
-        raise DataError(f'{listed(list(map(str, others)))}: already there, and would be read too; choose another '
-                        'folder')
+        raise DataError(f'{", ".join(map(str, others))}: already there, and would be read too; choose another folder')
     taken = [str(path) for path in outputs.values() if path.exists()]
     if taken and not force:
         raise DataError(f'{", ".join(taken)}: already there; overwrite with --force or choose another folder')
@@ -117,7 +116,7 @@ def _with_images(
     if not there:
         examples = listed([row[''] for row in rows[:_EXAMPLES]])
         raise DataError(f'{path}: none of its {len(rows)} images is on disk: {examples}; looked in '
-                        f'{listed(list(map(str, bases)))}; name the folder that they are under with --image-root')
+                        f'{", ".join(map(str, bases))}; name the folder that they are under with --image-root')
     written = []
     for row in there:
         image = os.path.relpath((base / row['']).resolve(), folder.resolve())
