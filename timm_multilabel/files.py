@@ -138,10 +138,12 @@ def open_regular(path: str | Path) -> BinaryIO:
     descriptor = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0))
     try:
         check(os.fstat(descriptor))
-        return os.fdopen(descriptor, 'rb')
     except BaseException:
         os.close(descriptor)
         raise
+    # Out of the `try`: where a signal's handler raises in here, the file has closed the descriptor already, and closing
+    # it again would hide that the process was told to stop behind "Bad file descriptor".
+    return os.fdopen(descriptor, 'rb')
 
 
 def read_text(path: str | Path, limit: int) -> str:
