@@ -214,7 +214,7 @@ BAD_POOLS_AND_HEADS = [
     (['--head', '*:columns=color'], 'columns are of one head'),
     (['--heads', 'color', 'color'], "'color' is named twice"),
     (['--head', '{color'], "'{color' is not of the form"),
-    (['--fresh-start'], '--fresh-start would change nothing: the run has no phases; leave it out'),
+    (['--start-from', 'initial'], '--start-from would change nothing: the run has no phases; leave it out'),
     (['-wls', '0', '--weak-first-view'], '--weak-first-view would change nothing: there is one view an image'),
     (['--unlabelled', 'images', '--epoch-by', 'labelled', '--epoch-steps', '2'],
      '--epoch-by would change nothing: --epoch-steps says how long an epoch is'),

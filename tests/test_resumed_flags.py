@@ -75,7 +75,7 @@ FLAGS = [  # the run that goes on, its new flags, and what the refusal or the li
     ('simclr', '--output elsewhere', '--output, --experiment have no effect'),
     ('simclr', '--experiment other', '--output, --experiment have no effect'),
 ]
-NOT_OF_A_RUN = {'help', 'config', 'resume', 'old_amp', 'allow_hub', 'data_dir', 'fresh_start'}
+NOT_OF_A_RUN = {'help', 'config', 'resume', 'old_amp', 'allow_hub', 'data_dir', 'start_from'}
 
 
 @pytest.fixture(scope='module')

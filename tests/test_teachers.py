@@ -281,8 +281,8 @@ def test_a_student_of_a_good_teacher_and_a_pool_beats_labels_alone(tmp_path):
 RECIPE = {
     'model': 'test_resnet', 'img_size': 32, 'batch_size': 4, 'workers': 0, 'device': 'cpu', 'simclr_loss_weight': 0,
     'warmup_epochs': 0, 'cooldown_epochs': 0, 'phases': [
-        {'name': 'labels', 'epochs': 2}, {'name': 'again', 'epochs': 1, 'fresh_start': True},
-        {'name': 'student', 'epochs': 2, 'teacher': ['labels', 'again'], 'unlabelled': 'pool', 'fresh_start': True,
+        {'name': 'labels', 'epochs': 2}, {'name': 'again', 'epochs': 1, 'start_from': 'initial'},
+        {'name': 'student', 'epochs': 2, 'teacher': ['labels', 'again'], 'unlabelled': 'pool', 'start_from': 'initial',
          'model': 'test_vit'}]}
 
 
@@ -298,22 +298,27 @@ def write_recipe(place, folder, **further):
 
 @pytest.mark.slow
 def test_a_phase_learns_from_the_best_checkpoints_of_earlier_ones(place, teachers, tmp_path, capsys):
-    phases = [*RECIPE['phases'][:2], {**RECIPE['phases'][2], 'model': 'test_resnet'}]  # as the initial checkpoint has
+    student = {**RECIPE['phases'][2], 'model': 'test_resnet', 'start_from': 'labels'}
+    phases = [*RECIPE['phases'][:2], student]
     path = write_recipe(place, tmp_path, initial_checkpoint=teachers[0], phases=phases)
     run_command('train', 'train.py', ['-c', str(path)])
     run, out = tmp_path / 'run', capsys.readouterr().out
     assert 'teachers labels, again: for color, shape' in out and 'teacher: predicts 21 images once' in out
     summary = pd.read_csv(run / 'summary.csv')
     assert summary['teacher_loss'].notna().tolist() == [False, False, False, True, True]
-    # A phase that starts anew is a run by itself, with a seed of its own.
-    settings = {name: value for name, value in yaml.safe_load(path.read_text()).items()
-                if name not in ('phases', 'cache_dir')}
-    alone = tmp_path / 'alone.yaml'
-    alone.write_text(yaml.safe_dump({
-        **settings, 'experiment': 'alone', 'epochs': 1,
-        'seed': int(np.random.SeedSequence((42, 1)).generate_state(1)[0]) % 2 ** 31}))
-    run_command('train', 'train.py', ['-c', str(alone)])
-    assert_same_weights(tmp_path / 'alone' / 'last.pth.tar', run / '2-again' / 'last.pth.tar')
+    # A phase that says where it starts is a run by itself, with a seed of its own.
+    settings = {name: value for name, value in yaml.safe_load(path.read_text()).items() if name not in ('phases', 'cache_dir')}
+    names = ('1-labels', '2-again')
+    of_student = {name: value for name, value in student.items() if name not in ('name', 'start_from')} | {
+        'cache_dir': str(tmp_path / 'cache'), 'initial_checkpoint': str(run / '1-labels' / 'last.pth.tar'),
+        'teacher': [str(run / name / 'model_best.pth.tar') for name in names]}
+    for index, folder, its in ((1, run / '2-again', {'epochs': 1}), (2, run, of_student)):
+        alone = tmp_path / 'alone.yaml'
+        alone.write_text(yaml.safe_dump({
+            **settings, **its, 'experiment': f'alone-{index}',
+            'seed': int(np.random.SeedSequence((42, index)).generate_state(1)[0]) % 2 ** 31}))
+        run_command('train', 'train.py', ['-c', str(alone)])
+        assert_same_weights(tmp_path / f'alone-{index}' / 'last.pth.tar', folder / 'last.pth.tar')
     capsys.readouterr()
     # Resumed within the first phase, without the initial checkpoint's name, and in the last one.
     settings = yaml.safe_load(path.read_text())
@@ -331,6 +336,13 @@ def test_a_phase_learns_from_the_best_checkpoints_of_earlier_ones(place, teacher
         run_command('train', 'train.py', [*words, '--experiment', name, '--resume', str(again)])
         assert 'teacher: ' in capsys.readouterr().out
         assert_same_weights(run / 'last.pth.tar', again / 'last.pth.tar')
+
+
+def test_a_phase_that_starts_from_none_before_it(place, tmp_path, capsys):
+    path = write_recipe(place, tmp_path, phases=[{**RECIPE['phases'][0], 'start_from': 'student'}, RECIPE['phases'][2]])
+    assert error_of(capsys, '-c', path) == (
+        f"train.py: error: {path}, phase 'labels': start_from 'student' is none of the phases before it (there are: "
+        'initial)')
 
 
 def test_phases_that_cannot_teach(place, tmp_path, capsys):

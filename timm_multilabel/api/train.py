@@ -30,13 +30,14 @@ from timm_multilabel.assembly.resuming import (
     settings_of_resumed,
     with_first_weights,
 )
+from timm_multilabel.assembly.starts import Starts
 from timm_multilabel.config.files import args_yaml, build
 from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import SettingError, UserError, escaped, is_utf8
 from timm_multilabel.log import say
-from timm_multilabel.training.checkpoint import Checkpoint, of_task, read_checkpoint, set_aside_later
+from timm_multilabel.training.checkpoint import Checkpoint, read_checkpoint, set_aside_later
 from timm_multilabel.training.run_folder import RunFolder, RunLock, best_of_phases, launcher, phase_folder
 from timm_multilabel.training.saver import WholeSaver
 from timm_multilabel.training.signals import StopSignals
@@ -117,25 +118,26 @@ def run_training(settings: TrainSettings, signals: StopSignals | None = None) ->
         checkpoint = find_checkpoint(run, launchers, lock, say)
         names = [each.name for each in phases] if settings.phases else []
         first = find_phase(checkpoint, names) if checkpoint is not None else 0
-        anew = any(each.settings.backbone.fresh_start for each in prepared[first + 1:])
-        if checkpoint is not None and anew:
-            prepared = with_first_weights(prepared, find_folder(settings, 0, checkpoint, names, first))
+        anew = any(each.settings.backbone.start_from == 'initial' for each in prepared[first + 1:])
+        resumed = find_folder(settings, 0, checkpoint, names, first) if checkpoint is not None else None
+        if resumed is not None and anew:
+            prepared = with_first_weights(prepared, resumed)
         initial = _initial(prepared[-1].settings) if checkpoint is None or anew else None
-        start = initial if checkpoint is None else None
-        metrics = rehearse(prepared, start, checkpoint, first, initial) if len(phases) > 1 else []
-        if not anew:
-            initial = None  # which need not be held any longer
+        metrics = rehearse(prepared, Starts(phases, initial, resumed), checkpoint, first) if len(phases) > 1 else []
+        starts = Starts(phases, initial, resumed)
+        initial = None  # which `starts` holds for as long as it is needed
 
         folder: Path | None = None
         writer: RunFolder | None = None
         trackers: Trackers | None = None
         finished: TrainingRun | None = None
         for index in range(first, len(phases)):
-            before = folder if checkpoint is None else find_folder(settings, 0, checkpoint, names, index)
+            before = folder or resumed
             made = best_of_phases(before, names, index) if before is not None else {}
+            start = starts.of(index) if checkpoint is None else None
             built = build_phase(prepared[index], start, checkpoint, say, heads_of(prepared[:index]), made)
             built.task.metadata |= {'phase': index, 'phases': names}
-            start = None  # it holds the weights of the phase before
+            start = None  # whose weights the task has now
             if folder is None:
                 # One for all: the name of a new one has the time in it.
                 folder = all_objects(
@@ -153,8 +155,7 @@ def run_training(settings: TrainSettings, signals: StopSignals | None = None) ->
                         Trackers(_choose_trackers(named, folder, checkpoint is not None), say)))
             saver = train_phase(
                 built, phase_folder(folder, names, index), writer, trackers, checkpoint, signals, say)
-            fresh = index + 1 < len(phases) and prepared[index + 1].settings.backbone.fresh_start
-            start = initial if fresh else of_task(built.task, f"phase '{built.prepared.name}'")
+            starts.done(index, built.task)
             checkpoint = None
             if saver is not None:
                 finished = _finished(folder, built, saver)

@@ -31,13 +31,17 @@ def check_phases(settings: TrainSettings) -> list[Phase]:
         SettingError: A phase without epochs or with a setting of the whole run, or settings that do not go together.
     """
     if not settings.phases:
-        if settings.backbone.fresh_start:
-            raise SettingError('--fresh-start would change nothing: the run has no phases; leave it out')
+        if settings.backbone.start_from:
+            raise SettingError('--start-from would change nothing: the run has no phases; leave it out')
         check_settings(settings, frozenset(settings.settings()))
         return [_with_choices(Phase('', {}, settings))]
     checked = []
-    for phase in settings.phases:
+    for index, phase in enumerate(settings.phases):
         where = f"{settings.config}, phase '{phase.name}'"
+        earlier = ('initial', *(each.name for each in settings.phases[:index]))
+        if phase.settings.backbone.start_from not in (None, *earlier):
+            raise SettingError(f"{where}: start_from '{phase.settings.backbone.start_from}' is none of the phases "
+                               f'before it (there are: {listed(earlier)})')
         if phase.given.get('epochs') is None:
             raise SettingError(f"{where}: it has no epochs; add 'epochs: N'")
         for name in _RUN_WIDE:

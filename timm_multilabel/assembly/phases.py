@@ -19,6 +19,7 @@ from timm_multilabel.assembly.model import create_model
 from timm_multilabel.assembly.optimization import create_optimizer_step, create_saver
 from timm_multilabel.assembly.plain_views import check_plain_views
 from timm_multilabel.assembly.pseudo_labels import as_flags
+from timm_multilabel.assembly.starts import Starts
 from timm_multilabel.assembly.task import create_task, create_teaching, setup_ema_and_compile
 from timm_multilabel.assembly.teachers import (
     create_feature_teaching,
@@ -34,7 +35,7 @@ from timm_multilabel.errors import UserError
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.log import Say, silent
 from timm_multilabel.task import JointTask
-from timm_multilabel.training.checkpoint import Checkpoint, of_task, resume, start_from, what_differs
+from timm_multilabel.training.checkpoint import Checkpoint, resume, start_from, what_differs
 from timm_multilabel.training.optimizer_step import OptimizerStep
 from timm_multilabel.training.progress_bar import RunLength, fitted, line_width
 from timm_multilabel.training.run_folder import RunFolder
@@ -112,8 +113,8 @@ def _named(phase: Phase, recipe: str | None) -> Iterator[None]:
 def prepare_phase(phase: Phase, recipe: str | None, device: torch.device, say: Say, index: int = 0) -> PreparedPhase:
     """Read the data of a phase.
 
-    Phases that start from the initial weights have seeds of their own, so that several of them are several seeds of one
-    training. The labelled rows are drawn with the seed of the run in all of them.
+    Phases with `start_from` have seeds of their own, so that several of them are several seeds of one training. The
+    labelled rows are drawn with the seed of the run in all of them.
 
     Args:
         phase: The phase.
@@ -131,7 +132,7 @@ def prepare_phase(phase: Phase, recipe: str | None, device: torch.device, say: S
         if phase.chosen:
             say(f'{prefix}--pseudo-label-weight also sets {as_flags(phase.chosen)}; pass others to change that')
         data = read_data(phase.settings, lambda line: say(f'{prefix}{line}'))
-        if phase.settings.backbone.fresh_start and index:
+        if phase.settings.backbone.start_from and index:
             seed = int(np.random.SeedSequence((run.seed, index)).generate_state(1)[0]) % 2 ** 31
             phase = replace(phase, settings=phase.settings.replace(seed=seed))
         return PreparedPhase(phase, recipe, precision, data)
@@ -232,10 +233,9 @@ def _build(
 
 def rehearse(
         phases: list[PreparedPhase],
-        start: Checkpoint | None,
+        starts: Starts,
         checkpoint: Checkpoint | None,
         first: int,
-        initial: Checkpoint | None,
 ) -> list[str]:
     """Make phases from the `first` on without training them: what is wrong with a later one shows now, not after hours.
 
@@ -244,11 +244,12 @@ def rehearse(
     """
     metrics = []
     for index, prepared in enumerate(phases[first:], first):
-        start = initial if prepared.settings.backbone.fresh_start else start
+        start = starts.of(index) if checkpoint is None else None
         built = build_phase(prepared, start, checkpoint, silent, heads_of(phases[:index]), {}, rehearsal=True)
         metrics.append(built.metric)
-        start, checkpoint = of_task(built.task, 'the phase before it'), None
-        del built
+        starts.done(index, built.task)
+        checkpoint = None
+        del built, start
         free_memory(prepared.precision.device)
     return metrics
 

@@ -72,8 +72,9 @@ class ModelSettings(Settings):
         None, 'start from a local timm checkpoint or safetensors file', metavar='FILE')
     initial_checkpoint: str | None = setting(
         None, 'start from the matching weights of a timm-multilabel checkpoint', metavar='FILE')
-    fresh_start: bool = switch(
-        'in a phase of a recipe: start from the initial weights, and not from those of the phase before it')
+    start_from: str | None = setting(
+        None, "in a phase of a recipe: the earlier phase whose final weights it starts from, or 'initial' for the "
+        'initial weights (default: the phase before it)', metavar='PHASE')
     img_size: int | None = setting(
         None, "image height and width in pixels (default: the model's own)", side, metavar='N')
     input_size: list[int] | None = setting(None, 'input size as 3 HEIGHT WIDTH, in pixels', side, nargs=3, metavar='N')
