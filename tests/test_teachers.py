@@ -307,7 +307,8 @@ def test_a_phase_learns_from_the_best_checkpoints_of_earlier_ones(place, teacher
     summary = pd.read_csv(run / 'summary.csv')
     assert summary['teacher_loss'].notna().tolist() == [False, False, False, True, True]
     # A phase that says where it starts is a run by itself, with a seed of its own.
-    settings = {name: value for name, value in yaml.safe_load(path.read_text()).items() if name not in ('phases', 'cache_dir')}
+    settings = {name: value for name, value in yaml.safe_load(path.read_text()).items()
+                if name not in ('phases', 'cache_dir')}
     names = ('1-labels', '2-again')
     of_student = {name: value for name, value in student.items() if name not in ('name', 'start_from')} | {
         'cache_dir': str(tmp_path / 'cache'), 'initial_checkpoint': str(run / '1-labels' / 'last.pth.tar'),
