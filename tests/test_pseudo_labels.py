@@ -1,5 +1,6 @@
 """Pseudo-labels: threshold and alignment against plain loops in float64, what they are good for, what they choose."""
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,6 +145,20 @@ def test_the_ema_sees_labelled_images_where_it_is_to_be_compared_on_them(referen
     task(images, target)
     (training, views), = seen
     assert not training and torch.equal(views, images[:5] if aligned else images[3:5])
+    # The student sees no more than it learns from: of the pool the second views.
+    learnt, module = [], task.trainable_module.model.backbone
+    module.register_forward_pre_hook(lambda module, inputs: learnt.append(inputs[0]))
+    task(images, target)
+    assert torch.equal(learnt[0], torch.cat([images[:3], images[5:]]))
+    task.trainable_module.zero_grad()
+    task(images, target)['loss'].backward()
+    few = [each.grad.clone() for each in task.trainable_module.parameters()]
+    task.pool = replace(task.pool, entropy_weight=1e-9)  # a term that needs the first views too
+    task.trainable_module.zero_grad()
+    task(images, target)['loss'].backward()
+    assert len(learnt[-1]) == 10
+    for parameter, before in zip(task.trainable_module.parameters(), few, strict=True):
+        assert torch.allclose(parameter.grad, before, atol=1e-6)
     assert ('pseudo_labels' in task.get_task_state()) and 'pseudo_labels' not in task.get_task_state(ema=True)
 
 

@@ -474,8 +474,7 @@ class JointTask(TrainingTask):
                 answers = self._in_pieces(self.teaching.of_views, input)
         if self.feature_teaching is not None:
             taught = self._in_pieces(self.feature_teaching.of_views, input)
-        outputs, projections = run_with_gradient_cache(
-            self.trainable_module, input, self.views, self.micro_batch, *(() if drawn is None else (drawn,)))
+        outputs, projections = self._run(input, drawn)
         losses = {term: torch.zeros((), device=input.device) for term in self.terms}
         result: dict[str, Any] = {'head_losses': losses['simclr'].expand(len(self.label_space.heads))}
         if projections is not None:
@@ -501,6 +500,31 @@ class JointTask(TrainingTask):
                 losses['teacher'] = self._taught(self.teaching, outputs, answers, plain)
         result['loss'] = sum(losses.values())
         return result | {f'{term}_loss': loss.detach() for term, loss in losses.items()}
+
+    def _run(
+            self,
+            input: torch.Tensor,
+            drawn: torch.Tensor | None,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """The module's outputs and projections for all views.
+
+        No term may need the student's outputs for the pool's first views: the teacher of pseudo-labels, the EMA, sees
+        those itself. Then they are not computed, and are zeros here.
+        """
+        pool, view = self.pool.batch_size, len(input) // self.views
+        if not self._learns_from_weak_pool():
+            labelled, seen = view - pool, torch.cat((input[:view - pool], input[view:]))
+            outputs, projections = run_with_gradient_cache(
+                self.trainable_module, seen, 1, self.micro_batch and self.views * self.micro_batch)
+            return {name: torch.cat((output[:labelled], output.new_zeros(pool, *output.shape[1:]), output[labelled:]))
+                    for name, output in outputs.items()}, projections
+        return run_with_gradient_cache(
+            self.trainable_module, input, self.views, self.micro_batch, *(() if drawn is None else (drawn,)))
+
+    def _learns_from_weak_pool(self) -> bool:
+        terms = (self.simclr_weight, self.pool.entropy_weight, self.pool.marginal_entropy_weight, self.teaching,
+                 self.feature_teaching)
+        return any(terms) or self.pseudo_labels is None or self.get_trainable_module(ema=True) is None
 
     def _in_pieces(self, ask: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
         """What a teacher gives for images, of which it gets no more at once than the model does."""
