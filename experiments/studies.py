@@ -135,6 +135,29 @@ class Study:
                          f'{of["cpu_minutes"].mean():.1f} |')
         (here / 'results.md').write_text('\n'.join(lines) + '\n')
         print('\n'.join(lines))
+        draw(runs, here / 'results.png')
+
+
+def draw(runs: Any, path: Path) -> None:
+    """Accuracy against processor time, a panel for each number of labels; bars span the seeds."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    counts = sorted(runs['labels'].unique())
+    figure, panels = plt.subplots(1, len(counts), figsize=(5 * len(counts), 4), squeeze=False, layout='constrained')
+    for panel, labels in zip(panels[0], counts, strict=True):
+        means = runs[runs['labels'] == labels].groupby('arm')[['mean', 'cpu_minutes']].agg(['mean', 'min', 'max'])
+        for place, (arm, of) in enumerate(means.sort_values(('mean', 'mean')).iterrows()):
+            (mean, least, most), spent = of['mean'], of['cpu_minutes', 'mean']
+            panel.errorbar(spent, mean, [[mean - least], [most - mean]], fmt='o', capsize=3)
+            panel.annotate(arm, (spent, mean), xytext=(7, 4) if place % 2 else (7, -11), textcoords='offset points',
+                           fontsize=8)
+        panel.set(title=f'{labels:,} labels', xlabel='CPU minutes', ylabel='mean top-1 (%)', xscale='log')
+        panel.xaxis.set_major_formatter('{x:g}')
+        panel.margins(x=0.3)
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
 
 
 def name_of(run: Run) -> str:
