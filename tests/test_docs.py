@@ -176,7 +176,7 @@ def folder_of_pages(tmp_path_factory):
     for name, columns in (('my-photos', plain), ('my-shop', plain | more)):
         for split, rows, first in (('train', 24, 0), ('val', 12, 100), ('test', 12, 200)):
             write_table(folder / name, split, rows, columns, first)
-        write_table(folder / name, 'unlabelled', 12, {}, 300)
+        write_table(folder / name, 'unlabelled', 64, {}, 300)  # a batch of the recipes for few labels
     for split in ('train', 'val'):
         for number, path in enumerate(sorted((folder / 'my-photos' / 'images').iterdir())[:16]):
             place = folder / 'my-classes' / split / ('boots', 'shoes')[number % 2]

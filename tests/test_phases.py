@@ -1,4 +1,5 @@
 """Recipes of phases: one run folder, what each starts from, killed and resumed, and the recipes that are there."""
+import importlib
 import os
 import signal
 import threading
@@ -13,7 +14,6 @@ import yaml
 from common import TINY, assert_same_summary, train_run, train_settings, write_data
 
 from timm_multilabel.assembly.checks import check_phases, without_effect
-from timm_multilabel.assembly.grid_file import read_grid
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.data.sample import write_sample
 from timm_multilabel.errors import UserError
@@ -322,19 +322,31 @@ def test_recipes_are_read(name):
     assert all(each.data_dir == 'data' for each in flags)
     weights = {'fashion.yaml': [(0.1, 0.9)], 'first-run.yaml': [(0.1, 0.9)],
                'cs492.yaml': [(1, 0), (1, 100)], 'cs492-arcface.yaml': [(1, 0), (1, 100)],
-               'sample.yaml': [(0.5, 0), (0.2, 0.8), (0, 1)], 'recommended.yaml': [(1, 0), (0, 1)],
-               'fine-tune.yaml': [(0, 1)] * 2,
-               'self-training.yaml': [(0, 1)] * 4}
+               'sample.yaml': [(0.5, 0), (0.2, 0.8), (0, 1)], 'recommended.yaml': [(1, 0), *[(0, 1)] * 4],
+               'few-labels-pretrained.yaml': [(1, 0), *[(0, 1)] * 4], 'few-labels.yaml': [(1, 0), *[(0, 1)] * 4],
+               'fine-tune.yaml': [(0, 1)] * 2}
     assert [(each.simclr_loss_weight, each.classification_loss_weight) for each in flags] == weights[name]
 
 
-def test_the_recommended_recipe_is_a_setting_of_the_experiment_that_recommends_it():
-    made = read_grid(RECIPES.parent / 'experiments' / 'few-labels' / 'grid.yaml')
-    run = next(run for run in made.runs if run.setting == 'SimCLR, then labels for long' and run.value == 1000)
-    recipe = yaml.safe_load((RECIPES / 'recommended.yaml').read_text())
-    for measured, phase in zip((run.start.recipe, run.recipe), recipe.pop('phases'), strict=True):
-        del phase['name']
-        assert {**recipe, **phase} == {name: value for name, value in measured.items() if name != 'labelled_rows'}
+def test_the_recipe_for_few_labels_is_a_setting_of_the_study_that_recommends_it(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(RECIPES.parent / 'experiments' / 'pool'))
+    study = importlib.import_module('study')
+    phases = {phase.name: phase.settings.flat() for phase in check_phases(parse(RECIPES / 'recommended.yaml', 'data'))}
+    arms = {'simclr': 'simclr', 'scratch': 'r10', 'pretrained': 'lite0-96', 'labels': 'after-simclr',
+            'student': 'after-simclr-best'}
+    others = {'input_size', 'ratio', 'epochs', 'epoch_steps'}  # the first two are of the photos; the recipe scores more
+    for name, arm in arms.items():
+        measured = {**study.COMMON, **study.ARMS[arm]}
+        path, flat = tmp_path / f'{name}.yaml', phases[name]
+        path.write_text(yaml.safe_dump({
+            'data_dir': 'd',
+            **{of: list(value) if isinstance(value, tuple) else value for of, value in measured.items()}}))
+        read = parse(path).flat()
+        for setting in measured.keys() - others:
+            assert flat[setting] == read[setting], (name, setting)
+        steps = measured['epochs'] * measured['epoch_steps']
+        assert flat['epochs'] * flat['epoch_steps'] == steps, name
+        assert flat['img_size'] == measured['input_size'][1], name
 
 
 @pytest.mark.parametrize('name', ['cs492.yaml', 'cs492-arcface.yaml'])
