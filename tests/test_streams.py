@@ -21,7 +21,7 @@ from timm_multilabel.cells import list_cell
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.config.commands import SHARD_FORMATS
 from timm_multilabel.data.packing import pack
-from timm_multilabel.data.shards import find_shards
+from timm_multilabel.data.shards import even_workers, find_shards
 from timm_multilabel.data.streams import Stored, encode, read_labels, table_of_labels
 from timm_multilabel.data.table import find_label_space, read_table
 from timm_multilabel.data.table_format import TableFormat
@@ -115,8 +115,8 @@ def test_views_of_a_sample_do_not_depend_on_workers(shards):
 
 
 def test_no_more_workers_than_shards_can_be_dealt_out_to(shards):
-    assert [shards.workers(asked, 1) for asked in (0, 1, 2, 3, 4, 9)] == [0, 1, 2, 2, 4, 4]
-    assert [shards.workers(9, ranks) for ranks in (2, 5)] == [2, 4]
+    assert [even_workers([shards], asked, 1) for asked in (0, 1, 2, 3, 4, 9)] == [0, 1, 2, 2, 4, 4]
+    assert [even_workers([shards], 9, ranks) for ranks in (2, 5)] == [2, 4]
 
 
 def spoil(path):

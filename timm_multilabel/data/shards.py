@@ -72,10 +72,9 @@ class Shards:
     def library(self) -> str:
         return 'webdataset' if self.tars else 'datasets'
 
-    def workers(self, asked: int, ranks: int) -> int:
-        """The loader processes of a rank, at most so many as asked for, that the shards can be dealt out to."""
-        files = len(self.files) // ranks if self._by_file(ranks) else len(self.files)
-        return max((workers for workers in range(1, asked + 1) if _is_even(files, workers)), default=0)
+    def can_be_dealt_out(self, workers: int, ranks: int) -> bool:
+        """Whether each of so many loader processes of a rank gets about as many shards."""
+        return _is_even(len(self.files) // ranks if self._by_file(ranks) else len(self.files), workers)
 
     def _by_file(self, ranks: int) -> bool:
         """Whether a rank reads shards of its own. Else every rank reads all, and takes its share of the samples."""
@@ -140,6 +139,12 @@ class Shards:
             stream = find_library('datasets.distributed').split_dataset_by_node(stream, rank, ranks)
         for row in stream:
             yield row['name'], row['image'], row['cells']
+
+
+def even_workers(streams: Sequence[Shards], asked: int, ranks: int) -> int:
+    """The loader processes of a rank, at most so many as asked for, that all of some shards can be dealt out to."""
+    return max((workers for workers in range(1, asked + 1)
+                if all(shards.can_be_dealt_out(workers, ranks) for shards in streams)), default=0)
 
 
 def find_shards(folder: Path, name: str, image_column: str, missing_value: str | None = None) -> Shards | None:
