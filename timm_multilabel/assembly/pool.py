@@ -2,7 +2,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from timm_multilabel.assembly.pool_shards import scored_images, stream_of
+from timm_multilabel.assembly.device import loader_workers
+from timm_multilabel.assembly.pool_shards import scored_images, stream_of, without_images_of
 from timm_multilabel.assembly.splits import Splits, read_split_table
 from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.data.pool import join_rows, real_paths, rows_of_folder, rows_of_table, without_images
@@ -165,9 +166,8 @@ def without_scored(settings: TrainSettings, rows: Rows, taken: Iterable[str], sa
         say: Tells a line.
     """
     files, shards = scored_images(settings, None, say)
-    for split in shards:
-        say(f'{split.source}: cannot keep the images of shards out of the unlabelled ones')
-    left = without_images(rows, {*files, *taken})
+    left = without_images_of(
+        without_images(rows, {*files, *taken}), shards, loader_workers(settings.data.workers), say)
     if len(left) < len(rows):
         say(f'{len(rows) - len(left)} of {len(rows)} unlabelled images are labelled, or of the val or test split: '
             'left out')

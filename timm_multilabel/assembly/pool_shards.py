@@ -1,8 +1,11 @@
 """Unlabelled images in shards: which shards, how many samples, and which of these are left out."""
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from timm_multilabel.assembly.splits import Splits, read_split_table
@@ -18,13 +21,15 @@ from timm_multilabel.data.pool import real_paths
 from timm_multilabel.data.shards import Shards
 from timm_multilabel.data.split_names import files_of_split, find_split, split_path
 from timm_multilabel.data.streams import StreamedRows, check_count, unlabelled_stream
-from timm_multilabel.data.table import find_images
+from timm_multilabel.data.table import Rows, find_images
 from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import DataError, UserError
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.log import Say
 from timm_multilabel.progress import OFF_TERMINAL
+
+T = TypeVar('T')
 
 
 def stream_of(
@@ -131,27 +136,74 @@ def read_fingerprints(kept_out: KeptOut, workers: int, say: Say) -> Fingerprints
     of_shards = ''.join(f' and the images of {shards.source}' for shards in kept_out.shards)
     say(f'hashing {len(kept_out.files):,} labelled and scored images{of_shards}, which the unlabelled shards may hold '
         'too')
-    hashes: list[int] = []
-    wrong: list[str] = []
     mine = kept_out.files[rank::ranks]
-    with tqdm(desc='Hashing', total=len(mine) or None, unit=' images',
-              disable=OFF_TERMINAL if rank == 0 else True) as bar:
-        for of_file in fingerprints_of_files(mine, workers):
-            bar.update()
-            if of_file is not None:
-                hashes.append(of_file)
-        unreadable = len(mine) - len(hashes)
-        for shards in kept_out.shards:
-            try:
-                for each in fingerprints_of_shards(shards, rank, ranks):
-                    bar.update()
-                    hashes.append(each)
-            except UserError as error:
-                wrong.append(error.line)
-    told = all_objects((hashes, unreadable, wrong))
-    unreadable = sum(its for _, its, _ in told)
-    if unreadable:
+    with _bar(len(mine)) as bar:
+        of_files = [each for each in _counted(fingerprints_of_files(mine, workers), bar) if each is not None]
+        found, wrong = _images_of(kept_out.shards, bar)
+    told = all_objects((of_files, len(mine) - len(of_files), found, wrong))
+    if unreadable := sum(its for _, its, *_ in told):
         say(f'{unreadable:,} labelled or scored images cannot be read, and not be kept out of the unlabelled shards')
-    for line in dict.fromkeys(line for *_, lines in told for line in lines):
+    _say_wrong([line for *_, lines in told for line in lines], say)
+    return Fingerprints(each for files, _, images, _ in told for each in [*files, *(one for one, _ in images)])
+
+
+def without_images_of(rows: Rows, shards: Sequence[Shards], workers: int, say: Say) -> Rows:
+    """Rows whose image is none of those in shards, by its bytes. All ranks call it together, and share the work.
+
+    Args:
+        rows: Rows of files, of which those are read that have as many bytes as one of the images.
+        shards: Scored images.
+        workers: Threads that read files.
+        say: Tells a line.
+    """
+    if not shards:
+        return rows
+    rank, ranks = world()
+    say(f'hashing the images of {" and of ".join(str(each.source) for each in shards)}, which may be among the '
+        'unlabelled ones')
+    with _bar(None) as bar:
+        told = all_objects(_images_of(shards, bar))
+    _say_wrong([line for _, lines in told for line in lines], say)
+    known = Fingerprints(one for images, _ in told for one, _ in images)
+    sizes = {size for images, _ in told for _, size in images}
+    alike = [row for row in range(rank, len(rows), ranks) if _size(rows.images[row]) in sizes]
+    hashes = fingerprints_of_files([str(rows.images[row]) for row in alike], workers)
+    taken = all_objects([row for row, each in zip(alike, hashes, strict=True) if each is not None and known.has(each)])
+    left = np.ones(len(rows), dtype=bool)
+    left[[row for its in taken for row in its]] = False
+    return rows.select(left)
+
+
+def _images_of(shards: Sequence[Shards], bar: tqdm) -> tuple[list[tuple[int, int]], list[str]]:
+    """Hashes and sizes of the images in this rank's share of shards, and what is wrong with some."""
+    found: list[tuple[int, int]] = []
+    wrong: list[str] = []
+    for each in shards:
+        try:
+            found.extend(_counted(fingerprints_of_shards(each, *world()), bar))
+        except UserError as error:
+            wrong.append(error.line)
+    return found, wrong
+
+
+def _bar(total: int | None) -> tqdm:
+    return tqdm(desc='Hashing', total=total or None, unit=' images', disable=OFF_TERMINAL if world()[0] == 0 else True)
+
+
+def _counted(items: Iterable[T], bar: tqdm) -> Iterator[T]:
+    for item in items:
+        bar.update()
+        yield item
+
+
+def _say_wrong(lines: Sequence[str], say: Say) -> None:
+    for line in dict.fromkeys(lines):
         say(f'{line}: cannot keep its images out of the unlabelled ones')
-    return Fingerprints(each for its, *_ in told for each in its)
+
+
+def _size(path: str) -> int | None:
+    """The bytes of a file, if it is there."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None

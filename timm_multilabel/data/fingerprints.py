@@ -40,7 +40,11 @@ class Fingerprints:
 
     def __contains__(self, image: bytes) -> bool:
         """Whether the bytes of an image are those of one of them."""
-        mine = np.uint64(fingerprint(image))
+        return self.has(fingerprint(image))
+
+    def has(self, hashed: int) -> bool:
+        """Whether it is the hash of one of them."""
+        mine = np.uint64(hashed)
         place = int(np.searchsorted(self.hashes, mine))
         return place < len(self.hashes) and bool(self.hashes[place] == mine)
 
@@ -72,12 +76,12 @@ def _of_file(path: str) -> int | None:
     return int.from_bytes(digest.digest(), 'big')
 
 
-def fingerprints_of_shards(shards: Shards, rank: int, ranks: int) -> Iterator[int]:
-    """The hash of each image in the share that a rank has of shards.
+def fingerprints_of_shards(shards: Shards, rank: int, ranks: int) -> Iterator[tuple[int, int]]:
+    """The hash of each image in the share that a rank has of shards, and how many bytes the image has.
 
     Raises:
         DataError: A shard cannot be read, or a library is missing.
     """
     for sample in shards.samples(rank, ranks):
         assert sample.image is not None  # images were asked for
-        yield fingerprint(sample.image)
+        yield fingerprint(sample.image), len(sample.image)

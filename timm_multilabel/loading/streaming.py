@@ -60,8 +60,8 @@ class _Part(Protocol):
     def begin(self, epoch: int, worker: int, workers: int) -> None:
         """Go to the first batch that a loader process makes in an epoch."""
 
-    def skip(self) -> None:
-        """Pass over a batch."""
+    def skip(self, views: int) -> None:
+        """Pass over a batch, of images of so many views."""
 
     def write(self, out: np.ndarray) -> torch.Tensor:
         """Write the views of the next batch into `out` (V, B, H, W, 3).
@@ -88,7 +88,7 @@ class RowsPart:
         self.draws.set_epoch(epoch)
         self.left = islice(self.draws, worker, None, workers)
 
-    def skip(self) -> None:
+    def skip(self, views: int) -> None:
         next(self.left)
 
     def write(self, out: np.ndarray) -> torch.Tensor:
@@ -148,9 +148,9 @@ class StreamedPart:
         self.count.zero_()
         self.left = self._draws()
 
-    def skip(self) -> None:
+    def skip(self, views: int) -> None:
         if self.skip_bad:  # a bad image among them tells which samples come later
-            self.write(np.empty((1, self.size, *self.images.views.size, 3), np.uint8))
+            self.write(np.empty((views, self.size, *self.images.views.size, 3), np.uint8))
         else:
             for _ in islice(self.left, self.size):
                 pass
@@ -251,7 +251,7 @@ class StreamedBatches(IterableDataset[Batch]):
         for step in count(worker, workers) if self.steps is None else range(worker, self.steps, workers):
             if step < int(self.first):  # trained on already: it comes without images
                 for part in self.parts:
-                    part.skip()
+                    part.skip(self.views)
                 yield torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0)
                 continue
             images = empty_batch((self.views, images_of_batch, *self.size, 3))
