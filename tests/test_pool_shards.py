@@ -103,6 +103,10 @@ def test_tars_are_counted_once_and_only_where_it_matters(data_dir, tmp_path):
     assert (data_dir / 'rows.json').read_text().split() == ['{', '"pool":', '10', '}']
     data, said = read(data_dir)
     assert 'counting' not in said and data.steps == 5
+    flags = ['-b', '4', '--unlabelled', 'pool', '-wls', '0', '--pseudo-label-weight', '1']
+    assert read_data(train_settings(str(data_dir), *flags), print).pool_batch_size == 10  # all that there are
+    (data_dir / 'rows.json').unlink()
+    assert read_data(train_settings(str(data_dir), *flags, '--epoch-steps', '2'), print).pool_batch_size == 28
 
 
 def test_parquet_knows_its_count_wherever_it_lies(data_dir, tmp_path, monkeypatch):

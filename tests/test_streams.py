@@ -204,6 +204,23 @@ def test_columns_of_parquet(tmp_path):
         assert targets.nan_to_num(9).tolist() == [[0, 1, 1, 0], [-1, -1, -1, 9]]
 
 
+def test_an_epoch_shorter_than_a_shard_may_begin_anywhere_in_it(tmp_path):
+    """Of a shard with more samples than are shuffled in memory; a pass has each sample once, with all of its files."""
+    numbers = [f'{number:05d}' for number in range(1300)]
+    write_tar(tmp_path / 'a-0.tar', {f'{each}.{ending}': data for each in numbers for ending, data in (
+        ('jpg', each.encode()), ('json', json.dumps({'id': f'x{each}'}).encode()))})
+    table = pyarrow.Table.from_pylist([{'image': each.encode(), 'id': f'x{each}'} for each in numbers])
+    parquet.write_table(table, tmp_path / 'b.parquet', row_group_size=1000)
+    for name in 'ab':
+        shards = find_shards(tmp_path, name, 'image')
+        seen = list(shards.samples(seed=5))
+        assert sorted(each.image.decode() for each in seen) == numbers
+        assert all(each.cells == {'id': f'x{each.image.decode()}'} for each in seen)
+        assert sorted(each.name for each in seen) == sorted(each.name for each in shards.samples(images=False))
+        first = [int(next(shards.samples(seed=seed)).image) for seed in range(6)]
+        assert any(each >= 1000 for each in first) and any(each < 1000 for each in first), first
+
+
 @pytest.mark.parametrize('name, members, message', [
     ('a-0.tar', {'1.json': b'{}'}, 'a-0.tar sample 1: no image .* side by side in the tar: json'),
     ('a-0.tar', {'1.jpg': b'', '1.json': b'{'}, 'a-0.tar sample 1: its JSON cannot be read'),
