@@ -1,4 +1,5 @@
 """Parquet files, read a few rows at a time and without trust in what their metadata say."""
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ def rows_of(
         wanted: list[str],
         size: int,
         images: bool,
-        places: range,
+        places: range = range(sys.maxsize),
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of a Parquet file with their numbers, so few at once that they fit into memory whatever they expand to.
 
