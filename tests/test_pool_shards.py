@@ -6,12 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from common import assert_same_summary, assert_same_weights, run_ranks, train_run, train_settings
+from common import TINY, assert_same_summary, assert_same_weights, run_ranks, train_run, train_settings
 from PIL import Image
 from test_resume import killed_run
 from test_streams import PLAIN
 
 from timm_multilabel.assembly.data import read_data
+from timm_multilabel.assembly.first_views import first_views
 from timm_multilabel.assembly.pool_shards import read_fingerprints
 from timm_multilabel.data.fingerprints import Fingerprints, KeptOut, fingerprint, fingerprints_of_files
 from timm_multilabel.data.images import FilePhotos
@@ -23,6 +24,7 @@ from timm_multilabel.labels import LabelSet, LabelSpace
 from timm_multilabel.loading.batches import ImageDataset
 from timm_multilabel.loading.loaders import create_train_loader
 from timm_multilabel.loading.streaming import KeptOutOfPool, StreamedImages, create_joined_loader
+from timm_multilabel.training.checkpoint import read_checkpoint
 from timm_multilabel.views.opencv import OpenCVViews
 from timm_multilabel.views.recipe import ViewRecipe
 
@@ -251,6 +253,9 @@ def test_killed_and_resumed_with_a_pool_in_shards(data_dir, tmp_path, monkeypatc
         assert 'nothing is kept of shards' in stopped(capsys, data_dir, tmp_path, *teacher)
         taught = train_run(data_dir, tmp_path / 'taught', '--unlabelled', 'pool', *teacher, '--teacher-views', epochs=1)
         assert pd.read_csv(taught / 'summary.csv')['teacher_loss'].notna().all()
+        settings = train_settings(str(data_dir), *TINY, '--unlabelled', 'pool')
+        pictures, line = first_views(settings, taught, None, read_checkpoint(taught / 'last.pth.tar').data_config)
+        assert len(pictures) == 12 and 'unlabelled' not in line  # for the report: labelled photos alone
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The unlabelled images of a run: rows without a label, and what `--unlabelled` names."""
 from collections.abc import Iterable
+from glob import escape
 from pathlib import Path
 
 from timm_multilabel.assembly.device import loader_workers
@@ -149,8 +150,10 @@ def find_unlabelled(settings: TrainSettings, label_space: LabelSpace, say: Say) 
         return rows_of_table(read_split_table(data, split), label_space)
     for place in (Path(source), folder / source):
         if place.is_dir():
-            shards = find_shards(place.parent, place.name, written.image_column, written.missing_value)
-            return rows_of_folder(place, label_space, say) if shards is None else shards
+            inside = escape(str(place.absolute()))
+            found = [find_shards(folder, f'{inside}/*{ending}', written.image_column, written.missing_value)
+                     for ending in ('.tar', '.parquet')]
+            return found[0] or found[1] or rows_of_folder(place, label_space, say)
     raise DataError(
         f'--unlabelled {source}: no such CSV, folder, shards or split; looked for {split_path(folder, source)}, '
         f'{folder / source} and {source}; name your own photos with --unlabelled FOLDER')
