@@ -14,12 +14,14 @@ from test_streams import PLAIN
 from timm_multilabel.assembly.data import read_data
 from timm_multilabel.assembly.first_views import first_views
 from timm_multilabel.assembly.pool_shards import read_fingerprints
+from timm_multilabel.assembly.splits import Splits
 from timm_multilabel.data.fingerprints import Fingerprints, KeptOut, fingerprint, fingerprints_of_files
 from timm_multilabel.data.images import FilePhotos
 from timm_multilabel.data.packing import pack
 from timm_multilabel.data.shards import find_shards
-from timm_multilabel.data.streams import encode, read_labels, table_of_labels
+from timm_multilabel.data.streams import Stored, encode, read_labels, table_of_labels
 from timm_multilabel.data.table import encode_rows, read_table
+from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.labels import LabelSet, LabelSpace
 from timm_multilabel.loading.batches import ImageDataset
 from timm_multilabel.loading.loaders import create_train_loader
@@ -166,10 +168,13 @@ def halves(folder):
 
 
 def _pass(rank, folder):
-    loader = create(*halves(folder), rank, 2, steps=2)
+    labelled, pool = halves(folder)
+    loader = create(labelled, pool, rank, 2, steps=2)
     batches = list(loader)
     news = KeptOutOfPool(loader.streamed[0])
-    return ids(batches, 0, 2), ids(batches, 2, 4), news.news(), news.news()
+    counted = Splits(Stored.load(folder), None, print, TableFormat()).count(pool.shards, 'pool')
+    known = read_fingerprints(KeptOut(tuple(labelled.images), (pool.shards,)), 1, print)
+    return ids(batches, 0, 2), ids(batches, 2, 4), news.news(), news.news(), counted, known.hashes.tolist()
 
 
 @pytest.mark.slow
@@ -180,7 +185,9 @@ def test_two_processes_share_a_pass_as_one_has_it(tmp_path):
     alone = create(labelled, pool)
     batches = list(alone)
     assert sorted(ids(batches, 2, 4)) == [1, 2, 4, 5, 7, 8, 10, 11] and set(ids(batches, 0, 2)) == {0, 3, 6, 9}
-    (rows, samples, line, again), (others, theirs, same, _) = run_ranks(_pass, 2, tmp_path)
+    (rows, samples, line, again, *found), (others, theirs, same, _, *its) = run_ranks(_pass, 2, tmp_path)
+    images = sorted(fingerprint(path.read_bytes()) for path in (tmp_path / 'photos').iterdir())
+    assert found == its == [12, images] and (tmp_path / 'rows.json').read_text().split()[1:3] == ['"pool":', '12']
     assert sorted(samples + theirs) == [1, 2, 4, 5, 7, 8, 10, 11] and sorted(rows + others) == sorted(2 * [0, 3, 6, 9])
     assert line == same and again is None
     kept_out, read = map(int, re.search(r'/pool-\*.tar: (\d+) of the (\d+) samples read', line).groups())
