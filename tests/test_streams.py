@@ -21,7 +21,7 @@ from timm_multilabel.cells import list_cell
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.config.commands import SHARD_FORMATS
 from timm_multilabel.data.packing import pack
-from timm_multilabel.data.shards import find_shards
+from timm_multilabel.data.shards import even_workers, find_shards
 from timm_multilabel.data.streams import Stored, encode, read_labels, table_of_labels
 from timm_multilabel.data.table import find_label_space, read_table
 from timm_multilabel.data.table_format import TableFormat
@@ -115,8 +115,8 @@ def test_views_of_a_sample_do_not_depend_on_workers(shards):
 
 
 def test_no_more_workers_than_shards_can_be_dealt_out_to(shards):
-    assert [shards.workers(asked, 1) for asked in (0, 1, 2, 3, 4, 9)] == [0, 1, 2, 2, 4, 4]
-    assert [shards.workers(9, ranks) for ranks in (2, 5)] == [2, 4]
+    assert [even_workers([shards], asked, 1) for asked in (0, 1, 2, 3, 4, 9)] == [0, 1, 2, 2, 4, 4]
+    assert [even_workers([shards], 9, ranks) for ranks in (2, 5)] == [2, 4]
 
 
 def spoil(path):
@@ -202,6 +202,23 @@ def test_columns_of_parquet(tmp_path):
     found = encode(table, space)
     for targets in (found.targets, found.encode(list(found.shards.samples()))):
         assert targets.nan_to_num(9).tolist() == [[0, 1, 1, 0], [-1, -1, -1, 9]]
+
+
+def test_an_epoch_shorter_than_a_shard_may_begin_anywhere_in_it(tmp_path):
+    """Of a shard with more samples than are shuffled in memory; a pass has each sample once, with all of its files."""
+    numbers = [f'{number:05d}' for number in range(1300)]
+    write_tar(tmp_path / 'a-0.tar', {f'{each}.{ending}': data for each in numbers for ending, data in (
+        ('jpg', each.encode()), ('json', json.dumps({'id': f'x{each}'}).encode()))})
+    table = pyarrow.Table.from_pylist([{'image': each.encode(), 'id': f'x{each}'} for each in numbers])
+    parquet.write_table(table, tmp_path / 'b.parquet', row_group_size=1000)
+    for name in 'ab':
+        shards = find_shards(tmp_path, name, 'image')
+        seen = list(shards.samples(seed=5))
+        assert sorted(each.image.decode() for each in seen) == numbers
+        assert all(each.cells == {'id': f'x{each.image.decode()}'} for each in seen)
+        assert sorted(each.name for each in seen) == sorted(each.name for each in shards.samples(images=False))
+        first = [int(next(shards.samples(seed=seed)).image) for seed in range(6)]
+        assert any(each >= 1000 for each in first) and any(each < 1000 for each in first), first
 
 
 @pytest.mark.parametrize('name, members, message', [
@@ -348,10 +365,7 @@ def test_a_missing_library_is_named_with_its_extra(packed, kind, tmp_path, capsy
 
 def test_what_is_refused(data_dir, packed, tmp_path, capsys):
     assert '--cache ram: shards are streamed' in stopped(capsys, packed, tmp_path, '--cache', 'ram')
-    assert 'shards go without --unlabelled' in stopped(capsys, packed, tmp_path, '--entropy-weight', '1')
-    for path in packed.glob('train*'):
-        shutil.copy(path, data_dir / path.name.replace('train', 'pool'))
-    assert 'are shards; name a CSV or a folder' in stopped(capsys, data_dir, tmp_path, '--unlabelled', 'pool')
+    assert 'name some with --unlabelled' in stopped(capsys, packed, tmp_path, '--entropy-weight', '1')
     LabelSpace((LabelSet('color', ('blue', 'green')), LabelSet('shape', ('disc', 'ring')))).save(
         packed / 'label_space.json')
     (packed / 'rows.json').unlink()

@@ -8,11 +8,10 @@ from timm_multilabel.assembly.pool import (
     choose_pool_batch,
     find_pool,
     learns_from_all,
-    read_split_table,
+    simclr_sets,
     wants_pool,
-    with_unlabelled,
 )
-from timm_multilabel.assembly.splits import Splits, read_stored, stored_heads
+from timm_multilabel.assembly.splits import Splits, read_split_table, read_stored, stored_heads
 from timm_multilabel.cells import missing_texts
 from timm_multilabel.config.train import DataSettings, TrainSettings
 from timm_multilabel.config.values import HeadOptions
@@ -56,14 +55,17 @@ class Data:
     registry: Mapping[str, type[Head]]
     head: HeadOptions
     train_rows: Rows | StreamedRows
-    pool_rows: Rows | None
+    pool_rows: Rows | StreamedRows | None
     eval_rows: Rows | StreamedRows | None
     batch_size: int
     pool_batch_size: int
     steps: int
 
     def __str__(self) -> str:
-        pool = f' and {len(self.pool_rows)} without labels' if self.pool_rows is not None else ''
+        pool = ''
+        if self.pool_rows is not None:
+            is_counted = isinstance(self.pool_rows, Rows) or self.pool_rows.is_counted
+            pool = f' and {len(self.pool_rows) if is_counted else "uncounted ones"} without labels'
         scored = f', {len(self.eval_rows)} to evaluate on' if self.eval_rows is not None else ''
         return f'{len(self.train_rows)} images to train on{pool}{scored}'
 
@@ -83,13 +85,13 @@ def read_data(settings: TrainSettings, say: Say) -> Data:
     streamed = isinstance(train, StreamedTable)
     if settings.data.class_head != DataSettings.class_head and not train.path.is_dir():
         say(f'{train.path}: --class-head has no effect, since the heads are columns')
-    if streamed and (settings.pool.unlabelled or wants_pool(settings)):
-        raise DataError(
-            f'{train.path}: shards go without --unlabelled and the terms that learn from it; leave them out, or train '
-            'on a CSV')
     if not settings.objective.classification_loss_weight:
         splits.save(None)
-        return _without_heads(settings, train, registry, say)
+        return _without_heads(settings, train, registry, splits, say)
+    if streamed and wants_pool(settings) and not settings.pool.unlabelled:
+        raise DataError(
+            f'{train.path}: all samples of shards are labelled ones, so there is no unlabelled image; name some with '
+            '--unlabelled')
 
     all_path = table_of_classes(folder, TableFormat.of(settings.data))
     tables = [read_split_table(settings.data, all_path)] if all_path.is_file() else []
@@ -129,11 +131,7 @@ def read_data(settings: TrainSettings, say: Say) -> Data:
     if unknown := unknown_labels(val, label_space):
         say(f'{val.path}: labels that training does not know, not scored: {describe_unknown(unknown)}')
     splits.save(label_space if streamed and settings.data.heads is None else None)
-    pool_rows = None
-    if isinstance(train_rows, Rows):
-        train_rows, pool_rows = _divide(settings, train_rows, label_space, say)
-    elif asked := settings.pool.labelled_rows:
-        raise DataError(f'--labelled-rows {asked}: {train_rows.source} are shards; train on a CSV')
+    train_rows, pool_rows = _divide(settings, train_rows, label_space, splits, say)
     pool_batch_size = 0 if pool_rows is None else choose_pool_batch(settings, pool_rows, say)
     for line in (
         *how_read(train, label_space),
@@ -162,26 +160,40 @@ def check_dialect(
             raise DataError(f"{flag} '{value}': --missing-value is the same text; leave one of them out")
 
 
-def _divide(settings: TrainSettings, rows: Rows, label_space: LabelSpace, say: Say) -> tuple[Rows, Rows | None]:
+def _divide(
+        settings: TrainSettings,
+        rows: Rows | StreamedRows,
+        label_space: LabelSpace,
+        splits: Splits,
+        say: Say,
+) -> tuple[Rows | StreamedRows, Rows | StreamedRows | None]:
     """The rows of the (labelled) batches, and those of the unlabelled ones, if there are to be such.
 
     Raises:
         DataError: There are none of them, or fewer labels than `--labelled-rows` asks for.
     """
     asked = settings.pool.labelled_rows
+    idle = 'with -wls 0 and without teachers, entropy or pseudo-labels nothing learns from images without labels'
+    if isinstance(rows, StreamedRows):
+        if asked:
+            raise DataError(f'--labelled-rows {asked}: {rows.source} are shards; train on a CSV')
+        if wants_pool(settings):
+            return rows, find_pool(settings, label_space, None, rows, splits, say)
+        if settings.pool.unlabelled:
+            say(f'--unlabelled {settings.pool.unlabelled}: {idle}: left out')
+        return rows, None
     if asked:
         rows = _hide_labels(rows, label_space, asked, settings.run.seed, say)
     if wants_pool(settings):
         labelled, without = split_labelled(rows, label_space)
         if not len(labelled):
             raise DataError(f'{rows.source}: no row has a label; pass -wlc 0 for SimCLR alone')
-        return labelled, find_pool(settings, label_space, without, labelled, say)
+        return labelled, find_pool(settings, label_space, without, labelled, splits, say)
     if learns_from_all(settings) and not asked:
         return rows, None
     labelled, without = split_labelled(rows, label_space)
     if settings.pool.unlabelled or len(without) and not asked:
-        say(f'{rows.source}: with -wls 0 and without teachers, entropy or pseudo-labels nothing learns from images '
-            'without labels: left out')
+        say(f'{rows.source}: {idle}: left out')
     return labelled, None
 
 
@@ -225,13 +237,20 @@ def _without_heads(
         settings: TrainSettings,
         train: Table,
         registry: Mapping[str, type[Head]],
+        splits: Splits,
         say: Say,
 ) -> Data:
     """SimCLR alone: no image has a label that counts, so all of them are one set, and both batches of it."""
     label_space = LabelSpace(())
-    rows = with_unlabelled(settings, encode(train, label_space), label_space, say)
     batch_size = settings.run.batch_size + (settings.pool.unlabelled_batch_size or 0)
-    return Data(label_space, registry, {}, rows, None, None, batch_size, 0, _count_steps(settings, rows, batch_size))
+    (rows, size), *others = simclr_sets(
+        settings, encode(train, label_space), label_space, splits, batch_size, say)
+    if not others:
+        return Data(label_space, registry, {}, rows, None, None, size, 0, _count_steps(settings, rows, size))
+    pool, pool_size = others[0]
+    _count_steps(settings, rows, size, pool, pool_size)
+    steps = settings.run.epoch_steps or (len(rows) + len(pool)) // world()[1] // batch_size
+    return Data(label_space, registry, {}, rows, pool, None, size, pool_size, steps)
 
 
 def _splits(settings: TrainSettings, folder: Path, registry: Mapping[str, type[Head]], say: Say) -> Splits:
@@ -249,7 +268,7 @@ def _count_steps(
         settings: TrainSettings,
         rows: Rows | StreamedRows,
         batch_size: int,
-        pool: Rows | None = None,
+        pool: Rows | StreamedRows | None = None,
         pool_batch_size: int = 0,
 ) -> int:
     """The batches of an epoch.

@@ -12,6 +12,7 @@ from timm_multilabel.assembly.loaders import create_loaders
 from timm_multilabel.assembly.model import has_one_view
 from timm_multilabel.assembly.views import which_views
 from timm_multilabel.config.train import TrainSettings
+from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.log import silent
 from timm_multilabel.training.checkpoint import read_checkpoint
 from timm_multilabel.training.run_folder import phase_folder
@@ -49,6 +50,8 @@ def first_views(
         data_config = read_checkpoint(folder / 'last.pth.tar', mapped=True).data_config  # sizes may differ
     chosen = chosen.replace(data_dir=str(data_dir or chosen.data.data_dir), workers=0, cache=None)
     data = read_data(chosen, silent)
+    if isinstance(data.pool_rows, StreamedRows):  # which came first depends on the loader processes
+        data = replace(data, pool_rows=None)
     of_pool = min(count // 2, len(data.pool_rows)) if data.pool_rows is not None else 0
     labelled = min(count - of_pool, len(data.train_rows))
     if chosen.augmentation.mixup or chosen.augmentation.cutmix:

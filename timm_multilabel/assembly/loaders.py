@@ -9,6 +9,7 @@ import torch
 
 from timm_multilabel.assembly.data import Data
 from timm_multilabel.assembly.device import loader_options
+from timm_multilabel.assembly.pool_shards import read_fingerprints
 from timm_multilabel.assembly.views import PhotoViews, make_mixup, train_views, weak_first
 from timm_multilabel.config.train import DataSettings, TrainSettings
 from timm_multilabel.data.images import FilePhotos, Photos
@@ -22,7 +23,12 @@ from timm_multilabel.loading.device import DeviceDataset, DeviceEvalLoader, Devi
 from timm_multilabel.loading.loaders import MixedBatches, WatchedLoader, create_eval_loader, create_train_loader
 from timm_multilabel.loading.shared import format_size
 from timm_multilabel.loading.soft_labels import SoftLabels
-from timm_multilabel.loading.streaming import create_stream_loader
+from timm_multilabel.loading.streaming import (
+    KeptOutOfPool,
+    StreamedImages,
+    create_joined_loader,
+    create_stream_loader,
+)
 from timm_multilabel.log import Say
 from timm_multilabel.views.opencv import OpenCVViews
 from timm_multilabel.views.pillow import scoring_views
@@ -37,10 +43,12 @@ class Loaders:
         train: Training batches.
         eval: Evaluation batches; None where nothing is scored.
         bad: The bad images that were left out; None where one ends the run.
+        kept_out: Counts what is kept out of unlabelled samples; None where they do not come of shards.
     """
     train: TrainBatches
     eval: EvalBatches | None
     bad: BadImages | None
+    kept_out: KeptOutOfPool | None = None
 
 
 class _TrainOptions(TypedDict):
@@ -93,34 +101,37 @@ def create_loaders(
         're_count': augmentation.recount,
         're_num_splits': 2 if views == 2 and weak_first(settings) else 0,  # the first, weak views stay whole
     }
-    if of_data.cache and any(isinstance(rows, StreamedRows) for rows in (data.train_rows, data.eval_rows)):
-        raise SettingError(f'--cache {of_data.cache}: shards are streamed, and nothing of them is kept; leave it out')
+    _check_cache(of_data.cache, data, say)
     photos = _Photos(of_data, options['workers'], device, say, of_data.cache if cache else None)
-    labelled_views = train_views(settings, data_config, views, bool(augmentation.weak_first_view), told)
+    sets = [(data.train_rows, train_views(settings, data_config, views, bool(augmentation.weak_first_view), told))]
+    sizes = [data.batch_size]
+    if data.pool_rows is not None:
+        sets.append((data.pool_rows, train_views(settings, data_config, views, weak_first(settings), told)))
+        sizes.append(data.pool_batch_size)
+    of_rows = [(rows, its_views) for rows, its_views in sets if isinstance(rows, Rows)]
+    evaluated = 0 if data.eval_rows is None else -(-len(data.eval_rows) // ranks)
+    parts, on_device = photos.datasets(
+        of_rows, further=evaluated * math.prod(data_config['input_size']), soft_labels=soft_labels)
     train: TrainBatches
     evaluation: EvalBatches | None = None
-    datasets: list[LeavesOutBad]
-    on_device = None
-    if isinstance(data.train_rows, StreamedRows):
-        train = streaming = create_stream_loader(
-            data.train_rows, labelled_views, data.batch_size, skip_bad=of_data.skip_bad_images, **options, **of_train)
-        datasets = [streaming.batches]
+    datasets: list[LeavesOutBad] = [*parts]
+    kept_out = None
+    if len(parts) < len(sets):
+        rest = iter(parts)
+        images = [_streamed(rows, its_views, options['workers'], say, cache) if isinstance(rows, StreamedRows)
+                  else next(rest) for rows, its_views in sets]
+        train = joined = create_joined_loader(
+            list(zip(images, sizes)), skip_bad=of_data.skip_bad_images, **options, **of_train)
+        datasets = [joined.batches]
+        kept_out = next((KeptOutOfPool(part) for part in joined.streamed if part.images.kept_out is not None), None)
+        if joined.order_depends_on < options['workers']:
+            say(f'{joined.order_depends_on} of {options["workers"]} loader processes, to which the shards can be dealt '
+                'out evenly; write more shards to use more')
+    elif on_device is not None:
+        train = DeviceTrainLoader(
+            list(zip(on_device, sizes)), mean=options['mean'], std=options['std'], rank=rank, ranks=ranks, **of_train)
     else:
-        sets = [(data.train_rows, labelled_views)]
-        sizes = [data.batch_size]
-        if data.pool_rows is not None:
-            sets.append((data.pool_rows, train_views(settings, data_config, views, weak_first(settings), told)))
-            sizes.append(data.pool_batch_size)
-        evaluated = 0 if data.eval_rows is None else -(-len(data.eval_rows) // ranks)
-        parts, on_device = photos.datasets(
-            sets, further=evaluated * math.prod(data_config['input_size']), soft_labels=soft_labels)
-        datasets = [*parts]
-        if on_device is not None:
-            train = DeviceTrainLoader(
-                list(zip(on_device, sizes)), mean=options['mean'], std=options['std'], rank=rank, ranks=ranks,
-                **of_train)
-        else:
-            train = create_train_loader(list(zip(parts, sizes)), **options, **of_train)
+        train = create_train_loader(list(zip(parts, sizes)), **options, **of_train)
     if augmentation.mixup or augmentation.cutmix:
         mixup = make_mixup(augmentation, sum(data.label_space.sizes))
         train = MixedBatches(train, mixup, data.label_space, run.seed, rank)
@@ -130,9 +141,9 @@ def create_loaders(
                 '--crop-mode center and squash')
         resized, size = scoring_views(data_config), run.validation_batch_size or run.micro_batch or run.batch_size
         if isinstance(data.eval_rows, StreamedRows):
-            evaluation = streaming = create_stream_loader(
+            evaluation = streamed = create_stream_loader(
                 data.eval_rows, resized, size, skip_bad=of_data.skip_bad_images, **options)
-            datasets.append(streaming.batches)
+            datasets.append(streamed.batches)
         else:
             kind = None if photos.kind == 'device' else photos.kind
             dataset = ImageDataset(data.eval_rows, photos.open(data.eval_rows, resized, kind), resized)
@@ -144,7 +155,27 @@ def create_loaders(
                 made.loader.start()
         if on_device is not None:
             evaluation = DeviceEvalLoader(evaluation, options['mean'], options['std'])
-    return Loaders(train, evaluation, BadImages(datasets) if of_data.skip_bad_images else None)
+    return Loaders(train, evaluation, BadImages(datasets) if of_data.skip_bad_images else None, kept_out)
+
+
+def _check_cache(kind: str | None, data: Data, say: Say) -> None:
+    """Raise UserError where a cache would have to keep images of shards; say what it does not keep."""
+    if kind is None:
+        return
+    if any(isinstance(rows, StreamedRows) for rows in (data.train_rows, data.eval_rows)):
+        raise SettingError(f'--cache {kind}: shards are streamed, and nothing of them is kept; leave it out')
+    if isinstance(data.pool_rows, StreamedRows):
+        if kind == 'device':
+            raise SettingError(f'--cache device: the unlabelled images of {data.pool_rows.source} are streamed, and '
+                               'their views are not made on the device; pass --cache ram or disk')
+        say(f'--cache {kind}: keeps the images of tables; those of {data.pool_rows.source} are streamed')
+
+
+def _streamed(rows: StreamedRows, views: PhotoViews, workers: int, say: Say, is_read: bool) -> StreamedImages:
+    """Streamed samples with their views; what is kept out of them is known only where it may be read."""
+    if rows.kept_out is None or not is_read:
+        return StreamedImages(rows, views)
+    return StreamedImages(rows, views, read_fingerprints(rows.kept_out, workers, say))
 
 
 @dataclass(frozen=True)

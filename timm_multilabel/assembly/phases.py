@@ -316,6 +316,7 @@ def train_phase(
         trackers=trackers,
         saver=saver,
         bad_images=built.loaders.bad,
+        kept_out=built.loaders.kept_out,
         log_interval=settings.run.log_interval,
         save_interval=settings.run.checkpoint_steps,
         signals=signals,

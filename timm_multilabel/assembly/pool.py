@@ -1,15 +1,20 @@
 """The unlabelled images of a run: rows without a label, and what `--unlabelled` names."""
+from collections.abc import Iterable
+from glob import escape
 from pathlib import Path
 
-from timm_multilabel.config.train import DataSettings, TrainSettings
+from timm_multilabel.assembly.device import loader_workers
+from timm_multilabel.assembly.pool_shards import scored_images, stream_of, without_images_of
+from timm_multilabel.assembly.splits import Splits, read_split_table
+from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.data.pool import join_rows, real_paths, rows_of_folder, rows_of_table, without_images
-from timm_multilabel.data.shards import Shards
+from timm_multilabel.data.shards import Shards, find_shards
 from timm_multilabel.data.split_names import find_split, split_path
 from timm_multilabel.data.streams import StreamedRows
-from timm_multilabel.data.table import Rows, Table, find_images, read_table
+from timm_multilabel.data.table import Rows
 from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.distributed import world
-from timm_multilabel.errors import DataError, UserError
+from timm_multilabel.errors import DataError
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.log import Say
 
@@ -30,38 +35,48 @@ def learns_from_all(settings: TrainSettings) -> bool:
     return bool(settings.objective.simclr_loss_weight or teaching.teacher or teaching.teacher_features)
 
 
-def read_split_table(data: DataSettings, path: Path) -> Table:
-    """The CSV of a split, read as the settings say."""
-    return read_table(path, TableFormat.of(data))
-
-
 def find_pool(
         settings: TrainSettings,
         label_space: LabelSpace,
-        unlabelled: Rows,
-        labelled: Rows,
+        unlabelled: Rows | None,
+        labelled: Rows | StreamedRows,
+        splits: Splits,
         say: Say,
-) -> Rows:
+) -> Rows | StreamedRows:
     """The unlabelled images: rows of the training table, and what `--unlabelled` names; no labelled or scored image.
+
+    Args:
+        settings: Of the run, or of a phase.
+        label_space: The heads.
+        unlabelled: The rows of the training table that have no label; None of shards.
+        labelled: The others.
+        splits: Counts samples.
+        say: Tells a line.
 
     Raises:
         DataError: There are none.
     """
-    parts = [unlabelled] if len(unlabelled) else []
-    if settings.pool.unlabelled:
-        parts.append(_read_unlabelled(settings.data, settings.pool.unlabelled, label_space, say))
+    named = find_unlabelled(settings, label_space, say) if settings.pool.unlabelled else None
+    files = real_paths(labelled.images) if isinstance(labelled, Rows) else []
+    if isinstance(named, Shards):
+        if unlabelled is not None and len(unlabelled):
+            say(f'{unlabelled.source}: {len(unlabelled):,} rows without a label are left out, as the unlabelled images '
+                f'are in shards; write them into {named.source} too, if they are not there')
+        counted = not settings.run.epoch_steps and settings.pool.epoch_by != 'labelled'
+        return stream_of(settings, named, label_space, files, splits, counted, say)
+    parts = [unlabelled] if unlabelled is not None and len(unlabelled) else []
+    parts += [named] if named is not None else []
     if not parts:
         raise DataError(
-            f'{unlabelled.source}: every row has a label, so there is no unlabelled image; name some with --unlabelled')
-    taken = _scored(settings, say) | set(real_paths(labelled.images))
-    pool = _leave_out(join_rows(parts, label_space), taken, say)
+            f'{labelled.source}: every row has a label, so there is no unlabelled image; name some with --unlabelled')
+    pool = without_scored(settings, join_rows(parts, label_space), files, say)
     if not len(pool):
         raise DataError(
             f'{pool.source}: all of its images are labelled or scored elsewhere; name others with --unlabelled')
     return pool
 
 
-def choose_pool_batch(settings: TrainSettings, pool: Rows, say: Say) -> int:
+def choose_pool_batch(settings: TrainSettings, pool: Rows | StreamedRows, say: Say) -> int:
     """Unlabelled images of a batch on each rank: those asked for, else as many as labelled ones.
 
     With pseudo-labels alone, which need many of them to find some that are sure, it is FixMatch's 7 times as many, or
@@ -78,54 +93,84 @@ def choose_pool_batch(settings: TrainSettings, pool: Rows, say: Say) -> int:
     return found
 
 
-def with_unlabelled(
+def simclr_sets(
         settings: TrainSettings,
         rows: Rows | StreamedRows,
         label_space: LabelSpace,
+        splits: Splits,
+        batch_size: int,
         say: Say,
-) -> Rows | StreamedRows:
-    """Rows, and those that `--unlabelled` names; for SimCLR alone, where all images are one set."""
-    if not settings.pool.unlabelled or isinstance(rows, StreamedRows):
-        return rows
-    unlabelled = _read_unlabelled(settings.data, settings.pool.unlabelled, label_space, say)
-    return join_rows([rows, _leave_out(unlabelled, _scored(settings, say), say)], label_space)
+) -> list[tuple[Rows | StreamedRows, int]]:
+    """For SimCLR alone, where all images are one set: the training rows and what `--unlabelled` names, and how many of
+    each a batch holds. Where one of them is in shards, each of both has its share of the batch.
+
+    Args:
+        settings: Of the run, or of a phase.
+        rows: The training rows, whatever labels they have.
+        label_space: No heads.
+        splits: Counts samples.
+        batch_size: Images of a batch.
+        say: Tells a line.
+
+    Raises:
+        DataError: `--unlabelled` names nothing that can be read.
+    """
+    if not settings.pool.unlabelled:
+        return [(rows, batch_size)]
+    named = find_unlabelled(settings, label_space, say)
+    if isinstance(named, Shards):
+        files = real_paths(rows.images) if isinstance(rows, Rows) else []
+        further: Rows | StreamedRows = stream_of(settings, named, label_space, files, splits, True, say)
+    elif isinstance(rows, Rows):
+        return [(join_rows([rows, without_scored(settings, named, [], say)], label_space), batch_size)]
+    else:
+        further = without_scored(settings, named, [], say)
+    share = round(batch_size * len(further) / (len(rows) + len(further)))
+    sets = [(rows, batch_size - share), (further, share)]
+    for its, size in sets:
+        if not size:
+            say(f'{its.source}: {len(its):,} of {len(rows) + len(further):,} images are less than one in a batch of '
+                f'{batch_size}: left out')
+    return [(its, size) for its, size in sets if size]
 
 
-def _read_unlabelled(data: DataSettings, source: str, label_space: LabelSpace, say: Say) -> Rows:
-    folder = Path(data.data_dir)
-    split = find_split(folder, source, TableFormat.of(data))
+def find_unlabelled(settings: TrainSettings, label_space: LabelSpace, say: Say) -> Rows | Shards:
+    """What `--unlabelled` names: a table, a folder of images, or shards, which may lie in a folder too.
+
+    Raises:
+        DataError: There is no such thing, or images are missing.
+    """
+    data, source = settings.data, settings.pool.unlabelled
+    assert source is not None  # else nobody asks
+    folder, written = Path(data.data_dir), TableFormat.of(data)
+    split = find_split(folder, source, written)
     if isinstance(split, Shards):
-        raise DataError(f'--unlabelled {source}: {split.source} are shards; name a CSV or a folder of images')
+        return split
     if split is not None and not split.is_dir():
         return rows_of_table(read_split_table(data, split), label_space)
     for place in (Path(source), folder / source):
         if place.is_dir():
-            return rows_of_folder(place, label_space, say)
+            inside = escape(str(place.absolute()))
+            found = [find_shards(folder, f'{inside}/*{ending}', written.image_column, written.missing_value)
+                     for ending in ('.tar', '.parquet')]
+            return found[0] or found[1] or rows_of_folder(place, label_space, say)
     raise DataError(
-        f'--unlabelled {source}: no such CSV, folder or split; looked for {split_path(folder, source)}, '
+        f'--unlabelled {source}: no such CSV, folder, shards or split; looked for {split_path(folder, source)}, '
         f'{folder / source} and {source}; name your own photos with --unlabelled FOLDER')
 
 
-def _scored(settings: TrainSettings, say: Say) -> set[str]:
-    """The images that a model is scored on: those of the validation and the test split, unless asked for by name."""
-    data, folder = settings.data, Path(settings.data.data_dir)
-    asked_for = [split_path(folder, name).resolve() for name in (data.train_split, settings.pool.unlabelled) if name]
-    found: set[str] = set()
-    for name in (data.val_split, 'test'):
-        split = find_split(folder, name, TableFormat.of(data))
-        if isinstance(split, Shards):
-            say(f'{split.source}: cannot keep the images of shards out of the unlabelled ones')
-        elif split is not None and split.resolve() not in asked_for:
-            try:
-                found.update(real_paths(find_images(read_split_table(data, split), passing_over=True)))
-            except UserError as error:
-                say(f'{error.line}: cannot keep its images out of the unlabelled ones')
-    return found
+def without_scored(settings: TrainSettings, rows: Rows, taken: Iterable[str], say: Say) -> Rows:
+    """Unlabelled rows whose images are not labelled or scored, which would be counted or known twice.
 
-
-def _leave_out(rows: Rows, taken: set[str], say: Say) -> Rows:
-    """Rows whose images are not labelled or scored, which would be counted or known twice."""
-    left = without_images(rows, taken)
+    Args:
+        settings: Of the run, or of a phase.
+        rows: Unlabelled ones.
+        taken: The files of labelled images.
+        say: Tells a line.
+    """
+    files, shards = scored_images(settings, None, say)
+    left = without_images_of(
+        without_images(rows, {*files, *taken}), shards, loader_workers(settings.data.workers), say)
     if len(left) < len(rows):
         say(f'{len(rows) - len(left)} of {len(rows)} unlabelled images are labelled, or of the val or test split: '
             'left out')

@@ -1,5 +1,5 @@
 """The splits of a data directory: CSVs, or shards whose labels are read in one pass."""
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,19 @@ import torch.distributed as dist
 from tqdm.auto import tqdm
 
 from timm_multilabel.assembly import head_options
+from timm_multilabel.config.train import DataSettings
 from timm_multilabel.config.values import HeadOptions
 from timm_multilabel.data.optional import find_library
-from timm_multilabel.data.shards import Shards
+from timm_multilabel.data.shards import Sample, Shards
 from timm_multilabel.data.split_names import find_split, no_split
-from timm_multilabel.data.streams import Stored, StreamedTable, read_labels, table_of_labels, table_without_labels
+from timm_multilabel.data.streams import (
+    Stored,
+    StreamedTable,
+    no_samples,
+    read_labels,
+    table_of_labels,
+    table_without_labels,
+)
 from timm_multilabel.data.table import Table, read_table
 from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.distributed import all_objects, world
@@ -70,6 +78,28 @@ class Splits:
             self.counted[name] = table.count
         return table
 
+    def count(self, shards: Shards, name: str | None) -> int:
+        """Count the samples of shards in one pass over their headers, and store it for the next run.
+
+        Call it on all ranks, which share the pass.
+
+        Args:
+            shards: Whose library is there.
+            name: What is counted, as `read` calls it; None: the count is not stored.
+
+        Raises:
+            DataError: A shard cannot be read, or there is no sample.
+        """
+        rank, ranks = world()
+        samples = replace(shards, columns=()).samples(rank, ranks, images=False)
+        counted: int = sum(all_objects(sum(1 for _ in _bar(samples, f'{shards.source}: counting', rank))))
+        if not counted:
+            raise no_samples(shards)
+        if name is not None:
+            self.counted[name] = counted
+            self.save(None)
+        return counted
+
     def save(self, label_space: LabelSpace | None) -> None:
         """Store what passes found, for the next run; the label space of all columns, if it is that.
 
@@ -82,6 +112,11 @@ class Splits:
             self.say(self.stored.save(label_space, self.counted))
         if ranks > 1:
             dist.barrier()  # who reads the files before they are there would make a pass alone
+
+
+def read_split_table(data: DataSettings, path: Path) -> Table:
+    """The table of a split, read as the settings say."""
+    return read_table(path, TableFormat.of(data))
 
 
 def read_stored(folder: Path) -> Stored:
@@ -115,9 +150,13 @@ def _pass_over_labels(shards: Shards) -> StreamedTable:
     """One pass, each rank over its share."""
     rank, ranks = world()
     samples = shards.samples(rank, ranks, images=False)
-    labels = read_labels(tqdm(
-        samples, f'{shards.source}: labels', unit=' samples', disable=OFF_TERMINAL if rank == 0 else True))
-    return table_of_labels(shards, all_objects(labels))
+    return table_of_labels(shards, all_objects(read_labels(_bar(samples, f'{shards.source}: labels', rank))))
+
+
+def _bar(samples: Iterable[Sample], title: str, rank: int) -> Iterable[Sample]:
+    """Samples, with a progress bar on the first rank."""
+    bar: Iterable[Sample] = tqdm(samples, title, unit=' samples', disable=OFF_TERMINAL if rank == 0 else True)
+    return bar
 
 
 def stored_heads(

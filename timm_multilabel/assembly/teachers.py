@@ -18,8 +18,8 @@ from timm.data import resolve_data_config
 from timm_multilabel.assembly.data import Data
 from timm_multilabel.assembly.device import loader_workers
 from timm_multilabel.assembly.model import try_out
-from timm_multilabel.assembly.pool import read_split_table
 from timm_multilabel.assembly.run_settings import read_run_settings
+from timm_multilabel.assembly.splits import read_split_table
 from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.data.pool import join_rows, real_paths
 from timm_multilabel.data.split_names import split_path
@@ -98,11 +98,12 @@ def taught_heads(
 
     Raises:
         CheckpointError: There is none, or a teacher has other classes for one.
-        SettingError: The training rows are streamed, and nothing can be kept for them.
+        SettingError: The labelled or unlabelled images are streamed, and nothing can be kept for them.
     """
-    if isinstance(data.train_rows, StreamedRows) and not settings.teaching.teacher_views:
+    streams = [rows for rows in (data.train_rows, data.pool_rows) if isinstance(rows, StreamedRows)]
+    if streams and not settings.teaching.teacher_views:
         raise SettingError(
-            f'--teacher: nothing is kept of shards, such as {data.train_rows.source}; pass --teacher-views')
+            f'--teacher: nothing is kept of shards, such as {streams[0].source}; pass --teacher-views')
     theirs = {labels.name for teacher in teachers for labels in teacher.label_space.heads}
     taught = [head.labels for name, head in heads.items() if name in theirs and head.can_be_taught]
     said = ', '.join(teacher.name for teacher in teachers)
@@ -249,8 +250,7 @@ def make_soft_labels(
     Raises:
         UserError: An image is bad and such are not left out, or the file cannot be written.
     """
-    assert isinstance(data.train_rows, Rows)  # `taught_heads` refuses others
-    parts = [data.train_rows, *([data.pool_rows] if data.pool_rows is not None else [])]
+    parts = [rows for rows in (data.train_rows, data.pool_rows) if isinstance(rows, Rows)]  # others are refused
     joined, paths = join_rows(parts, LabelSpace(())), [real_paths(part.images) for part in parts]
     # In one order, whatever rows have labels in this run.
     its = real_paths(joined.images)

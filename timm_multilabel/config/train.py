@@ -140,12 +140,14 @@ class ObjectiveSettings(Settings):
 class UnlabelledSettings(Settings):
     """The unlabelled images, and the terms of the objective that learn from them."""
     unlabelled: str | None = setting(
-        None, 'unlabelled images: a CSV, a folder or a split name; training rows without any label are added',
+        None,
+        'unlabelled images: a table, a folder, shards, or the name of a split; training rows without any label are '
+        'added, but not to shards',
         metavar='SOURCE')
     labelled_rows: int | None = setting(
         None,
         'use the labels of only N rows, drawn with --seed, to see the effect of fewer labels; the other rows join the '
-        'unlabelled images if batches have any, and are left out otherwise',
+        'unlabelled images if batches have any in tables or folders, and are left out otherwise',
         positive, metavar='N')
     unlabelled_batch_size: int | None = setting(
         None,

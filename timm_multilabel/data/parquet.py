@@ -1,4 +1,5 @@
 """Parquet files, read a few rows at a time and without trust in what their metadata say."""
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,14 +45,34 @@ def columns_of(table: Any, file: str) -> Any:
         raise DataError(f'{file}: its metadata of columns cannot be read ({reason}); write it anew') from error
 
 
-def batches(table: Any, wanted: list[str], size: int, images: bool) -> Iterator[Any]:
-    """The rows of a Parquet file, so few at once that they fit into memory whatever they expand to.
+def rows_of(
+        table: Any,
+        wanted: list[str],
+        size: int,
+        images: bool,
+        places: range = range(sys.maxsize),
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a Parquet file with their numbers, so few at once that they fit into memory whatever they expand to.
+
+    Args:
+        table: The open file.
+        wanted: Columns.
+        size: Bytes of the file.
+        images: One of the columns holds images.
+        places: The numbers of the rows, from 0.
 
     Raises:
         ValueError: They expand out of all proportion to their size on disk.
     """
     most = max(_EXPANDED, _EXPANSION * size)
+    number = 0
     for group in range(table.num_row_groups):
+        rows_of_group = table.metadata.row_group(group).num_rows
+        if number >= places.stop:
+            return
+        if number + rows_of_group <= places.start:
+            number += rows_of_group
+            continue
         # Not by what the footer says of each column: pyarrow ends the process where that is damaged.
         total = table.metadata.row_group(group).total_byte_size
         # A dictionary may make one large value the value of every row. Footers may lie, so images come one by one.
@@ -63,7 +84,11 @@ def batches(table: Any, wanted: list[str], size: int, images: bool) -> Iterator[
                 total += batch.nbytes
                 if total > most:
                     break
-                yield batch
+                # A batch of no columns still has rows.
+                for row in batch.to_pylist() if wanted else [{}] * batch.num_rows:
+                    if number in places:
+                        yield number, row
+                    number += 1
         if total > most:
             raise ValueError(f'row group {group + 1} expands to more than {most:,} bytes, which is out of all '
                              'proportion to the size of the file')

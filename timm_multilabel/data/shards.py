@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import sys
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from timm_multilabel.cells import cell_text, list_cell, missing_texts
 from timm_multilabel.data.image_names import ENDINGS
 from timm_multilabel.data.images import MAX_BYTES
 from timm_multilabel.data.optional import find_library
-from timm_multilabel.data.parquet import batches, class_name, columns_of, open_parquet
+from timm_multilabel.data.parquet import class_name, columns_of, open_parquet, rows_of
 from timm_multilabel.errors import DataError, escaped, listed, shortened
 from timm_multilabel.files import open_regular
 
@@ -72,10 +73,9 @@ class Shards:
     def library(self) -> str:
         return 'webdataset' if self.tars else 'datasets'
 
-    def workers(self, asked: int, ranks: int) -> int:
-        """The loader processes of a rank, at most so many as asked for, that the shards can be dealt out to."""
-        files = len(self.files) // ranks if self._by_file(ranks) else len(self.files)
-        return max((workers for workers in range(1, asked + 1) if _is_even(files, workers)), default=0)
+    def can_be_dealt_out(self, workers: int, ranks: int) -> bool:
+        """Whether each of so many loader processes of a rank gets about as many shards."""
+        return _is_even(len(self.files) // ranks if self._by_file(ranks) else len(self.files), workers)
 
     def _by_file(self, ranks: int) -> bool:
         """Whether a rank reads shards of its own. Else every rank reads all, and takes its share of the samples."""
@@ -95,7 +95,9 @@ class Shards:
         Args:
             rank: The number of this process, from 0.
             ranks: How many processes share the samples.
-            seed: Seed of the order, the same on all ranks; as they lie there when None.
+            seed: Seed of the order, the same on all ranks; as they lie there when None. Shards are shuffled, and
+                samples in a buffer. Each shard is read from a place of its own on, and then from its start: an epoch
+                of less than a pass may see any sample.
             images: Read the images too, not the labels alone.
 
         Raises:
@@ -119,7 +121,7 @@ class Shards:
         if seed is not None:
             random.Random(seed).shuffle(files)
         stream = webdataset.shardlists.split_by_worker(files[rank::ranks] if by_file else files)
-        stream = webdataset.tariterators.group_by_keys(_read_tars(stream, images))
+        stream = webdataset.tariterators.group_by_keys(_read_tars(stream, images, seed))
         if seed is not None:
             stream = webdataset.filters.shuffle(BUFFER, rng=random.Random(seed))(stream)
         try:
@@ -133,13 +135,19 @@ class Shards:
         # Not load_dataset('parquet'), which does not tell the file and the row of a sample. The list is dealt out.
         stream = datasets.IterableDataset.from_generator(_read_parquet, gen_kwargs={
             'files': list(self.files), 'image_column': self.image_column, 'label_columns': self.columns,
-            'images': images})
+            'images': images, 'seed': seed})
         if seed is not None:
             stream = stream.shuffle(seed=seed, buffer_size=BUFFER)
         if ranks > 1:
             stream = find_library('datasets.distributed').split_dataset_by_node(stream, rank, ranks)
         for row in stream:
             yield row['name'], row['image'], row['cells']
+
+
+def even_workers(streams: Sequence[Shards], asked: int, ranks: int) -> int:
+    """The loader processes of a rank, at most so many as asked for, that all of some shards can be dealt out to."""
+    return max((workers for workers in range(1, asked + 1)
+                if all(shards.can_be_dealt_out(workers, ranks) for shards in streams)), default=0)
 
 
 def find_shards(folder: Path, name: str, image_column: str, missing_value: str | None = None) -> Shards | None:
@@ -185,8 +193,13 @@ def _is_even(files: int, parts: int) -> bool:
     return files % parts == 0 or files >= 4 * parts
 
 
-def _read_tars(files: Iterable[str], images: bool) -> Iterator[dict[str, Any]]:
-    """The members of tars as `group_by_keys` takes them, {} after each tar.
+def _beginning(path: str, seed: int | None) -> float:
+    """The share of a shard that is read last; the rest of it comes first."""
+    return 0.0 if seed is None else random.Random(f'{seed} {Path(path).name}').random()
+
+
+def _read_tars(files: Iterable[str], images: bool, seed: int | None) -> Iterator[dict[str, Any]]:
+    """The members of tars as `group_by_keys` takes them, {} after each part of a tar.
 
     Raises:
         DataError: A tar cannot be read, or is compressed.
@@ -194,13 +207,16 @@ def _read_tars(files: Iterable[str], images: bool) -> Iterator[dict[str, Any]]:
     for path in files:
         try:
             with open_regular(path) as file:
-                for name, data in _members(file, images):
-                    yield {'fname': name, 'data': data, '__url__': path}
+                first = int(_beginning(path, seed) * os.fstat(file.fileno()).st_size)
+                for places in [range(first, sys.maxsize), *([range(first)] if first else [])]:
+                    file.seek(0)
+                    for name, data in _members(file, images, places):
+                        yield {'fname': name, 'data': data, '__url__': path}
+                    yield {}
         except (tarfile.TarError, RecursionError, EOFError, ValueError, OSError) as error:
             reason = getattr(error, 'strerror', None) or error
             raise DataError(f'{path}: cannot be read as a tar ({reason}); write it as a plain one, not '
                             'compressed') from error
-        yield {}
 
 
 class _Headers:
@@ -215,8 +231,13 @@ class _Headers:
         return self._read(size)
 
 
-def _members(file: BinaryIO, images: bool) -> Iterator[tuple[str, bytes]]:
+def _members(file: BinaryIO, images: bool, places: range) -> Iterator[tuple[str, bytes]]:
     """Name and content of a tar's files; b'' for those that nobody reads.
+
+    Args:
+        file: The tar, at its start.
+        images: Read the images too.
+        places: Where the samples begin whose files are wanted, in bytes.
 
     Raises:
         tarfile.TarError: It cannot be read, or a member of it is out of all proportion.
@@ -225,6 +246,7 @@ def _members(file: BinaryIO, images: bool) -> Iterator[tuple[str, bytes]]:
     tar = tarfile.open(  # type: ignore[call-overload]  # it reads, seeks and tells, whatever else its types ask for
         fileobj=_Headers(file), mode='r:', encoding='utf-8', errors='backslashreplace')
     key, taken, end = None, 0, 0
+    sample, begins = None, 0
     while (member := tar.next()) is not None:
         tar.members.clear()
         if tar.offset <= end:  # a negative size would lead back
@@ -235,6 +257,12 @@ def _members(file: BinaryIO, images: bool) -> Iterator[tuple[str, bytes]]:
             continue
         folder, slash, name = member.name.rpartition('/')
         stem = folder + slash + name.partition('.')[0]
+        if stem != sample and name.find('.') > 0:  # as webdataset tells a new sample
+            sample, begins = stem, member.offset
+        if begins >= places.stop:
+            return
+        if begins < places.start:
+            continue
         ending = f".{name.partition('.')[2].rpartition('.')[2].lower()}"
         if ending != '.json' and not (images and ending in ENDINGS):
             yield member.name, b''
@@ -269,17 +297,20 @@ def _from_tar(members: dict[str, Any], images: bool) -> _Read:
     return name, image if images else None, cells
 
 
-def _read_parquet(files: Sequence[str], *args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
+def _read_parquet(files: Sequence[str], seed: int | None, *args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
     """The rows of Parquet files as `datasets` streams them."""
     for path in files:
         with open_parquet(path) as (file, table):
-            yield from _rows(table, path, os.fstat(file.fileno()).st_size, *args, **kwargs)
+            first = int(_beginning(path, seed) * table.metadata.num_rows)
+            for places in [range(first, sys.maxsize), *([range(first)] if first else [])]:
+                yield from _rows(table, path, os.fstat(file.fileno()).st_size, places, *args, **kwargs)
 
 
 def _rows(
         table: Any,
         file: str,
         size: int,
+        places: range,
         image_column: str,
         label_columns: tuple[str, ...] | None,
         images: bool,
@@ -292,15 +323,11 @@ def _rows(
     features = columns_of(table, file)
     labels = set(columns if label_columns is None else label_columns)
     wanted = [name for name in columns if (images if name == column else name in labels)]
-    number = 0
-    for batch in batches(table, wanted, size, images):
-        # A batch of no columns still has rows.
-        for row in batch.to_pylist() if wanted else [{}] * batch.num_rows:
-            number += 1
-            name = f'{escaped(Path(file).name)} row {number}'
-            image = _image_bytes(row.pop(column), name, column) if images else None
-            cells = {key: class_name(value, features[key], name, key) for key, value in row.items()}
-            yield {'name': name, 'image': image, 'cells': cells}
+    for number, row in rows_of(table, wanted, size, images, places):
+        name = f'{escaped(Path(file).name)} row {number + 1}'
+        image = _image_bytes(row.pop(column), name, column) if images else None
+        cells = {key: class_name(value, features[key], name, key) for key, value in row.items()}
+        yield {'name': name, 'image': image, 'cells': cells}
 
 
 def _image_bytes(value: Any, name: str, column: str) -> bytes:

@@ -9,8 +9,9 @@ import pandas as pd
 import torch
 
 from timm_multilabel.cells import TAG_SEPARATOR, too_sparse
+from timm_multilabel.data.fingerprints import KeptOut
 from timm_multilabel.data.shards import Sample, Shards
-from timm_multilabel.data.table import FIX_LABELS, Rows, Table, encode_rows, encode_targets
+from timm_multilabel.data.table import FIX_LABELS, Rows, Table, encode_rows, encode_targets, missing_targets
 from timm_multilabel.errors import DataError
 from timm_multilabel.files import read_json, write_atomic
 from timm_multilabel.labels import Labels, LabelSet, LabelSpace, TagSet
@@ -44,6 +45,8 @@ class StreamedRows:
         targets: The targets (N, W) of all samples; (0, W) where the pass over them was spared.
         count: N, the number of samples.
         ignore_unknown: Take a label that is no class as missing.
+        is_counted: The count is no more than a bound where it is not.
+        kept_out: The images that are left out, if any.
         seen: Targets by texts, since pandas takes its time for a batch, and most labels come again.
     """
     shards: Shards
@@ -51,6 +54,8 @@ class StreamedRows:
     targets: torch.Tensor
     count: int
     ignore_unknown: bool = False
+    is_counted: bool = True
+    kept_out: KeptOut | None = None
     seen: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -110,9 +115,14 @@ def table_of_labels(shards: Shards, labels: Sequence[pd.DataFrame]) -> StreamedT
     """
     labels = [part for part in labels if len(part)]
     if not labels:
-        raise DataError(f'{shards.source}: there are no samples in these shards')
+        raise no_samples(shards)
     frame = pd.concat(labels).fillna('')
     return StreamedTable(shards.source, frame, shards.image_column, shards, len(frame))
+
+
+def no_samples(shards: Shards) -> DataError:
+    """The error of shards that hold nothing."""
+    return DataError(f'{shards.source}: there are no samples in these shards')
 
 
 def table_without_labels(shards: Shards, label_space: LabelSpace, count: int) -> StreamedTable:
@@ -121,13 +131,31 @@ def table_without_labels(shards: Shards, label_space: LabelSpace, count: int) ->
     Raises:
         DataError: The shards cannot hold so many samples.
     """
+    check_count(shards, count)
+    columns = [column for head in label_space.heads for column in head.columns]
+    frame = pd.DataFrame(columns=list(dict.fromkeys(columns)), dtype=object)
+    return StreamedTable(shards.source, frame, shards.image_column, shards, count, spared=True)
+
+
+def check_count(shards: Shards, count: int) -> None:
+    """Raise DataError where shards cannot hold as many samples as a stored count says."""
     most = shards.most_samples()
     if count > most:
         raise DataError(f'{shards.source}: {Stored.ROWS} says that the split has {count} samples, and these shards '
                         f'hold {"at most " if shards.tars else ""}{most}; remove {Stored.ROWS} for a new count')
-    columns = [column for head in label_space.heads for column in head.columns]
-    frame = pd.DataFrame(columns=list(dict.fromkeys(columns)), dtype=object)
-    return StreamedTable(shards.source, frame, shards.image_column, shards, count, spared=True)
+
+
+def unlabelled_stream(
+        shards: Shards,
+        label_space: LabelSpace,
+        count: int,
+        is_counted: bool,
+        kept_out: KeptOut,
+) -> StreamedRows:
+    """Samples of shards without their labels; see `StreamedRows`."""
+    return StreamedRows(
+        replace(shards, columns=()), label_space, missing_targets(label_space, 0), count, is_counted=is_counted,
+        kept_out=kept_out)
 
 
 def encode(

@@ -15,7 +15,7 @@ import pandas as pd
 from timm_multilabel.cells import cell_text, csv_rows, too_sparse
 from timm_multilabel.config.values import WHITESPACE
 from timm_multilabel.data.optional import find_library
-from timm_multilabel.data.parquet import batches, class_name, columns_of, open_parquet
+from timm_multilabel.data.parquet import class_name, columns_of, open_parquet, rows_of
 from timm_multilabel.errors import DataError, shortened
 from timm_multilabel.files import open_regular
 
@@ -144,9 +144,8 @@ def _of_parquet(path: Path) -> _Cells:
     with open_parquet(str(path)) as (file, table):
         features = columns_of(table, str(path))
         columns = table.schema_arrow.names
-        for batch in batches(table, columns, os.fstat(file.fileno()).st_size, images=False):
-            rows += ([class_name(row[name], features[name], f'{path} row {len(rows) + 1}', name) for name in columns]
-                     for row in batch.to_pylist())
+        for number, row in rows_of(table, columns, os.fstat(file.fileno()).st_size, images=False):
+            rows.append([class_name(row[name], features[name], f'{path} row {number + 1}', name) for name in columns])
     numbers = range(1, len(rows) + 1)
     return columns, np.array(numbers, int), _texts(path, columns, numbers, rows)
 

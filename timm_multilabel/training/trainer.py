@@ -16,6 +16,7 @@ from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import UserError, abbreviated
 from timm_multilabel.heads import Head
 from timm_multilabel.loading.batches import BadImages, Batch, EvalBatches, TrainBatches
+from timm_multilabel.loading.streaming import KeptOutOfPool
 from timm_multilabel.metric_names import in_summary, of_head
 from timm_multilabel.metrics import MultiLabelEvaluator, TrainingMeter, default_metric, less_is_better
 from timm_multilabel.seeds import MODEL, seed_step
@@ -112,6 +113,7 @@ class Trainer:
         trackers: What else is told of them (first rank only, else None).
         saver: Writes checkpoints (first rank only, else None).
         bad_images: Those that are left out, where they are; else None.
+        kept_out: Counts the unlabelled samples that are passed over, where some may be; else None.
         log_interval: Steps between two readings of the metrics from the device.
         save_interval: Steps between checkpoints within an epoch; none when None.
         signals: What may tell this process to stop, if anything.
@@ -128,6 +130,7 @@ class Trainer:
     trackers: Trackers | None = None
     saver: WholeSaver | None = None
     bad_images: BadImages | None = None
+    kept_out: KeptOutOfPool | None = None
     log_interval: int = RunSettings.log_interval
     save_interval: int | None = None
     signals: StopSignals | None = None
@@ -179,6 +182,8 @@ class Trainer:
                 self._save_within(self.trained, progress, stop=True)
         row |= {'lr': lr, 'images_per_second': images_per_second}
         self._tell_bad_images(progress)
+        if self.kept_out is not None and (news := self.kept_out.news()):
+            progress.say(news)
         if self.bad_images is not None:
             row['bad_images'] = len(self.bad_images.known)
         best = self.score(row)
