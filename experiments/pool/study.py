@@ -48,7 +48,7 @@ ARMS: dict[str, dict[str, Any]] = {
     'after-simclr-c': {**SCRATCH, 'lr': 1e-3, 'epoch_steps': 500},
     'after-simclr-student': {**SCRATCH, **STUDENT, 'lr': 1e-3, 'epoch_steps': 500},
     'after-simclr-taught': {**SCRATCH, **STUDENT, 'lr': 1e-3, 'epoch_steps': 500},
-    'after-simclr-best': {**SCRATCH, **STUDENT, 'lr': 1e-3, 'epoch_steps': 1000},
+    'after-simclr-ensemble': {**SCRATCH, **STUDENT, 'lr': 1e-3, 'epoch_steps': 1000},
     'after-simclr-ada': {**SCRATCH, **ADAMATCH, 'lr': 1e-3, 'epoch_steps': 100},
     'r10-taught': {**SCRATCH, **STUDENT, 'epoch_steps': 500},
     'r10-b': {**SCRATCH, 'epoch_steps': 500},
@@ -77,7 +77,7 @@ def teachers(run: Run) -> Sequence[Run]:
     arm, labels, seed = run
     if arm.endswith('-taught'):
         return [('lite0-96', labels, seed)]
-    if arm.endswith('-best'):
+    if arm.endswith('-ensemble'):
         return [(each, labels, seed) for each in ('lite0-96', 'after-simclr', 'r10')]
     start = arm.removesuffix('-student')
     return [(start + end, labels, seed) for end in ('', '-b', '-c')] if arm != start else []
