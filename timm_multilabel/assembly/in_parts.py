@@ -62,7 +62,8 @@ def write_in_parts(
     (rank, ranks), rows = world(), read()
     parts = PartsFolder(folder, plan(len(rows), digest_of_images(rows.images)))
     if len(set(all_objects(parts.plan.key))) > 1:
-        raise UserError('the processes do not see the same images or checkpoint; put them where all machines see them')
+        raise UserError(
+            'the processes do not see the same images or checkpoint; put them where all machines see them')
     with closing(RunLock()) as lock:
         done: set[int] = set()
         if rank == 0:
@@ -113,8 +114,9 @@ class PartsProgress:
     def __init__(self, parts: PartsFolder, visible: bool):
         self.parts, self.title, self.visible = parts, parts.plan.command.capitalize(), visible
         self.first = self._rows(parts.present()) if visible else 0
-        self.bar = tqdm(total=parts.plan.images, initial=self.first, desc=self.title, unit=' images', dynamic_ncols=True,
-                        leave=False, disable=OFF_TERMINAL if visible else True)
+        self.bar = tqdm(
+            total=parts.plan.images, initial=self.first, desc=self.title, unit=' images', dynamic_ncols=True,
+            leave=False, disable=OFF_TERMINAL if visible else True)
         self.started = self.looked = self.told = time.monotonic()
 
     def close(self) -> None:

@@ -18,6 +18,6 @@ def run(settings: EmbedSettings) -> None:
         say(line, sys.stderr)
     if bad > _NAMED:
         say('...', sys.stderr)
-    say(f'{made.path}: {settings.what} of {made.count} images, {made.width} numbers each, by the {made.weights} weights '
-        f'of {settings.checkpoint}')
+    say(f'{made.path}: {settings.what} of {made.count} images, {made.width} numbers each, by the {made.weights} '
+        f'weights of {settings.checkpoint}')
     end_with_bad_images(bad, made.images)

@@ -274,7 +274,8 @@ def merge_scans(files: Mapping[str, str], shares: Sequence[Scans]) -> Scans:
     """The scans of several processes as one has them, in the order of the files."""
     good, bad = ({path: scan for share in shares for path, scan in getattr(share, name).items()}
                  for name in ('good', 'bad'))
-    return Scans({path: good[path] for path in files if path in good}, {path: bad[path] for path in files if path in bad})
+    return Scans({path: good[path] for path in files if path in good},
+                 {path: bad[path] for path in files if path in bad})
 
 
 def _scan(path: str, where: str) -> Scan | str:

@@ -72,6 +72,7 @@ def nearest_approximately(
     faiss, width = import_faiss(), queries.shape[1]
     clusters = max(1, min(int(4 * math.sqrt(count)), count // _LEAST))
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, clusters, faiss.METRIC_INNER_PRODUCT)
+    index.cp.min_points_per_centroid = 1  # else it prints a warning where there are few points
     step, seen, sample = max(1, count // (_MOST * clusters)), 0, []
     for chunk in chunks():
         sample.append(_directions(chunk[-seen % step::step]))
