@@ -104,7 +104,7 @@ def test_embeddings_in_parts_are_those_of_a_file(trained, tmp_path):
     manifest = json.loads((tmp_path / 'parts' / '_manifest.json').read_text())
     assert (manifest['images'], manifest['rows'], manifest['bad'], manifest['part_rows']) == (22, 21, 1, 8)
     assert [part['rows'] for part in manifest['parts']] == [7, 8, 6] and manifest['made_by'] == one.made_by
-    assert manifest['columns'] == {'image': 'string', 'embedding': 'fixed_size_list<element: float>[%d]' % one.width}
+    assert manifest['columns'] == {'image': 'string', 'embedding': f'fixed_size_list<element: float>[{one.width}]'}
 
 
 def test_predictions_in_parts_are_those_of_a_file(trained, tmp_path):
@@ -256,7 +256,8 @@ def test_search_reads_parts(trained, tmp_path, capsys):
         assert run('search', bank, query, '--checkpoint', trained.checkpoint, '-k', 3) == 0
         found.append(capsys.readouterr().out)
     assert found[0] == found[1] and len(found[0].splitlines()) == 1 + 6 * 3
-    assert run('search', tmp_path / 'parts', query, '--checkpoint', trained.checkpoint, '-k', 3, '--approximate', 1) == 0
+    words = [tmp_path / 'parts', query, '--checkpoint', trained.checkpoint, '-k', 3]
+    assert run('search', *words, '--approximate', 1) == 0
     out, line = capsys.readouterr()
     assert 'finds 100.0 % of the 3 nearest images, as the exact search for 6 of the queries says' in line
     ranks = [[row.split()[index] for row in text.splitlines()] for text in (out, found[0]) for index in (0, 2)]
@@ -310,6 +311,6 @@ def test_exact_and_approximate_search_are_faiss():
     for share in (1e-6, 0.1, 1):
         found = search(share)
         hits = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.indices.tolist(), indices.tolist())])
-        assert found.sample == 40 and found.recall == pytest.approx(hits)
+        assert found.sample == 40 and found.recall == pytest.approx(hits, abs=0.01)  # some are equally near
         assert found.recall > {1e-6: 0.1, 0.1: 0.9, 1: 0.999}[share]
         assert (found.cosines.diff(dim=1) <= 0).all() and (found.indices >= 0).all()

@@ -145,7 +145,8 @@ phases:
 def test_bad_input_through_torchrun_is_one_line_and_status_2(root):
     done = shell('./distributed_train.sh 2 nowhere --model test_efficientnet', root)
     assert done.returncode == 2
-    assert done.stderr.startswith('timm-multilabel train: error: nowhere: no such data directory') and done.stderr.count('\n') == 1
+    assert done.stderr.startswith('timm-multilabel train: error: nowhere: no such data directory')
+    assert done.stderr.count('\n') == 1
 
 
 @pytest.mark.slow
