@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from timm_multilabel.errors import CheckpointError
-from timm_multilabel.inference.embeddings import Embeddings, check_made_by
+from timm_multilabel.inference.embeddings import Embeddings, check_made_by, images_of_parquet
 from timm_multilabel.inference.parts import Manifest, Part
 
 
@@ -75,9 +75,12 @@ class EmbeddingParts:
     def _read(self, part: Part) -> Embeddings:
         read = Embeddings.load(self.folder / part.file)
         if (len(read), read.width, read.made_by) != (part.rows, self.width, self.made_by):
-            raise CheckpointError(f'{self.folder / part.file}: not the part that the manifest names; write the parts '
-                                  'again with --force')
+            raise self._another(part)
         return read
+
+    def _another(self, part: Part) -> CheckpointError:
+        return CheckpointError(f'{self.folder / part.file}: not the part that the manifest names; write the parts '
+                               'again with --force')
 
     def chunks(self) -> Iterator[np.ndarray]:
         """See `Bank`.
@@ -95,7 +98,10 @@ class EmbeddingParts:
         which = np.searchsorted(ends, indices, side='right')
         for number in np.unique(which).tolist():
             here, part = which == number, self.parts[number]
-            found[here] = self._read(part).images[indices[here] - (ends[number] - part.rows)]
+            images = images_of_parquet(self.folder / part.file)
+            if len(images) != part.rows:
+                raise self._another(part)
+            found[here] = images[indices[here] - (ends[number] - part.rows)]
         return found
 
     def whole(self) -> Embeddings:

@@ -20,6 +20,7 @@ SUFFIXES = ('.npz', '.parquet')
 """The kinds of files: numpy's, and Parquet with a row an image."""
 
 _METADATA = b'timm-multilabel'  # the key in the metadata of a Parquet file
+_WAY_OUT = 'write them again with timm-multilabel embed'
 _BATCH = 1024  # rows that are read from one at once
 
 
@@ -98,10 +99,9 @@ class Embeddings:
         path = Path(path)
         if not path.is_file():
             raise CheckpointError(f'{path}: no such file of embeddings; write one with timm-multilabel embed')
-        with reading(path, 'embeddings', 'write them again with timm-multilabel embed'):
+        with reading(path, 'embeddings', _WAY_OUT):
             images, vectors, made_by = _load_parquet(path) if path.suffix == '.parquet' else _load_npz(path)
-            if not all(isinstance(image, str) and '\0' not in image for image in images):
-                raise ValueError('an image without a path')
+            _check_images(images)
             check_array('embeddings', vectors, np.float32, len(images), None)
             if not vectors.size or not np.isfinite(vectors).all():
                 raise ValueError('embeddings: none, or some are not finite')
@@ -135,6 +135,30 @@ def _load_parquet(path: Path) -> tuple[list[Any], np.ndarray, Any]:
     vectors = table['embedding'].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     made_by = json.loads((table.schema.metadata or {})[_METADATA])
     return table['image'].to_pylist(), vectors.reshape(len(table), -1).copy(), made_by
+
+
+def images_of_parquet(path: Path) -> np.ndarray:
+    """The images of a Parquet file that `save` wrote, as texts (N,), without their points.
+
+    Raises:
+        DataError: See `Embeddings.load`.
+    """
+    with reading(path, 'embeddings', _WAY_OUT):
+        _, parquet = import_pyarrow(path)
+        images: list[Any] = []
+        size = 0
+        with open_regular(path) as opened, parquet.ParquetFile(opened) as file:
+            for batch in file.iter_batches(_BATCH, columns=['image']):
+                size += batch.nbytes
+                check_expansion(path, size)
+                images += batch['image'].to_pylist()
+        _check_images(images)
+    return np.array(images, object)
+
+
+def _check_images(images: list[Any]) -> None:
+    if not all(isinstance(image, str) and '\0' not in image for image in images):
+        raise ValueError('an image without a path')
 
 
 def check_made_by(made_by: Any) -> None:

@@ -80,8 +80,12 @@ class Plan:
         found = []
         if (self.command, self.version) != (other.command, other.version):
             found.append(f'{other.command}, version {other.version} of its parts')
-        if self.made_by != other.made_by:
-            found.append(f'another checkpoint ({other.made_by.get("arch")}, {str(other.made_by.get("digest"))[:8]})')
+        mine, theirs = self.made_by, other.made_by
+        flags = [name for name in ('what', 'weights') if mine.get(name) != theirs.get(name)]
+        if flags:
+            found += [f'--{name} {theirs.get(name)}' for name in flags]
+        elif mine != theirs:
+            found.append(f'another checkpoint ({theirs.get("arch")}, {str(theirs.get("digest"))[:8]})')
         if (self.images, self.digest) != (other.images, other.digest):
             found.append(f'other images ({other.images:,} of them)')
         if self.part_rows != other.part_rows:
