@@ -25,6 +25,7 @@ from timm_multilabel.inference.approximate import nearest_approximately
 from timm_multilabel.inference.embedding_parts import open_embeddings
 from timm_multilabel.inference.embeddings import Embeddings
 from timm_multilabel.inference.neighbours import nearest, nearest_of
+from timm_multilabel.inference.parts import PartsFolder, Plan
 from timm_multilabel.loading.sampling import BatchesInOrder
 
 
@@ -227,6 +228,12 @@ def test_commands_of_one_process_say_so(capsys, monkeypatch):
     assert 'this command runs in one; start it without torchrun' in fails(capsys, 'compare', ['a', 'b'])
     with pytest.raises(UserError, match='several processes were started'):
         tm.check('nowhere')
+
+
+def test_a_folder_that_a_machine_does_not_see(tmp_path):
+    parts = PartsFolder(tmp_path / 'elsewhere', Plan('embed', {}, {}, 9, '', 4))
+    with pytest.raises(UserError, match='does not see this folder of the first process; name one that all machines'):
+        parts.wait_for_plan(0)
 
 
 def test_batches_stay_within_parts():

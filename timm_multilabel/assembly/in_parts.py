@@ -56,8 +56,8 @@ def write_in_parts(
         The manifest; None on ranks other than the first.
 
     Raises:
-        UserError: The processes see different images, the folder is of something else, an output is not finite, or no
-            image can be read.
+        UserError: The processes see different images, the folder is of something else or not on all machines, an
+            output is not finite, or no image can be read.
     """
     (rank, ranks), rows = world(), read()
     parts = PartsFolder(folder, plan(len(rows), digest_of_images(rows.images)))
@@ -73,6 +73,7 @@ def write_in_parts(
             if done:
                 say(f'{folder}: {len(done):,} of {parts.plan.parts:,} parts are there already')
         done = all_objects(done)[0]
+        parts.wait_for_plan()
         # From here on no process waits for another: one that is slow, or on a slow machine, is no error of the network.
         if dist.is_initialized():
             dist.destroy_process_group()

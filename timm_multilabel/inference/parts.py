@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import re
+import socket
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -236,6 +238,19 @@ class PartsFolder:
         if len(done) < self.plan.parts:
             (self.path / MANIFEST).unlink(missing_ok=True)
         return done
+
+    def wait_for_plan(self, seconds: int = 60) -> None:
+        """Wait until this machine sees what the process has written that started the folder.
+
+        Raises:
+            OutputError: It does not; a network file system may need half a minute.
+        """
+        until = time.monotonic() + seconds
+        while not (self.path / PLAN).is_file():
+            if time.monotonic() > until:
+                raise OutputError(f'--out {self.path}: {socket.gethostname()} does not see this folder of the first '
+                                  'process; name one that all machines share')
+            time.sleep(1)
 
     def present(self) -> set[int]:
         """The parts whose files are there."""
