@@ -49,7 +49,8 @@ def commands_page() -> str:
         '# Commands\n\n`timm-multilabel COMMAND ...` from an installation, `python -m timm_multilabel COMMAND ...` '
         'from a clone. `COMMAND --help` prints what these pages show: they are generated from the same settings.\n\n'
         f'| command | what it does |\n| --- | --- |\n{rows}\n'
-        'Several processes: `./distributed_train.sh N DIR ...` starts `train` in N processes on this machine '
+        'Several processes: `./distributed_run.sh N COMMAND ...` starts `train`, `validate`, `probe`, `predict`, '
+        '`embed` or `check` in N processes on this machine '
         '([Many GPUs and machines](../how-to/many-gpus.md)). Exit statuses: [Exit codes](exit-codes.md).\n')
 
 

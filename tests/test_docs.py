@@ -86,6 +86,8 @@ def run_line(line: str) -> None:
         name, *arguments = words[1 if words[0] == 'timm-multilabel' else 3:]
     elif words[0] == './distributed_train.sh':
         name, arguments = 'train', words[2:]
+    elif words[0] == './distributed_run.sh':
+        name, arguments = words[2], words[3:]
     elif words[0] == 'python' and words[1] in SCRIPTS:
         name, arguments = SCRIPTS[words[1]], words[2:]
     elif words[:2] == ['pip', 'install']:

@@ -27,7 +27,7 @@ VALIDATE = (
 @pytest.fixture
 def root(tmp_path):
     """A copy of what the root holds, with sample data as the photos, named as the fork's CSVs name them."""
-    for name in ('train.py', 'validate.py', 'distributed_train.sh'):
+    for name in ('train.py', 'validate.py', 'distributed_run.sh', 'distributed_train.sh'):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / 'timm_multilabel').symlink_to(ROOT / 'timm_multilabel')
     data = tmp_path / 'fashion-product-images'
@@ -145,7 +145,8 @@ phases:
 def test_bad_input_through_torchrun_is_one_line_and_status_2(root):
     done = shell('./distributed_train.sh 2 nowhere --model test_efficientnet', root)
     assert done.returncode == 2
-    assert done.stderr.startswith('train.py: error: nowhere: no such data directory') and done.stderr.count('\n') == 1
+    assert done.stderr.startswith('timm-multilabel train: error: nowhere: no such data directory')
+    assert done.stderr.count('\n') == 1
 
 
 @pytest.mark.slow

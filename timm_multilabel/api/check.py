@@ -1,19 +1,23 @@
 """Check a data directory for what would spoil a result: bad images, the same image twice, strange labels."""
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from tqdm.auto import tqdm
 
-from timm_multilabel.api.arguments import api_function, make_settings
+from timm_multilabel.api.arguments import api_function, make_settings, refuse_launched
 from timm_multilabel.assembly import head_options
 from timm_multilabel.assembly.data import check_dialect
+from timm_multilabel.assembly.device import start_device
 from timm_multilabel.assembly.run_settings import last_phase, read_run_settings
 from timm_multilabel.config.commands import CheckSettings
 from timm_multilabel.config.train import DataSettings, TrainSettings
-from timm_multilabel.data.scan import Contents, read_contents, scan_images
+from timm_multilabel.data.scan import Contents, merge_scans, read_contents, scan_images
 from timm_multilabel.data.table import Table, check_single_class, find_label_space
 from timm_multilabel.data.table_format import TableFormat
+from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import UserError, printable
 from timm_multilabel.files import write_atomic
 from timm_multilabel.heads import load_registry
@@ -36,20 +40,34 @@ def check(data: str | Path, **settings: Any) -> Report:
     Raises:
         UserError: The directory cannot be checked.
     """
-    return run_check(make_settings(CheckSettings, {**settings, 'data_dir': data}))
+    refuse_launched()
+    report = run_check(make_settings(CheckSettings, {**settings, 'data_dir': data}))
+    assert report is not None  # only ranks other than the first have none
+    return report
 
 
-def run_check(settings: CheckSettings) -> Report:
-    """Check, and write the JSON file that is asked for.
+def run_check(settings: CheckSettings) -> Report | None:
+    """Check, and write the JSON file that is asked for; perhaps in several processes, each of which reads its share.
+
+    Returns:
+        The report; None on ranks other than the first.
 
     Raises:
         UserError: The directory cannot be checked.
     """
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        start_device('cpu')
+    rank, ranks = world()
     path = _prepare_output(settings.json)
     contents = _read_contents(settings)
-    with tqdm(total=len(contents.files), desc=printable(f'{contents.folder}: images'), unit=' images', leave=False,
-              disable=OFF_TERMINAL) as bar:
-        scans = scan_images(contents.files, settings.workers, bar.update)
+    share = dict(list(contents.files.items())[rank::ranks])
+    with tqdm(total=len(share), desc=printable(f'{contents.folder}: images'), unit=' images', leave=False,
+              unit_scale=ranks, disable=True if rank else OFF_TERMINAL) as bar:  # the shares are alike
+        scans = merge_scans(contents.files, all_objects(scan_images(share, settings.workers, bar.update)))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if rank:
+        return None
     report = report_on(contents, scans, settings.examples)
     if path is not None:
         write_atomic(path, report_json(report) + '\n')

@@ -1,28 +1,39 @@
 """What each head of a checkpoint makes of images: labels with their probabilities."""
+import hashlib
+import json
+import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from timm_multilabel.api.arguments import api_function, make_settings
+from timm_multilabel.api.arguments import api_function, make_settings, refuse_launched
+from timm_multilabel.assembly.in_parts import write_in_parts
 from timm_multilabel.assembly.reading import (
     batches_of,
     check_names,
+    in_one_process,
     load_checkpoint_model,
     new_file,
     read_rows,
     workers_of,
 )
 from timm_multilabel.config.commands import PredictSettings
+from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import UserError
+from timm_multilabel.inference.embeddings import import_pyarrow
 from timm_multilabel.inference.image_predictions import ImagePrediction, check_thresholds
+from timm_multilabel.inference.parts import Manifest, Plan
 from timm_multilabel.inference.predictor import ImageLike, Predictor
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.loading.batches import ImageDataset
 from timm_multilabel.reports.prediction_formats import FORMATS, csv_columns
+from timm_multilabel.reports.prediction_tables import prediction_table
 from timm_multilabel.training.checkpoint import read_checkpoint
 from timm_multilabel.training.progress_bar import ProgressBar
 
@@ -62,6 +73,7 @@ def predict(checkpoint: str | Path, images: ImageLike | Sequence[ImageLike], **s
     Raises:
         UserError: Checkpoint, images or settings do not allow it.
     """
+    refuse_launched()
     given = dict(settings)
     threshold = given.pop('threshold', None)
     by_head = threshold if isinstance(threshold, dict) else {} if threshold is None else {'': threshold}
@@ -115,7 +127,8 @@ def open_prediction(settings: PredictSettings, form: str) -> Iterator[OpenPredic
     """
     checkpoint = read_checkpoint(settings.checkpoint)
     thresholds = dict(settings.threshold)
-    predictor = Predictor(load_checkpoint_model(settings, checkpoint, settings.weights))
+    predictor = Predictor(
+        load_checkpoint_model(settings, checkpoint, settings.weights, in_one_process(settings.out)))
     without = predictor.without_probabilities
     check_thresholds(thresholds, checkpoint.label_space, without)
     if form == 'csv':
@@ -138,6 +151,57 @@ def open_prediction(settings: PredictSettings, form: str) -> Iterator[OpenPredic
         yield OpenPrediction(predictions(progress), predictor.label_space, without, path, dataset)
 
 
+def predict_in_parts(settings: PredictSettings) -> Manifest | None:
+    """Predict into the folder `settings.out`, also in several processes.
+
+    Returns:
+        What was written; None on ranks other than the first.
+
+    Raises:
+        UserError: Checkpoint, images or settings do not allow it.
+    """
+    folder = Path(settings.out or '')
+    if settings.format is not None:
+        raise UserError(f'--format {settings.format}: --out {folder} is a folder, which gets Parquet parts; leave the '
+                        'format out, or name a file')
+    import_pyarrow(folder, 'a .csv or .jsonl file')
+    checkpoint = read_checkpoint(settings.checkpoint)
+    thresholds = dict(settings.threshold)
+    loaded = load_checkpoint_model(settings, checkpoint, settings.weights, '')
+    predictor = Predictor(loaded)
+    check_thresholds(thresholds, checkpoint.label_space, predictor.without_probabilities)
+    csv_columns(checkpoint.label_space, settings.top_k, predictor.without_probabilities, 'a part')
+
+    def read() -> Rows:
+        rows = read_rows(settings, checkpoint, checkpoint.label_space)
+        check_names(rows, f'{folder}, a folder of Parquet files,', 'name a .jsonl file')
+        return rows
+
+    labels = json.dumps(checkpoint.label_space.to_dict(), sort_keys=True)
+    made_by = {'arch': checkpoint.arch, 'weights': loaded.weights, 'digest': loaded.digest(loaded.model),
+               'labels': hashlib.sha256(labels.encode()).hexdigest()}
+    plan = partial(Plan, 'predict', made_by, {
+        '--top-k': settings.top_k, '--threshold': thresholds, '--amp': settings.amp}, part_rows=settings.part_rows)
+    return write_in_parts(folder, read, plan, loaded, _Answers(settings, predictor), settings.force)
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """Makes predictions in parts; see `Work`."""
+    settings: PredictSettings
+    predictor: Predictor
+
+    def batches(self, part: ImageDataset, block: int) -> Iterator[list[ImagePrediction]]:
+        its = self.settings
+        return map(list, self.predictor.answer(
+            part, its.batch_size, workers_of(its), its.top_k, dict(its.threshold), block))
+
+    def table(self, part: ImageDataset, made: Sequence[list[ImagePrediction]], rows: slice) -> Any:
+        return prediction_table(
+            list(chain.from_iterable(made)), self.predictor.label_space, self.settings.top_k,
+            self.predictor.without_probabilities)
+
+
 def choose_format(settings: PredictSettings) -> str:
     """The format that settings ask for.
 
@@ -149,5 +213,6 @@ def choose_format(settings: PredictSettings) -> str:
     ending = Path(settings.out or '').suffix.lower()[1:]
     if settings.out is not None and ending not in FORMATS:
         raise UserError(
-            f'--out {settings.out}: the ending is none of {", ".join(FORMATS)}; name the format with --format')
+            f'--out {settings.out}: the ending is none of {", ".join(FORMATS)}; name the format with --format, or a '
+            f'folder for Parquet parts: {os.path.splitext(settings.out)[0]}/')
     return ending or 'table'

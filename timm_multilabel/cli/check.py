@@ -12,6 +12,8 @@ from timm_multilabel.reports.data_check import Report
 def run(settings: CheckSettings) -> None:
     """Check, and print the report; exit status 1 where something would spoil a result."""
     report = run_check(settings)
+    if report is None:
+        return
     if settings.json == '-':
         print(report_json(report))
     else:

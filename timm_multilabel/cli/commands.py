@@ -23,3 +23,6 @@ COMMANDS: dict[str, type[Settings]] = {
 
 LINES_BESIDE_DATA = ('predict', 'embed', 'search', 'compare', 'grid')
 """Commands whose standard output is for data; what they tell while they work goes to standard error."""
+
+SHARED = ('probe', 'train', 'validate', 'predict', 'embed', 'check')
+"""Commands that several processes, started by torchrun, share the work of."""

@@ -11,11 +11,13 @@ _NAMED = 10  # bad images on standard error
 def run(settings: EmbedSettings) -> None:
     """Embed; exit status 1 where an image could not be read."""
     made = run_embedding(settings)
+    if made is None:
+        return
+    bad = made.images - made.count
     for line in made.bad[:_NAMED]:
         say(line, sys.stderr)
-    if len(made.bad) > _NAMED:
+    if bad > _NAMED:
         say('...', sys.stderr)
-    count, width = made.embeddings.vectors.shape
-    say(f'{made.path}: {settings.what} of {count} images, {width} numbers each, by the {made.weights} weights of '
-        f'{settings.checkpoint}')
-    end_with_bad_images(len(made.bad), made.images)
+    say(f'{made.path}: {settings.what} of {made.count} images, {made.width} numbers each, by the {made.weights} '
+        f'weights of {settings.checkpoint}')
+    end_with_bad_images(bad, made.images)

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from timm_multilabel import __version__
-from timm_multilabel.cli.commands import COMMANDS, LINES_BESIDE_DATA
+from timm_multilabel.cli.commands import COMMANDS, LINES_BESIDE_DATA, SHARED
 from timm_multilabel.cli.output import LogLines, print_traceback, printed_streams, say
 from timm_multilabel.cli.parser import Parser, parse
 from timm_multilabel.config.files import build
@@ -50,6 +50,9 @@ def run_command(name: str, prog: str, argv: Sequence[str]) -> None:
     with printed_streams(patient=name == 'train'):
         settings = parse_settings(name, prog, argv)
         with guarded(prog, name in LINES_BESIDE_DATA):
+            if name not in SHARED and 'RANK' in os.environ and int(os.environ.get('WORLD_SIZE', 1)) > 1:
+                raise UserError('several processes were started, and this command runs in one; start it without '
+                                'torchrun, or unset WORLD_SIZE')
             import_module(f'timm_multilabel.cli.{name}').run(settings)
 
 

@@ -5,16 +5,25 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from timm_multilabel.api.predict import choose_format, open_prediction
+from timm_multilabel.api.predict import choose_format, open_prediction, predict_in_parts
 from timm_multilabel.cli.output import end_with_bad_images, say
 from timm_multilabel.config.commands import PredictSettings
 from timm_multilabel.errors import printable
 from timm_multilabel.files import atomic_write
+from timm_multilabel.inference.parts import is_folder
 from timm_multilabel.reports.prediction_formats import FORMATS
 
 
 def run(settings: PredictSettings) -> None:
     """Predict, and write what is predicted as it comes; exit status 1 where an image could not be read."""
+    if is_folder(settings.out):
+        manifest = predict_in_parts(settings)
+        if manifest is not None:
+            images = manifest.plan.images
+            say(f'{settings.out}: the labels of {images - manifest.bad} images, in {len(manifest.parts)} Parquet '
+                f'part{"s" * (len(manifest.parts) != 1)}')
+            end_with_bad_images(manifest.bad, images)
+        return
     form = choose_format(settings)
     with open_prediction(settings, form) as prediction:
         lines = FORMATS[form](

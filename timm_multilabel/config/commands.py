@@ -169,7 +169,10 @@ class PredictSettings(Settings):
         threshold, repeats=True, merge=lambda before, now: [*before, *now], metavar='[HEAD=]T')
     format: str | None = setting(
         None, 'output format (default: by the extension of --out, else table)', choices=PREDICTION_FORMATS)
-    out: str | None = setting(None, 'output file (default: standard output)', metavar='FILE')
+    out: str | None = setting(
+        None, 'output file, or a folder for Parquet parts, which ends in / (default: standard output)',
+        metavar='FILE|DIR/')
+    part_rows: int = shared.part_rows()
     force: bool = shared.force()
     weights: str = shared.weights('use')
     image_column: str | None = shared.image_column(f'column with the image paths in tables {_AS_IN_TRAINING}')
@@ -194,7 +197,9 @@ class EmbedSettings(Settings):
     checkpoint: str = required(
         'checkpoint of a training run, with or without heads', positional=True, metavar='CHECKPOINT')
     images: list[str] = required(shared.IMAGES_HELP, positional=True, nargs='+', metavar='IMAGES...')
-    out: str = required('output file: .npz or .parquet', metavar='FILE')
+    out: str = required(
+        'output file, .npz or .parquet; or a folder for Parquet parts, which ends in /', metavar='FILE|DIR/')
+    part_rows: int = shared.part_rows()
     what: str = setting(
         EMBEDDED[0], "pooled features of the backbone, or the projector's output that NT-Xent compares",
         choices=EMBEDDED)
@@ -220,10 +225,15 @@ class SearchSettings(Settings):
     EXAMPLE = 'photos.npz query.jpg --checkpoint output/train/tiny/model_best.pth.tar -k 8 --sheet nearest.jpg'
     PAGE = 'how-to/deploy.md'
 
-    embeddings: str = required('embeddings file written by timm-multilabel embed', positional=True, metavar='FILE')
+    embeddings: str = required(
+        'embeddings file or folder of parts, written by timm-multilabel embed', positional=True, metavar='EMBEDDINGS')
     images: list[str] = required(shared.IMAGES_HELP, positional=True, nargs='+', metavar='QUERY_IMAGE...')
     checkpoint: str = required('the checkpoint that made the embeddings', metavar='FILE')
     count: int = setting(10, 'number of images to find for each query image', positive, flags=('-k',), metavar='K')
+    approximate: float | None = setting(
+        None, 'search with faiss only the share X of the clusters nearest to a query, and tell which share of the '
+        'nearest images that finds; faster for thousands of query images (default: exact search; X: 0.05)',
+        number(above=1e-6, most=1), nargs='?', const='0.05', metavar='X')
     sheet: str | None = setting(
         None, 'also write a picture of the query images and their matches (.png or .jpg)', metavar='FILE')
     force: bool = shared.force()

@@ -96,7 +96,7 @@ class Setting:
         if self.read is not None:
             return self.read(words)
         if self.nargs == '?' and not words:
-            return self.const
+            return self._constant()
         values = []
         for word in words:
             value = self.parse(word)
@@ -104,6 +104,10 @@ class Setting:
                 raise ValueError(f'invalid choice: {value!r} (choose from {", ".join(map(repr, self.choices))})')
             values.append(value)
         return values[0] if self.nargs in (None, '?') else values
+
+    def _constant(self) -> Any:
+        """Its value where the flag stands without a word."""
+        return None if self.const is None else self.parse(self.const)
 
     def of_value(self, value: Any, where: str) -> Any:
         """The value that a YAML file or Python says, checked as words of a command line are.
@@ -115,7 +119,7 @@ class Setting:
         if isinstance(value, bool) and self.switch is None:
             if self.nargs != '?' or self.positional:
                 raise SettingError(f"{where}'{self.name}' is {value!r}, expected a text or a number; put it in quotes")
-            return self.const if value else None
+            return self._constant() if value else None
         if self.switch is not None:
             if not isinstance(value, bool):
                 raise SettingError(f"{where}'{self.name}' is {value!r}, expected true or false")

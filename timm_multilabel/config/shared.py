@@ -88,5 +88,11 @@ def device(help: str = 'cpu, cuda, ... (default: cuda if available)') -> Any:
     return setting(None, help, metavar='NAME')
 
 
+def part_rows() -> Any:
+    return setting(
+        4096, 'images of each part, where --out is a folder; a run that is killed makes its unfinished parts again',
+        positive, metavar='N')
+
+
 def force(help: str = 'overwrite existing files') -> Any:
     return switch(help, both=False)

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,8 +18,8 @@ from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import DataError
 from timm_multilabel.labels import LabelSpace
 
-Found = Iterable[tuple[str, int]]
-"""Image paths, each with its number in what names it, or 0."""
+Found = tuple[Sequence[str], np.ndarray]
+"""Image paths, and the number of each in what names it, or 0: in an array, since there may be millions."""
 
 
 def rows_of_arguments(
@@ -48,18 +48,18 @@ def rows_of_arguments(
     images, numbers, which = [], [], []
     sources: dict[Path, int] = {}
     for argument in arguments:
-        source, found = _expand(argument, written or TableFormat(), stdin, say)
+        source, (paths, its_numbers) = _expand(argument, written or TableFormat(), stdin, say)
         place = sources.setdefault(source, len(sources))
-        for image, number in found:
-            images.append(image)
-            numbers.append(number)
-            which.append(place)
+        images.append(np.array(paths, dtype=object))  # not of fixed width, so that one long path does not widen all
+        numbers.append(its_numbers)
+        which.append(np.full(len(paths), place))
+    joined = np.concatenate(images)
     return Rows(
-        images=np.array(images, dtype=object),  # not of fixed width, so that one long path does not widen all
-        targets=missing_targets(label_space, len(images)),
-        numbers=np.array(numbers, dtype=np.int64),
+        images=joined,
+        targets=missing_targets(label_space, len(joined)),
+        numbers=np.concatenate(numbers).astype(np.int64),
         sources=tuple(sources),
-        which=np.array(which, dtype=np.int64),
+        which=np.concatenate(which).astype(np.int64),
     )
 
 
@@ -73,23 +73,27 @@ def _expand(
     if argument == '-':
         return Path('standard input'), _of_lines(sys.stdin.buffer if stdin is None else stdin)
     if os.path.isdir(argument):
-        return Path(argument), [(image, 0) for image in images_of_folder(argument, say)]
+        return Path(argument), _without_numbers(images_of_folder(argument, say))
     if argument.lower().endswith(ENDINGS_OF_TABLES):
         return Path(argument), _of_table(argument, written)
     if not os.path.lexists(argument) and glob.has_magic(argument):
-        return Path(argument), [(image, 0) for image in _of_glob(argument, say)]
+        return Path(argument), _without_numbers(_of_glob(argument, say))
     if not os.path.lexists(argument) and Path(argument).suffix.lower() not in ENDINGS:
         raise DataError(f'{argument}: no such file or folder')
-    return Path('the command line'), [(argument, 0)]
+    return Path('the command line'), _without_numbers([argument])
+
+
+def _without_numbers(images: Sequence[str]) -> Found:
+    return images, np.zeros(len(images), np.int64)
 
 
 def _of_lines(stream: BinaryIO) -> Found:
     text = os.fsdecode(stream.read())
     lines = text.split('\0') if '\0' in text else [line.rstrip('\r') for line in text.split('\n')]
-    found = [(line, number) for number, line in enumerate(lines, 1) if line]
-    if not found:
+    numbers = np.array([number for number, line in enumerate(lines, 1) if line], np.int64)
+    if not len(numbers):
         raise DataError('-: standard input names no image; write a path on each line')
-    return found
+    return [line for line in lines if line], numbers
 
 
 def _of_table(path: str, written: TableFormat) -> Found:
@@ -97,7 +101,7 @@ def _of_table(path: str, written: TableFormat) -> Found:
     images, exist = look_for_images(table)
     if not any(exist):
         find_images(table)  # which says where it looked
-    return list(zip(images, map(int, table.frame.index)))
+    return images, np.asarray(table.frame.index, np.int64)
 
 
 def _of_glob(pattern: str, say: Callable[[str], None]) -> list[str]:

@@ -270,6 +270,14 @@ def scan_images(files: Mapping[str, str], workers: int, progress: Callable[[int]
     return scans
 
 
+def merge_scans(files: Mapping[str, str], shares: Sequence[Scans]) -> Scans:
+    """The scans of several processes as one has them, in the order of the files."""
+    good, bad = ({path: scan for share in shares for path, scan in getattr(share, name).items()}
+                 for name in ('good', 'bad'))
+    return Scans({path: good[path] for path in files if path in good},
+                 {path: bad[path] for path in files if path in bad})
+
+
 def _scan(path: str, where: str) -> Scan | str:
     """What a file holds, or why it cannot be decoded."""
     try:

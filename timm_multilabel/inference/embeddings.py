@@ -1,5 +1,6 @@
 """Where images lie in a model's space, kept in a file with the images' paths and what made them."""
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 
 from timm_multilabel.arrays import check_array, check_expansion, read_arrays, write_arrays
+from timm_multilabel.data.optional import find_library
 from timm_multilabel.errors import CheckpointError, escaped, is_utf8
 from timm_multilabel.files import atomic_write, open_regular, reading
 from timm_multilabel.inference.loaded import WHAT, LoadedModel, Progress, check_finite, reason_of
@@ -18,6 +20,7 @@ SUFFIXES = ('.npz', '.parquet')
 """The kinds of files: numpy's, and Parquet with a row an image."""
 
 _METADATA = b'timm-multilabel'  # the key in the metadata of a Parquet file
+_WAY_OUT = 'write them again with timm-multilabel embed'
 _BATCH = 1024  # rows that are read from one at once
 
 
@@ -37,6 +40,24 @@ class Embeddings:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def width(self) -> int:
+        """Numbers of a point."""
+        return int(self.vectors.shape[1])
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """All points, as one chunk."""
+        yield self.vectors
+
+    def names(self, indices: np.ndarray) -> np.ndarray:
+        """The images of points, of the shape of their numbers."""
+        found: np.ndarray = self.images[indices]
+        return found
+
+    def whole(self) -> 'Embeddings':
+        """Themselves, which are in memory."""
+        return self
+
     def save(self, path: str | Path) -> None:
         """Write them as .npz or .parquet.
 
@@ -50,18 +71,23 @@ class Embeddings:
                             'made_by': np.array(json.dumps(self.made_by))})
 
     def _save_parquet(self, path: str | Path) -> None:
-        pyarrow, parquet = import_pyarrow(path)
+        _, parquet = import_pyarrow(path)
         for image in self.images:
             if not is_utf8(image):
                 raise CheckpointError(
                     f'{path}: the name of {escaped(image)} is not UTF-8, as Parquet needs it; name a .npz '
                                 'file')
+        table = self.table()
+        with atomic_write(path) as file:
+            parquet.write_table(table, file)
+
+    def table(self) -> Any:
+        """A table of pyarrow: columns image and embedding, and what made them."""
+        pyarrow = find_library('pyarrow')
         vectors = pyarrow.FixedSizeListArray.from_arrays(
             pyarrow.array(np.ascontiguousarray(self.vectors).reshape(-1)), self.vectors.shape[1])
         table = pyarrow.table({'image': pyarrow.array(self.images.astype(str)), 'embedding': vectors})
-        table = table.replace_schema_metadata({_METADATA: json.dumps(self.made_by).encode()})
-        with atomic_write(path) as file:
-            parquet.write_table(table, file)
+        return table.replace_schema_metadata({_METADATA: json.dumps(self.made_by).encode()})
 
     @classmethod
     def load(cls, path: str | Path) -> 'Embeddings':
@@ -73,14 +99,13 @@ class Embeddings:
         path = Path(path)
         if not path.is_file():
             raise CheckpointError(f'{path}: no such file of embeddings; write one with timm-multilabel embed')
-        with reading(path, 'embeddings', 'write them again with timm-multilabel embed'):
+        with reading(path, 'embeddings', _WAY_OUT):
             images, vectors, made_by = _load_parquet(path) if path.suffix == '.parquet' else _load_npz(path)
-            if not all(isinstance(image, str) and '\0' not in image for image in images):
-                raise ValueError('an image without a path')
+            _check_images(images)
             check_array('embeddings', vectors, np.float32, len(images), None)
             if not vectors.size or not np.isfinite(vectors).all():
                 raise ValueError('embeddings: none, or some are not finite')
-            _check_made_by(made_by)
+            check_made_by(made_by)
         return cls(np.array(images, object), vectors, made_by)
 
 
@@ -112,7 +137,31 @@ def _load_parquet(path: Path) -> tuple[list[Any], np.ndarray, Any]:
     return table['image'].to_pylist(), vectors.reshape(len(table), -1).copy(), made_by
 
 
-def _check_made_by(made_by: Any) -> None:
+def images_of_parquet(path: Path) -> np.ndarray:
+    """The images of a Parquet file that `save` wrote, as texts (N,), without their points.
+
+    Raises:
+        DataError: See `Embeddings.load`.
+    """
+    with reading(path, 'embeddings', _WAY_OUT):
+        _, parquet = import_pyarrow(path)
+        images: list[Any] = []
+        size = 0
+        with open_regular(path) as opened, parquet.ParquetFile(opened) as file:
+            for batch in file.iter_batches(_BATCH, columns=['image']):
+                size += batch.nbytes
+                check_expansion(path, size)
+                images += batch['image'].to_pylist()
+        _check_images(images)
+    return np.array(images, object)
+
+
+def _check_images(images: list[Any]) -> None:
+    if not all(isinstance(image, str) and '\0' not in image for image in images):
+        raise ValueError('an image without a path')
+
+
+def check_made_by(made_by: Any) -> None:
     """Raise ValueError unless it is what `LoadedModel.maker` says of some model."""
     texts = isinstance(made_by, dict) and all(
         isinstance(made_by.get(name), str) for name in ('arch', 'what', 'weights', 'digest'))
@@ -120,8 +169,12 @@ def _check_made_by(made_by: Any) -> None:
         raise ValueError('it does not say which model made it')
 
 
-def import_pyarrow(path: str | Path) -> tuple[Any, Any]:
+def import_pyarrow(path: str | Path, instead: str = 'a .npz file') -> tuple[Any, Any]:
     """pyarrow and its Parquet.
+
+    Args:
+        path: The file that needs it.
+        instead: What may be named that does not.
 
     Raises:
         CheckpointError: It is not installed.
@@ -131,7 +184,7 @@ def import_pyarrow(path: str | Path) -> tuple[Any, Any]:
         import pyarrow.parquet
     except ImportError as error:
         raise CheckpointError(
-            f"{path}: Parquet needs pyarrow; pip install '.[parquet]', or name a .npz file") from error
+            f"{path}: Parquet needs pyarrow; pip install '.[parquet]', or name {instead}") from error
     return pyarrow, pyarrow.parquet
 
 
@@ -159,25 +212,77 @@ def embed_part(
     Raises:
         CheckpointError: The checkpoint has no projector or its outputs are not finite, or no image can be read.
     """
-    embedder, vectors = loaded.embedder(what), []
-    with torch.no_grad():
-        for images in loaded.batches(part, batch_size, workers):
-            with loaded.precision.autocast():
-                made = embedder(images)
-            vectors.append(made.float().cpu())
-            progress.advance()
-    bad = np.zeros(len(part), dtype=bool) if part.bad is None else part.bad.numpy()
+    vectors = []
+    for points in points_of(loaded, part, what, batch_size, workers):
+        vectors.append(points)
+        progress.advance()
+    bad = bad_of(part)
     lines = [reason_of(part, index) for index in np.flatnonzero(bad).tolist()]
     if bad.all():
         raise CheckpointError(f'none of {len(part)} images can be read; the first: {lines[0]}')
-    points = torch.cat(vectors).numpy()[~bad]
+    return embeddings_of(loaded, part, loaded.maker(what), vectors, slice(0, len(part))), lines
+
+
+@torch.no_grad()
+def points_of(
+        loaded: LoadedModel,
+        part: ImageDataset,
+        what: str,
+        batch_size: int,
+        workers: int,
+        block: int | None = None,
+) -> Iterator[np.ndarray]:
+    """The points (B, D), float32, of a part's images, in order, a batch at a time; see `embed_part`.
+
+    Args:
+        block: No batch has images of two blocks of so many.
+    """
+    embedder = loaded.embedder(what)
+    for images in loaded.batches(part, batch_size, workers, block):
+        with loaded.precision.autocast():
+            made = embedder(images)
+        yield made.float().cpu().numpy()
+
+
+def bad_of(part: ImageDataset) -> np.ndarray:
+    """Which images of a part turned out bad (N,)."""
+    return np.zeros(len(part), dtype=bool) if part.bad is None else part.bad.numpy()
+
+
+def embeddings_of(
+        loaded: LoadedModel,
+        part: ImageDataset,
+        made_by: dict[str, Any],
+        vectors: Sequence[np.ndarray],
+        rows: slice,
+) -> Embeddings:
+    """The embeddings of some rows of a part, from their points, without those of bad images.
+
+    Args:
+        loaded: The model that made them.
+        part: The images.
+        made_by: What `LoadedModel.maker` says of it.
+        vectors: The points of the rows, (B, D) each.
+        rows: Which rows of the part they are.
+
+    Raises:
+        CheckpointError: They are not finite.
+    """
+    good = ~bad_of(part)[rows]
+    points = np.concatenate(vectors)[good]
     check_finite([torch.from_numpy(points)], loaded.checkpoint.path)
-    return Embeddings(part.rows.images[~bad], points, loaded.maker(what)), lines
+    return Embeddings(part.rows.images[rows][good], points, made_by)
 
 
-def check_maker(embeddings: Embeddings, path: str | Path, loaded: LoadedModel) -> None:
-    """Raise UserError where a model did not make embeddings: distances between its points and them mean nothing."""
-    theirs, ours = embeddings.made_by, loaded.maker(embeddings.made_by['what'])
+def check_maker(theirs: dict[str, Any], path: str | Path, loaded: LoadedModel) -> None:
+    """Raise UserError where a model did not make embeddings: distances between its points and them mean nothing.
+
+    Args:
+        theirs: What `LoadedModel.maker` says of the model that made them.
+        path: Where they are.
+        loaded: The model.
+    """
+    ours = loaded.maker(theirs['what'])
     if theirs != ours:
         raise CheckpointError(
             f'{path}: {theirs["what"]} of another checkpoint ({theirs["arch"]}, {str(theirs["digest"])[:8]}) than '

@@ -94,12 +94,25 @@ class LoadedModel:
         part = ImageDataset(rows, FilePhotos(rows) if photos is None else photos, views)
         return part.skip_bad(stand_in=missing_row(self.model.label_space)) if keep_bad else part
 
-    def batches(self, part: ImageDataset, batch_size: int, workers: int) -> Iterator[torch.Tensor]:
-        """Images (B, 3, H, W) of a part in order, normalised, on the device; one batch is loaded without processes."""
+    def batches(
+            self,
+            part: ImageDataset,
+            batch_size: int,
+            workers: int,
+            block: int | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Images (B, 3, H, W) of a part in order, normalised, on the device; one batch is loaded without processes.
+
+        Args:
+            part: Of `part`.
+            batch_size: Images of a batch.
+            workers: Loader processes.
+            block: No batch has images of two blocks of so many.
+        """
         config, batch_size = self.checkpoint.data_config, self.checkpoint.batch_size(batch_size)
         loader = create_eval_loader(
             part, batch_size, mean=tuple(config['mean']), std=tuple(config['std']), device=self.precision.device,
-            workers=workers if len(part) > batch_size else 0)
+            workers=workers if len(part) > batch_size else 0, block=block)
         for images, _ in loader:
             yield self.precision.layout(images)
 
@@ -152,9 +165,14 @@ class LoadedModel:
 
     def maker(self, what: str) -> dict[str, Any]:
         """What tells embeddings of this model from those of another: plain values, a digest of weights and input."""
+        return {'arch': self.checkpoint.arch, 'what': what, 'weights': self.weights,
+                'digest': self.digest(self.embedder(what))}
+
+    def digest(self, module: nn.Module) -> str:
+        """What tells what a module of it makes of images from that of others: its weights, and the model's input."""
         digest = hashlib.sha256(json.dumps(self.checkpoint.data_config, sort_keys=True, default=str).encode())
-        add_weights(digest, self.embedder(what))
-        return {'arch': self.checkpoint.arch, 'what': what, 'weights': self.weights, 'digest': digest.hexdigest()}
+        add_weights(digest, module)
+        return digest.hexdigest()
 
 
 def reason_of(part: ImageDataset, index: int) -> str:

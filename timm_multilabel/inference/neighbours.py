@@ -1,4 +1,6 @@
 """Nearest neighbours by cosine, exact, and what they vote for."""
+from collections.abc import Iterable, Iterator
+
 import torch
 import torch.nn.functional as F
 
@@ -8,7 +10,6 @@ TEMPERATURE = 0.07
 """Of the weights of votes (Wu et al. 2018, https://arxiv.org/abs/1805.01978; DINO has the same)."""
 
 
-@torch.no_grad()
 def nearest(queries: torch.Tensor, bank: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The points nearest to each query by cosine, the nearest first; through tiles, so memory grows linearly.
 
@@ -20,30 +21,62 @@ def nearest(queries: torch.Tensor, bank: torch.Tensor, k: int) -> tuple[torch.Te
     Returns:
         Cosines and indices of the points (Q, min(k, N)).
     """
-    bank = _directions(bank)
-    k = min(k, len(bank))
-    found = [_nearest_of_tile(_directions(rows), bank, k) for rows in queries.split(_QUERIES)]
-    return torch.cat([cosines for cosines, _ in found]), torch.cat([indices for _, indices in found])
+    return nearest_of(queries, [bank], k)
 
 
-def _directions(points: torch.Tensor) -> torch.Tensor:
+@torch.no_grad()
+def nearest_of(
+        queries: torch.Tensor,
+        chunks: Iterable[torch.Tensor],
+        k: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`nearest` of points that come some at a time, (n, D) each on any device; the result is the same however many."""
+    queries, first = directions(queries), 0
+    cosines = queries.new_empty(len(queries), 0)
+    indices = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for tile in _tiles(chunks):
+        bank = directions(tile.to(queries.device))
+        merged = [_merge(*each, bank, first, k) for each in zip(
+            queries.split(_QUERIES), cosines.split(_QUERIES), indices.split(_QUERIES))]
+        cosines, indices = torch.cat([best for best, _ in merged]), torch.cat([places for _, places in merged])
+        first += len(tile)
+    return cosines, indices
+
+
+def _tiles(chunks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The same points, `_BANK` at a time: products of other sizes differ in the last digits."""
+    rest: list[torch.Tensor] = []
+    for chunk in chunks:
+        for piece in chunk.split(_BANK):
+            rest.append(piece)
+            if sum(map(len, rest)) >= _BANK:
+                joined = torch.cat(rest) if len(rest) > 1 else piece
+                yield joined[:_BANK]
+                rest = [joined[_BANK:]] if len(joined) > _BANK else []
+    if rest:
+        yield torch.cat(rest)
+
+
+def directions(points: torch.Tensor) -> torch.Tensor:
     """Points (N, D) on the unit sphere, whatever their length; 0 has a cosine of 0 with everything."""
     points = points.float()
     largest = points.abs().amax(dim=1, keepdim=True)  # the square of which may be no number of float32
     return F.normalize(points / torch.where(largest > 0, largest, 1), dim=1)
 
 
-def _nearest_of_tile(queries: torch.Tensor, bank: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best of one tile after the other, merged."""
-    cosines = queries.new_empty(len(queries), 0)
-    indices = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    for first in range(0, len(bank), _BANK):
-        here = queries @ bank[first:first + _BANK].T
-        best, places = here.topk(min(k, here.shape[1]), dim=1)
-        cosines, indices = torch.cat([cosines, best], 1), torch.cat([indices, places + first], 1)
-        cosines, places = cosines.topk(min(k, cosines.shape[1]), dim=1)
-        indices = indices.gather(1, places)
-    return cosines, indices
+def _merge(
+        queries: torch.Tensor,
+        cosines: torch.Tensor,
+        indices: torch.Tensor,
+        bank: torch.Tensor,
+        first: int,
+        k: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best of a tile among those found so far."""
+    best, places = (queries @ bank.T).topk(min(k, len(bank)), dim=1)
+    cosines, indices = torch.cat([cosines, best], 1), torch.cat([indices, places + first], 1)
+    cosines, places = cosines.topk(min(k, cosines.shape[1]), dim=1)
+    return cosines, indices.gather(1, places)
 
 
 def vote(

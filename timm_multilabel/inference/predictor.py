@@ -123,6 +123,7 @@ class Predictor:
             workers: int,
             top_k: int,
             thresholds: Thresholds,
+            block: int | None = None,
     ) -> Iterator[Iterator[ImagePrediction]]:
         """What is said of the images of a part, in order, a batch at a time, which is to be read before the next one.
 
@@ -132,9 +133,10 @@ class Predictor:
             workers: Loader processes; none for a single batch.
             top_k: See `image_predictions.guess`, as the next.
             thresholds: Those that `check_thresholds` has let pass.
+            block: No batch has images of two blocks of so many.
         """
         first = 0
-        for images in self.loaded.batches(part, batch_size, workers):
+        for images in self.loaded.batches(part, batch_size, workers, block):
             guesses = guess_all(
                 self.label_space, self.loaded.probabilities(images), top_k, thresholds, self.without_probabilities
             )

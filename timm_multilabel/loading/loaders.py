@@ -227,9 +227,10 @@ def create_eval_loader(
         workers: int = 4,
         rank: int = 0,
         ranks: int = 1,
+        block: int | None = None,
 ) -> PrefetchLoader:
-    """Every row once and in order, each rank its share; shares differ by one row at most."""
-    sampler = BatchesInOrder(len(part), batch_size, rank, ranks)
+    """Every row once and in order, each rank its share; shares differ by one row at most; see `BatchesInOrder`."""
+    sampler = BatchesInOrder(len(part), batch_size, rank, ranks, block)
     return PrefetchLoader(_data_loader([part], 1, sampler, device, workers), mean, std, device=device)
 
 

@@ -91,17 +91,29 @@ class JoinedBatches(Sampler[list[Draw]]):
 
 
 class BatchesInOrder(Sampler[list[Draw]]):
-    """One rank's share of all rows, in order; shares differ by one row at most."""
+    """One rank's share of all rows, in order; shares differ by one row at most.
 
-    def __init__(self, length: int, batch_size: int, rank: int = 0, ranks: int = 1):
+    Args:
+        length: Rows of the data set.
+        batch_size: Rows of a batch.
+        rank: The number of this process, from 0.
+        ranks: How many processes share the rows.
+        block: No batch has rows of two blocks of so many rows of the share.
+    """
+
+    def __init__(self, length: int, batch_size: int, rank: int = 0, ranks: int = 1, block: int | None = None):
         self.rows, self.batch_size = range(rank, length, ranks), batch_size
+        self.block = block or max(1, length)
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
+        blocks, rest = divmod(len(self.rows), self.block)
+        return blocks * -(-self.block // self.batch_size) - (-rest // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        for start in range(0, len(self.rows), self.batch_size):
-            yield [Draw(row, 0) for row in self.rows[start:start + self.batch_size]]
+        for first in range(0, len(self.rows), self.block):
+            rows = self.rows[first:first + self.block]
+            for start in range(0, len(rows), self.batch_size):
+                yield [Draw(row, 0) for row in rows[start:start + self.batch_size]]
 
 
 def other_rows(seed: int, length: int) -> Iterator[int]:

@@ -22,17 +22,28 @@ _WORDS = 200
 """Letters of a head's labels in a cell of the table for people."""
 
 
-def csv_columns(label_space: LabelSpace, top_k: int, without_probabilities: Collection[str] = ()) -> list[str]:
+def csv_columns(
+        label_space: LabelSpace,
+        top_k: int,
+        without_probabilities: Collection[str] = (),
+        form: str = 'the CSV',
+) -> list[str]:
     """The columns of the CSV: image, error, and of each head its labels, each with its probability if it has one.
+
+    Args:
+        label_space: The heads.
+        top_k: Classes of a head at most.
+        without_probabilities: The heads that have none.
+        form: What errors call the file.
 
     Raises:
         UserError: Two would have the same name, or there would be too many.
     """
-    places = {labels.name: _places(labels, top_k, without_probabilities) for labels in label_space.heads}
+    places = {labels.name: places_of(labels, top_k, without_probabilities) for labels in label_space.heads}
     alone = {labels.name for labels in label_space.heads if not labels.classes} | set(without_probabilities)
     count = 2 + sum((2 - (name in alone)) * number for name, number in places.items())
     if count > _COLUMNS:
-        raise UserError(f'--top-k {top_k}: the CSV would have {count:,} columns, and {_COLUMNS:,} is the most; lower '
+        raise UserError(f'--top-k {top_k}: {form} would have {count:,} columns, and {_COLUMNS:,} is the most; lower '
                         'it, or pass --format jsonl')
     columns = ['image', 'error']
     for head, number in places.items():
@@ -41,12 +52,12 @@ def csv_columns(label_space: LabelSpace, top_k: int, without_probabilities: Coll
             columns += [name] if head in alone else [name, f'{name}_probability']
     for name, count in Counter(columns).items():
         if count > 1:
-            raise UserError(f"two columns of the CSV would be called '{name}', after heads of the checkpoint; pass "
+            raise UserError(f"two columns of {form} would be called '{name}', after heads of the checkpoint; pass "
                             '--format jsonl')
     return columns
 
 
-def _places(labels: Labels, top_k: int, without_probabilities: Collection[str]) -> int:
+def places_of(labels: Labels, top_k: int, without_probabilities: Collection[str]) -> int:
     """How many labels a head has columns for; tags share one cell."""
     if not isinstance(labels, LabelSet) or labels.name in without_probabilities:
         return 1
@@ -68,7 +79,7 @@ def csv_lines(
         cells = [spreadsheet_text(answer.image), spreadsheet_text(answer.error or '')]
         for labels in label_space.heads:
             guesses = answer.guesses.get(labels.name, [])
-            places = _places(labels, top_k, without_probabilities)
+            places = places_of(labels, top_k, without_probabilities)
             texts = [guess.label if isinstance(guess.label, str) else _number(guess.label) for guess in guesses]
             probabilities = [_number(guess.probability) for guess in guesses]
             if not labels.classes:

@@ -250,8 +250,13 @@ class RunLock:
         self.path: Path | None = None
         self.descriptor: int | None = None
 
-    def take(self, path: Path) -> None:
+    def take(self, path: Path, busy: str = 'another process trains in this folder; stop it first, or choose another '
+                                           '--experiment') -> None:
         """Take the folder, which is made where there is none; once is enough.
+
+        Args:
+            path: The folder.
+            busy: What the error says.
 
         Raises:
             CheckpointError: Another process has it.
@@ -269,8 +274,7 @@ class RunLock:
                 time.sleep(1)
             except OSError:  # a file system without locks
                 return
-        raise CheckpointError(
-            f'{path}: another process trains in this folder; stop it first, or choose another --experiment')
+        raise CheckpointError(f'{path}: {busy}')
 
     def close(self) -> None:
         """Let other runs in."""
