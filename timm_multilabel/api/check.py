@@ -18,6 +18,7 @@ from timm_multilabel.errors import UserError, printable
 from timm_multilabel.files import write_atomic
 from timm_multilabel.heads import load_registry
 from timm_multilabel.labels import LabelSpace
+from timm_multilabel.places import path_of
 from timm_multilabel.progress import OFF_TERMINAL
 from timm_multilabel.reports.data_check import Report, report_on
 
@@ -90,7 +91,7 @@ def _read_contents(settings: CheckSettings) -> Contents:
 
     head_options.readers(given, registry)
     contents = read_contents(
-        Path(settings.data_dir), TableFormat.of(chosen), chosen.heads, given, groups_of, read_head,
+        path_of(settings.data_dir), TableFormat.of(chosen), chosen.heads, given, groups_of, read_head,
         {'train': chosen.train_split, 'val': chosen.val_split}, chosen.tag_separator)
     if 'train' in contents.splits:
         columns = contents.splits['train'].table.label_columns

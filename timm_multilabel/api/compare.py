@@ -18,6 +18,7 @@ from timm_multilabel.data.split_names import find_split
 from timm_multilabel.errors import UserError, escaped
 from timm_multilabel.files import write_atomic
 from timm_multilabel.log import say
+from timm_multilabel.places import path_of
 from timm_multilabel.progress import OFF_TERMINAL
 from timm_multilabel.reports.bootstrap import RESAMPLES
 from timm_multilabel.reports.experiment_pages import (
@@ -84,7 +85,7 @@ def run_comparison(settings: CompareSettings) -> Comparison:
     runs = [_read_run(path, name, of_run, flags) for (path, name), of_run in zip(_names(paths).items(), of_runs)]
     groups = group_runs(runs)
     baseline = _find_baseline(settings.baseline, paths, groups)
-    folders = [Path(settings.data or _of_last_phase(of_run, 'data_dir')) for of_run in of_runs]
+    folders = [path_of(settings.data or _of_last_phase(of_run, 'data_dir')) for of_run in of_runs]
     device = start_device(settings.device)
     results: list[SplitResult] = []
     remarks = _repeated(runs, groups)
@@ -101,7 +102,7 @@ def run_comparison(settings: CompareSettings) -> Comparison:
             continue
         predictions = [
             RunPredictions.of(stored_predictions(
-                path, name, Path(settings.data) if settings.data else None, device, loader_workers(settings.workers),
+                path, name, path_of(settings.data) if settings.data else None, device, loader_workers(settings.workers),
                 say, head_module=settings.head_module, allow_hub=settings.allow_hub))
             for path, name in zip(paths, names)]
         results.append(_compare_split(split, predictions, runs, groups, baseline, remarks.append))

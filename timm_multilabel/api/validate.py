@@ -36,6 +36,7 @@ from timm_multilabel.loading.batches import BadImages
 from timm_multilabel.log import say
 from timm_multilabel.metric_names import of_head
 from timm_multilabel.metrics import MEANS, MultiLabelEvaluator, class_metrics, mean_over_heads
+from timm_multilabel.places import path_of
 from timm_multilabel.reports.confusion import confusion_stems, write_confusion
 from timm_multilabel.task import resolve_head_weights
 from timm_multilabel.training.checkpoint import Checkpoint, load_model, read_checkpoint
@@ -124,7 +125,7 @@ def run_validation(
     rank, ranks = world()
     if settings.knn and ranks > 1:
         raise UserError('--knn runs in one process; leave it out, or start one')
-    folder = Path(settings.data_dir)
+    folder = path_of(settings.data_dir)
     split = settings.split or split_of_run(folder, checkpoint.state, 'val', say)
     scored, bank = _in_dialect(settings, checkpoint), None
     train_split = split_of_run(folder, checkpoint.state, 'train', say) if settings.knn else ''
@@ -187,7 +188,7 @@ def run_validation(
 
 
 def _read(settings: ValidateSettings, split: str, checkpoint: Checkpoint) -> Rows | StreamedRows:
-    return read_split(Path(settings.data_dir), split, checkpoint, say, settings)
+    return read_split(path_of(settings.data_dir), split, checkpoint, say, settings)
 
 
 def _check_checkpoint(settings: ValidateSettings, checkpoint: Checkpoint) -> None:
@@ -240,7 +241,7 @@ def _read_bank(settings: ValidateSettings, split: str, checkpoint: Checkpoint, t
     Raises:
         UserError: They cannot be read, are those to score, or no head has classes to vote for.
     """
-    scored, voting = (find_split(Path(settings.data_dir), name) for name in (split, train_split))
+    scored, voting = (find_split(path_of(settings.data_dir), name) for name in (split, train_split))
     if scored is not None and voting is not None and files_of_split(scored) & files_of_split(voting):
         raise UserError(f'--knn: each row of {train_split} would find itself; score another split')
     if not any(isinstance(labels, LabelSet) for labels in checkpoint.label_space.heads):

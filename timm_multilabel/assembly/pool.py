@@ -12,6 +12,7 @@ from timm_multilabel.distributed import world
 from timm_multilabel.errors import DataError, UserError
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.log import Say
+from timm_multilabel.places import path_of
 
 _TIMES_LABELLED = 7  # FixMatch's ratio of unlabelled to labelled images
 
@@ -92,15 +93,15 @@ def with_unlabelled(
 
 
 def _read_unlabelled(data: DataSettings, source: str, label_space: LabelSpace, say: Say) -> Rows:
-    folder = Path(data.data_dir)
+    folder = path_of(data.data_dir)
     split = find_split(folder, source, TableFormat.of(data))
     if isinstance(split, Shards):
         raise DataError(f'--unlabelled {source}: {split.source} are shards; name a CSV or a folder of images')
     if split is not None and not split.is_dir():
         return rows_of_table(read_split_table(data, split), label_space)
-    for place in (Path(source), folder / source):
-        if place.is_dir():
-            return rows_of_folder(place, label_space, say)
+    for path in (path_of(source), folder / source):
+        if path.is_dir():
+            return rows_of_folder(path, label_space, say)
     raise DataError(
         f'--unlabelled {source}: no such CSV, folder or split; looked for {split_path(folder, source)}, '
         f'{folder / source} and {source}; name your own photos with --unlabelled FOLDER')
@@ -108,7 +109,7 @@ def _read_unlabelled(data: DataSettings, source: str, label_space: LabelSpace, s
 
 def _scored(settings: TrainSettings, say: Say) -> set[str]:
     """The images that a model is scored on: those of the validation and the test split, unless asked for by name."""
-    data, folder = settings.data, Path(settings.data.data_dir)
+    data, folder = settings.data, path_of(settings.data.data_dir)
     asked_for = [split_path(folder, name).resolve() for name in (data.train_split, settings.pool.unlabelled) if name]
     found: set[str] = set()
     for name in (data.val_split, 'test'):

@@ -3,7 +3,6 @@
 The files are opened here, never by those libraries, which would take a path such as `pipe:...` for a command.
 """
 import json
-import os
 import random
 import re
 import tarfile
@@ -20,7 +19,8 @@ from timm_multilabel.data.images import MAX_BYTES
 from timm_multilabel.data.optional import find_library
 from timm_multilabel.data.parquet import batches, class_name, columns_of, open_parquet
 from timm_multilabel.errors import DataError, escaped, listed, shortened
-from timm_multilabel.files import open_regular
+from timm_multilabel.files import open_regular, size_of
+from timm_multilabel.places import Address, path_of
 
 BUFFER = 1000
 """Samples among which the next one is drawn, in each loader process."""
@@ -151,25 +151,36 @@ def find_shards(folder: Path, name: str, image_column: str, missing_value: str |
         image_column: Of Parquet files, see `Shards`.
         missing_value: A further text that means a missing label, see `Shards`.
     """
-    place = Path(escape(str(folder)))
     for ending in ('.tar', '.parquet'):
         if name.endswith(ending):
-            patterns = [place / name, Path(name)]
+            patterns = [_escaped(folder) / name, path_of(name)]
         else:
             # A number follows, so that train-small-000000.tar is no shard of train.
-            patterns = [place / f'{name}{rest}{ending}' for rest in ('-[0-9]*', '/*', '')]
+            patterns = [_escaped(folder) / f'{name}{rest}{ending}' for rest in ('-[0-9]*', '/*', '')]
         for pattern in patterns:
             # A file of just this name comes first, so that one that is called a[1].tar can be named.
-            files = [str(Path(name))] if pattern == Path(name) and pattern.is_file() else sorted(glob(str(pattern)))
+            files = [str(path_of(name))] if pattern == path_of(name) and pattern.is_file() else _matches(pattern)
             if files:
-                shown = Path(files[0]).with_name(pattern.name.replace('-[0-9]*', '-*'))
+                shown = path_of(files[0]).with_name(pattern.name.replace('-[0-9]*', '-*'))
                 return Shards(shown, tuple(files), image_column, missing_value)
     return None
 
 
+def _escaped(folder: Path) -> Path:
+    """A folder as part of a pattern."""
+    return folder if isinstance(folder, Address) else Path(escape(str(folder)))  # of the former only names are matched
+
+
+def _matches(pattern: Path) -> list[str]:
+    if isinstance(pattern, Address):
+        return sorted(map(str, pattern.parent.glob(pattern.name)))
+    return sorted(glob(str(pattern)))
+
+
 def _most_in_tar(path: str) -> int:
     try:
-        return os.stat(path).st_size // tarfile.BLOCKSIZE  # a header is of one block
+        with open_regular(path) as file:
+            return size_of(file) // tarfile.BLOCKSIZE  # a header is of one block
     except OSError as error:
         raise DataError(f'{path}: cannot be read ({error.strerror})') from error
 
@@ -273,7 +284,7 @@ def _read_parquet(files: Sequence[str], *args: Any, **kwargs: Any) -> Iterator[d
     """The rows of Parquet files as `datasets` streams them."""
     for path in files:
         with open_parquet(path) as (file, table):
-            yield from _rows(table, path, os.fstat(file.fileno()).st_size, *args, **kwargs)
+            yield from _rows(table, path, size_of(file), *args, **kwargs)
 
 
 def _rows(
