@@ -67,7 +67,7 @@ class _Proxy(BaseHTTPRequestHandler):
             self._answer(fault, {}, b'' if self.command == 'HEAD' else text.encode())
             return
         if fault == 'slow':
-            time.sleep(2)
+            time.sleep(4)
         server = http.client.HTTPConnection('127.0.0.1', self.store.moto_port)
         server.request(self.command, self.path, body, dict(self.headers))
         answer = server.getresponse()
@@ -106,12 +106,13 @@ def object_store() -> Iterator[Store]:
         moto.start()
         proxy = ThreadingHTTPServer(('127.0.0.1', 0), _Proxy)
         proxy.daemon_threads = True
+        proxy.handle_error = lambda *args: None  # of clients that have given up
         store = Store(f'http://127.0.0.1:{proxy.server_port}', moto.get_host_and_port()[1])
         _Proxy.store = store
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         patch.setenv('AWS_ENDPOINT_URL', store.endpoint)
-        # The way in which a user of fsspec has it: a slow server is given up after a second.
-        patch.setitem(fsspec.config.conf, 's3', {'config_kwargs': {'read_timeout': 1}})
+        # The way in which a user of fsspec has it: a slow server is given up after two seconds.
+        patch.setitem(fsspec.config.conf, 's3', {'config_kwargs': {'read_timeout': 2}})
         patch.setattr(stores, 'WAITS', [0.05, 0.05, 0.05, 0.05])
         stores._system.cache_clear()  # clients of an earlier module
         try:

@@ -10,10 +10,12 @@ import os
 import posixpath
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path, PosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -27,6 +29,7 @@ AT_ONCE = 16
 """Requests at a time, where there are several to make."""
 
 _BLOCK = 2 ** 22  # bytes that a stream asks for at once
+_RECENT = 5  # seconds that a listing is used again
 _FEW = 8  # objects of a folder that are asked for one by one; of more the folder is listed
 _TAGS = ('ETag', 'etag', 'md5Hash', 'content_md5', 'blob_id', 'LastModified', 'last_modified', 'Last-Modified',
          'updated', 'mtime', 'created')
@@ -49,6 +52,17 @@ def path_of(path: str | Path) -> Path:
 def absolute(path: str | Path) -> str:
     """An address as it is, another path from the root."""
     return str(path) if is_address(path) else os.path.abspath(path)
+
+
+def local_path(path: str | Path) -> Path:
+    """A path of this machine.
+
+    Raises:
+        DataError: It is an address.
+    """
+    if is_address(path):
+        raise DataError(f'{path}: an address, where a path of this machine is expected')
+    return Path(path)
 
 
 def refusal(text: str) -> str | None:
@@ -112,7 +126,8 @@ class Address(PosixPath):
         """What matches in one folder: only the last part of the pattern has wildcards."""
         folder, _, name = pattern.rpartition('/')
         below = Address(self, folder)
-        return iter([Address(below, each) for each in list_folder(str(below)) if fnmatchcase(each, name)])
+        return iter([Address(below, each) for each, (kind, _) in _recent_listing(str(below), *_now()).items()
+                     if kind == 'file' and fnmatchcase(each, name)])
 
     def _kind(self) -> str | None:
         """'file' or 'directory'; None where there is nothing, or we may not know.
@@ -256,7 +271,17 @@ def list_folder(address: str) -> dict[str, Entry]:
 
 def folders_in(address: str) -> list[str]:
     """The names of the folders in a folder; see `list_folder`."""
-    return [name for name, (kind, _) in _listing(address).items() if kind == 'directory']
+    return [name for name, (kind, _) in _recent_listing(address, *_now()).items() if kind == 'directory']
+
+
+@lru_cache(maxsize=16)
+def _recent_listing(address: str, process: int, moment: int) -> dict[str, tuple[str, Entry]]:
+    """A listing that is some seconds old at most: to find a split asks for the same folders again and again."""
+    return _listing(address)
+
+
+def _now() -> tuple[int, int]:
+    return os.getpid(), int(time.monotonic() // _RECENT)
 
 
 def _listing(address: str) -> dict[str, tuple[str, Entry]]:
@@ -273,7 +298,7 @@ def _listing(address: str) -> dict[str, tuple[str, Entry]]:
 
 
 def files_below(address: str) -> list[str]:
-    """The objects in a folder and those below it, in the order of their names.
+    """The objects in a folder and those below it, in the order of their names; none where there is no such folder.
 
     Raises:
         DataError: It cannot be listed.
@@ -286,6 +311,8 @@ def files_below(address: str) -> list[str]:
 
     try:
         return sorted(ask(address, find))
+    except FileNotFoundError:
+        return []
     except OSError as error:
         raise DataError(f'{address}: cannot be listed ({error.strerror})') from error
 
@@ -297,7 +324,7 @@ def entries(addresses: Sequence[str]) -> list[Entry | None]:
     web servers, which list nothing, a few speak for all.
 
     Raises:
-        DataError: A store gives no answer, or forbids all.
+        DataError: A store gives no answer.
     """
     found: list[Entry | None] = [None] * len(addresses)
     by_folder: dict[str, list[int]] = {}
@@ -311,6 +338,8 @@ def entries(addresses: Sequence[str]) -> list[Entry | None]:
             return _entry(ask(addresses[number], lambda system: system.info(addresses[number])))
         except FileNotFoundError:
             return None
+        except PermissionError:  # which shows, with its row, when it is read
+            return Entry(0, 0)
         except OSError as error:
             raise DataError(f'{addresses[number]}: cannot be read ({error.strerror})') from error
 

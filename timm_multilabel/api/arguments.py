@@ -16,7 +16,7 @@ from timm_multilabel.config.settings import Settings, read_values
 from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.errors import SettingError, UserError
 from timm_multilabel.files import write_atomic
-from timm_multilabel.places import absolute
+from timm_multilabel.places import absolute, local_path
 
 P = ParamSpec('P')
 R = TypeVar('R')
@@ -125,7 +125,7 @@ def train_values(data: Data, frames: Mapping[str, Any], values: Mapping[str, Any
         raise SettingError('val: missing; pass a DataFrame of the rows to score')
     if data is None and made.data.separator not in (None, ','):
         raise SettingError('separator: of files, and the data are DataFrames; leave it out')
-    folder = write_frames(given, Path(made.run.output), made.data.image_column, made.data.tag_separator or '|')
+    folder = write_frames(given, local_path(made.run.output), made.data.image_column, made.data.tag_separator or '|')
     if 'unlabelled' in given:
         plain['unlabelled'] = str(folder / 'unlabelled.csv')
     if data is None:

@@ -108,7 +108,7 @@ def _prepare_output(name: str | None) -> Path | None:
     """Find out that the file could not be written before the work, not after it."""
     if name in (None, '-'):
         return None
-    path = Path(name)
+    path = path_of(name)
     if path.is_dir():
         raise UserError(f'--json {path}: is a folder; name a file')
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from typing import Any
 from timm_multilabel.api.arguments import api_function, make_settings
 from timm_multilabel.config.commands import ConvertSettings
 from timm_multilabel.converters.convert import Converted, convert_data
+from timm_multilabel.places import local_path
 
 
 @api_function(ConvertSettings)
@@ -29,4 +30,4 @@ def run_convert(settings: ConvertSettings) -> Converted:
         UserError: It cannot be converted.
     """
     root = None if settings.image_root is None else Path(settings.image_root).expanduser()
-    return convert_data(Path(settings.source), Path(settings.directory), root, settings.force)
+    return convert_data(Path(settings.source), local_path(settings.directory), root, settings.force)

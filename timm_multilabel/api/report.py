@@ -23,7 +23,7 @@ from timm_multilabel.errors import UserError, one_line, shortened
 from timm_multilabel.files import write_atomic
 from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.log import say
-from timm_multilabel.places import path_of
+from timm_multilabel.places import local_path, path_of
 from timm_multilabel.progress import OFF_TERMINAL
 from timm_multilabel.reports.curves import all_curves
 from timm_multilabel.reports.embedding_map import Coloring, color_points, place_points
@@ -73,9 +73,9 @@ def run_report(settings: ReportSettings) -> Report:
     Raises:
         UserError: The run, its data or settings do not allow it.
     """
-    folder = Path(settings.run)
+    folder = local_path(settings.run)
     of_run, summary = read_run_settings(folder, settings.head_module), read_finished_epochs(folder)
-    out = prepare_output(Path(settings.out) if settings.out else folder / 'report.html', settings.force)
+    out = prepare_output(path_of(settings.out) if settings.out else folder / 'report.html', settings.force)
     path = path_of(settings.checkpoint) if settings.checkpoint else best_checkpoint(folder)
     checkpoint = read_checkpoint(path, mapped=True)
     data_dir = path_of(settings.data) if settings.data else None

@@ -36,7 +36,7 @@ from timm_multilabel.loading.batches import BadImages
 from timm_multilabel.log import say
 from timm_multilabel.metric_names import of_head
 from timm_multilabel.metrics import MEANS, MultiLabelEvaluator, class_metrics, mean_over_heads
-from timm_multilabel.places import path_of
+from timm_multilabel.places import local_path, path_of
 from timm_multilabel.reports.confusion import confusion_stems, write_confusion
 from timm_multilabel.task import resolve_head_weights
 from timm_multilabel.training.checkpoint import Checkpoint, load_model, read_checkpoint
@@ -227,12 +227,12 @@ def _in_dialect(settings: ValidateSettings, checkpoint: Checkpoint) -> Checkpoin
 def _prepare_outputs(settings: ValidateSettings) -> None:
     """Find out that a file could not be written before the work, not after it."""
     if settings.results_file:
-        path = Path(settings.results_file)
+        path = path_of(settings.results_file)
         if path.suffix not in ('.json', '.csv') or path.is_dir():
             raise UserError(f'--results-file {path}: name a .json or a .csv file')
         path.parent.mkdir(parents=True, exist_ok=True)
     if settings.confusion:
-        Path(settings.confusion).mkdir(parents=True, exist_ok=True)
+        local_path(settings.confusion).mkdir(parents=True, exist_ok=True)
 
 
 def _read_bank(settings: ValidateSettings, split: str, checkpoint: Checkpoint, train_split: str) -> Rows | StreamedRows:
@@ -294,14 +294,14 @@ def _write_outputs(
     """Write the files that were asked for; a line on each."""
     lines = []
     if settings.results_file:
-        path = Path(settings.results_file)
+        path = path_of(settings.results_file)
         if path.suffix == '.json':
             write_atomic(path, json.dumps(without_nan(results), indent=1) + '\n')
         else:
             write_atomic(path, spreadsheet_csv(results_table(results), index=False))
         lines.append(f'metrics: {path}')
     if settings.confusion is not None:
-        folder = Path(settings.confusion or checkpoint.path.parent)
+        folder = local_path(settings.confusion or checkpoint.path.parent)
         stems = confusion_stems(checkpoint.label_space.names)
         for stem, labels in zip(stems, checkpoint.label_space.heads, strict=True):
             target, measured = predictions[labels.name]

@@ -104,9 +104,10 @@ def _class_folders(folder: Path, name: str) -> Path | None:
     Not beside tables or shards, whose images may lie in folders that are called like the splits.
     """
     inside = folder / name
+    splits = ('train', *_OTHER_SPLITS)
     if has_class_folders(inside) and not any(
-            any((folder / f'{split}{ending}').is_file() for ending in ENDINGS)
-            or find_shards(folder, split, '') is not None for split in ('train', *_OTHER_SPLITS)):
+            path.is_file() for split in splits for path in folder.glob(f'{split}.*') if path.name.endswith(ENDINGS)
+    ) and all(find_shards(folder, split, '') is None for split in splits):
         return inside
     path = path_of(name)
     return path if path.name != name and has_class_folders(path) else None
