@@ -38,6 +38,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope='module')
+def local(data: Path) -> Path:
+    """The run folder of an epoch on data on disk."""
+    return train_run(data, data.parent, epochs=1)
+
+
+@pytest.fixture(scope='module')
 def root(store: Store, data: Path) -> str:
     return store.put(data, 'data')
 
@@ -226,28 +232,25 @@ def test_a_copy_that_cannot_be_fetched_is_named_with_its_row_or_left_out(
 
 @pytest.mark.slow
 def test_training_from_the_store_with_faults_is_that_from_disk(
-        store: Store, root: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    local = train_run(data, tmp_path / 'local', epochs=1)
+        store: Store, root: str, local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store.faults = {'train.csv': [500], 'images/3.png': [500, 500], 'images/4.png': ['cut'], 'images/13.png': ['cut']}
     # With a loader process, which is forked from this one and its connections.
     remote = train_run(root, tmp_path / 'remote', '-j', '1', epochs=1)
     assert_same_weights(remote / 'last.pth.tar', local / 'last.pth.tar')
     assert not any(store.faults.values())
-    cache = '--cache', 'disk', '--cache-dir', str(tmp_path / 'cache')
-    train_run(root, tmp_path / 'copied', *cache, epochs=1)
     store.asked.clear()
-    capsys.readouterr()
-    again = train_run(root, tmp_path / 'again', *cache, epochs=1)
-    assert_same_weights(again / 'last.pth.tar', local / 'last.pth.tar')
-    assert 'whole and up to date' in capsys.readouterr().out
-    assert not any('GET /photos/data/images' in line for line in store.asked)
-    assert 'testing' not in (again / 'args.yaml').read_text()  # the credentials
+    copied = train_run(root, tmp_path / 'copied', '--cache', 'disk', '--cache-dir', str(tmp_path / 'cache'), epochs=1)
+    assert_same_weights(copied / 'last.pth.tar', local / 'last.pth.tar')
+    assert f'{root}/val.csv: --cache disk: copies 6 of 6 remote images' in capsys.readouterr().out
+    assert sum('GET /photos/data/images' in line for line in store.asked) == 18  # each image once
+    assert 'testing' not in (copied / 'args.yaml').read_text()  # the credentials
 
 
 @pytest.mark.slow
 def test_a_run_folder_in_the_store_goes_on_on_another_machine(
         store: Store, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = train_run(data, tmp_path / 'local')
+    capsys.readouterr()
     output = path_of(f's3://{BUCKET}/runs')
     here, there = (('--cache-dir', str(tmp_path / name), '--resume', 'auto') for name in ('here', 'there'))
     store.faults['runs/run/last.pth.tar'] = [500, 'cut']
@@ -273,15 +276,14 @@ def test_a_run_folder_in_the_store_goes_on_on_another_machine(
 
 @pytest.mark.slow
 def test_predict_with_checkpoint_images_and_output_in_the_store(
-        store: Store, root: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = train_run(data, tmp_path, epochs=1)
-    checkpoint = f'{store.put(run, "trained")}/model_best.pth.tar'
+        store: Store, root: str, data: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = f'{store.put(local, "trained")}/model_best.pth.tar'
     store.faults['trained/model_best'] = [500, 'cut']
     run_command('predict', 'predict', [
         checkpoint, f'{root}/images/1.png', f'{root}/val.csv', '-j', '0', '--out', f's3://{BUCKET}/out/said.csv'])
     monkeypatch.chdir(data)
     run_command('predict', 'predict', [
-        str(run / 'model_best.pth.tar'), 'images/1.png', 'val.csv', '-j', '0', '--out', str(tmp_path / 'said.csv')])
+        str(local / 'model_best.pth.tar'), 'images/1.png', 'val.csv', '-j', '0', '--out', str(tmp_path / 'said.csv')])
     theirs = store.client.get_object(Bucket=BUCKET, Key='out/said.csv')['Body'].read().decode()
     assert theirs.replace(f'{root}/', '') == (tmp_path / 'said.csv').read_text()
     with pytest.raises(UserError, match='trained/none.pth.tar: there is no such object'):

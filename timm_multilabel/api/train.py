@@ -152,7 +152,7 @@ def run_training(settings: TrainSettings, signals: StopSignals | None = None) ->
                     values, workplace = args_yaml(named), workplace_at(folder, settings)
                     if workplace is not None:
                         say(f'{workplace.address}: run folder, worked on in {folder}')
-                        values |= {'output': str(workplace.address.parent), 'resume': None}
+                        values['output'] = str(workplace.address.parent)
                     if checkpoint is not None:
                         values = settings_of_resumed(settings, values, folder, say)
                     writer = RunFolder(

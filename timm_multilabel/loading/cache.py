@@ -327,7 +327,7 @@ def stamp_of(image: str) -> tuple[int, int, int]:
     return state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
-def stamps_of(images: Sequence[str]) -> np.ndarray:
+def stamps_of(images: Sequence[str] | np.ndarray) -> np.ndarray:
     """`stamp_of` of files, and the like of what addresses name (N, 3)."""
     remote = [image for image in images if is_address(image)]
     found = dict(zip(remote, entries(remote))) if remote else {}
