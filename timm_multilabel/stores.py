@@ -63,6 +63,11 @@ def _system(scheme: str, process: int) -> Any:
     """The file system of a scheme, one for each process: connections do not outlive a fork."""
     try:
         import fsspec
+        from fsspec import asyn
+        if asyn.iothread[0] is not None and not asyn.iothread[0].is_alive():
+            # That of the process which this one was forked from; versions before 2025 leave it there, and wait for it.
+            asyn.reset_lock()
+            asyn.iothread[0] = asyn.loop[0] = None
         options: dict[str, Any] = {'use_listings_cache': False}  # objects come and go
         if scheme in ('http', 'https') and 'client_kwargs' not in fsspec.config.conf.get(scheme, {}):
             import aiohttp
