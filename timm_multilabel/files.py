@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from timm_multilabel.errors import DataError, OutputError, UserError, printable
-from timm_multilabel.places import open_address, write_object
-from timm_multilabel.stores import is_address
+from timm_multilabel.places import write_object
+from timm_multilabel.stores import is_address, open_address
 from timm_multilabel.temporary import lock, temporary_file, temporary_folder, temporary_path
 
 # Writing

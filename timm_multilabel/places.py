@@ -5,7 +5,6 @@ Whoever has a path as text makes a path of it by `path_of`, which gives an `Addr
 from __future__ import annotations
 
 import errno
-import io
 import os
 import posixpath
 import shutil
@@ -18,17 +17,17 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path, PosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from timm_multilabel.errors import DataError, shortened
-from timm_multilabel.stores import SCHEMES, STARTS, WEB, ask, is_address
+from timm_multilabel.stores import SCHEMES, STARTS, WEB, ask, is_address, open_address
 from timm_multilabel.temporary import temporary_folder
 
 AT_ONCE = 16
 """Requests at a time, where there are several to make."""
 
-_BLOCK = 2 ** 22  # bytes that a stream asks for at once
+_PART = 2 ** 24  # bytes that are copied at once
 _RECENT = 5  # seconds that a listing is used again
 _FEW = 8  # objects of a folder that are asked for one by one; of more the folder is listed
 _TAGS = ('ETag', 'etag', 'md5Hash', 'content_md5', 'blob_id', 'LastModified', 'last_modified', 'Last-Modified',
@@ -157,69 +156,6 @@ def why_missing(path: Path, what: str = 'file') -> str:
 # Reading
 
 
-def read_bytes(address: str, most: int) -> bytes:
-    """All bytes of an object, or the first `most` and one more.
-
-    Raises:
-        OSError: It cannot be read.
-    """
-    return read_range(address, 0, most + 1)
-
-
-def read_range(address: str, start: int, end: int) -> bytes:
-    """Some bytes of an object, fewer at its end.
-
-    Raises:
-        OSError: They cannot be read.
-    """
-    data: bytes = ask(address, lambda system: system.cat_file(address, start=start, end=end))
-    # A web server that knows no ranges sends the whole.
-    return data if len(data) <= end - start else data[start:end]
-
-
-def open_address(address: str) -> BinaryIO:
-    """An object as a file to read, some megabytes at a time, each with tries of its own.
-
-    Raises:
-        OSError: It is not there, or cannot be read.
-    """
-    size = ask(address, lambda system: system.info(address)).get('size')
-    if size is None:  # a web server that does not tell
-        return io.BytesIO(ask(address, lambda system: system.cat_file(address)))
-    return io.BufferedReader(_Ranges(address, size), _BLOCK)
-
-
-class _Ranges(io.RawIOBase):
-    """An object of known size, read by ranges."""
-
-    def __init__(self, address: str, size: int):
-        self.address, self.size, self.at = address, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence])
-        return self.at
-
-    def readinto(self, buffer: Any) -> int:
-        end = min(self.size, self.at + len(buffer))
-        if end <= self.at:
-            return 0
-        data = read_range(self.address, self.at, end)
-        if len(data) < end - self.at:
-            raise OSError(errno.EIO, 'it has become shorter while it was read')
-        buffer[:len(data)] = data
-        self.at = end
-        return len(data)
-
-
 @contextmanager
 def local_copy(path: Path) -> Iterator[Path]:
     """A file on this machine with what a path holds: the file itself, or a copy of an object that is removed at the
@@ -243,7 +179,7 @@ def fetch(address: str, path: Path) -> None:
         OSError: It cannot be read or written.
     """
     with open_address(address) as source, open(path, 'wb') as file:
-        shutil.copyfileobj(source, file, 4 * _BLOCK)
+        shutil.copyfileobj(source, file, _PART)
 
 
 # Listing

@@ -1,15 +1,16 @@
-"""Asking the stores behind addresses through fsspec: again where that may help, anew in each process.
+"""Asking and reading the stores behind addresses through fsspec: again where that may help, anew in each process.
 
 Its errors are OSErrors whose `strerror` is for people, as those of local files are, so that callers name file and row
 alike.
 """
 import errno
+import io
 import os
 import random
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from timm_multilabel.errors import DataError, shortened
 
@@ -29,6 +30,7 @@ WAITS = [0.5, 1.0, 2.0, 4.0]
 _LIBRARIES = {
     's3': "'.[remote]'", 'gs': 'gcsfs', 'gcs': 'gcsfs', 'az': 'adlfs', 'abfs': 'adlfs', 'http': 'aiohttp',
     'https': 'aiohttp'}
+_BLOCK = 2 ** 22  # bytes that a stream asks for at once
 _TIMEOUT = 30  # seconds without a byte from a web server
 
 
@@ -56,6 +58,69 @@ def ask(address: str, work: Callable[[Any], T]) -> T:
                 raise OSError(errno.EIO, f'{reason}; tried {len(WAITS) + 1} times') from error
         time.sleep(wait * (0.5 + random.SystemRandom().random()))
     raise AssertionError
+
+
+def read_bytes(address: str, most: int) -> bytes:
+    """All bytes of an object, or the first `most` and one more.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    return read_range(address, 0, most + 1)
+
+
+def read_range(address: str, start: int, end: int) -> bytes:
+    """Some bytes of an object, fewer at its end.
+
+    Raises:
+        OSError: They cannot be read.
+    """
+    data: bytes = ask(address, lambda system: system.cat_file(address, start=start, end=end))
+    # A web server that knows no ranges sends the whole.
+    return data if len(data) <= end - start else data[start:end]
+
+
+def open_address(address: str) -> BinaryIO:
+    """An object as a file to read, some megabytes at a time, each with tries of its own.
+
+    Raises:
+        OSError: It is not there, or cannot be read.
+    """
+    size = ask(address, lambda system: system.info(address)).get('size')
+    if size is None:  # a web server that does not tell
+        return io.BytesIO(ask(address, lambda system: system.cat_file(address)))
+    return io.BufferedReader(_Ranges(address, size), _BLOCK)
+
+
+class _Ranges(io.RawIOBase):
+    """An object of known size, read by ranges."""
+
+    def __init__(self, address: str, size: int):
+        self.address, self.size, self.at = address, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence])
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self.size, self.at + len(buffer))
+        if end <= self.at:
+            return 0
+        data = read_range(self.address, self.at, end)
+        if len(data) < end - self.at:
+            raise OSError(errno.EIO, 'it has become shorter while it was read')
+        buffer[:len(data)] = data
+        self.at = end
+        return len(data)
 
 
 @lru_cache(maxsize=64)

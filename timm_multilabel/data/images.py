@@ -16,8 +16,7 @@ from timm_multilabel.data.image_names import FORMATS
 from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import DataError, UserError
 from timm_multilabel.files import open_regular
-from timm_multilabel.places import read_bytes
-from timm_multilabel.stores import is_address
+from timm_multilabel.stores import is_address, read_bytes
 
 MAX_PIXELS = 178_956_970
 """Pixels of an image at most, a gigabyte at 16 bits a color; also what Pillow refuses by itself."""
