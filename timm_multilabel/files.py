@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import stat
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from timm_multilabel.errors import DataError, OutputError, UserError, printable
-from timm_multilabel.temporary import lock, temporary_file, temporary_path
+from timm_multilabel.places import write_object
+from timm_multilabel.stores import is_address, open_address
+from timm_multilabel.temporary import lock, temporary_file, temporary_folder, temporary_path
 
 # Writing
 
@@ -22,7 +25,8 @@ def atomic_write(path: str | Path, read_only: bool = False) -> Iterator[BinaryIO
     """A file that is written beside its final place, and renamed when all of it is on disk.
 
     A reader, a crash or a loss of power never meets half of it. The folder must exist. A file that is replaced passes
-    its permissions on; a new one has those that the umask allows. A link is replaced, not followed.
+    its permissions on; a new one has those that the umask allows. A link is replaced, not followed. What goes to an
+    address is written to a temporary file and sent when it is whole.
 
     Args:
         path: Its final place.
@@ -31,6 +35,15 @@ def atomic_write(path: str | Path, read_only: bool = False) -> Iterator[BinaryIO
     Raises:
         OutputError: The disk is full, or the folder cannot be written to; what was there before is left as it is.
     """
+    if is_address(path):
+        with temporary_folder('timm-multilabel-write-', Path(tempfile.gettempdir())) as folder:
+            with atomic_write(folder / 'file') as file:
+                yield file
+            try:
+                write_object(folder / 'file', str(path))
+            except OSError as error:
+                raise OutputError(f'{path}: cannot be written ({error.strerror})') from error
+        return
     path = Path(path)
     if path.exists() and not path.is_file():  # as root it would take the place of /dev/null
         raise OutputError(f'{path}: cannot be written: it is a folder, a device or a pipe; name a file')
@@ -124,11 +137,15 @@ def _flush_folder(folder: Path) -> None:
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a file to read, and never what only looks like one: a pipe or a device, which may block for ever.
+    """Open a file to read, or what an address names, and never what only looks like a file: a pipe or a device, which
+    may block for ever.
 
     Raises:
         OSError: It cannot be opened, or is no regular file.
     """
+    if is_address(path):
+        return open_address(str(path))
+
     def check(state: os.stat_result) -> None:
         if not stat.S_ISREG(state.st_mode):
             raise OSError(errno.EINVAL, 'it is a folder, a pipe, a socket or a device, not a file', str(path))
@@ -144,6 +161,13 @@ def open_regular(path: str | Path) -> BinaryIO:
     # Out of the `try`: where a signal's handler raises in here, the file has closed the descriptor already, and closing
     # it again would hide that the process was told to stop behind "Bad file descriptor".
     return os.fdopen(descriptor, 'rb')
+
+
+def size_of(file: BinaryIO) -> int:
+    """Bytes of an open file, which is at its beginning afterwards."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return size
 
 
 def read_text(path: str | Path, limit: int) -> str:

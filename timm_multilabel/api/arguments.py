@@ -16,6 +16,7 @@ from timm_multilabel.config.settings import Settings, read_values
 from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.errors import SettingError, UserError
 from timm_multilabel.files import write_atomic
+from timm_multilabel.places import absolute, local_path
 
 P = ParamSpec('P')
 R = TypeVar('R')
@@ -124,7 +125,7 @@ def train_values(data: Data, frames: Mapping[str, Any], values: Mapping[str, Any
         raise SettingError('val: missing; pass a DataFrame of the rows to score')
     if data is None and made.data.separator not in (None, ','):
         raise SettingError('separator: of files, and the data are DataFrames; leave it out')
-    folder = write_frames(given, Path(made.run.output), made.data.image_column, made.data.tag_separator or '|')
+    folder = write_frames(given, local_path(made.run.output), made.data.image_column, made.data.tag_separator or '|')
     if 'unlabelled' in given:
         plain['unlabelled'] = str(folder / 'unlabelled.csv')
     if data is None:
@@ -164,7 +165,7 @@ def write_frames(frames: Mapping[str, pd.DataFrame], output: Path, image_column:
             values = written[column]
             if values.dtype.kind == 'f' and (values.dropna() % 1 == 0).all():
                 written[column] = values.astype('Int64')
-        written[image_column] = [os.path.abspath(str(path)) for path in frame[image_column]]
+        written[image_column] = [absolute(str(path)) for path in frame[image_column]]
         texts[name] = written.to_csv(index=False)
     digest = hashlib.sha256(repr(sorted(texts.items())).encode('utf-8', 'surrogateescape')).hexdigest()
     folder = output.resolve() / f'data-{digest[:12]}'

@@ -22,6 +22,7 @@ from timm_multilabel.errors import UserError, printable
 from timm_multilabel.files import write_atomic
 from timm_multilabel.heads import load_registry
 from timm_multilabel.labels import LabelSpace
+from timm_multilabel.places import path_of
 from timm_multilabel.progress import OFF_TERMINAL
 from timm_multilabel.reports.data_check import Report, report_on
 
@@ -108,7 +109,7 @@ def _read_contents(settings: CheckSettings) -> Contents:
 
     head_options.readers(given, registry)
     contents = read_contents(
-        Path(settings.data_dir), TableFormat.of(chosen), chosen.heads, given, groups_of, read_head,
+        path_of(settings.data_dir), TableFormat.of(chosen), chosen.heads, given, groups_of, read_head,
         {'train': chosen.train_split, 'val': chosen.val_split}, chosen.tag_separator)
     if 'train' in contents.splits:
         columns = contents.splits['train'].table.label_columns
@@ -125,7 +126,7 @@ def _prepare_output(name: str | None) -> Path | None:
     """Find out that the file could not be written before the work, not after it."""
     if name in (None, '-'):
         return None
-    path = Path(name)
+    path = path_of(name)
     if path.is_dir():
         raise UserError(f'--json {path}: is a folder; name a file')
     path.parent.mkdir(parents=True, exist_ok=True)

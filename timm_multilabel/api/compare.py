@@ -18,6 +18,7 @@ from timm_multilabel.data.split_names import find_split
 from timm_multilabel.errors import UserError, escaped
 from timm_multilabel.files import write_atomic
 from timm_multilabel.log import say
+from timm_multilabel.places import local_path, path_of
 from timm_multilabel.progress import OFF_TERMINAL
 from timm_multilabel.reports.bootstrap import RESAMPLES
 from timm_multilabel.reports.experiment_pages import (
@@ -84,7 +85,7 @@ def run_comparison(settings: CompareSettings) -> Comparison:
     runs = [_read_run(path, name, of_run, flags) for (path, name), of_run in zip(_names(paths).items(), of_runs)]
     groups = group_runs(runs)
     baseline = _find_baseline(settings.baseline, paths, groups)
-    folders = [Path(settings.data or _of_last_phase(of_run, 'data_dir')) for of_run in of_runs]
+    folders = [path_of(settings.data or _of_last_phase(of_run, 'data_dir')) for of_run in of_runs]
     device = start_device(settings.device)
     results: list[SplitResult] = []
     remarks = _repeated(runs, groups)
@@ -101,7 +102,7 @@ def run_comparison(settings: CompareSettings) -> Comparison:
             continue
         predictions = [
             RunPredictions.of(stored_predictions(
-                path, name, Path(settings.data) if settings.data else None, device, loader_workers(settings.workers),
+                path, name, path_of(settings.data) if settings.data else None, device, loader_workers(settings.workers),
                 say, head_module=settings.head_module, allow_hub=settings.allow_hub))
             for path, name in zip(paths, names)]
         results.append(_compare_split(split, predictions, runs, groups, baseline, remarks.append))
@@ -119,7 +120,7 @@ def _run_paths(words: list[str]) -> list[Path]:
     Raises:
         UserError: One is none, or named twice, or has no finished epoch.
     """
-    paths = [Path(word) for word in words]
+    paths = [local_path(word) for word in words]
     for path in paths:
         if not (path / 'args.yaml').is_file():
             way_out = f'name its folder, {path.parent}' if path.is_file() else 'name one such as output/train/<run>'
@@ -138,7 +139,7 @@ def _prepare_outputs(out: str | None, force: bool) -> dict[str, Path]:
     """Find out that the files could not be written before the work, not after it; the files by ending."""
     if out is None:
         return {}
-    folder = Path(out)
+    folder = local_path(out)
     paths = {ending: folder / f'experiments{ending}' for ending in _WRITERS}
     for path in paths.values():
         if path.is_dir() or path.exists() and not force:

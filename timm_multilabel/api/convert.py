@@ -4,16 +4,19 @@ from typing import Any
 
 from timm_multilabel.api.arguments import api_function, make_settings
 from timm_multilabel.config.commands import ConvertSettings
-from timm_multilabel.converters.convert import Converted, convert_data
+from timm_multilabel.converters.convert import convert_data
+from timm_multilabel.converters.form import Converted
+from timm_multilabel.converters.huggingface import convert_huggingface, is_huggingface
+from timm_multilabel.places import local_path
 
 
 @api_function(ConvertSettings)
 def convert(source: str | Path, directory: str | Path, **settings: Any) -> Converted:
-    """Write the tables of a data directory for a data set of CelebA, COCO or Label Studio.
+    """Write the tables of a data directory for a data set of CelebA, COCO, Label Studio or Hugging Face.
 
     Args:
-        source: The folder or the file of the data set.
-        directory: The data directory to write. Images are not copied.
+        source: The folder or the file of the data set, or hf://USER/SET.
+        directory: The data directory to write. Only images of Hugging Face, which lie in tables, are written.
         **settings: The settings, named as the flags.
 
     Raises:
@@ -29,4 +32,6 @@ def run_convert(settings: ConvertSettings) -> Converted:
         UserError: It cannot be converted.
     """
     root = None if settings.image_root is None else Path(settings.image_root).expanduser()
-    return convert_data(Path(settings.source), Path(settings.directory), root, settings.force)
+    if is_huggingface(settings.source):
+        return convert_huggingface(settings.source, local_path(settings.directory), settings.force)
+    return convert_data(Path(settings.source), local_path(settings.directory), root, settings.force)

@@ -30,7 +30,7 @@ from timm_multilabel.inference.embeddings import (
     points_of,
 )
 from timm_multilabel.inference.loaded import LoadedModel
-from timm_multilabel.inference.parts import Plan, is_folder
+from timm_multilabel.inference.parts import Plan, folder_of, is_folder
 from timm_multilabel.loading.batches import ImageDataset
 from timm_multilabel.training.checkpoint import read_checkpoint
 from timm_multilabel.training.progress_bar import ProgressBar
@@ -116,7 +116,7 @@ def run_embedding(settings: EmbedSettings) -> Embedded | None:
 
 def _embed_in_parts(settings: EmbedSettings) -> Embedded | None:
     """`run_embedding` into a folder."""
-    folder = Path(settings.out)
+    folder = folder_of(settings.out)
     import_pyarrow(folder)
     checkpoint = read_checkpoint(settings.checkpoint)
     loaded = load_checkpoint_model(settings, checkpoint, settings.weights, '')

@@ -17,6 +17,7 @@ from timm_multilabel.exports.hub import build_folder, check_repo, hub_files, pus
 from timm_multilabel.heads import load_registry
 from timm_multilabel.log import say
 from timm_multilabel.model_names import is_joined
+from timm_multilabel.places import local_path
 from timm_multilabel.training.checkpoint import Checkpoint, load_model, read_checkpoint
 from timm_multilabel.training.progress_bar import ProgressBar
 
@@ -57,7 +58,7 @@ def run_export(settings: ExportSettings) -> Exported:
     checkpoint = read_checkpoint(settings.checkpoint)
     has_heads = bool(checkpoint.label_space.heads)
     forms, left_out = _choose_formats(settings.formats, checkpoint, bool(settings.hub))
-    out = Path(settings.out) if settings.out else checkpoint.path.parent / 'export'
+    out = local_path(settings.out or checkpoint.path.parent / 'export')
     _check_outputs(settings, forms, out, has_heads)
     weights = checkpoint.best_weights if settings.weights == 'best' else settings.weights
     model = load_model(checkpoint, weights, load_registry(settings.head_module), settings.allow_hub)

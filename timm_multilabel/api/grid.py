@@ -27,6 +27,7 @@ from timm_multilabel.errors import SettingError
 from timm_multilabel.escaping import spreadsheet_csv
 from timm_multilabel.files import write_atomic
 from timm_multilabel.log import say
+from timm_multilabel.places import local_path
 from timm_multilabel.training.run_folder import RunLock
 
 
@@ -82,7 +83,7 @@ def run_grid(settings: GridSettings, given: Mapping[str, Any]) -> Experiment:
     made = read_grid(folder / 'grid.yaml')
     files = []
     if not settings.tables:
-        output = Path(settings.output or Path('output/grid') / folder.resolve().name)
+        output = local_path(settings.output or Path('output/grid') / folder.resolve().name)
         of_runs = check_runs(made, settings, given, output)
         with closing(RunLock()) as lock:
             lock.take(output)

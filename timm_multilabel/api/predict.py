@@ -28,7 +28,7 @@ from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import UserError
 from timm_multilabel.inference.embeddings import import_pyarrow
 from timm_multilabel.inference.image_predictions import ImagePrediction, check_thresholds
-from timm_multilabel.inference.parts import Manifest, Plan
+from timm_multilabel.inference.parts import Manifest, Plan, folder_of
 from timm_multilabel.inference.predictor import ImageLike, Predictor
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.loading.batches import ImageDataset
@@ -160,7 +160,7 @@ def predict_in_parts(settings: PredictSettings) -> Manifest | None:
     Raises:
         UserError: Checkpoint, images or settings do not allow it.
     """
-    folder = Path(settings.out or '')
+    folder = folder_of(settings.out or '')
     if settings.format is not None:
         raise UserError(f'--format {settings.format}: --out {folder} is a folder, which gets Parquet parts; leave the '
                         'format out, or name a file')

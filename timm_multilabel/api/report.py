@@ -23,6 +23,7 @@ from timm_multilabel.errors import UserError, one_line, shortened
 from timm_multilabel.files import write_atomic
 from timm_multilabel.inference.predictions import Predictions
 from timm_multilabel.log import say
+from timm_multilabel.places import local_path, path_of
 from timm_multilabel.progress import OFF_TERMINAL
 from timm_multilabel.reports.curves import all_curves
 from timm_multilabel.reports.embedding_map import Coloring, color_points, place_points
@@ -72,12 +73,12 @@ def run_report(settings: ReportSettings) -> Report:
     Raises:
         UserError: The run, its data or settings do not allow it.
     """
-    folder = Path(settings.run)
+    folder = local_path(settings.run)
     of_run, summary = read_run_settings(folder, settings.head_module), read_finished_epochs(folder)
-    out = prepare_output(Path(settings.out) if settings.out else folder / 'report.html', settings.force)
-    path = Path(settings.checkpoint) if settings.checkpoint else best_checkpoint(folder)
+    out = prepare_output(path_of(settings.out) if settings.out else folder / 'report.html', settings.force)
+    path = path_of(settings.checkpoint) if settings.checkpoint else best_checkpoint(folder)
     checkpoint = read_checkpoint(path, mapped=True)
-    data_dir = Path(settings.data) if settings.data else None
+    data_dir = path_of(settings.data) if settings.data else None
     split = settings.split or default_split(of_run, checkpoint, data_dir)
     device = start_device(settings.device)
     predictions = stored_predictions(
@@ -120,7 +121,7 @@ def prepare_output(path: Path, force: bool) -> Path:
 def default_split(settings: TrainSettings, checkpoint: Checkpoint, data_dir: Path | None) -> str:
     """The run's validation split; where a run without heads has none, its training split."""
     data = last_phase(settings).data
-    there = isinstance(find_split(Path(data_dir or data.data_dir), data.val_split, TableFormat.of(data)), Path)
+    there = isinstance(find_split(path_of(data_dir or data.data_dir), data.val_split, TableFormat.of(data)), Path)
     return data.val_split if there or checkpoint.label_space.heads else data.train_split
 
 

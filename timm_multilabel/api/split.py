@@ -7,6 +7,7 @@ from typing import Any
 from timm_multilabel.api.arguments import api_function, make_settings
 from timm_multilabel.config.commands import SplitSettings
 from timm_multilabel.data.split import SPLITS, split_csv
+from timm_multilabel.places import local_path
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ def run_split(settings: SplitSettings) -> SplitTable:
     Raises:
         UserError: The table or settings do not allow it.
     """
-    source = Path(settings.source)
-    folder = (source if source.is_dir() else source.parent) if settings.out is None else Path(settings.out)
+    source = local_path(settings.source)
+    folder = (source if source.is_dir() else source.parent) if settings.out is None else local_path(settings.out)
     before = [path for name, ratio in zip(SPLITS, settings.ratios, strict=True) for ending in ('csv', 'jsonl')
               if not ratio and (path := folder / f'{name}.{ending}').exists()]
     rows = split_csv(

@@ -37,7 +37,9 @@ from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import SettingError, UserError, escaped, is_utf8
 from timm_multilabel.log import say
+from timm_multilabel.places import absolute
 from timm_multilabel.training.checkpoint import Checkpoint, read_checkpoint, set_aside_later
+from timm_multilabel.training.remote_run import at_workplace, workplace_at
 from timm_multilabel.training.run_folder import RunFolder, RunLock, best_of_phases, launcher, phase_folder
 from timm_multilabel.training.saver import WholeSaver
 from timm_multilabel.training.signals import StopSignals
@@ -104,7 +106,7 @@ def run_training(settings: TrainSettings, signals: StopSignals | None = None) ->
     for package in ('tensorboard', 'wandb'):
         if {'tensorboard': run.log_tensorboard, 'wandb': run.log_wandb}[package]:
             need(package, f'--log-{package}')
-            path = os.path.abspath(os.path.join(run.output, run.experiment or '', run.resume or ''))
+            path = absolute(os.path.join(run.output, run.experiment or '', run.resume or ''))
             if not is_utf8(path):  # else the tracker would fail once training has begun
                 raise UserError(f'--log-{package}: the path {escaped(path)} is not UTF-8, as {package} needs it; name '
                                 'another with --output and --experiment')
@@ -112,6 +114,8 @@ def run_training(settings: TrainSettings, signals: StopSignals | None = None) ->
         device = start_device(run.device)
         for note in (*sorted(settings.notes), *without_effect(phases)):
             say(note)
+        settings = at_workplace(settings, say)
+        run = settings.run
         lock = stack.enter_context(closing(RunLock()))
         prepared = [prepare_phase(each, settings.config, device, say, index) for index, each in enumerate(phases)]
         launchers = all_objects(launcher())
@@ -147,10 +151,14 @@ def run_training(settings: TrainSettings, signals: StopSignals | None = None) ->
                     if checkpoint is not None and (line := set_aside_later(folder, checkpoint)):
                         say(line)
                     named = _with_metrics(settings, first, metrics or [built.metric], built)
-                    values = args_yaml(named)
+                    values, workplace = args_yaml(named), workplace_at(folder, settings)
+                    if workplace is not None:
+                        say(f'{workplace.address}: run folder, worked on in {folder}')
+                        values['output'] = str(workplace.address.parent)
                     if checkpoint is not None:
                         values = settings_of_resumed(settings, values, folder, say)
-                    writer = RunFolder(folder, values, prepared[-1].data.label_space, names, launchers)
+                    writer = RunFolder(
+                        folder, values, prepared[-1].data.label_space, names, launchers, workplace, say)
                     trackers = stack.enter_context(closing(
                         Trackers(_choose_trackers(named, folder, checkpoint is not None), say)))
             saver = train_phase(
@@ -162,6 +170,8 @@ def run_training(settings: TrainSettings, signals: StopSignals | None = None) ->
             length = built.length
             del built
             free_memory(device)
+    if writer is not None and writer.workplace is not None:
+        writer.workplace.finish()
     say(f'{folder}: {"all phases" if names else length} done')
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -36,6 +36,7 @@ from timm_multilabel.loading.batches import BadImages
 from timm_multilabel.log import say
 from timm_multilabel.metric_names import of_head
 from timm_multilabel.metrics import MEANS, MultiLabelEvaluator, class_metrics, mean_over_heads
+from timm_multilabel.places import local_path, path_of
 from timm_multilabel.reports.confusion import confusion_stems, write_confusion
 from timm_multilabel.task import resolve_head_weights
 from timm_multilabel.training.checkpoint import Checkpoint, load_model, read_checkpoint
@@ -124,7 +125,7 @@ def run_validation(
     rank, ranks = world()
     if settings.knn and ranks > 1:
         raise UserError('--knn runs in one process; leave it out, or start one')
-    folder = Path(settings.data_dir)
+    folder = path_of(settings.data_dir)
     split = settings.split or split_of_run(folder, checkpoint.state, 'val', say)
     scored, bank = _in_dialect(settings, checkpoint), None
     train_split = split_of_run(folder, checkpoint.state, 'train', say) if settings.knn else ''
@@ -187,7 +188,7 @@ def run_validation(
 
 
 def _read(settings: ValidateSettings, split: str, checkpoint: Checkpoint) -> Rows | StreamedRows:
-    return read_split(Path(settings.data_dir), split, checkpoint, say, settings)
+    return read_split(path_of(settings.data_dir), split, checkpoint, say, settings)
 
 
 def _check_checkpoint(settings: ValidateSettings, checkpoint: Checkpoint) -> None:
@@ -226,12 +227,12 @@ def _in_dialect(settings: ValidateSettings, checkpoint: Checkpoint) -> Checkpoin
 def _prepare_outputs(settings: ValidateSettings) -> None:
     """Find out that a file could not be written before the work, not after it."""
     if settings.results_file:
-        path = Path(settings.results_file)
+        path = path_of(settings.results_file)
         if path.suffix not in ('.json', '.csv') or path.is_dir():
             raise UserError(f'--results-file {path}: name a .json or a .csv file')
         path.parent.mkdir(parents=True, exist_ok=True)
     if settings.confusion:
-        Path(settings.confusion).mkdir(parents=True, exist_ok=True)
+        local_path(settings.confusion).mkdir(parents=True, exist_ok=True)
 
 
 def _read_bank(settings: ValidateSettings, split: str, checkpoint: Checkpoint, train_split: str) -> Rows | StreamedRows:
@@ -240,7 +241,7 @@ def _read_bank(settings: ValidateSettings, split: str, checkpoint: Checkpoint, t
     Raises:
         UserError: They cannot be read, are those to score, or no head has classes to vote for.
     """
-    scored, voting = (find_split(Path(settings.data_dir), name) for name in (split, train_split))
+    scored, voting = (find_split(path_of(settings.data_dir), name) for name in (split, train_split))
     if scored is not None and voting is not None and files_of_split(scored) & files_of_split(voting):
         raise UserError(f'--knn: each row of {train_split} would find itself; score another split')
     if not any(isinstance(labels, LabelSet) for labels in checkpoint.label_space.heads):
@@ -293,14 +294,14 @@ def _write_outputs(
     """Write the files that were asked for; a line on each."""
     lines = []
     if settings.results_file:
-        path = Path(settings.results_file)
+        path = path_of(settings.results_file)
         if path.suffix == '.json':
             write_atomic(path, json.dumps(without_nan(results), indent=1) + '\n')
         else:
             write_atomic(path, spreadsheet_csv(results_table(results), index=False))
         lines.append(f'metrics: {path}')
     if settings.confusion is not None:
-        folder = Path(settings.confusion or checkpoint.path.parent)
+        folder = local_path(settings.confusion or checkpoint.path.parent)
         stems = confusion_stems(checkpoint.label_space.names)
         for stem, labels in zip(stems, checkpoint.label_space.heads, strict=True):
             target, measured = predictions[labels.name]

@@ -16,6 +16,7 @@ from timm_multilabel.labels import LabelSpace
 from timm_multilabel.lora import check_peft
 from timm_multilabel.metric_names import earlier_name, of_head
 from timm_multilabel.metrics import MEANS, default_metric
+from timm_multilabel.stores import is_address
 from timm_multilabel.task import resolve_head_weights
 
 _OF_PSEUDO_LABELS = (
@@ -170,7 +171,8 @@ def _check_idle(settings: TrainSettings, pool: bool, given: Collection[str]) -> 
         and 'there is one view an image',
         'condition_projector': not settings.objective.simclr_loss_weight and 'there is no SimCLR',
         'cache_dir': settings.data.cache != 'disk' and (
-            not settings.teaching.teacher or settings.teaching.teacher_views) and 'there is no --cache disk',
+            not settings.teaching.teacher or settings.teaching.teacher_views)
+        and not any(map(is_address, (settings.run.output, settings.run.resume))) and 'there is no --cache disk',
         **dict.fromkeys(('teacher_weight', 'teacher_temperature', 'teacher_views'),
                         not settings.teaching.teacher and 'there is no --teacher'),
         **dict.fromkeys(('teacher_features_path', 'teacher_features_weight'),

@@ -34,6 +34,7 @@ from timm_multilabel.errors import DataError, SettingError, listed
 from timm_multilabel.heads import Head, load_registry
 from timm_multilabel.labels import LabelSet, LabelSpace, TagSet
 from timm_multilabel.log import Say
+from timm_multilabel.places import path_of
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def read_data(settings: TrainSettings, say: Say) -> Data:
     Raises:
         DataError: Something is missing, cannot be read, or is too small for its batches.
     """
-    folder = Path(settings.data.data_dir)
+    folder = path_of(settings.data.data_dir)
     check_folder(folder)
     registry = load_registry(settings.data.head_module)
     dialect = head_options.dialect(settings.data)

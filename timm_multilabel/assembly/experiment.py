@@ -30,6 +30,7 @@ from timm_multilabel.errors import UserError, escaped, one_line, shortened
 from timm_multilabel.escaping import spreadsheet_text_back
 from timm_multilabel.files import read_json, reading, write_atomic
 from timm_multilabel.log import say
+from timm_multilabel.places import path_of
 from timm_multilabel.progress import OFF_TERMINAL
 from timm_multilabel.reports.experiments import (
     IMAGES,
@@ -82,7 +83,7 @@ def write_recipe(run: GridRun, output: Path) -> None:
 def record_of(run: GridRun, settings: GridSettings) -> dict[str, Any]:
     """What a run is of, as JSON has it: two runs of one name with different ones are not the same."""
     made = {'flags': run.recipe, 'start': run.start and run.start.recipe, 'command line': settings.flags,
-            'data': os.path.realpath(settings.named_data_dir)}
+            'data': str(path_of(settings.named_data_dir).resolve())}
     record: dict[str, Any] = json.loads(json.dumps(made, default=str))
     return record
 
@@ -132,8 +133,8 @@ def check_runs(
             options = TrainSettings.settings()[name].options
             word = next((word for word in settings.flags if word.partition('=')[0] in options), options[-1])
             raise UserError(f"--flags {word}: set by the grid itself; leave it out, or change grid.yaml")
-    if settings.split != 'val' and find_split(Path(data_dir), settings.split) is None:
-        raise no_split(Path(data_dir), settings.split)
+    if settings.split != 'val' and find_split(path_of(data_dir), settings.split) is None:
+        raise no_split(path_of(data_dir), settings.split)
     for run in grid.runs:
         record = read_record(run, output)
         if record and record['run'] != record_of(run, settings):
@@ -223,7 +224,7 @@ def collect(
         of_run = flags[run.name].data
         split = of_run.val_split if settings.split == 'val' else settings.split
         answers.append(RunPredictions.of(stored_predictions(
-            output / run.name, split, Path(settings.named_data_dir), device, 0, lambda line: None,
+            output / run.name, split, path_of(settings.named_data_dir), device, 0, lambda line: None,
             head_module=of_run.head_module)))
     answers = share(answers, [run.name for run in runs], settings.split, say)
     metrics, described = run_metrics(answers), describe_metrics(answers)

@@ -16,6 +16,7 @@ from timm_multilabel.labels import LabelSet, LabelSpace
 from timm_multilabel.loading.batches import EvalBatches
 from timm_multilabel.log import Say
 from timm_multilabel.model import MultiLabelModel
+from timm_multilabel.places import path_of
 from timm_multilabel.training.checkpoint import Checkpoint
 from timm_multilabel.training.progress_bar import ProgressBar
 from timm_multilabel.training.trainer import Precision
@@ -34,7 +35,7 @@ def with_heads_of_data(
     Raises:
         UserError: The table cannot be read, or no column has a label.
     """
-    stored = replace(read_stored(Path(settings.data_dir)), label_space=None)
+    stored = replace(read_stored(path_of(settings.data_dir)), label_space=None)
     splits = splits_of_checkpoint(stored, None, checkpoint, say, settings)
     table = splits.read(train_split)
     heads, left_out = [], []

@@ -19,6 +19,7 @@ from timm_multilabel.errors import SettingError
 from timm_multilabel.labels import missing_row
 from timm_multilabel.loading.batches import BadImages, EvalBatches, ImageDataset, LeavesOutBad, TrainBatches
 from timm_multilabel.loading.cache import CachedPhotos, open_cache
+from timm_multilabel.loading.copies import with_copies
 from timm_multilabel.loading.device import DeviceDataset, DeviceEvalLoader, DeviceTrainLoader, fits
 from timm_multilabel.loading.loaders import MixedBatches, WatchedLoader, create_eval_loader, create_train_loader
 from timm_multilabel.loading.shared import format_size
@@ -189,11 +190,13 @@ class _Photos:
 
     def open(self, rows: Rows, views: PhotoViews, kind: str | None) -> Photos:
         """The photos of rows."""
-        files = FilePhotos(rows)
+        files, folder = FilePhotos(rows), Path(self.settings.cache_dir).expanduser()
+        if kind == 'disk':
+            files = with_copies(files, folder / 'copies', self.settings.skip_bad_images, self.say)
         if kind is None:
             return files
         return open_cache(
-            kind, files, views, folder=Path(self.settings.cache_dir).expanduser(), workers=self.workers,
+            kind, files, views, folder=folder, workers=self.workers,
             skip_bad=self.settings.skip_bad_images, say=self.say, flag=self.settings.cache)
 
     def datasets(

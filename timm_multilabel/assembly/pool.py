@@ -1,7 +1,6 @@
 """The unlabelled images of a run: rows without a label, and what `--unlabelled` names."""
 from collections.abc import Iterable
 from glob import escape
-from pathlib import Path
 
 from timm_multilabel.assembly.device import loader_workers
 from timm_multilabel.assembly.pool_shards import scored_images, stream_of, without_images_of
@@ -17,6 +16,8 @@ from timm_multilabel.distributed import world
 from timm_multilabel.errors import DataError
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.log import Say
+from timm_multilabel.places import path_of
+from timm_multilabel.stores import is_address
 
 _TIMES_LABELLED = 7  # FixMatch's ratio of unlabelled to labelled images
 
@@ -142,15 +143,15 @@ def find_unlabelled(settings: TrainSettings, label_space: LabelSpace, say: Say) 
     """
     data, source = settings.data, settings.pool.unlabelled
     assert source is not None  # else nobody asks
-    folder, written = Path(data.data_dir), TableFormat.of(data)
+    folder, written = path_of(data.data_dir), TableFormat.of(data)
     split = find_split(folder, source, written)
     if isinstance(split, Shards):
         return split
     if split is not None and not split.is_dir():
         return rows_of_table(read_split_table(data, split), label_space)
-    for place in (Path(source), folder / source):
+    for place in (path_of(source), folder / source):
         if place.is_dir():
-            inside = escape(str(place.absolute()))
+            inside = str(place) if is_address(place) else escape(str(place.absolute()))
             found = [find_shards(folder, f'{inside}/*{ending}', written.image_column, written.missing_value)
                      for ending in ('.tar', '.parquet')]
             return found[0] or found[1] or rows_of_folder(place, label_space, say)

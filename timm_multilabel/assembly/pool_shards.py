@@ -2,7 +2,6 @@
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -27,6 +26,7 @@ from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import DataError, UserError
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.log import Say
+from timm_multilabel.places import path_of
 from timm_multilabel.progress import OFF_TERMINAL
 
 T = TypeVar('T')
@@ -82,10 +82,10 @@ def _without_splits(settings: TrainSettings, shards: Shards) -> Shards:
     """Shards without the files of splits; val and test may be asked for by name."""
     data, mine, taken = settings.data, files_of_split(shards), set()
     for name in (data.train_split, data.val_split, 'test'):
-        split = find_split(Path(data.data_dir), name, TableFormat.of(data))
+        split = find_split(path_of(data.data_dir), name, TableFormat.of(data))
         if isinstance(split, Shards) and (name == data.train_split or files_of_split(split) != mine):
             taken |= files_of_split(split)
-    left = tuple(file for file in shards.files if Path(file).resolve() not in taken)
+    left = tuple(file for file in shards.files if path_of(file).resolve() not in taken)
     if not left:
         raise DataError(
             f'--unlabelled {settings.pool.unlabelled}: all of these shards are of the training, val or test split; '
@@ -104,7 +104,7 @@ def scored_images(settings: TrainSettings, pool: Shards | None, say: Say) -> tup
     Returns:
         Files, and shards that hold others.
     """
-    data, folder = settings.data, Path(settings.data.data_dir)
+    data, folder = settings.data, path_of(settings.data.data_dir)
     asked_for = [split_path(folder, name).resolve() for name in (data.train_split, settings.pool.unlabelled) if name]
     mine = files_of_split(pool) if pool is not None else None
     files: set[str] = set()

@@ -15,10 +15,11 @@ from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import DataError, SettingError
 from timm_multilabel.labels import missing_row
 from timm_multilabel.loading.batches import BadImages
+from timm_multilabel.loading.cache import stamps_of
 from timm_multilabel.loading.shared import format_size, free_memory
 from timm_multilabel.log import say
 from timm_multilabel.model_names import JOIN
-from timm_multilabel.probing.features import Embedder, stamps_of
+from timm_multilabel.probing.features import Embedder
 from timm_multilabel.probing.fit import Labelled
 from timm_multilabel.training.progress_bar import ProgressBar
 
@@ -80,7 +81,7 @@ class SplitFeatures:
 
     def lacking(self) -> np.ndarray:
         """Which features (backbones, R) of the chosen rows are not there."""
-        stamps = stamps_of(self.rows.take(self.chosen))
+        stamps = stamps_of(self.rows.images[self.chosen])
         return np.stack([file.missing(self.chosen, stamps) for file in self.files])
 
     def compute(self, settings: ProbeSettings, stand_in: torch.Tensor | None) -> None:

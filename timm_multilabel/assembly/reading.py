@@ -13,6 +13,7 @@ from timm_multilabel.heads import load_registry
 from timm_multilabel.inference.loaded import LoadedModel
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.log import say
+from timm_multilabel.places import path_of
 from timm_multilabel.training.checkpoint import Checkpoint
 
 
@@ -97,7 +98,7 @@ def new_file(name: str, flag: str, suffixes: tuple[str, ...], force: bool, inste
     Raises:
         UserError: It has another ending, is there already, or is a folder.
     """
-    path = Path(name)
+    path = path_of(name)
     if path.suffix not in suffixes:
         raise UserError(f'{flag} {path}: name a file that ends in {" or ".join(suffixes)}{instead}')
     if path.is_dir():

@@ -20,6 +20,7 @@ from timm_multilabel.heads import load_registry
 from timm_multilabel.inference.predictions import Predictions, check_size, predict_rows
 from timm_multilabel.loading.batches import BadImages, ImageDataset
 from timm_multilabel.log import Say
+from timm_multilabel.places import Address, absolute, entry_of, path_of
 from timm_multilabel.training.checkpoint import Checkpoint, load_model, read_checkpoint
 from timm_multilabel.training.progress_bar import ProgressBar
 
@@ -79,14 +80,14 @@ def stored_predictions(
         CheckpointError: The folder is no run, it has no checkpoint yet, or the split cannot be read.
     """
     settings = last_phase(read_run_settings(run, head_module))
-    folder = Path(data_dir or settings.data.data_dir)
+    folder = path_of(data_dir or settings.data.data_dir)
     model_file = checkpoint or best_checkpoint(run)
     kept, table = predictions_path(run, split), split_path(folder, split)
     now = made_from(model_file, table)  # before they are read, so that what changes meanwhile shows next time
     if checkpoint is None and kept.is_file():
         found = Predictions.load(kept)
         stale = found.own_metrics is None and settings.data.head_module  # it may hold probabilities that no head has
-        places = [f'{os.path.realpath(place)} ' for place in places_of_split(folder, split)]
+        places = [f'{absolute(path.resolve())} ' for path in places_of_split(folder, split)]
         table_is_gone = not table.exists() and found.made_from[0] == now[0] and (
             found.made_from[1].startswith(tuple(places)))
         if not stale and (found.made_from == now or table_is_gone):
@@ -102,14 +103,21 @@ def stored_predictions(
 
 def made_from(checkpoint: Path, table: Path) -> tuple[str, str]:
     """What tells a checkpoint, wherever it lies, and a table: length and time, and of the table its real path."""
-    state, path = checkpoint.stat(), os.path.realpath(table)
+    if isinstance(checkpoint, Address):
+        of_checkpoint = '{} {}'.format(*entry_of(str(checkpoint)))
+    else:
+        state = checkpoint.stat()
+        of_checkpoint = f'{state.st_size} {state.st_mtime_ns}'
+    path = str(table.resolve())
+    if isinstance(table, Address):
+        return of_checkpoint, f'{path} {entry_of(path).stamp}'
     if table.is_dir():  # class folders: what is added to one or taken away gives it another time
         newest = max(os.stat(folder).st_mtime_ns for folder, _ in walk(table, Counter()))
-        return f'{state.st_size} {state.st_mtime_ns}', f'{path} {newest}'
+        return of_checkpoint, f'{path} {newest}'
     if not table.is_file():
-        return f'{state.st_size} {state.st_mtime_ns}', path
+        return of_checkpoint, path
     of_table = table.stat()
-    return f'{state.st_size} {state.st_mtime_ns}', f'{path} {of_table.st_size} {of_table.st_mtime_ns}'
+    return of_checkpoint, f'{path} {of_table.st_size} {of_table.st_mtime_ns}'
 
 
 def _predict(

@@ -27,15 +27,17 @@ from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.data.table import Rows, find_images, missing_targets
 from timm_multilabel.distributed import all_objects, ranks_here, world
 from timm_multilabel.errors import CheckpointError, SettingError, UserError, listed
+from timm_multilabel.files import open_regular
 from timm_multilabel.heads import Head
 from timm_multilabel.inference.loaded import LoadedModel
 from timm_multilabel.inference.teachers import Adapter, FeatureTeacher, Teachers
 from timm_multilabel.labels import Labels, LabelSpace, Quantity
-from timm_multilabel.loading.cache import stamp_of
+from timm_multilabel.loading.cache import stamps_of
 from timm_multilabel.loading.shared import SharedBytes, format_size
 from timm_multilabel.loading.soft_labels import Answers, SoftLabels
 from timm_multilabel.log import Say
 from timm_multilabel.model import create_backbone
+from timm_multilabel.places import absolute, path_of
 from timm_multilabel.task import FeatureTeaching
 from timm_multilabel.temporary import RANDOM_NAME, remove_leftovers
 from timm_multilabel.training.checkpoint import Checkpoint, read_checkpoint
@@ -79,7 +81,7 @@ def find_teachers(
         if name in earlier and name not in made:
             found.append(Teacher(name, earlier[name], None))
             continue
-        if name not in earlier and not Path(name).exists():
+        if name not in earlier and not path_of(name).exists():
             phases = f', nor an earlier phase (there are: {listed(earlier)})' if earlier else ''
             raise CheckpointError(f'--teacher {name}: no such checkpoint{phases}')
         checkpoint = read_checkpoint(made.get(name, name))
@@ -219,13 +221,13 @@ def _scored_images(settings: TrainSettings, data: Data, path: Path) -> str | Non
     if world()[0] or not isinstance(data.eval_rows, Rows):
         return None
     run = next((folder for folder in path.absolute().parents[:2] if (folder / 'args.yaml').is_file()), None)
-    ours = split_path(Path(settings.data.data_dir), settings.data.train_split)
+    ours = split_path(path_of(settings.data.data_dir), settings.data.train_split)
     trained: set[str] = set()
     with suppress(UserError):  # its data may be elsewhere by now
         theirs = read_run_settings(run, settings.data.head_module) if run is not None else None
         phases = [] if theirs is None else [phase.settings for phase in theirs.phases] or [theirs]
         for each in phases:
-            table = split_path(Path(each.data.data_dir), each.data.train_split)
+            table = split_path(path_of(each.data.data_dir), each.data.train_split)
             if table.exists() and table.resolve() != ours.resolve():
                 trained.update(real_paths(find_images(read_split_table(each.data, table), passing_over=True)))
     both = trained.intersection(real_paths(data.eval_rows.images)) if trained else ()
@@ -301,7 +303,7 @@ def _shared_answers(settings: TrainSettings, rows: Rows, teachers: Teachers, say
 
 
 def _fill(settings: TrainSettings, rows: Rows, teachers: Teachers, out: np.ndarray, place: int, places: int) -> None:
-    """Write the answers for every `places`-th row from `place` on into `out` (M, S)."""
+    """Write the answers for every `places`-th row from `path_of` on into `out` (M, S)."""
     mine = np.arange(len(rows)) % places == place
     asked = settings.run.validation_batch_size or settings.run.micro_batch or settings.run.batch_size
     size = min(each.checkpoint.batch_size(asked) for each in teachers.loaded)
@@ -328,15 +330,16 @@ def _key(settings: TrainSettings, rows: Rows, teachers: Teachers) -> str:
     files = [each.checkpoint.path for each in teachers.loaded]
     for file in [*files, *([Path(settings.data.head_module)] if settings.data.head_module else [])]:
         digest.update(_digest(file))
-    for image in real_paths(rows.images):
-        digest.update(os.fsencode(os.path.abspath(image)) + repr(stamp_of(image)).encode())
+    images = real_paths(rows.images)
+    for image, stamp in zip(images, stamps_of(images).tolist()):
+        digest.update(os.fsencode(absolute(image)) + repr(tuple(stamp)).encode())
     return digest.hexdigest()[:16]
 
 
 def _digest(path: Path) -> bytes:
     """That of a file's content."""
     digest = hashlib.sha256()
-    with open(path, 'rb') as file:
+    with open_regular(path) as file:
         while part := file.read(2 ** 24):
             digest.update(part)
     return digest.digest()

@@ -414,13 +414,17 @@ class SplitSettings(Settings):
 
 @dataclass(frozen=True)
 class ConvertSettings(Settings):
-    """Write the tables of a data directory for a data set of CelebA, COCO or Label Studio; images are not copied."""
-    HELP = 'turn CelebA, COCO or Label Studio data into tables'
+    """Write the tables of a data directory for a data set of CelebA, COCO, Label Studio or Hugging Face.
+
+    Images stay where they are; those of Hugging Face, which lie in tables, are written as files.
+    """
+    HELP = 'turn CelebA, COCO, Label Studio or Hugging Face data into tables'
     EXAMPLE = 'coco my-photos'
     PAGE = 'how-to/convert.md'
 
     source: str = required(
-        'folder of CelebA or COCO, or a JSON file of COCO or Label Studio', positional=True, metavar='SOURCE')
+        'folder of CelebA, COCO or Hugging Face, a JSON file of COCO or Label Studio, or hf://USER/SET',
+        positional=True, metavar='SOURCE')
     directory: str = required('data directory to write', positional=True, metavar='DIR')
     image_root: str | None = setting(
         None, 'folder that the images are under (default: looked up from SOURCE)', metavar='DIR')

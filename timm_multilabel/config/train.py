@@ -27,7 +27,8 @@ side = number(int, least=1, most=LARGEST_SIDE)
 class DataSettings(Settings):
     """Where images and labels come from."""
     data_dir: str = required(
-        'data directory with train.csv, val.csv and optionally all.csv', positional=True, metavar='DIR')
+        'data directory with train.csv, val.csv and optionally all.csv, or its address (s3://...)', positional=True,
+        metavar='DIR')
     image_column: str = shared.image_column('column with the image paths', 'image_path')
     image_root: str | None = shared.image_root()
     class_head: str = shared.class_head()
@@ -55,11 +56,13 @@ class DataSettings(Settings):
         'skip and report images that cannot be decoded (otherwise the first one stops the run)')
     cache: str | None = setting(
         None,
-        'cache decoded images, if they fit: in RAM or on disk, shared by all processes of a machine; or on the device, '
-        'which then also makes the views',
+        'cache decoded images, if they fit: in RAM or on disk (with a local copy of remote images), shared by all '
+        'processes of a machine; or on the device, which then also makes the views',
         choices=('ram', 'disk', 'device'))
     cache_dir: str = setting(
-        '~/.cache/timm-multilabel', 'folder for --cache disk and for the predictions of --teacher', metavar='DIR')
+        '~/.cache/timm-multilabel',
+        'folder for --cache disk, for the predictions of --teacher, and for run folders whose --output is an address',
+        metavar='DIR')
     workers: int = shared.workers('data loader workers per GPU')
 
 
@@ -340,7 +343,7 @@ class RunSettings(Settings):
     amp_dtype: str | None = setting(
         None, 'data type for --amp (default: float16 on CUDA, bfloat16 elsewhere)', choices=('float16', 'bfloat16'))
     seed: int = setting(42, 'random seed, for repeatable runs', number(int, least=0, most=2 ** 31), metavar='N')
-    output: str = setting('output/train', 'parent folder of run folders', metavar='DIR')
+    output: str = setting('output/train', 'parent folder of run folders, or its address (s3://...)', metavar='DIR')
     experiment: str | None = setting(None, 'name of the run folder (default: time-model-size)', metavar='NAME')
     resume: str | None = setting(
         None,

@@ -2,40 +2,16 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from timm_multilabel.converters import FORMS
-from timm_multilabel.converters.form import Form, Row
-from timm_multilabel.data.table_files import ENDINGS
+from timm_multilabel.converters.form import Converted, Form, Row, check_outputs
+from timm_multilabel.converters.huggingface import NEEDS
 from timm_multilabel.errors import DataError, escaped, is_utf8, listed
 from timm_multilabel.files import write_atomic
 
 _EXAMPLES = 3  # images named in a message
-_TABLES = ('train', 'val', 'test', 'all', 'table', 'unlabelled')
-
-
-@dataclass(frozen=True)
-class Converted:
-    """What became of a data set.
-
-    Args:
-        form: What it was, such as COCO.
-        folder: The data directory.
-        rows: The rows of each table, by the name of its split.
-        missing: Images that are not on disk, whose rows were left out.
-        skipped: Files of the data set of whose images none is there.
-        tags: The heads whose labels are lists of tags.
-        heads: All heads.
-    """
-    form: str
-    folder: Path
-    rows: Mapping[str, int]
-    missing: int
-    skipped: Sequence[str]
-    tags: Sequence[str]
-    heads: Sequence[str]
 
 
 def convert_data(source: Path, folder: Path, image_root: Path | None, force: bool) -> Converted:
@@ -54,14 +30,7 @@ def convert_data(source: Path, folder: Path, image_root: Path | None, force: boo
     if not source.exists():
         raise DataError(f'{source}: no such file or folder')
     form, files = _form_of(source)
-    outputs = {split: folder / f'{split}.jsonl' for split in files}
-    others = [path for name in _TABLES for ending in ENDINGS
-              if (path := folder / f'{name}{ending}').exists() and path not in outputs.values()]
-    if others:
-        raise DataError(f'{", ".join(map(str, others))}: already there, and would be read too; choose another folder')
-    taken = [str(path) for path in outputs.values() if path.exists()]
-    if taken and not force:
-        raise DataError(f'{", ".join(taken)}: already there; overwrite with --force or choose another folder')
+    outputs = check_outputs(folder, files, force)
     texts, rows, missing = {}, {}, 0
     without: list[DataError] = []
     heads: dict[str, bool] = {}  # whether its labels are tags
@@ -91,7 +60,7 @@ def _form_of(source: Path) -> tuple[Form, Mapping[str, Path]]:
     for form in FORMS:
         if files := form.find(source):
             return form, files
-    known = '; '.join(f'{form.name} ({form.needs})' for form in FORMS)
+    known = '; '.join([*(f'{form.name} ({form.needs})' for form in FORMS), f'Hugging Face ({NEEDS})'])
     raise DataError(f'{source}: of no form that is known: {known}. A CSV and class folders need no converting: see '
                     'timm-multilabel split --help')
 

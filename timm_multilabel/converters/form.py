@@ -1,11 +1,11 @@
 """What a form of another program's data is."""
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timm_multilabel.data.table_files import read_text_of
+from timm_multilabel.data.table_files import ENDINGS, read_text_of
 from timm_multilabel.errors import DataError
 
 Row = Mapping[str, Any]
@@ -29,6 +29,48 @@ class Form:
     find: Callable[[Path], Mapping[str, Path]]
     read: Callable[[Path, str, Path], Iterator[Row]]
     folders: Callable[[Path], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What became of a data set.
+
+    Args:
+        form: What it was, such as COCO.
+        folder: The data directory.
+        rows: The rows of each table, by the name of its split.
+        missing: Images that are not on disk, whose rows were left out.
+        skipped: Files of the data set of whose images none is there.
+        tags: The heads whose labels are lists of tags.
+        heads: All heads.
+    """
+    form: str
+    folder: Path
+    rows: Mapping[str, int]
+    missing: int
+    skipped: Sequence[str]
+    tags: Sequence[str]
+    heads: Sequence[str]
+
+
+_TABLES = ('train', 'val', 'test', 'all', 'table', 'unlabelled')
+
+
+def check_outputs(folder: Path, splits: Iterable[str], force: bool) -> dict[str, Path]:
+    """The tables to write, by the names of their splits.
+
+    Raises:
+        DataError: One is there and may not be overwritten, or another table is there that would be read too.
+    """
+    outputs = {split: folder / f'{split}.jsonl' for split in splits}
+    others = [path for name in _TABLES for ending in ENDINGS
+              if (path := folder / f'{name}{ending}').exists() and path not in outputs.values()]
+    if others:
+        raise DataError(f'{", ".join(map(str, others))}: already there, and would be read too; choose another folder')
+    taken = [str(path) for path in outputs.values() if path.exists()]
+    if taken and not force:
+        raise DataError(f'{", ".join(taken)}: already there; overwrite with --force or choose another folder')
+    return outputs
 
 
 def json_of(path: Path) -> Any:

@@ -17,6 +17,8 @@ from timm_multilabel.data.table_files import ENDINGS as ENDINGS_OF_TABLES
 from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import DataError
 from timm_multilabel.labels import LabelSpace
+from timm_multilabel.places import path_of
+from timm_multilabel.stores import WEB, is_address
 
 Found = tuple[Sequence[str], np.ndarray]
 """Image paths, and the number of each in what names it, or 0: in an array, since there may be millions."""
@@ -72,6 +74,8 @@ def _expand(
     """What one word names, and what messages call it."""
     if argument == '-':
         return Path('standard input'), _of_lines(sys.stdin.buffer if stdin is None else stdin)
+    if is_address(argument):
+        return _expand_address(argument, written, say)
     if os.path.isdir(argument):
         return Path(argument), _without_numbers(images_of_folder(argument, say))
     if argument.lower().endswith(ENDINGS_OF_TABLES):
@@ -85,6 +89,21 @@ def _expand(
 
 def _without_numbers(images: Sequence[str]) -> Found:
     return images, np.zeros(len(images), np.int64)
+
+
+def _expand_address(argument: str, written: TableFormat, say: Callable[[str], None]) -> tuple[Path, Found]:
+    """What an address names; only the last part of a pattern has wildcards."""
+    path = path_of(argument)
+    if argument.lower().endswith(ENDINGS_OF_TABLES):
+        return path, _of_table(argument, written)
+    if glob.has_magic(path.name) and not argument.startswith(WEB):
+        images = sorted(map(str, path.parent.glob(path.name)))
+        if not images:
+            raise DataError(f'{argument}: no file matches; correct the pattern')
+        return path, _without_numbers(images)
+    if path.suffix.lower() in ENDINGS or not path.is_dir():
+        return Path('the command line'), _without_numbers([argument])
+    return path, _without_numbers(images_of_folder(str(path), say))
 
 
 def _of_lines(stream: BinaryIO) -> Found:

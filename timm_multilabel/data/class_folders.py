@@ -6,10 +6,13 @@ import pandas as pd
 
 from timm_multilabel.data.folders import images_of_folder
 from timm_multilabel.errors import DataError, escaped, is_utf8
+from timm_multilabel.places import Address, folders_in
 
 
 def has_class_folders(folder: Path) -> bool:
     """Whether a folder has folders in it, as one of classes does."""
+    if isinstance(folder, Address):
+        return any(not name.startswith('.') for name in folders_in(str(folder)))
     try:
         with os.scandir(folder) as entries:
             return any(entry.is_dir() and not entry.name.startswith('.') for entry in entries)
@@ -35,7 +38,8 @@ def read_class_folders(folder: Path, image_column: str, head: str) -> pd.DataFra
     """
     if head == image_column:
         raise DataError(f'--class-head {head}: the column of the images is called so; choose another name')
-    paths = [os.path.relpath(path, folder) for path in images_of_folder(folder, lambda line: None)]
+    start = os.path.join(folder, '')
+    paths = [path.removeprefix(start) for path in images_of_folder(folder, lambda line: None)]
     classes = [path.partition(os.sep)[0] if os.sep in path else '' for path in paths]
     without = [path for path, name in zip(paths, classes) if not name]
     if without:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from timm_multilabel.data.image_names import ENDINGS
 from timm_multilabel.errors import DataError, listed
+from timm_multilabel.places import files_below
+from timm_multilabel.stores import is_address
 
 _HIDDEN, _LINKED = 'hidden files and folders', 'links to folders already taken'
 _UNREADABLE, _BARE = 'folders that cannot be read', 'files without an ending'
@@ -38,7 +40,7 @@ def _find(folder: str | Path) -> tuple[list[str], Counter[str]]:
     """The images, and how many files and folders were passed over by their kind."""
     images: list[str] = []
     passed: Counter[str] = Counter()
-    for parent, names in walk(folder, passed):
+    for parent, names in _remote(str(folder), passed) if is_address(folder) else walk(folder, passed):
         for name in names:
             ending = os.path.splitext(name)[1].lower()
             if ending in ENDINGS:
@@ -46,6 +48,16 @@ def _find(folder: str | Path) -> tuple[list[str], Counter[str]]:
             else:
                 passed[ending or _BARE] += 1
     return sorted(images), passed
+
+
+def _remote(folder: str, passed: Counter[str]) -> Iterator[tuple[str, list[str]]]:
+    """The objects below an address, each with its folder, as `walk` gives them; nothing hidden."""
+    for path in files_below(folder):
+        if '/.' in path.removeprefix(folder):
+            passed[_HIDDEN] += 1
+        else:
+            parent, _, name = path.rpartition('/')
+            yield parent, [name]
 
 
 def walk(folder: str | Path, passed: Counter[str]) -> Iterator[tuple[str, list[str]]]:

@@ -1,7 +1,9 @@
 """Image file -> photo: its size from the header, its pixels as upright RGB, at a reduced scale where that will do."""
+import errno
 import os
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from io import BytesIO
 from typing import BinaryIO, Protocol
 
@@ -14,6 +16,7 @@ from timm_multilabel.data.image_names import FORMATS
 from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import DataError, UserError
 from timm_multilabel.files import open_regular
+from timm_multilabel.stores import is_address, read_bytes
 
 MAX_PIXELS = 178_956_970
 """Pixels of an image at most, a gigabyte at 16 bits a color; also what Pillow refuses by itself."""
@@ -192,39 +195,65 @@ def _orientation(image: Image.Image) -> int:
     return orientation if isinstance(orientation, int) and orientation in _TURNS else 1
 
 
-def read_photo(path: str, where: str) -> EncodedPhoto:
+def read_photo(path: str, where: str, file: str | None = None) -> EncodedPhoto:
     """Read an image file, not yet decoded.
 
     Args:
-        path: The image file.
+        path: The image file, or its address.
         where: Where the file is named ("train.csv row 7"), for the message.
+        file: A copy of it to read.
 
     Raises:
         DataError: It cannot be read, or its header cannot.
     """
     try:
-        with open_regular(path) as file:
-            if os.fstat(file.fileno()).st_size > MAX_BYTES:
-                raise DataError(f'{path} ({where}): cannot be read as an image, of more than {MAX_BYTES:,} bytes; '
-                                'replace it or leave it out')
-            data = file.read()
+        data = read_image(file or path)
     except OSError as error:
         raise DataError(
             f'{path} ({where}): cannot be read ({error.strerror}); fix that or leave it out') from error
     return EncodedPhoto(data, f'{path} ({where})')
 
 
-class FilePhotos:
-    """The photos of rows, each read from its file when asked for."""
+def read_image(path: str) -> bytes:
+    """The bytes of an image file, of this machine or at an address.
 
-    def __init__(self, rows: Rows):
+    Raises:
+        OSError: It cannot be read, or has more than `MAX_BYTES`.
+    """
+    if is_address(path):
+        data = read_bytes(path, MAX_BYTES)  # in one request
+        large = len(data) > MAX_BYTES
+    else:
+        with open_regular(path) as file:
+            large = os.fstat(file.fileno()).st_size > MAX_BYTES
+            data = b'' if large else file.read()
+    if large:
+        raise OSError(errno.EFBIG, f'more than {MAX_BYTES:,} bytes, which is no image')
+    return data
+
+
+class FilePhotos:
+    """The photos of rows, each read from its file when asked for.
+
+    Args:
+        rows: They name the image files.
+        paths: Where the files are read (N,), such as copies of what addresses name; as rows name them when None.
+    """
+
+    def __init__(self, rows: Rows, paths: Sequence[str] | np.ndarray | None = None):
         self.rows = rows
+        self.paths = rows.images if paths is None else paths
+
+    @cached_property
+    def are_remote(self) -> bool:
+        """Whether some are read from addresses."""
+        return any(map(is_address, self.paths))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Photo:
-        return read_photo(str(self.rows.images[index]), self.rows.where(index))
+        return read_photo(str(self.rows.images[index]), self.rows.where(index), str(self.paths[index]))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -10,6 +10,7 @@ from timm_multilabel.data.folders import images_of_folder
 from timm_multilabel.data.table import Rows, Table, find_images, missing_targets
 from timm_multilabel.errors import DataError
 from timm_multilabel.labels import LabelSpace
+from timm_multilabel.stores import is_address
 
 
 def rows_of_table(table: Table, label_space: LabelSpace) -> Rows:
@@ -40,7 +41,7 @@ def rows_of_folder(
     """
     images = images_of_folder(folder, say)
     for image in images:
-        if not os.path.isfile(image):
+        if not is_address(image) and not os.path.isfile(image):
             raise DataError(f'{image}: is no file (a link that leads nowhere, perhaps); fix or remove it')
     return Rows(
         images=np.array(images),
@@ -101,6 +102,9 @@ def real_paths(images: Iterable[str]) -> list[str]:
     folders: dict[str, str] = {}
     found = []
     for path in images:
+        if is_address(path):
+            found.append(path)
+            continue
         folder, name = os.path.split(path)
         if folder not in folders:
             folders[folder] = os.path.realpath(folder)

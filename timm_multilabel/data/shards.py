@@ -3,7 +3,6 @@
 The files are opened here, never by those libraries, which would take a path such as `pipe:...` for a command.
 """
 import json
-import os
 import random
 import re
 import sys
@@ -21,7 +20,8 @@ from timm_multilabel.data.images import MAX_BYTES
 from timm_multilabel.data.optional import find_library
 from timm_multilabel.data.parquet import class_name, columns_of, open_parquet, rows_of
 from timm_multilabel.errors import DataError, escaped, listed, shortened
-from timm_multilabel.files import open_regular
+from timm_multilabel.files import open_regular, size_of
+from timm_multilabel.places import Address, path_of
 
 BUFFER = 1000
 """Samples among which the next one is drawn, in each loader process."""
@@ -159,25 +159,36 @@ def find_shards(folder: Path, name: str, image_column: str, missing_value: str |
         image_column: Of Parquet files, see `Shards`.
         missing_value: A further text that means a missing label, see `Shards`.
     """
-    place = Path(escape(str(folder)))
     for ending in ('.tar', '.parquet'):
         if name.endswith(ending):
-            patterns = [place / name, Path(name)]
+            patterns = [_escaped(folder) / name, path_of(name)]
         else:
             # A number follows, so that train-small-000000.tar is no shard of train.
-            patterns = [place / f'{name}{rest}{ending}' for rest in ('-[0-9]*', '/*', '')]
+            patterns = [_escaped(folder) / f'{name}{rest}{ending}' for rest in ('-[0-9]*', '/*', '')]
         for pattern in patterns:
             # A file of just this name comes first, so that one that is called a[1].tar can be named.
-            files = [str(Path(name))] if pattern == Path(name) and pattern.is_file() else sorted(glob(str(pattern)))
+            files = [str(path_of(name))] if pattern == path_of(name) and pattern.is_file() else _matches(pattern)
             if files:
-                shown = Path(files[0]).with_name(pattern.name.replace('-[0-9]*', '-*'))
+                shown = path_of(files[0]).with_name(pattern.name.replace('-[0-9]*', '-*'))
                 return Shards(shown, tuple(files), image_column, missing_value)
     return None
 
 
+def _escaped(folder: Path) -> Path:
+    """A folder as part of a pattern."""
+    return folder if isinstance(folder, Address) else Path(escape(str(folder)))  # of the former only names are matched
+
+
+def _matches(pattern: Path) -> list[str]:
+    if isinstance(pattern, Address):
+        return sorted(map(str, pattern.parent.glob(pattern.name)))
+    return sorted(glob(str(pattern)))
+
+
 def _most_in_tar(path: str) -> int:
     try:
-        return os.stat(path).st_size // tarfile.BLOCKSIZE  # a header is of one block
+        with open_regular(path) as file:
+            return size_of(file) // tarfile.BLOCKSIZE  # a header is of one block
     except OSError as error:
         raise DataError(f'{path}: cannot be read ({error.strerror})') from error
 
@@ -207,7 +218,7 @@ def _read_tars(files: Iterable[str], images: bool, seed: int | None) -> Iterator
     for path in files:
         try:
             with open_regular(path) as file:
-                first = int(_beginning(path, seed) * os.fstat(file.fileno()).st_size)
+                first = int(_beginning(path, seed) * size_of(file))
                 for places in [range(first, sys.maxsize), *([range(first)] if first else [])]:
                     file.seek(0)
                     for name, data in _members(file, images, places):
@@ -303,7 +314,7 @@ def _read_parquet(files: Sequence[str], seed: int | None, *args: Any, **kwargs: 
         with open_parquet(path) as (file, table):
             first = int(_beginning(path, seed) * table.metadata.num_rows)
             for places in [range(first, sys.maxsize), *([range(first)] if first else [])]:
-                yield from _rows(table, path, os.fstat(file.fileno()).st_size, places, *args, **kwargs)
+                yield from _rows(table, path, size_of(file), places, *args, **kwargs)
 
 
 def _rows(

@@ -7,6 +7,8 @@ from timm_multilabel.data.shards import Shards, find_shards
 from timm_multilabel.data.table_files import ENDINGS, holds_paths
 from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import DataError
+from timm_multilabel.places import Address, path_of, why_missing
+from timm_multilabel.stores import WEB
 
 _OTHER_SPLITS = ('val', 'test', 'unlabelled')
 
@@ -52,6 +54,11 @@ def find_split(
 
 def check_folder(folder: Path) -> None:
     """Raise UserError, which says how to make one, unless a data directory is there."""
+    if isinstance(folder, Address):
+        if not str(folder).startswith(WEB) and not folder.is_dir():
+            raise DataError(f'{folder}: {why_missing(folder, "folder")}; name the folder that holds train.csv, val.csv '
+                            'and the images')
+        return
     if folder.is_file():
         hint = {'.yaml': 'pass a recipe or the args.yaml of a run with -c', '.csv': _make_of(folder)}.get(
             folder.suffix.lower(), 'name the folder that holds train.csv, val.csv and the images')
@@ -62,7 +69,7 @@ def check_folder(folder: Path) -> None:
 
 def no_split(folder: Path, name: str) -> DataError:
     """The error of a split that `find_split` does not find."""
-    places = ', '.join(map(str, (folder / f'{name}.csv', folder / name, Path(name))))
+    places = ', '.join(map(str, (folder / f'{name}.csv', folder / name, path_of(name))))
     others = ', '.join(ENDINGS[1:])
     tables = sorted(path for path in folder.glob('*.csv') if path.is_file() and path.stem not in _OTHER_SPLITS)
     hint = ''
@@ -70,7 +77,8 @@ def no_split(folder: Path, name: str) -> DataError:
         hint = (f'; {_make_of(tables[0])}' if tables else
                 '; write a CSV with the path of an image and its labels in each row, and split it with: '
                 'timm-multilabel split; or split a folder that has a folder of images for each class')
-    return DataError(f'{split_path(folder, name)}: no such file; looked for {places} (or {others}), class folders and '
+    path = split_path(folder, name)
+    return DataError(f'{path}: {why_missing(path)}; looked for {places} (or {others}), class folders and '
                      f'shards of this name{hint}')
 
 
@@ -82,12 +90,12 @@ def _make_of(table: Path) -> str:
 
 def files_of_split(split: Path | Shards) -> set[Path]:
     """The real paths of a split's files."""
-    return {Path(file).resolve() for file in (split.files if isinstance(split, Shards) else [split])}
+    return {path_of(file).resolve() for file in (split.files if isinstance(split, Shards) else [split])}
 
 
 def places_of_split(folder: Path, name: str) -> list[Path]:
     """Where the table of a split may be, in order."""
-    return [*(folder / f'{name}{ending}' for ending in ENDINGS), folder / name, Path(name)]
+    return [*(folder / f'{name}{ending}' for ending in ENDINGS), folder / name, path_of(name)]
 
 
 def _class_folders(folder: Path, name: str) -> Path | None:
@@ -96,9 +104,10 @@ def _class_folders(folder: Path, name: str) -> Path | None:
     Not beside tables or shards, whose images may lie in folders that are called like the splits.
     """
     inside = folder / name
+    splits = ('train', *_OTHER_SPLITS)
     if has_class_folders(inside) and not any(
-            (folder / f'{split}{ending}').is_file() or find_shards(folder, split, '') is not None
-            for split in ('train', *_OTHER_SPLITS) for ending in ENDINGS):
+            path.is_file() for split in splits for path in folder.glob(f'{split}.*') if path.name.endswith(ENDINGS)
+    ) and all(find_shards(folder, split, '') is None for split in splits):
         return inside
-    path = Path(name)
+    path = path_of(name)
     return path if path.name != name and has_class_folders(path) else None

@@ -1,5 +1,6 @@
 """Table -> rows: image paths that exist and class indices, or one clear line about what is wrong."""
 import os
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,8 @@ from timm_multilabel.labels import (
     TagSet,
     missing_row,
 )
+from timm_multilabel.places import Address, files_there, path_of, refusal
+from timm_multilabel.stores import is_address
 
 FIX_LABELS = 'fix them, or take them as missing with --unknown-labels ignore'
 """What to advise where labels are unknown, unless told otherwise."""
@@ -114,7 +117,7 @@ def read_table(path: str | Path, written: TableFormat | None = None) -> Table:
         DataError: The file is missing, unreadable, empty, has no image column, an unnamed or a repeated column, or a
             row without an image.
     """
-    path, written = Path(path), written or TableFormat()
+    path, written = path_of(path), written or TableFormat()
     image_column = written.image_column
     if path.is_dir():
         frame = read_class_folders(path, image_column, written.class_head)
@@ -129,18 +132,26 @@ def read_table(path: str | Path, written: TableFormat | None = None) -> Table:
     without = frame.index[frame[image_column] == '']
     if len(without):
         raise DataError(f"{path} row {without[0]}: no image in column '{image_column}'; name one or remove the row")
+    _check_addresses(path, frame[image_column])
     if missing := missing_texts(written.missing_value):
         frame = frame.mask(frame.isin(missing) & (frame.columns != image_column), '')
-    root = Path(written.image_root).expanduser() if written.image_root else None
+    root = path_of(written.image_root).expanduser() if written.image_root else None
     return Table(path, frame, image_column, image_root=root)
 
 
+def _check_addresses(path: Path, images: pd.Series) -> None:
+    """Raise DataError where a cell names an image in a way that is not read, such as file:// or chained addresses."""
+    for row, text in images[images.str.contains('://', regex=False)].items():
+        if wrong := refusal(text):
+            raise DataError(f"{path} row {row}: '{shortened(text)}' is {wrong}")
+
+
 def find_images(table: Table, passing_over: bool = False) -> list[str]:
-    """Find the images of a table on disk.
+    """Find the images of a table on disk, or where its addresses lead to.
 
     A path is taken as written relative to the table's folder, to the parent of that folder, or to the working
     directory, or by its name under `images/` beside the table: the first of these under which any of the images exists
-    serves for all. Where the table has an `image_root`, it is relative to that.
+    serves for all. Where the table has an `image_root`, it is relative to that. An address is taken as it is.
 
     Args:
         table: Its image column names the files.
@@ -153,21 +164,27 @@ def find_images(table: Table, passing_over: bool = False) -> list[str]:
     texts = table.frame[table.image_column]
     if all(exists) or passing_over:
         return [path for path, found in zip(paths, exists) if found]
-    missing = [f'{text} (row {row})' for (row, text), found in zip(texts.items(), exists) if not found]
+    missing = [f'{path if is_address(path) else text} (row {row})'
+               for (row, text), path, found in zip(texts.items(), paths, exists) if not found]
     examples = ', '.join(missing[:_EXAMPLES]) + (', ...' if len(missing) > _EXAMPLES else '')
+    on_disk = '' if any(map(is_address, paths)) else ' on disk'
     if len(missing) == len(texts):
         looked = ', '.join(_rules(table))
-        raise DataError(f'{table.path}: none of its {len(texts)} images is on disk: {examples}; looked {looked}')
+        raise DataError(f'{table.path}: none of its {len(texts)} images is {on_disk.strip() or "there"}: {examples}; '
+                        f'looked {looked}')
     raise DataError(
-        f'{table.path}: {len(missing)} of {len(texts)} images are missing on disk: {examples}; '
+        f'{table.path}: {len(missing)} of {len(texts)} images are missing{on_disk}: {examples}; '
         'add them or remove their rows')
 
 
 def look_for_images(table: Table) -> tuple[list[str], list[bool]]:
     """Where the image of each row (N,) is looked for, as `find_images` says it, and whether a file is there (N,)."""
+    tried: list[str] | None = None
     for rule in _rules(table).values():
         paths = list(map(rule, table.frame[table.image_column]))
-        exists = [os.path.isfile(path) for path in paths]
+        if paths == tried:  # all of them are addresses
+            break
+        tried, exists = paths, files_there(paths)
         if any(exists):
             break
     return paths, exists
@@ -179,18 +196,36 @@ def _rules(table: Table) -> dict[str, Callable[[str], str]]:
     if root is not None:
         return {f'in {root}': _under(root)}
     images = _under(folder / 'images')
+    if isinstance(folder, Address):
+        return {
+            f'in {folder}': _under(folder),
+            **({f'in {folder.parent}': _under(folder.parent)} if len(folder.parts) > 2 else {}),
+            f'by name in {folder / "images"}': lambda text: images(text if is_address(text) else Path(text).name),
+        }
     return {
         f'in {folder}': _under(folder),
         f'in {folder / ".."}': _under(folder / '..'),
         'in the working directory': _under(Path()),
-        f'by name in {folder / "images"}': lambda text: images(Path(text).name),
+        f'by name in {folder / "images"}': lambda text: images(text if is_address(text) else Path(text).name),
     }
 
 
 def _under(folder: Path) -> Callable[[str], str]:
     """Path(folder, text), in a tenth of pathlib's time where there is nothing to normalize in a text."""
     start = os.path.join(folder, '') if folder != Path() else ''
-    return lambda text: str(folder / text) if _ODD.search(text) else start + text
+
+    def join(text: str) -> str:
+        if not _ODD.search(text):
+            return start + text
+        if is_address(text):
+            return text
+        joined = str(folder / text)
+        if is_address(joined):  # stores know no '..'
+            scheme, _, rest = joined.partition('://')
+            joined = f'{scheme}://{posixpath.normpath(rest)}'
+        return joined
+
+    return join
 
 
 def find_label_space(

@@ -1,7 +1,6 @@
 """Files of tables -> cells as text: CSV, TSV, Excel, JSON lines, Parquet."""
 import csv
 import json
-import os
 import re
 import zipfile
 from collections.abc import Iterable
@@ -17,7 +16,8 @@ from timm_multilabel.config.values import WHITESPACE
 from timm_multilabel.data.optional import find_library
 from timm_multilabel.data.parquet import class_name, columns_of, open_parquet, rows_of
 from timm_multilabel.errors import DataError, shortened
-from timm_multilabel.files import open_regular
+from timm_multilabel.files import open_regular, size_of
+from timm_multilabel.places import why_missing
 
 _PART = 2 ** 26  # bytes read at once
 _LINE_END = re.compile(r'\r\n|\r|\n')
@@ -43,7 +43,7 @@ def read_cells(path: Path, separator: str | None = None, join_surplus: bool = Fa
         DataError: The file is missing, unreadable or empty, or has an unnamed or a repeated column.
     """
     if not path.is_file():
-        raise DataError(f'{path}: no such file')
+        raise DataError(f'{path}: {why_missing(path)}')
     kind = path.suffix.lower()
     if kind in _TYPED:
         columns, numbers, cells = _TYPED[kind](path)
@@ -144,7 +144,7 @@ def _of_parquet(path: Path) -> _Cells:
     with open_parquet(str(path)) as (file, table):
         features = columns_of(table, str(path))
         columns = table.schema_arrow.names
-        for number, row in rows_of(table, columns, os.fstat(file.fileno()).st_size, images=False):
+        for number, row in rows_of(table, columns, size_of(file), images=False):
             rows.append([class_name(row[name], features[name], f'{path} row {number + 1}', name) for name in columns])
     numbers = range(1, len(rows) + 1)
     return columns, np.array(numbers, int), _texts(path, columns, numbers, rows)

@@ -52,7 +52,7 @@ def read_exported(path: str | Path) -> Checkpoint:
         if name in description}
     if 'preprocessing' in description:
         settings['data_config'] = description['preprocessing']
-    return checkpoint_of(path, {**settings, 'state_dict': tensors})
+    return checkpoint_of(path, {**settings, 'state_dict': tensors}, path.stat().st_size)
 
 
 def load_exported(

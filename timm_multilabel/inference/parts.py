@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from timm_multilabel.data.optional import find_library
-from timm_multilabel.errors import CheckpointError, DataError, OutputError
+from timm_multilabel.errors import CheckpointError, DataError, OutputError, UserError
 from timm_multilabel.files import atomic_write, open_regular, read_json, reading, write_atomic
+from timm_multilabel.stores import is_address
 
 PLAN, MANIFEST = '_plan.json', '_manifest.json'
 """What the parts are of, written first; and what they are, written last."""
@@ -29,6 +30,18 @@ _PART = re.compile(r'part-\d{5,}-of-\d{5,}\.parquet')
 def is_folder(name: str | None) -> bool:
     """Whether the user names a folder, for parts, not a file: it ends in a slash, or is there."""
     return name is not None and (name.endswith(os.sep) or os.path.isdir(name))
+
+
+def folder_of(name: str) -> Path:
+    """The folder that a user names for parts.
+
+    Raises:
+        UserError: It is an address.
+    """
+    if is_address(name):
+        raise UserError(f'--out {name}: parts are written to disks that the machines share; name a folder of this '
+                        'machine, and copy it there when it is done')
+    return Path(name)
 
 
 def digest_of_images(images: Iterable[str]) -> str:

@@ -1,6 +1,5 @@
 """What a model says of each row of a split, kept in a file, so that reports and comparisons need no second pass."""
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import torch
 
 from timm_multilabel.arrays import check_array, read_arrays, write_arrays
+from timm_multilabel.data.pool import real_paths
 from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import CheckpointError
 from timm_multilabel.files import reading
@@ -248,7 +248,7 @@ def predict_rows(
     return Predictions(
         model.label_space,
         np.array([rows.where(index) for index in range(len(rows))]),
-        np.array([os.path.realpath(image) for image in rows.images]),
+        np.array(real_paths(rows.images)),
         rows.targets.numpy().astype(np.float32),
         {name: torch.cat(parts).numpy() for name, parts in outputs.items()},
         torch.cat(features).numpy(),

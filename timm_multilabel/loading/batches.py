@@ -1,5 +1,6 @@
 """Draws -> whole batches: images (V * B, 3, H, W) uint8, view-major, and targets (V * B, W)."""
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Protocol, TypeVar
@@ -9,13 +10,15 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from timm_multilabel.compat import shared_bytes
-from timm_multilabel.data.images import DecodedPhoto, Photo, Photos
+from timm_multilabel.data.images import DecodedPhoto, FilePhotos, Photo, Photos
 from timm_multilabel.data.table import Rows
 from timm_multilabel.distributed import all_objects
 from timm_multilabel.errors import DataError, UserError
 from timm_multilabel.loading.sampling import Draw, other_rows
 from timm_multilabel.loading.soft_labels import SoftLabels
+from timm_multilabel.places import AT_ONCE
 
+S = TypeVar('S')
 T = TypeVar('T')
 
 _NAMED = 10  # bad images in a line
@@ -102,9 +105,9 @@ class ImageDataset:
         """
         rows, seeds = [draw.row for draw in draws], [draw.seed for draw in draws]
         if self.bad is None:
-            told = self.views([self.photos[row] for row in rows], seeds, out)
+            told = self.views(self._each(self.photos.__getitem__, rows), seeds, out)
             return of_views(self.targets_of(rows), told, len(out))
-        good = [self._find_good(draw, self.bad) for draw in draws]
+        good = self._each(self._find_good, draws)
         try:
             told = self.views([photo for _, photo, _ in good], seeds, out)
         except UserError:  # a header was well, and the rest is not
@@ -120,8 +123,17 @@ class ImageDataset:
         targets = self.rows.targets[rows]
         return targets if self.soft_labels is None else torch.cat([targets, self.soft_labels.of(rows)], dim=1)
 
-    def _find_good(self, draw: Draw, bad: torch.Tensor) -> tuple[int | None, Photo, torch.Tensor]:
+    def _each(self, work: Callable[[S], T], items: Sequence[S]) -> list[T]:
+        """What some work gives for each item; images that are fetched from elsewhere are asked for together."""
+        if not isinstance(self.photos, FilePhotos) or not self.photos.are_remote:
+            return list(map(work, items))
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(work, items))
+
+    def _find_good(self, draw: Draw) -> tuple[int | None, Photo, torch.Tensor]:
         """The row, photo and targets (W,) of a draw; where that is bad, of another one, the same for the same draw."""
+        bad = self.bad
+        assert bad is not None  # bad ones are left out
         for row in islice(chain([draw.row], other_rows(draw.seed, len(self))), _TRIES):
             if not bad[row]:
                 try:

@@ -21,7 +21,9 @@ from timm_multilabel.distributed import all_objects, ranks_here, world
 from timm_multilabel.errors import UserError
 from timm_multilabel.files import reading
 from timm_multilabel.loading.shared import SharedBytes, format_size, free_memory
+from timm_multilabel.places import absolute, entries
 from timm_multilabel.progress import OFF_TERMINAL
+from timm_multilabel.stores import is_address
 from timm_multilabel.temporary import RANDOM_NAME, remove_leftovers
 
 FORMAT = 1  # of the files; another one is another cache
@@ -78,7 +80,7 @@ class Contents:
 
         def look(places: Sequence[int]) -> None:
             for place in places:
-                made.stamps[place] = stamp_of(photos.rows.images[rows[place]])  # first, so that no change is missed
+                made.stamps[place] = stamp_of(photos.paths[rows[place]])  # first, so that no change is missed
                 try:
                     photo = photos[rows[place]]
                     useful = views.useful_reductions(photo)
@@ -309,8 +311,8 @@ def _indices(files: FilePhotos, views: Scales, folder: Path) -> list[Path]:
     The first is everybody's. The second is this user's own, where the first is another's and cannot be replaced.
     """
     key = hashlib.sha256(repr((FORMAT, simplejpeg.__version__, PIL.__version__, views.scales_key)).encode())
-    for image in files.rows.images:
-        key.update(os.fsencode(os.path.abspath(image)) + b'\0')
+    for image in files.paths:
+        key.update(os.fsencode(absolute(image)) + b'\0')
     stem = os.fsencode(Path(files.rows.source).stem)[:150].decode('utf-8', 'ignore')
     name = f'{stem}-{key.hexdigest()[:16]}'
     return [folder / f'{name}.npz', folder / f'{name}.{os.getuid()}.npz']
@@ -323,6 +325,14 @@ def stamp_of(image: str) -> tuple[int, int, int]:
     except OSError:
         return 0, 0, 0
     return state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
+def stamps_of(images: Sequence[str] | np.ndarray) -> np.ndarray:
+    """`stamp_of` of files, and the like of what addresses name (N, 3)."""
+    remote = [image for image in images if is_address(image)]
+    found = dict(zip(remote, entries(remote))) if remote else {}
+    known = ((*(found[image] or (0, 0)), 0) if image in found else stamp_of(image) for image in images)
+    return np.array(list(known), np.int64).reshape(-1, 3)
 
 
 def _read_index(
@@ -346,7 +356,7 @@ def _read_index(
             shared = SharedBytes.of_file(path, length)
     except UserError:
         return None
-    stamps = np.array([stamp_of(image) for image in files.rows.images], np.int64)
+    stamps = np.array([stamp_of(image) for image in files.paths], np.int64)
     changed = int((stamps != contents.stamps).any(axis=1).sum())
     if changed:
         say(f'{title}: {changed} of {len(files)} images have changed since it was made')

@@ -21,8 +21,9 @@ from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import CheckpointError, OutputError
 from timm_multilabel.inference.loaded import Progress, add_weights
 from timm_multilabel.loading.batches import ImageDataset, Views
-from timm_multilabel.loading.cache import stamp_of
+from timm_multilabel.loading.cache import stamps_of
 from timm_multilabel.loading.loaders import create_eval_loader
+from timm_multilabel.places import absolute
 from timm_multilabel.temporary import temporary_path
 from timm_multilabel.training.trainer import Precision
 
@@ -115,11 +116,6 @@ class FeatureFile:
         return torch.from_numpy(np.ascontiguousarray(stored[rows]))
 
 
-def stamps_of(rows: Rows) -> np.ndarray:
-    """`stamp_of` of the images of rows (N, 3)."""
-    return np.array([stamp_of(image) for image in rows.images], np.int64).reshape(-1, 3)
-
-
 def _is_array(path: Path, shape: tuple[int, ...], kind: Any) -> bool:
     """Whether a file holds an array of a shape and type."""
     try:
@@ -196,7 +192,7 @@ class Embedder:
         """The feature file of each backbone for a list of images; none is made."""
         images = hashlib.sha256()
         for image in rows.images:
-            images.update(os.fsencode(os.path.abspath(image)) + b'\0')
+            images.update(os.fsencode(absolute(image)) + b'\0')
         stem = os.fsencode(Path(rows.source).stem)[:100].decode('utf-8', 'ignore')
         found = []
         for digest, width in zip(self.digests, self.backbones.widths, strict=True):
@@ -235,7 +231,7 @@ class Embedder:
         part = ImageDataset(its, FilePhotos(its), self.views)
         if skip_bad is not None:
             part.skip_bad(stand_in=skip_bad)
-        stamps = stamps_of(its)
+        stamps = stamps_of(its.images)
         lacking = [file.missing(todo, stamps) for file in files]
         first = 0
         made: list[tuple[FeatureFile, torch.Tensor, np.ndarray, int]] = []

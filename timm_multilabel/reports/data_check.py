@@ -17,6 +17,7 @@ from timm_multilabel.data.split import SPLITS
 from timm_multilabel.data.table import encode_targets, unknown_labels
 from timm_multilabel.errors import shortened
 from timm_multilabel.labels import Labels, LabelSet, LabelSpace, Quantity
+from timm_multilabel.stores import is_address
 
 ERROR = 'error'
 """Of a finding that spoils a result, or stops training."""
@@ -440,7 +441,8 @@ def _links_that_lead_out(contents: Contents, limit: int) -> Iterator[Finding]:
     for split in contents.splits.values():
         rows = [
             position for position, (path, file) in enumerate(zip(split.paths, split.files))
-            if file is not None and os.path.abspath(path).startswith(apparent) and not file.startswith(real)]
+            if file is not None and not is_address(path) and os.path.abspath(path).startswith(apparent)
+            and not file.startswith(real)]
         if rows:
             yield Finding(
                 'links-out', NOTE,

@@ -1,5 +1,4 @@
 """Runs beside each other: their settings, their metrics, and which differences are more than chance."""
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,11 +7,13 @@ import numpy as np
 import pandas as pd
 import torch
 
+from timm_multilabel.data.pool import real_paths
 from timm_multilabel.errors import UserError, escaped
 from timm_multilabel.heads import standard_head
 from timm_multilabel.inference.predictions import OwnMetrics, Predictions
 from timm_multilabel.labels import Labels, Quantity
 from timm_multilabel.metric_names import Metric
+from timm_multilabel.places import path_of
 from timm_multilabel.reports.bootstrap import (
     Difference,
     describe_difference,
@@ -79,7 +80,7 @@ class RunPredictions:
         """Without the features and probabilities that a comparison does not need."""
         labels = {head.name: head for head in predictions.label_space.heads}
         said = {name: head.predicted(predictions.outputs[name]) for name, head in labels.items()}
-        images = np.array([os.path.realpath(image) for image in predictions.images])
+        images = np.array(real_paths(predictions.images))
         return cls(images, labels, {name: predictions.target(name) for name in labels}, said,
                    predictions.own_metrics or {})
 
@@ -158,7 +159,7 @@ def flat_settings(
         if key in WHEREABOUTS or key == 'name' and prefix:
             continue
         if key == 'data_dir':
-            value = os.path.realpath(value)  # however it was spelt
+            value = str(path_of(value).resolve())  # however it was spelt
         if key == 'phases':
             flat[key] = ' '.join(phase['name'] for phase in value)
             for phase in value:

@@ -22,6 +22,7 @@ from timm_multilabel.lora import merge_adapters
 from timm_multilabel.metric_names import earlier_name
 from timm_multilabel.model import MultiLabelModel, create_backbone
 from timm_multilabel.model_names import is_from_elsewhere
+from timm_multilabel.places import Address, local_copy, path_of, why_missing
 from timm_multilabel.projector import projector_shape
 from timm_multilabel.task import JointTask
 from timm_multilabel.training.checkpoint_checks import check_archive, wrong_setting, wrong_tensors
@@ -97,25 +98,31 @@ def read_checkpoint(path: str | Path, mapped: bool = False) -> Checkpoint:
     Raises:
         CheckpointError: The file is missing, damaged, would run code, or comes from elsewhere.
     """
-    path = Path(path)
+    path = path_of(path)
     if path.is_dir():
         raise CheckpointError(f'{path}: is a folder; name a checkpoint in it, such as {path / "model_best.pth.tar"}')
     if not path.is_file():
-        raise CheckpointError(f'{path}: no such checkpoint')
+        raise CheckpointError(f'{path}: {why_missing(path, "checkpoint")}')
     try:
-        check_archive(path)
-        with torch.serialization.safe_globals([Namespace]):  # timm's script saves its flags; a Namespace runs nothing
+        with local_copy(path) as file, torch.serialization.safe_globals([Namespace]):
+            # timm's script saves its flags; a Namespace runs nothing.
+            check_archive(file)
+            size = file.stat().st_size
             # PyTorch maps files of such names only.
-            state = torch.load(path, map_location='cpu', weights_only=True, mmap=mapped and is_utf8(str(path)))
+            state = torch.load(file, map_location='cpu', weights_only=True, mmap=mapped and is_utf8(str(file)))
+    except OSError as error:
+        if not isinstance(path, Address):
+            raise CheckpointError(f'{path}: cannot be loaded as a checkpoint (damaged?)') from error
+        raise CheckpointError(f'{path}: cannot be read ({error.strerror})') from error
     except Exception as error:  # damaged files make it raise nearly anything
         unsafe = 'weights_only' in str(error).lower() or str(error).startswith('it calls')  # as `check_pickle` says it
         reason = 'it holds more than weights and plain values' if unsafe else 'damaged?'
         raise CheckpointError(f'{path}: cannot be loaded as a checkpoint ({reason})') from error
-    return checkpoint_of(path, state)
+    return checkpoint_of(path, state, size)
 
 
-def checkpoint_of(path: Path, state: Any) -> Checkpoint:
-    """What a file held, as a checkpoint.
+def checkpoint_of(path: Path, state: Any, size: int) -> Checkpoint:
+    """What a file of so many bytes held, as a checkpoint.
 
     A checkpoint of timm's own training script, which has its flags in place of a `data_config`, gets one.
 
@@ -131,7 +138,7 @@ def checkpoint_of(path: Path, state: Any) -> Checkpoint:
         raise foreign from error
     if 'data_config' not in state:
         state = {**state, 'data_config': _data_config_of_flags(state)}
-    wrong = wrong_setting(state) or wrong_tensors(state, path.stat().st_size)
+    wrong = wrong_setting(state) or wrong_tensors(state, size)
     if not wrong and not set(state.get('head_weights') or ()) <= set(label_space.names):
         wrong = "its 'head_weights'"
     if wrong:

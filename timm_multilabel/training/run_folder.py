@@ -17,11 +17,14 @@ import yaml
 from timm.models import safe_model_name
 
 from timm_multilabel.cells import csv_rows
-from timm_multilabel.errors import CheckpointError
+from timm_multilabel.errors import CheckpointError, OutputError
 from timm_multilabel.files import read_json, read_text, reading, without_nan, write_atomic
 from timm_multilabel.labels import LabelSpace
+from timm_multilabel.log import Say, silent
 from timm_multilabel.metric_names import current_names
+from timm_multilabel.places import local_path
 from timm_multilabel.temporary import RANDOM_NAME, remove_leftovers
+from timm_multilabel.training.remote_run import Workplace
 
 _LAUNCH = '.launch'
 """The file that names the launch of torchrun, so that its restarts find the folder."""
@@ -45,9 +48,9 @@ def run_folder_path(output: str, experiment: str | None, model: str, size: int, 
     if not experiment:
         # timm counts on where two runs of one second meet.
         name = f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(model)}-{size}'
-        tries = (Path(output) / (f'{name}-{number}' if number else name) for number in itertools.count())
+        tries = (local_path(output) / (f'{name}-{number}' if number else name) for number in itertools.count())
         return next(path for path in tries if not path.exists())
-    path = Path(output) / experiment
+    path = local_path(output) / experiment
     if [*path.glob('*.pth.tar'), *path.glob('[0-9]*-*/*.pth.tar')]:
         raise CheckpointError(
             f'{path}: holds a run already; {"go on with it (--resume auto), " if can_resume else ""}choose another '
@@ -150,6 +153,8 @@ class RunFolder:
         label_space: The heads, written to label_space.json.
         phases: The names of its phases, where it has some.
         launchers: What `launcher` gives on each rank.
+        workplace: Where its files are sent, if they are.
+        say: Tells a line.
     """
 
     def __init__(
@@ -159,8 +164,10 @@ class RunFolder:
             label_space: LabelSpace,
             phases: Sequence[str] = (),
             launchers: Sequence[str] = (),
+            workplace: Workplace | None = None,
+            say: Say = silent,
     ):
-        self.path = path
+        self.path, self.workplace, self.say = path, workplace, say
         self.phases = list(phases)
         path.mkdir(parents=True, exist_ok=True)
         folders = [path, *(each for each in path.iterdir() if each.is_dir() and not each.is_symlink())]
@@ -170,6 +177,13 @@ class RunFolder:
             write_atomic(path / _LAUNCH, '\n'.join(launchers))
         write_atomic(path / 'args.yaml', yaml.safe_dump(args, sort_keys=False, allow_unicode=True))
         label_space.save(path / 'label_space.json')
+        if workplace is not None and (line := workplace.send()):  # what cannot be sent shows before training
+            raise OutputError(line)
+
+    def saved(self) -> None:
+        """Send what was saved to where the run folder is, if that is elsewhere; what fails is sent the next time."""
+        if self.workplace is not None and (line := self.workplace.send()):
+            self.say(f'{line}; tried again at the next save')
 
     def _earlier(self) -> pd.DataFrame | None:
         """summary.csv as text, if there is one.

@@ -204,6 +204,8 @@ class Trainer:
             self.saver.progress = {'run': self._state()}
             # No metric, where every update of an epoch of SimCLR alone was skipped, ranks it nowhere.
             self.saver.save_checkpoint(epoch, None if math.isnan(row[best]) else row[best])
+        if self.run_folder is not None:
+            self.run_folder.saved()
         if any(all_objects(self._told())):
             raise Stopped(f'stopped after {title}, saved', self.saver.last if self.saver is not None else None)
         return row
@@ -339,6 +341,8 @@ class Trainer:
         if self.saver is not None:
             self.saver.progress = {'run': self._state(), 'within': within}
             path = self.saver.save_within(place.epoch, place.step)
+        if self.run_folder is not None:
+            self.run_folder.saved()
         if stop:
             all_objects(None)  # a process that ends has the launcher end the others, so none does before all is saved
             raise Stopped(f'stopped at step {place.step} of {progress.title}, saved', path)
