@@ -59,6 +59,8 @@ class Study:
     runs: Sequence[Run]
     needs: Callable[[Run], Sequence[Run]]
     train: Callable[[Run, Places, dict[str, Any]], Any]
+    tuning: int = -1
+    """The seed of runs that only chose settings."""
 
     def main(self) -> None:
         parser = argparse.ArgumentParser(description='Run what is missing of this study.')
@@ -122,40 +124,53 @@ class Study:
         read = [json.loads(each.read_text()) for each in sorted((places.output / 'results').glob('*.json'))]
         runs = pd.DataFrame(read).drop(columns='checkpoint')
         runs = runs[runs['arm'].isin(self.arms)]
+        spent = {(run['arm'], run['labels'], run['seed']): run['cpu_minutes'] for run in read}
+        runs['total_cpu_minutes'] = [
+            sum(spent[run] for run in self._with_needed(run))
+            for run in runs[['arm', 'labels', 'seed']].itertuples(index=False, name=None)]
         runs = runs.sort_values(['labels', 'arm', 'seed'], key=lambda of: of.map(list(self.arms).index)
                                 if of.name == 'arm' else of)
         here = Path(self.file).parent
         runs.round(3).to_csv(here / 'results.csv', index=False)
-        lines = ['| labels | arm | seeds | mean top-1 | spread | gender | article | color | CPU minutes |',
-                 '| --- ' * 9 + '|']
+        runs = runs[(runs['seed'] != self.tuning) & runs['mean'].notna()]
+        lines = ['| labels | arm | seeds | mean top-1 | spread | gender | article | color | CPU minutes | in all |',
+                 '| --- ' * 10 + '|']
         for (labels, arm), of in runs.groupby(['labels', 'arm'], sort=False):
             heads = ' | '.join(f'{of[head].mean():.2f}' for head in ('gender', 'article', 'color'))
             spread = f'{of["mean"].min():.2f} to {of["mean"].max():.2f}' if len(of) > 1 else ''
             lines.append(f'| {labels:,} | {arm} | {len(of)} | {of["mean"].mean():.2f} | {spread} | {heads} | '
-                         f'{of["cpu_minutes"].mean():.1f} |')
+                         f'{of["cpu_minutes"].mean():.1f} | {of["total_cpu_minutes"].mean():.1f} |')
         (here / 'results.md').write_text('\n'.join(lines) + '\n')
         print('\n'.join(lines))
-        draw(runs, here / 'results.png')
+        draw(runs, self.arms, here / 'results.png')
+
+    def _with_needed(self, run: Run) -> set[Run]:
+        """A run and all that must have run before it."""
+        return {run}.union(*map(self._with_needed, self.needs(run)))
 
 
-def draw(runs: Any, path: Path) -> None:
-    """Accuracy against processor time, a panel for each number of labels; bars span the seeds."""
+def draw(runs: Any, arms: Sequence[str], path: Path) -> None:
+    """Accuracy against all processor time, a panel for each number of labels; bars span the seeds."""
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     counts = sorted(runs['labels'].unique())
     figure, panels = plt.subplots(1, len(counts), figsize=(5 * len(counts), 4), squeeze=False, layout='constrained')
     for panel, labels in zip(panels[0], counts, strict=True):
-        means = runs[runs['labels'] == labels].groupby('arm')[['mean', 'cpu_minutes']].agg(['mean', 'min', 'max'])
+        means = runs[runs['labels'] == labels].groupby('arm')[['mean', 'total_cpu_minutes']].agg(['mean', 'min', 'max'])
         for place, (arm, of) in enumerate(means.sort_values(('mean', 'mean')).iterrows()):
-            (mean, least, most), spent = of['mean'], of['cpu_minutes', 'mean']
-            panel.errorbar(spent, mean, [[mean - least], [most - mean]], fmt='o', capsize=3)
+            (mean, least, most), spent = of['mean'], of['total_cpu_minutes', 'mean']
+            panel.errorbar(spent, mean, [[mean - least], [most - mean]], fmt='o', capsize=3,
+                           color=f'C{list(arms).index(arm) % 10}')
             panel.annotate(arm, (spent, mean), xytext=(7, 4) if place % 2 else (7, -11), textcoords='offset points',
                            fontsize=8)
-        panel.set(title=f'{labels:,} labels', xlabel='CPU minutes', ylabel='mean top-1 (%)', xscale='log')
-        panel.xaxis.set_major_formatter('{x:g}')
-        panel.margins(x=0.3)
+        panel.set(title=f'{labels:,} labels', xlabel='CPU minutes, with all that must run before',
+                  ylabel='mean top-1 (%)', xscale='log')
+        panel.set_xticks([1, 2, 5, 10, 20, 50], ['1', '2', '5', '10', '20', '50'])
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.set_xlim(means['total_cpu_minutes', 'mean'].min() / 1.4, means['total_cpu_minutes', 'mean'].max() * 6)
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 

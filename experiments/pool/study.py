@@ -23,6 +23,7 @@ COMMON: dict[str, Any] = {
     'input_size': (3, 64, 48), 'crop_pct': 1, 'scale': (0.4, 1), 'ratio': (0.6, 0.9), 'gaussian_blur_prob': 0,
     'grayscale_prob': 0, 'color_jitter': 0}
 SCRATCH = {'model': 'resnet10t', 'amp': True, 'lr': 2e-3}
+AFTER = {**SCRATCH, 'lr': 1e-3}
 LITE0 = {'model': 'tf_efficientnet_lite0', 'lr': 5e-4}
 
 SIMCLR = {
@@ -40,27 +41,20 @@ STUDENT = {'unlabelled': 'unlabelled', 'unlabelled_batch_size': 64, 'color_jitte
 ARMS: dict[str, dict[str, Any]] = {
     'simclr': SIMCLR,
     'r10': {**SCRATCH, 'epoch_steps': 500},
-    'r10-long': {**SCRATCH, 'epoch_steps': 1500},
     'r10-1e-3': {**SCRATCH, 'epoch_steps': 500, 'lr': 1e-3},
-    'r10-ada': {**SCRATCH, **ADAMATCH, 'epoch_steps': 100},
-    'after-simclr': {**SCRATCH, 'lr': 1e-3, 'epoch_steps': 500},
-    'after-simclr-b': {**SCRATCH, 'lr': 1e-3, 'epoch_steps': 500},
-    'after-simclr-c': {**SCRATCH, 'lr': 1e-3, 'epoch_steps': 500},
-    'after-simclr-student': {**SCRATCH, **STUDENT, 'lr': 1e-3, 'epoch_steps': 500},
-    'after-simclr-taught': {**SCRATCH, **STUDENT, 'lr': 1e-3, 'epoch_steps': 500},
-    'after-simclr-ensemble': {**SCRATCH, **STUDENT, 'lr': 1e-3, 'epoch_steps': 1000},
-    'after-simclr-ada': {**SCRATCH, **ADAMATCH, 'lr': 1e-3, 'epoch_steps': 100},
+    'r10-long': {**SCRATCH, 'epoch_steps': 1500},
     'r10-taught': {**SCRATCH, **STUDENT, 'epoch_steps': 500},
-    'r10-b': {**SCRATCH, 'epoch_steps': 500},
-    'r10-c': {**SCRATCH, 'epoch_steps': 500},
-    'r10-student': {**SCRATCH, **STUDENT, 'epoch_steps': 500},
-    'lite0': {**LITE0, 'epoch_steps': 500},
+    'r10-ada': {**SCRATCH, **ADAMATCH, 'epoch_steps': 100},
+    'after-simclr': {**AFTER, 'epoch_steps': 500},
+    'after-simclr-b': {**AFTER, 'epoch_steps': 500},
+    'after-simclr-c': {**AFTER, 'epoch_steps': 500},
+    'after-simclr-student': {**AFTER, **STUDENT, 'epoch_steps': 500},
+    'after-simclr-taught': {**AFTER, **STUDENT, 'epoch_steps': 500},
+    'after-simclr-ensemble': {**AFTER, **STUDENT, 'epoch_steps': 1000},
+    'after-simclr-ada': {**AFTER, **ADAMATCH, 'epoch_steps': 100},
     'lite0-96': {**LITE0, 'epoch_steps': 500, 'input_size': (3, 96, 72), 'scale': (0.5, 1)},
-    'lite0-b': {**LITE0, 'epoch_steps': 500},
-    'lite0-c': {**LITE0, 'epoch_steps': 500},
-    'lite0-student': {**LITE0, **STUDENT, 'epoch_steps': 500},
+    'lite0': {**LITE0, 'epoch_steps': 500},
     'lite0-long': {**LITE0, 'epoch_steps': 1500},
-    'lite0-1e-3': {**LITE0, 'epoch_steps': 500, 'lr': 1e-3},
     'lite0-ada': {**LITE0, **ADAMATCH, 'epoch_steps': 100},
 }
 PRETRAINED: Run = ('simclr', 32_000, 0)
@@ -114,9 +108,22 @@ def tuning_rows(data: Path) -> str:
 
 RUNS = [
     ('simclr', 32_000, 0),
-    *((arm, 1000, TUNING) for arm in ('lite0', 'lite0-ada', 'r10-ada', 'r10-long', 'lite0-long')),
+    *((arm, 1000, TUNING) for arm in ('r10', 'r10-1e-3', 'lite0', 'lite0-ada')),
+    *((arm, labels, seed) for seed in (0, 1, 2) for arm in ('r10', 'lite0-96', 'after-simclr-taught')
+      for labels in (1000, 250)),
+    *((arm, labels, 0) for arm in ('after-simclr', 'r10-taught', 'r10-long', 'after-simclr-ensemble')
+      for labels in (1000, 250)),
+    # What has not been run yet, the most telling first.
+    *((arm, labels, 0) for arm in ('after-simclr-b', 'after-simclr-c', 'after-simclr-student', 'after-simclr-ada')
+      for labels in (1000, 250)),
+    *((arm, labels, seed) for seed in (1, 2) for arm in ('after-simclr', 'r10-taught', 'r10-long')
+      for labels in (1000, 250)),
+    *((arm, labels, 0) for arm in ('lite0', 'lite0-long', 'lite0-ada', 'r10-ada') for labels in (1000, 250)),
+    *((arm, 32_000, 0) for arm in ('r10', 'lite0-96', 'after-simclr-taught')),
 ]
+"""Arm, labels and seed, the most telling first."""
+
 
 
 if __name__ == '__main__':
-    Study(__file__, tuple(ARMS), RUNS, needs, train).main()
+    Study(__file__, tuple(ARMS), RUNS, needs, train, TUNING).main()
