@@ -52,7 +52,7 @@ class Places:
 class Study:
     """The arms of a study, and the order in which to run them.
 
-    `needs` has the arms that must have run before an arm; `train` makes a run, and returns a `tm.TrainedModel`.
+    `needs` has the arms that must have run before an arm; `train` makes a run, and returns a `tm.TrainingRun`.
     """
     file: str
     arms: Sequence[str]

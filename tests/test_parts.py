@@ -132,6 +132,23 @@ def test_predictions_in_parts_are_those_of_a_file(trained, tmp_path):
                     assert cells[f'{head}{end}_probability'] == pytest.approx(guess['probability'], rel=1e-5)
 
 
+def test_parts_with_images_that_could_not_be_read_are_made_again(trained, tmp_path):
+    words = [trained.checkpoint, trained.many, '-b', 4, '--part-rows', 8, '--out', f'{tmp_path}/parts/']
+    assert run('embed', *words) == 1
+    paths = sorted((tmp_path / 'parts').glob('part-*'))
+    before = {path.name: path.stat().st_mtime_ns for path in paths}
+    bad = [part['bad'] for part in json.loads((tmp_path / 'parts' / '_manifest.json').read_text())['parts']]
+    assert run('embed', *words) == 1
+    again = [path.stat().st_mtime_ns != before[path.name] for path in paths]
+    assert again == [number > 0 for number in bad] and sum(again) == 1
+
+
+def test_sizes_of_parts_without_parts_are_refused(trained, tmp_path, capsys):
+    for command, name in (('embed', 'one.npz'), ('predict', 'one.csv')):
+        line = fails(capsys, command, [trained.checkpoint, trained.many, '--out', tmp_path / name, '--part-rows', '8'])
+        assert '--part-rows would change nothing: --out names no folder' in line
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_other_processes(trained, tmp_path, capsys):
     """No row is lost or doubled, and parts that were finished are not made again."""

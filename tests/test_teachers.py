@@ -344,6 +344,10 @@ def test_a_phase_that_starts_from_none_before_it(place, tmp_path, capsys):
     assert error_of(capsys, '-c', path) == (
         f"train.py: error: {path}, phase 'labels': start_from 'student' is none of the phases before it (there are: "
         'initial)')
+    path.write_text(path.read_text().replace('labels', 'initial').replace('start_from: student', ''))
+    assert error_of(capsys, '-c', path) == (
+        f"train.py: error: {path}, phase 'initial': 'initial' stands for the initial weights; give the phase another "
+        'name')
 
 
 def test_phases_that_cannot_teach(place, tmp_path, capsys):

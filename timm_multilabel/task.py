@@ -513,6 +513,7 @@ class JointTask(TrainingTask):
         """
         pool, view = self.pool.batch_size, len(input) // self.views
         if not self._learns_from_weak_pool():
+            # Each row stands alone then, in pieces of as many rows as the images of all views would be.
             labelled, seen = view - pool, torch.cat((input[:view - pool], input[view:]))
             outputs, projections = run_with_gradient_cache(
                 self.trainable_module, seen, 1, self.micro_batch and self.views * self.micro_batch)

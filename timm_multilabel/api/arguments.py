@@ -91,7 +91,8 @@ def make_settings(cls: type[S], values: Mapping[str, Any]) -> S:
 def refuse_launched() -> None:
     """Raise SettingError in one of several processes that a launcher has started: the API starts its own."""
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        raise SettingError('several processes were started; start one, and pass devices=N, or use the command line')
+        raise SettingError(
+            'several processes were started; start one (to train in more, pass devices=N), or use the command line')
 
 
 def train_values(data: Data, frames: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

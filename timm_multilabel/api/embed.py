@@ -30,7 +30,7 @@ from timm_multilabel.inference.embeddings import (
     points_of,
 )
 from timm_multilabel.inference.loaded import LoadedModel
-from timm_multilabel.inference.parts import Plan, folder_of, is_folder
+from timm_multilabel.inference.parts import Plan, folder_of, is_folder, refuse_part_rows
 from timm_multilabel.loading.batches import ImageDataset
 from timm_multilabel.training.checkpoint import read_checkpoint
 from timm_multilabel.training.progress_bar import ProgressBar
@@ -98,6 +98,7 @@ def run_embedding(settings: EmbedSettings) -> Embedded | None:
     """
     if is_folder(settings.out):
         return _embed_in_parts(settings)
+    refuse_part_rows(settings.changed())
     path = new_file(settings.out, '--out', SUFFIXES, settings.force, f', or a folder for parts: {settings.out}/')
     if path.suffix == '.parquet':
         import_pyarrow(path)  # else it would be missed after the work

@@ -28,7 +28,7 @@ from timm_multilabel.data.table import Rows
 from timm_multilabel.errors import UserError
 from timm_multilabel.inference.embeddings import import_pyarrow
 from timm_multilabel.inference.image_predictions import ImagePrediction, check_thresholds
-from timm_multilabel.inference.parts import Manifest, Plan, folder_of
+from timm_multilabel.inference.parts import Manifest, Plan, folder_of, refuse_part_rows
 from timm_multilabel.inference.predictor import ImageLike, Predictor
 from timm_multilabel.labels import LabelSpace
 from timm_multilabel.loading.batches import ImageDataset
@@ -60,7 +60,7 @@ class Prediction:
         return pd.DataFrame(rows, columns=columns).astype({'rank': 'Int64'})
 
 
-@api_function(PredictSettings, 'format', 'out', 'force')
+@api_function(PredictSettings, 'format', 'out', 'force', 'part_rows')
 def predict(checkpoint: str | Path, images: ImageLike | Sequence[ImageLike], **settings: Any) -> Prediction:
     """Say what each head of a checkpoint makes of images.
 
@@ -208,6 +208,7 @@ def choose_format(settings: PredictSettings) -> str:
     Raises:
         UserError: The file has another ending, and no format is named.
     """
+    refuse_part_rows(settings.changed())
     if settings.format is not None:
         return settings.format
     ending = Path(settings.out or '').suffix.lower()[1:]

@@ -40,6 +40,8 @@ def check_phases(settings: TrainSettings) -> list[Phase]:
     for index, phase in enumerate(settings.phases):
         where = f"{settings.config}, phase '{phase.name}'"
         earlier = ('initial', *(each.name for each in settings.phases[:index]))
+        if phase.name == 'initial':
+            raise SettingError(f"{where}: 'initial' stands for the initial weights; give the phase another name")
         if phase.settings.backbone.start_from not in (None, *earlier):
             raise SettingError(f"{where}: start_from '{phase.settings.backbone.start_from}' is none of the phases "
                                f'before it (there are: {listed(earlier)})')

@@ -31,7 +31,7 @@ def start_device(name: str | None) -> torch.device:
         device = torch.device(init_distributed_device_so(name, dist_url=_meeting_place())['device'])
     except (RuntimeError, ValueError) as error:
         raise SettingError(
-            f'the processes of this run cannot join ({_one_line(error)}); start them with ./distributed_train.sh, or '
+            f'the processes of this run cannot join ({_one_line(error)}); start them with ./distributed_run.sh, or '
             'unset WORLD_SIZE and SLURM_NTASKS for one process') from error
     try:
         # Only now: before, every process of a machine would take memory of its first GPU.

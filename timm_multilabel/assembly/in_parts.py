@@ -1,4 +1,5 @@
 """Work on many images in parts: each process makes its share of the parts that are missing."""
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -11,7 +12,7 @@ from tqdm.auto import tqdm
 
 from timm_multilabel.data.table import Rows
 from timm_multilabel.distributed import all_objects, world
-from timm_multilabel.errors import UserError
+from timm_multilabel.errors import OutputError, UserError
 from timm_multilabel.inference.embeddings import bad_of
 from timm_multilabel.inference.loaded import LoadedModel, reason_of
 from timm_multilabel.inference.parts import Manifest, PartsFolder, Plan, digest_of_images
@@ -21,6 +22,7 @@ from timm_multilabel.progress import OFF_TERMINAL
 from timm_multilabel.training.run_folder import RunLock
 
 _LOOK = 2.0  # seconds between looks at what other processes have done
+_PATIENCE = 3600.0  # seconds without a new part of another process
 _TELL = 60.0  # seconds between lines where there is no terminal
 
 
@@ -64,15 +66,22 @@ def write_in_parts(
     if len(set(all_objects(parts.plan.key))) > 1:
         raise UserError(
             'the processes do not see the same images or checkpoint; put them where all machines see them')
+    restarted = any(all_objects(int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))))
     with closing(RunLock()) as lock:
         done: set[int] = set()
+        wrong: str | None = None
         if rank == 0:
-            if not folder.is_file():
-                lock.take(folder, 'another process writes parts to this folder; wait for it, or name another')
-            done = parts.start(force)
+            try:
+                if not folder.is_file():
+                    lock.take(folder, 'another process writes parts to this folder; wait for it, or name another')
+                done = parts.start(force and not restarted)
+            except UserError as error:
+                wrong = error.line
             if done:
                 say(f'{folder}: {len(done):,} of {parts.plan.parts:,} parts are there already')
-        done = all_objects(done)[0]
+        done, wrong = all_objects((done, wrong))[0]
+        if wrong is not None:
+            raise OutputError(wrong)
         parts.wait_for_plan()
         # From here on no process waits for another: one that is slow, or on a slow machine, is no error of the network.
         if dist.is_initialized():
@@ -83,11 +92,9 @@ def write_in_parts(
         with closing(PartsProgress(parts, visible=rank == 0)) as progress:
             if todo:
                 _make(parts, todo, loaded.part(rows, keep_bad=True), work, progress)
-            if rank:
-                return None
-            while not progress.look():  # the others may not be done
-                time.sleep(_LOOK / 4)
-        return parts.finish()
+            # All stay until all are done: the launcher of a machine whose processes end early ends the others.
+            progress.wait(_LOOK if rank else _LOOK / 4)
+        return None if rank else parts.finish()
 
 
 def _make(parts: PartsFolder, todo: Sequence[int], part: ImageDataset, work: Work, progress: 'PartsProgress') -> None:
@@ -132,6 +139,21 @@ class PartsProgress:
         if self.visible and time.monotonic() - self.looked >= _LOOK:
             self.look(images)
 
+    def wait(self, seconds: float) -> None:
+        """Look every so many seconds until all parts are there.
+
+        Raises:
+            OutputError: None has come for an hour.
+        """
+        parts, since = -1, time.monotonic()
+        while not self.look():
+            if len(self.parts.present()) != parts:
+                parts, since = len(self.parts.present()), time.monotonic()
+            if time.monotonic() - since > _PATIENCE:
+                raise OutputError(f'--out {self.parts.path}: no new part for an hour, so another machine has failed; '
+                                  'run the same command once more')
+            time.sleep(seconds)
+
     def look(self, images: int = 0) -> bool:
         """Show how many images are done; whether all parts are there."""
         now, plan = time.monotonic(), self.parts.plan
@@ -139,7 +161,7 @@ class PartsProgress:
         done, self.looked = min(plan.images, self._rows(present) + images), now
         self.bar.n = done
         self.bar.refresh()
-        if self.bar.disable and now - self.told >= _TELL:
+        if self.visible and self.bar.disable and now - self.told >= _TELL:
             self.told, speed = now, max(1e-9, (done - self.first) / (now - self.started))
             logger.info('%s', f'{self.title}  {done:,}/{plan.images:,} images  {speed:.0f} images/s  left '
                         f'{tqdm.format_interval((plan.images - done) / speed)}')

@@ -103,7 +103,11 @@ class LogLines(logging.Handler):
 
 
 def end_with_bad_images(bad: int, images: int) -> None:
-    """Where images could not be read, say how many on standard error, and end with exit status 1."""
+    """Where images could not be read, say how many on standard error, and end with exit status 1.
+
+    Not under torchrun, which would take that for a failure and start all processes again.
+    """
     if bad:
         say(f'{bad} of {images} images could not be read', sys.stderr)
-        sys.exit(1)
+        if 'TORCHELASTIC_RUN_ID' not in os.environ:
+            sys.exit(1)

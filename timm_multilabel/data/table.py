@@ -93,17 +93,18 @@ class Rows:
 
     def take(self, places: np.ndarray) -> 'Rows':
         """The rows at some places (M,), in that order."""
-        return replace(
-            self, images=self.images[places], targets=self.targets[torch.from_numpy(places)],
-            numbers=self.numbers[places], which=self.which[places])
+        return self._of(places, len(places))
 
     def select(self, mask: np.ndarray) -> 'Rows':
         """The rows where a mask (N,) is true."""
+        return self._of(mask, int(mask.sum()))
+
+    def _of(self, which: np.ndarray, count: int) -> 'Rows':
         # Unlabelled rows share the memory of one row, and keep doing so.
         shared = len(self.targets) and self.targets.stride(0) == 0
-        targets = self.targets[:mask.sum()] if shared else self.targets[torch.from_numpy(mask)]
+        targets = self.targets[:1].expand(count, -1) if shared else self.targets[torch.from_numpy(which)]
         return replace(
-            self, images=self.images[mask], targets=targets, numbers=self.numbers[mask], which=self.which[mask])
+            self, images=self.images[which], targets=targets, numbers=self.numbers[which], which=self.which[which])
 
 
 def read_table(path: str | Path, written: TableFormat | None = None) -> Table:

@@ -9,7 +9,8 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,12 @@ _PART = re.compile(r'part-\d{5,}-of-\d{5,}\.parquet')
 def is_folder(name: str | None) -> bool:
     """Whether the user names a folder, for parts, not a file: it ends in a slash, or is there."""
     return name is not None and (name.endswith(os.sep) or os.path.isdir(name))
+
+
+def refuse_part_rows(changed: Container[str]) -> None:
+    """Raise UserError where `--part-rows` was changed; the output is no folder."""
+    if 'part_rows' in changed:
+        raise UserError('--part-rows would change nothing: --out names no folder; end it with a slash, or leave it out')
 
 
 def folder_of(name: str) -> Path:
@@ -245,7 +252,10 @@ class PartsFolder:
         else:
             write_atomic(plan, json.dumps(asdict(self.plan), indent=1) + '\n')
         present = self.present()
-        done = {part for part in present if self._read(part) is not None}
+        # A part with images that could not be read is made again: the disk or the store may be well now.
+        with ThreadPoolExecutor(16) as pool:
+            stored = dict(zip(present, pool.map(self._read, present), strict=True))
+        done = {part for part, its in stored.items() if its is not None and not its[0].bad}
         for part in present - done:
             (self.path / self.plan.name(part)).unlink()
         if len(done) < self.plan.parts:
