@@ -8,8 +8,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 Run = tuple[str, int, int]
@@ -33,17 +35,20 @@ class Places:
         if labels == 32_000:
             return self.data
         folder = self.output / 'data' / f'{labels}-{seed}'
-        if not (folder / 'train.csv').exists():
-            folder.mkdir(parents=True, exist_ok=True)
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            made = Path(mkdtemp(dir=folder.parent))  # renamed when it is whole: another run may make it too
             header, *rows = (self.data / 'train.csv').read_text().splitlines(keepends=True)
             order = np.random.default_rng(seed).permutation(len(rows))
-            (folder / 'all.csv').write_text(header + ''.join(rows))
-            (folder / 'val.csv').write_text((self.data / 'val.csv').read_text())
-            (folder / 'unlabelled.csv').write_text(
+            (made / 'all.csv').write_text(header + ''.join(rows))
+            (made / 'val.csv').write_text((self.data / 'val.csv').read_text())
+            (made / 'unlabelled.csv').write_text(
                 'image_path\n' + ''.join(rows[each].split(',')[0] + '\n' for each in order[labels:labels + pool]))
-            (folder / 'train.csv').write_text(header + ''.join(rows[each] for each in order[:labels]))
+            (made / 'train.csv').write_text(header + ''.join(rows[each] for each in order[:labels]))
+            with suppress(OSError):
+                made.rename(folder)
         images = self.output / 'data' / 'fashion-product-images'
-        if not images.exists():
+        with suppress(FileExistsError):
             images.symlink_to(self.data / 'fashion-product-images')
         return folder
 

@@ -6,6 +6,7 @@
 DIR holds the fashion photos, WEIGHTS lite0.safetensors (see ../fork-table-small/weights.py). Seed 9 is for tuning: its
 runs are scored on rows of train.csv that they do not learn from, never on val.csv.
 """
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,7 +103,9 @@ def tuning_rows(data: Path) -> str:
         used = {line.split(',')[0].strip() for name in ('train.csv', 'unlabelled.csv')
                 for line in (data / name).read_text().splitlines()}
         kept = [row for row in rows if row.split(',')[0] not in used][:2000]
-        (data / 'tune.csv').write_text(header + ''.join(kept))
+        whole = data / f'tune-{os.getpid()}.part'
+        whole.write_text(header + ''.join(kept))
+        whole.replace(data / 'tune.csv')
     return 'tune'
 
 
