@@ -114,9 +114,9 @@ def run_training(settings: TrainSettings, signals: StopSignals | None = None) ->
         device = start_device(run.device)
         for note in (*sorted(settings.notes), *without_effect(phases)):
             say(note)
-        settings = at_workplace(settings, say)
-        run = settings.run
         lock = stack.enter_context(closing(RunLock()))
+        settings = at_workplace(settings, lock.take, say)
+        run = settings.run
         prepared = [prepare_phase(each, settings.config, device, say, index) for index, each in enumerate(phases)]
         launchers = all_objects(launcher())
         checkpoint = find_checkpoint(run, launchers, lock, say)
