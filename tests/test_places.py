@@ -4,7 +4,9 @@ import http.server
 import re
 import threading
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from object_store import BUCKET, Store, object_store
 from PIL import Image
 
 import timm_multilabel as tm
+from timm_multilabel.api.train import run_training
 from timm_multilabel.assembly.pool_shards import without_images_of
 from timm_multilabel.cli.main import run_command
 from timm_multilabel.config.train import TrainSettings
@@ -22,18 +25,22 @@ from timm_multilabel.data.images import FilePhotos, read_image
 from timm_multilabel.data.packing import pack
 from timm_multilabel.data.pool import rows_of_table
 from timm_multilabel.data.shards import find_shards
-from timm_multilabel.data.split_names import check_folder, find_split
+from timm_multilabel.data.split_names import check_folder, find_split, no_split
 from timm_multilabel.data.streams import Stored
-from timm_multilabel.data.table import encode_rows, read_table
+from timm_multilabel.data.table import encode_rows, find_images, read_table
 from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import DataError, UserError
 from timm_multilabel.inference.embedding_parts import open_embeddings
 from timm_multilabel.inference.embeddings import Embeddings
+from timm_multilabel.loading.cache import open_cache
 from timm_multilabel.loading.copies import with_copies
-from timm_multilabel.places import path_of, why_missing
+from timm_multilabel.places import files_there, path_of, why_missing
+from timm_multilabel.stores import read_bytes, read_range
 from timm_multilabel.training import remote_run
 from timm_multilabel.training.remote_run import Workplace, at_workplace
 from timm_multilabel.training.run_folder import RunLock
+from timm_multilabel.views.opencv import OpenCVViews
+from timm_multilabel.views.recipe import ViewRecipe
 
 
 @pytest.fixture(scope='module')
@@ -234,6 +241,69 @@ def test_tables_and_images_of_a_web_server(data: Path) -> None:
         server.shutdown()
 
 
+def test_a_web_server_that_is_slow_endless_or_lacks_the_first_images(
+        store: Store, data: Path, tmp_path: Path) -> None:
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(_Odd, directory=str(data)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f'http://127.0.0.1:{server.server_port}'
+    try:
+        assert len(read_bytes(f'{address}/endless', 1000)) == 1001
+        assert path_of(f'{address}/cut/images/1.png').is_file()  # HEAD and GET are cut once each
+        assert read_range(f'{address}/val.csv', 6, 10) == (data / 'val.csv').read_bytes()[6:10]
+        names = [f'{address}/none/{number}.png' for number in range(5)]
+        names += [f'{address}/images/{number}.png' for number in range(5)]
+        assert all(files_there(names))
+    finally:
+        server.shutdown()
+
+
+def test_local_rows_beside_addresses_are_looked_for_everywhere(root: str, data: Path, tmp_path: Path) -> None:
+    (tmp_path / 'images').mkdir()
+    (tmp_path / 'images' / '1.png').write_bytes((data / 'images' / '1.png').read_bytes())
+    (tmp_path / 'train.csv').write_text(f'image_path,color\n{root}/images/0.png,red\nelsewhere/1.png,red\n')
+    assert find_images(read_table(tmp_path / 'train.csv')) == [f'{root}/images/0.png', f'{tmp_path}/images/1.png']
+
+
+def test_secrets_in_addresses_are_neither_shown_nor_kept() -> None:
+    with pytest.raises(UserError, match='^https://...@host/a.jpg: an address with a user') as caught:
+        path_of('https://me:secret@host/a.jpg')
+    assert 'secret' not in caught.value.line
+    assert DataError('https://host/a.jpg?X-Sig=1&b=2 (train.csv row 3): bad?').line == (
+        'https://host/a.jpg?... (train.csv row 3): bad?')
+    assert DataError('az://photos@account/a.csv: bad').line == 'az://photos@account/a.csv: bad'
+    with pytest.raises(UserError, match='^unlabelled: https://...@host/photos: an address with a user in it'):
+        run_training(TrainSettings().replace(data_dir='none', unlabelled='https://me:secret@host/photos'))
+
+
+def test_a_split_at_an_address_stands_alone(data: Path) -> None:
+    with pytest.raises(DataError, match='^s3://photos/none.csv: there is no such object; looked for s3://photos'):
+        raise no_split(data, 's3://photos/none.csv')
+
+
+class _Odd(http.server.SimpleHTTPRequestHandler):
+    cut = 2
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def send_head(self) -> BytesIO | BinaryIO | None:  # type: ignore[override]
+        if self.path == '/endless':
+            self.send_response(200)
+            self.end_headers()
+            try:
+                while True:
+                    self.wfile.write(bytes(2 ** 16))
+            except OSError:  # the client has gone
+                return None
+        if self.path.startswith('/cut/'):
+            if _Odd.cut:
+                _Odd.cut -= 1
+                self.connection.close()
+                return None
+            self.path = self.path.removeprefix('/cut')
+        return super().send_head()
+
+
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         pass
@@ -267,6 +337,20 @@ def test_a_copy_that_cannot_be_fetched_is_named_with_its_row_or_left_out(
         with_copies(photos, tmp_path, False, lambda line: None)
     copied = with_copies(photos, tmp_path, True, lambda line: None)
     assert copied.paths[1] == f'{root}/images/13.png'
+
+
+def test_decoded_images_are_made_again_when_a_remote_image_without_a_copy_changes(
+        store: Store, data: Path, tmp_path: Path) -> None:
+    address = store.put(data, 'stamps')
+    photos = FilePhotos(encode_rows(read_table(f'{address}/val.csv'), SPACE))
+    views, said = OpenCVViews([ViewRecipe((16, 16))]), list[str]()
+    for _ in range(2):
+        open_cache('disk', photos, views, folder=tmp_path, workers=1, skip_bad=False, say=said.append)
+    assert 'whole and up to date' in said[-1]
+    Image.new('RGB', (5, 5)).save(tmp_path / 'new.png')
+    store.client.upload_file(str(tmp_path / 'new.png'), BUCKET, 'stamps/images/12.png')
+    cached = open_cache('disk', photos, views, folder=tmp_path, workers=1, skip_bad=False, say=said.append)
+    assert any('1 of 6 images have changed' in line for line in said) and cached[0].width == 5
 
 
 # Run folders

@@ -8,7 +8,7 @@ from typing import Any
 
 from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.distributed import all_objects, ranks_here, world
-from timm_multilabel.errors import CheckpointError, OutputError, UserError
+from timm_multilabel.errors import CheckpointError, OutputError, SettingError, UserError
 from timm_multilabel.files import read_json, write_atomic
 from timm_multilabel.log import Say
 from timm_multilabel.places import (
@@ -47,6 +47,7 @@ def at_workplace(settings: TrainSettings, take: Callable[[Path], None], say: Say
     run = settings.run
     if not is_address(run.output) and not is_address(run.resume):
         return settings
+    _check_machines(settings)
     restarted = any(all_objects(int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))))  # by torchrun
     changed: dict[str, Any] = {}
     if is_address(run.output):
@@ -76,6 +77,23 @@ def at_workplace(settings: TrainSettings, take: Callable[[Path], None], say: Say
         if theirs is not None:
             raise CheckpointError(theirs)
     return settings.replace(**changed)
+
+
+def _check_machines(settings: TrainSettings) -> None:
+    """Refuse phases with earlier ones as teachers on several machines: only the first has what those have saved.
+
+    Raises:
+        SettingError: There are such.
+    """
+    if len(ranks_here()) == world()[1]:
+        return
+    names = [each.name for each in settings.phases]
+    for index, each in enumerate(settings.phases):
+        for name in each.settings.teaching.teacher or ():
+            if name in names[:index]:
+                raise SettingError(
+                    f"phase '{each.name}': its teacher is phase '{name}', whose checkpoint is on the first of several "
+                    'machines only where --output is an address; name a folder that all machines share as --output')
 
 
 def _run_folder(settings: TrainSettings) -> Path | None:
