@@ -268,8 +268,8 @@ def test_secrets_in_addresses_are_neither_shown_nor_kept() -> None:
     with pytest.raises(UserError, match='^https://...@host/a.jpg: an address with a user') as caught:
         path_of('https://me:secret@host/a.jpg')
     assert 'secret' not in caught.value.line
-    assert DataError('https://host/a.jpg?X-Sig=1&b=2 (train.csv row 3): bad?').line == (
-        'https://host/a.jpg?... (train.csv row 3): bad?')
+    assert DataError('https://host/a.jpg?X-Sig=1;b=(2&c), https://host/b?c: bad?').line == (
+        'https://host/a.jpg?...), https://host/b?...: bad?')
     assert DataError('az://photos@account/a.csv: bad').line == 'az://photos@account/a.csv: bad'
     with pytest.raises(UserError, match='^unlabelled: https://...@host/photos: an address with a user in it'):
         run_training(TrainSettings().replace(data_dir='none', unlabelled='https://me:secret@host/photos'))

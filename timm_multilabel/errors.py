@@ -6,7 +6,7 @@ _LINE = 4000  # letters of a line at most, and of a name in it
 _NAME = 80
 _NAMES = 20  # of a list of names
 _USER = re.compile(r'(?<!abfs)(?<!az)://[^/\s]*@')  # there, it is a container
-_QUERY = re.compile(r"""(https?://[^\s?'"]*)\?[^\s'",;()]+""")
+_QUERY = re.compile(r"""(https?://[^\s?'"]*)\?[^\s'"]*[^\s'"),;:.]""")
 
 
 class UserError(Exception):

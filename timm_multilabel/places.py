@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import posixpath
+import re
 import shutil
 import tempfile
 import time
@@ -73,15 +74,17 @@ def refusal(text: str) -> str | None:
     if '::' in text or not is_address(text):
         return f'not an address that is read ({", ".join(STARTS[:-1])}); of local files write the path alone'
     try:
-        return ('an address with a user in it; give the credentials as fsspec has them: by the environment or its '
-                'configuration' if has_user(text) else None)
+        urlsplit(text)
     except ValueError:
         return 'not an address'
+    return ('an address with a user in it; give the credentials as fsspec has them: by the environment or its '
+            'configuration' if has_user(text) else None)
 
 
 def has_user(text: str) -> bool:
-    """Whether a text is an address with a user in it, and perhaps a password; raises ValueError where it is damaged."""
-    return is_address(text) and not text.startswith(('abfs://', 'az://')) and '@' in urlsplit(text).netloc
+    """Whether a text is an address with a user in it, and perhaps a password."""
+    found = re.match('([a-z0-9]+)://[^/?#]*@', text)
+    return found is not None and is_address(text) and found[1] not in ('abfs', 'az')  # whose containers stand there
 
 
 class Address(PosixPath):

@@ -78,10 +78,14 @@ def read_range(address: str, start: int, end: int) -> bytes:
         OSError: They cannot be read.
     """
     if address.startswith(WEB):
-        from fsspec.asyn import sync
-        return bytes(ask(address, lambda system: sync(system.loop, _web_range, system, address, start, end)))
+        return ask(address, lambda system: _read_web(system, address, start, end))
     data: bytes = ask(address, lambda system: system.cat_file(address, start=start, end=end))
     return data
+
+
+def _read_web(system: Any, address: str, start: int, end: int) -> bytes:
+    from fsspec.asyn import sync
+    return bytes(sync(system.loop, _web_range, system, address, start, end))
 
 
 async def _web_range(system: Any, address: str, start: int, end: int) -> bytearray:
