@@ -4,26 +4,43 @@ import http.server
 import re
 import threading
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import pytest
 from common import SPACE, assert_same_summary, assert_same_weights, train_run, write_data
 from object_store import BUCKET, Store, object_store
 from PIL import Image
 
 import timm_multilabel as tm
+from timm_multilabel.api.train import run_training
+from timm_multilabel.assembly.pool_shards import without_images_of
 from timm_multilabel.cli.main import run_command
+from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.data.class_folders import read_class_folders
 from timm_multilabel.data.folders import images_of_folder
 from timm_multilabel.data.images import FilePhotos, read_image
 from timm_multilabel.data.packing import pack
+from timm_multilabel.data.pool import rows_of_table
 from timm_multilabel.data.shards import find_shards
-from timm_multilabel.data.split_names import check_folder, find_split
-from timm_multilabel.data.table import encode_rows, read_table
+from timm_multilabel.data.split_names import check_folder, find_split, no_split
+from timm_multilabel.data.streams import Stored
+from timm_multilabel.data.table import encode_rows, find_images, read_table
 from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import DataError, UserError
+from timm_multilabel.inference.embedding_parts import open_embeddings
+from timm_multilabel.inference.embeddings import Embeddings
+from timm_multilabel.loading.cache import open_cache
 from timm_multilabel.loading.copies import with_copies
-from timm_multilabel.places import path_of, why_missing
+from timm_multilabel.places import files_there, path_of, why_missing
+from timm_multilabel.stores import read_bytes, read_range
+from timm_multilabel.training import remote_run
+from timm_multilabel.training.remote_run import Workplace, at_workplace
+from timm_multilabel.training.run_folder import RunLock
+from timm_multilabel.views.opencv import OpenCVViews
+from timm_multilabel.views.recipe import ViewRecipe
 
 
 @pytest.fixture(scope='module')
@@ -149,6 +166,38 @@ def test_shards_are_those_of_local_files(store: Store, data: Path, tmp_path: Pat
         assert not any(store.faults.values())
 
 
+def test_remote_images_that_are_scored_in_shards_leave_the_pool(store: Store, tmp_path: Path) -> None:
+    for side in (5, 6, 7):
+        Image.new('RGB', (side, side)).save(tmp_path / f'{side}.png')
+    (tmp_path / 'val.csv').write_text('image_path,color\n6.png,red\n')
+    pack(read_table(tmp_path / 'val.csv'), tmp_path, 'val', 'webdataset')
+    scored = find_shards(tmp_path, 'val', 'image_path')
+    assert scored is not None
+    address = store.put(tmp_path, 'pool')
+    (tmp_path / 'pool.csv').write_text('image_path\n' + ''.join(f'{address}/{side}.png\n' for side in (5, 6, 7)))
+    rows = rows_of_table(read_table(tmp_path / 'pool.csv'), SPACE)
+    left = without_images_of(rows, [scored], 2, lambda line: None)
+    assert list(left.images) == [f'{address}/5.png', f'{address}/7.png']
+
+
+@pytest.mark.parametrize('suffix', ['npz', 'parquet'])
+def test_embeddings_in_the_store_are_read(suffix: str, store: Store, tmp_path: Path) -> None:
+    made_by = {'arch': 'test_vit', 'what': 'features', 'weights': 'ema', 'digest': 'abc'}
+    address = f's3://{BUCKET}/embeddings.{suffix}'
+    made = Embeddings(np.array(['a.png'], object), np.ones((1, 3), np.float32), made_by)
+    made.save(address)
+    assert open_embeddings(address).whole().vectors.tolist() == [[1, 1, 1]]
+    with pytest.raises(UserError, match=f'none.{suffix}: there is no such object; write one with'):
+        open_embeddings(f's3://{BUCKET}/none.{suffix}')
+
+
+def test_shards_that_cannot_be_written_beside_are_trained_on_all_the_same(store: Store, root: str) -> None:
+    store.faults['rows.json'] = [403] * 9
+    line = Stored(path_of(root), None, {}).save(None, {'train': 12})
+    assert line.startswith(f'{root}/rows.json: cannot be written (forbidden') and line.endswith(
+        '; the next run passes over the labels too')
+
+
 def test_folders_and_class_folders_are_those_of_local_files(store: Store, tmp_path: Path) -> None:
     for name in ('red/1.png', 'blue/a/2.png', 'blue/.hidden.png', 'red/notes.txt'):
         path = tmp_path / 'tree/train' / name
@@ -192,6 +241,69 @@ def test_tables_and_images_of_a_web_server(data: Path) -> None:
         server.shutdown()
 
 
+def test_a_web_server_that_is_slow_endless_or_lacks_the_first_images(
+        store: Store, data: Path, tmp_path: Path) -> None:
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(_Odd, directory=str(data)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f'http://127.0.0.1:{server.server_port}'
+    try:
+        assert len(read_bytes(f'{address}/endless', 1000)) == 1001
+        assert path_of(f'{address}/cut/images/1.png').is_file()  # HEAD and GET are cut once each
+        assert read_range(f'{address}/val.csv', 6, 10) == (data / 'val.csv').read_bytes()[6:10]
+        names = [f'{address}/none/{number}.png' for number in range(5)]
+        names += [f'{address}/images/{number}.png' for number in range(5)]
+        assert all(files_there(names))
+    finally:
+        server.shutdown()
+
+
+def test_local_rows_beside_addresses_are_looked_for_everywhere(root: str, data: Path, tmp_path: Path) -> None:
+    (tmp_path / 'images').mkdir()
+    (tmp_path / 'images' / '1.png').write_bytes((data / 'images' / '1.png').read_bytes())
+    (tmp_path / 'train.csv').write_text(f'image_path,color\n{root}/images/0.png,red\nelsewhere/1.png,red\n')
+    assert find_images(read_table(tmp_path / 'train.csv')) == [f'{root}/images/0.png', f'{tmp_path}/images/1.png']
+
+
+def test_secrets_in_addresses_are_neither_shown_nor_kept() -> None:
+    with pytest.raises(UserError, match='^https://...@host/a.jpg: an address with a user') as caught:
+        path_of('https://me:secret@host/a.jpg')
+    assert 'secret' not in caught.value.line
+    assert DataError('https://host/a.jpg?X-Sig=1;b=(2&c), https://host/b?c: bad?').line == (
+        'https://host/a.jpg?...), https://host/b?...: bad?')
+    assert DataError('az://photos@account/a.csv: bad').line == 'az://photos@account/a.csv: bad'
+    with pytest.raises(UserError, match='^unlabelled: https://...@host/photos: an address with a user in it'):
+        run_training(TrainSettings().replace(data_dir='none', unlabelled='https://me:secret@host/photos'))
+
+
+def test_a_split_at_an_address_stands_alone(data: Path) -> None:
+    with pytest.raises(DataError, match='^s3://photos/none.csv: there is no such object; looked for s3://photos'):
+        raise no_split(data, 's3://photos/none.csv')
+
+
+class _Odd(http.server.SimpleHTTPRequestHandler):
+    cut = 2
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def send_head(self) -> BytesIO | BinaryIO | None:  # type: ignore[override]
+        if self.path == '/endless':
+            self.send_response(200)
+            self.end_headers()
+            try:
+                while True:
+                    self.wfile.write(bytes(2 ** 16))
+            except OSError:  # the client has gone
+                return None
+        if self.path.startswith('/cut/'):
+            if _Odd.cut:
+                _Odd.cut -= 1
+                self.connection.close()
+                return None
+            self.path = self.path.removeprefix('/cut')
+        return super().send_head()
+
+
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         pass
@@ -225,6 +337,85 @@ def test_a_copy_that_cannot_be_fetched_is_named_with_its_row_or_left_out(
         with_copies(photos, tmp_path, False, lambda line: None)
     copied = with_copies(photos, tmp_path, True, lambda line: None)
     assert copied.paths[1] == f'{root}/images/13.png'
+
+
+def test_decoded_images_are_made_again_when_a_remote_image_without_a_copy_changes(
+        store: Store, data: Path, tmp_path: Path) -> None:
+    address = store.put(data, 'stamps')
+    photos = FilePhotos(encode_rows(read_table(f'{address}/val.csv'), SPACE))
+    views, said = OpenCVViews([ViewRecipe((16, 16))]), list[str]()
+    for _ in range(2):
+        open_cache('disk', photos, views, folder=tmp_path, workers=1, skip_bad=False, say=said.append)
+    assert 'whole and up to date' in said[-1]
+    Image.new('RGB', (5, 5)).save(tmp_path / 'new.png')
+    store.client.upload_file(str(tmp_path / 'new.png'), BUCKET, 'stamps/images/12.png')
+    cached = open_cache('disk', photos, views, folder=tmp_path, workers=1, skip_bad=False, say=said.append)
+    assert any('1 of 6 images have changed' in line for line in said) and cached[0].width == 5
+
+
+# Run folders
+
+
+@pytest.fixture
+def place(store: Store, tmp_path: Path) -> Workplace:
+    (tmp_path / 'run').mkdir()
+    return Workplace(path_of(store.put(tmp_path / 'run', f'places/{tmp_path.name}')), tmp_path / 'run')
+
+
+def test_what_was_saved_since_it_was_sent_is_kept_and_sent(store: Store, place: Workplace) -> None:
+    summary = place.path / 'summary.csv'
+    summary.write_text('one epoch')
+    assert place.send() is None
+    summary.write_text('two epochs')
+    store.faults['summary.csv'] = [403] * 9
+    assert 'cannot be written (forbidden' in str(place.send())
+    store.faults = {}
+    assert place.fetch() == 0 and summary.read_text() == 'two epochs'
+    assert place.send() is None
+    elsewhere = Workplace(place.address, place.path.parent / 'elsewhere')
+    assert elsewhere.fetch() == 1 and (elsewhere.path / 'summary.csv').read_text() == 'two epochs'
+    (elsewhere.path / 'summary.csv').write_text('three epochs')
+    assert elsewhere.send() is None
+    assert place.fetch() == 1 and summary.read_text() == 'three epochs'
+
+
+def test_an_object_that_has_gone_is_sent_again(store: Store, place: Workplace) -> None:
+    (place.path / 'model_best.pth.tar').write_text('best')
+    assert place.send() is None
+    key = str(place.address).removeprefix(f's3://{BUCKET}/')
+    store.client.delete_object(Bucket=BUCKET, Key=f'{key}/model_best.pth.tar')
+    assert place.fetch() == 0 and place.send() is None
+    assert store.keys(key) == ['model_best.pth.tar']
+
+
+def test_no_name_of_an_object_leads_out_of_the_run_folder(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place.path / 'args.yaml').write_text('seed: 1')
+    assert place.send() is None
+    names = ['args.yaml', '../outside', 'a/../../outside', '.sent.json', '.launch', '1-a/.hidden/b']
+    monkeypatch.setattr(remote_run, 'files_below', lambda address: [f'{address}/{name}' for name in names])
+    elsewhere = Workplace(place.address, place.path.parent / 'elsewhere')
+    assert elsewhere.fetch() == 1
+    assert sorted(path.name for path in elsewhere.path.iterdir()) == ['.sent.json', 'args.yaml']
+
+
+def test_a_restart_and_a_folder_named_by_its_time_go_on(
+        store: Store, place: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ('20261130-173210-model/args.yaml', '20261130-173210-model/1-warm/last.pth.tar', 'other/args.yaml'):
+        (place.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (place.path / name).write_text('text')
+    store.put(place.path, str(place.address).removeprefix(f's3://{BUCKET}/'))
+    output, name = str(place.address), '20261130-173210-model'
+    settings = TrainSettings().replace(output=output, cache_dir=str(tmp_path / 'cache'))
+    said: list[str] = []
+    for resume in (f'{output}/{name}', f'{output}/{name}/1-warm', f'{output}/{name}/1-warm/last.pth.tar'):
+        at_workplace(settings.replace(resume=resume, cache_dir=str(tmp_path / str(len(said)))), RunLock().take,
+                     said.append)
+        assert f'{output}/{name}: fetched 2 files' in said[-1]
+    with pytest.raises(UserError, match='holds a run already'):
+        at_workplace(settings.replace(experiment=name), RunLock().take, said.append)
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    at_workplace(settings.replace(experiment=name), RunLock().take, said.append)
+    assert len(said) == 4
 
 
 # Commands

@@ -1,9 +1,12 @@
 """The errors that commands report without a traceback, and texts of any origin as people can read them."""
+import re
 from collections.abc import Collection
 
 _LINE = 4000  # letters of a line at most, and of a name in it
 _NAME = 80
 _NAMES = 20  # of a list of names
+_USER = re.compile(r'(?<!abfs)(?<!az)://[^/\s]*@')  # there, it is a container
+_QUERY = re.compile(r"""(https?://[^\s?'"]*)\?[^\s'"]*[^\s'"),;:.]""")
 
 
 class UserError(Exception):
@@ -18,7 +21,7 @@ class UserError(Exception):
 
         A DataLoader worker's error is raised again in the main process with the worker's traceback put before it.
         """
-        return one_line(str(self).rpartition(f'{__name__}.{type(self).__name__}: ')[2]).strip()
+        return one_line(without_secrets(str(self).rpartition(f'{__name__}.{type(self).__name__}: ')[2])).strip()
 
 
 class DataError(UserError):
@@ -76,6 +79,11 @@ def shortened(text: str, most: int = _NAME) -> str:
 def abbreviated(text: str, most: int) -> str:
     """A name for people to read, its middle replaced by an ellipsis where it is longer: ends tell names apart, too."""
     return printable(text) if len(text) <= most else shortened(text, (most + 1) // 2) + printable(text[-(most // 2):])
+
+
+def without_secrets(text: str) -> str:
+    """A text with addresses in it, without the user in them, and of signed links without the query that signs them."""
+    return _QUERY.sub(r'\1?...', _USER.sub('://...@', text)) if '://' in text else text
 
 
 def listed(names: Collection[str]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import posixpath
+import re
 import shutil
 import tempfile
 import time
@@ -20,7 +21,7 @@ from pathlib import Path, PosixPath
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from timm_multilabel.errors import DataError, shortened
+from timm_multilabel.errors import DataError, shortened, without_secrets
 from timm_multilabel.stores import SCHEMES, STARTS, WEB, ask, is_address, open_address
 from timm_multilabel.temporary import temporary_folder
 
@@ -30,6 +31,7 @@ AT_ONCE = 16
 _PART = 2 ** 24  # bytes that are copied at once
 _RECENT = 5  # seconds that a listing is used again
 _FEW = 8  # objects of a folder that are asked for one by one; of more the folder is listed
+_ASKED = 50  # of the objects that speak for all of a folder, at most
 _TAGS = ('ETag', 'etag', 'md5Hash', 'content_md5', 'blob_id', 'LastModified', 'last_modified', 'Last-Modified',
          'updated', 'mtime', 'created')
 
@@ -44,7 +46,7 @@ def path_of(path: str | Path) -> Path:
     if isinstance(path, Address) or '://' not in text:
         return Path(path) if isinstance(path, str) else path
     if wrong := refusal(text):
-        raise DataError(f'{shortened(text, 200)}: {wrong}')
+        raise DataError(f'{shortened(without_secrets(text), 200)}: {wrong}')
     return Address(text)
 
 
@@ -72,11 +74,17 @@ def refusal(text: str) -> str | None:
     if '::' in text or not is_address(text):
         return f'not an address that is read ({", ".join(STARTS[:-1])}); of local files write the path alone'
     try:
-        has_password = '@' in urlsplit(text).netloc and not text.startswith(('abfs://', 'az://'))
+        urlsplit(text)
     except ValueError:
         return 'not an address'
     return ('an address with a user in it; give the credentials as fsspec has them: by the environment or its '
-            'configuration' if has_password else None)
+            'configuration' if has_user(text) else None)
+
+
+def has_user(text: str) -> bool:
+    """Whether a text is an address with a user in it, and perhaps a password."""
+    found = re.match('([a-z0-9]+)://[^/?#]*@', text)
+    return found is not None and is_address(text) and found[1] not in ('abfs', 'az')  # whose containers stand there
 
 
 class Address(PosixPath):
@@ -295,7 +303,8 @@ def entries(addresses: Sequence[str]) -> list[Entry | None]:
             for number in numbers:
                 found[number] = one(number)
         else:
-            known = any(one(number) for number in numbers[:3])
+            some = numbers[::-(-len(numbers) // _ASKED)]
+            known = any(one(number) is not None for number in some)  # up to the first that is there
             for number in numbers:
                 found[number] = Entry(0, 0) if known else None
 

@@ -31,6 +31,7 @@ _LIBRARIES = {
     's3': "'.[remote]'", 'gs': 'gcsfs', 'gcs': 'gcsfs', 'az': 'adlfs', 'abfs': 'adlfs', 'http': 'aiohttp',
     'https': 'aiohttp'}
 _BLOCK = 2 ** 22  # bytes that a stream asks for at once
+_MOST = 2 ** 30  # bytes of an object whose size is not told
 _TIMEOUT = 30  # seconds without a byte from a web server
 
 
@@ -50,7 +51,8 @@ def ask(address: str, work: Callable[[Any], T]) -> T:
     for wait in (*WAITS, None):
         try:
             return work(_system(scheme, os.getpid()))
-        except Exception as error:  # each library raises its own
+        except Exception as raised:  # each library raises its own
+            error = _true_error(raised, scheme)
             if (final := _final(error, scheme)) is not None:
                 raise final from error
             if wait is None:
@@ -75,9 +77,34 @@ def read_range(address: str, start: int, end: int) -> bytes:
     Raises:
         OSError: They cannot be read.
     """
+    if address.startswith(WEB):
+        return ask(address, lambda system: _read_web(system, address, start, end))
     data: bytes = ask(address, lambda system: system.cat_file(address, start=start, end=end))
-    # A web server that knows no ranges sends the whole.
-    return data if len(data) <= end - start else data[start:end]
+    return data
+
+
+def _read_web(system: Any, address: str, start: int, end: int) -> bytes:
+    from fsspec.asyn import sync
+    return bytes(sync(system.loop, _web_range, system, address, start, end))
+
+
+async def _web_range(system: Any, address: str, start: int, end: int) -> bytearray:
+    """Some bytes of what a web server sends, which is the whole where it knows no ranges; no more of it is read."""
+    options = dict(system.kwargs)
+    headers = {**options.pop('headers', {}), 'Range': f'bytes={start}-{end - 1}', 'Accept-Encoding': 'identity'}
+    session = await system.set_session()
+    data = bytearray()
+    async with session.get(system.encode_url(address), headers=headers, **options) as answer:
+        if answer.status == 416:  # nothing is left there
+            return data
+        answer.raise_for_status()
+        before = 0 if answer.status == 206 else start
+        async for part in answer.content.iter_chunked(2 ** 20):
+            data += part[before:]
+            before = max(0, before - len(part))
+            if len(data) >= end - start:
+                break
+    return data[:end - start]
 
 
 def open_address(address: str) -> BinaryIO:
@@ -88,7 +115,10 @@ def open_address(address: str) -> BinaryIO:
     """
     size = ask(address, lambda system: system.info(address)).get('size')
     if size is None:  # a web server that does not tell
-        return io.BytesIO(ask(address, lambda system: system.cat_file(address)))
+        data = read_bytes(address, _MOST)
+        if len(data) > _MOST:
+            raise OSError(errno.EFBIG, f'more than {_MOST:,} bytes, and its server does not say how many')
+        return io.BytesIO(data)
     return io.BufferedReader(_Ranges(address, size), _BLOCK)
 
 
@@ -142,6 +172,13 @@ def _system(scheme: str, process: int) -> Any:
     except ImportError as error:
         library = _LIBRARIES.get(scheme, 'fsspec')
         raise DataError(f'{scheme}:// addresses need a library ({error}): pip install {library}') from error
+
+
+def _true_error(error: Exception, scheme: str) -> Exception:
+    """What went wrong: of a web server, fsspec says that an object is missing whatever that is."""
+    cause = error.__cause__
+    return cause if scheme in ('http', 'https') and isinstance(error, FileNotFoundError) and isinstance(
+        cause, Exception) else error
 
 
 def _final(error: Exception, scheme: str) -> Exception | None:

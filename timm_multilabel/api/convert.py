@@ -31,7 +31,7 @@ def run_convert(settings: ConvertSettings) -> Converted:
     Raises:
         UserError: It cannot be converted.
     """
-    root = None if settings.image_root is None else Path(settings.image_root).expanduser()
+    root = None if settings.image_root is None else local_path(settings.image_root).expanduser()
     if is_huggingface(settings.source):
         return convert_huggingface(settings.source, local_path(settings.directory), settings.force)
-    return convert_data(Path(settings.source), local_path(settings.directory), root, settings.force)
+    return convert_data(local_path(settings.source), local_path(settings.directory), root, settings.force)

@@ -29,6 +29,7 @@ from timm_multilabel.errors import DataError, SettingError
 from timm_multilabel.files import atomic_write, write_atomic
 from timm_multilabel.log import say
 from timm_multilabel.metric_names import in_summary, of_head
+from timm_multilabel.places import local_path
 from timm_multilabel.probing.features import Embedder
 from timm_multilabel.probing.fit import Fitted, Grid, Labelled, default_epochs, fit_heads
 from timm_multilabel.task import JointTask
@@ -133,7 +134,7 @@ def run_probe(settings: ProbeSettings) -> Probe | None:
         embedder = Embedder(
             backbone if isinstance(backbone, JoinedBackbones) else JoinedBackbones([backbone], False).to(device).eval(),
             settings.model, data_config, scoring_views(data_config), precision,
-            Path(settings.cache_dir).expanduser() / 'features')
+            local_path(settings.cache_dir).expanduser() / 'features')
         splits = [SplitFeatures(embedder, train, chosen), SplitFeatures(embedder, val, np.arange(len(val)))]
         check_room(splits)
         started = time.perf_counter()

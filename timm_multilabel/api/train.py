@@ -31,7 +31,7 @@ from timm_multilabel.assembly.resuming import (
     with_first_weights,
 )
 from timm_multilabel.assembly.starts import Starts
-from timm_multilabel.config.files import args_yaml, build
+from timm_multilabel.config.files import args_yaml, build, check_no_users
 from timm_multilabel.config.train import TrainSettings
 from timm_multilabel.data.streams import StreamedRows
 from timm_multilabel.distributed import all_objects, world
@@ -102,6 +102,7 @@ def run_training(settings: TrainSettings, signals: StopSignals | None = None) ->
         Stopped: It was told to stop, and the state is saved.
     """
     phases = check_phases(settings)
+    check_no_users('settings', args_yaml(settings))
     run = settings.run
     for package in ('tensorboard', 'wandb'):
         if {'tensorboard': run.log_tensorboard, 'wandb': run.log_wandb}[package]:
@@ -114,9 +115,9 @@ def run_training(settings: TrainSettings, signals: StopSignals | None = None) ->
         device = start_device(run.device)
         for note in (*sorted(settings.notes), *without_effect(phases)):
             say(note)
-        settings = at_workplace(settings, say)
-        run = settings.run
         lock = stack.enter_context(closing(RunLock()))
+        settings = at_workplace(settings, lock.take, say)
+        run = settings.run
         prepared = [prepare_phase(each, settings.config, device, say, index) for index, each in enumerate(phases)]
         launchers = all_objects(launcher())
         checkpoint = find_checkpoint(run, launchers, lock, say)

@@ -2,7 +2,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -31,6 +30,7 @@ from timm_multilabel.loading.streaming import (
     create_stream_loader,
 )
 from timm_multilabel.log import Say
+from timm_multilabel.places import local_path
 from timm_multilabel.views.opencv import OpenCVViews
 from timm_multilabel.views.pillow import scoring_views
 from timm_multilabel.views.told import Told
@@ -190,7 +190,7 @@ class _Photos:
 
     def open(self, rows: Rows, views: PhotoViews, kind: str | None) -> Photos:
         """The photos of rows."""
-        files, folder = FilePhotos(rows), Path(self.settings.cache_dir).expanduser()
+        files, folder = FilePhotos(rows), local_path(self.settings.cache_dir).expanduser()
         if kind == 'disk':
             files = with_copies(files, folder / 'copies', self.settings.skip_bad_images, self.say)
         if kind is None:

@@ -155,9 +155,11 @@ def find_unlabelled(settings: TrainSettings, label_space: LabelSpace, say: Say) 
             found = [find_shards(folder, f'{inside}/*{ending}', written.image_column, written.missing_value)
                      for ending in ('.tar', '.parquet')]
             return found[0] or found[1] or rows_of_folder(place, label_space, say)
+    looked = '' if is_address(source) else (
+        f'; looked for {split_path(folder, source)}, {folder / source} and {source}')
     raise DataError(
-        f'--unlabelled {source}: no such CSV, folder, shards or split; looked for {split_path(folder, source)}, '
-        f'{folder / source} and {source}; name your own photos with --unlabelled FOLDER')
+        f'--unlabelled {source}: no such CSV, folder, shards or split{looked}; name your own photos with '
+        '--unlabelled FOLDER')
 
 
 def without_scored(settings: TrainSettings, rows: Rows, taken: Iterable[str], say: Say) -> Rows:

@@ -1,5 +1,4 @@
 """Unlabelled images in shards: which shards, how many samples, and which of these are left out."""
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -25,6 +24,7 @@ from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.distributed import all_objects, world
 from timm_multilabel.errors import DataError, UserError
 from timm_multilabel.labels import LabelSpace
+from timm_multilabel.loading.cache import stamps_of
 from timm_multilabel.log import Say
 from timm_multilabel.places import path_of
 from timm_multilabel.progress import OFF_TERMINAL
@@ -166,7 +166,9 @@ def without_images_of(rows: Rows, shards: Sequence[Shards], workers: int, say: S
     _say_wrong([line for _, lines in told for line in lines], say)
     known = Fingerprints(one for images, _ in told for one, _ in images)
     sizes = {size for images, _ in told for _, size in images}
-    alike = [row for row in range(rank, len(rows), ranks) if _size(rows.images[row]) in sizes]
+    mine = range(rank, len(rows), ranks)
+    stamps = stamps_of([str(rows.images[row]) for row in mine])
+    alike = [row for row, size in zip(mine, stamps[:, 0].tolist()) if not size or size in sizes]  # 0: not known
     hashes = fingerprints_of_files([str(rows.images[row]) for row in alike], workers)
     taken = all_objects([row for row, each in zip(alike, hashes, strict=True) if each is not None and known.has(each)])
     left = np.ones(len(rows), dtype=bool)
@@ -199,11 +201,3 @@ def _counted(items: Iterable[T], bar: tqdm) -> Iterator[T]:
 def _say_wrong(lines: Sequence[str], say: Say) -> None:
     for line in dict.fromkeys(lines):
         say(f'{line}: cannot keep its images out of the unlabelled ones')
-
-
-def _size(path: str) -> int | None:
-    """The bytes of a file, if it is there."""
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return None

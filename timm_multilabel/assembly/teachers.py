@@ -37,7 +37,7 @@ from timm_multilabel.loading.shared import SharedBytes, format_size
 from timm_multilabel.loading.soft_labels import Answers, SoftLabels
 from timm_multilabel.log import Say
 from timm_multilabel.model import create_backbone
-from timm_multilabel.places import absolute, path_of
+from timm_multilabel.places import absolute, local_path, path_of
 from timm_multilabel.task import FeatureTeaching
 from timm_multilabel.temporary import RANDOM_NAME, remove_leftovers
 from timm_multilabel.training.checkpoint import Checkpoint, read_checkpoint
@@ -267,7 +267,7 @@ def make_soft_labels(
 def _shared_answers(settings: TrainSettings, rows: Rows, teachers: Teachers, say: Say) -> Answers:
     """The answers for all rows, from the file or made now."""
     here, rank = ranks_here(), world()[0]
-    folder, length = Path(settings.data.cache_dir).expanduser(), Answers.size(len(rows), teachers.width)
+    folder, length = local_path(settings.data.cache_dir).expanduser(), Answers.size(len(rows), teachers.width)
     offer, path, wrong = None, Path(), None
     if rank == here[0]:
         try:

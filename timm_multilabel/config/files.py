@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 from timm_multilabel.config.commands import ProbeSettings
 from timm_multilabel.config.settings import NOTES, Setting, Settings, layered, named_setting, read_values
 from timm_multilabel.config.train import Phase, TrainSettings
-from timm_multilabel.errors import SettingError
+from timm_multilabel.errors import SettingError, without_secrets
 from timm_multilabel.files import read_text
 from timm_multilabel.model_names import is_from_elsewhere
+from timm_multilabel.places import has_user, refusal
 
 S = TypeVar('S', bound=Settings)
 
@@ -158,6 +159,18 @@ def args_yaml(settings: TrainSettings) -> dict[str, Any]:
         {'name': phase.name, **{name: value for name, value in phase.settings.flat().items()
                                 if name in phase.given and name not in _OF_THE_START}}
         for phase in settings.phases]}
+
+
+def check_no_users(name: str, value: Any) -> None:
+    """Raise SettingError where a setting, or one in it, is an address with a user in it, which args.yaml would hold."""
+    if isinstance(value, Mapping):
+        for part in value:
+            check_no_users(str(part), value[part])
+    elif isinstance(value, list | tuple):
+        for part in value:
+            check_no_users(name, part)
+    elif isinstance(value, str) and has_user(value):
+        raise SettingError(f'{name}: {without_secrets(value)}: {refusal(value)}')
 
 
 def as_words(made: Setting, value: Any) -> list[str]:

@@ -16,6 +16,7 @@ from timm_multilabel.data.streams import Stored
 from timm_multilabel.data.table import read_table
 from timm_multilabel.errors import DataError
 from timm_multilabel.files import write_atomic
+from timm_multilabel.places import local_path
 from timm_multilabel.progress import OFF_TERMINAL
 
 # Mean and spread of the hue in degrees. Neighbours overlap a little, so that nobody reaches 100 %. Gray shapes are
@@ -68,7 +69,7 @@ def write_sample(
     Raises:
         DataError: The folder holds such files already, or cannot be made, or a library is missing.
     """
-    directory = Path(directory)
+    directory = local_path(directory)
     counts = {'train': train, 'val': val, 'test': test, 'unlabelled': unlabelled}
     tables = [directory / f'{name}.csv' for name in counts]
     for name in counts:

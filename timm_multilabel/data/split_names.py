@@ -8,7 +8,7 @@ from timm_multilabel.data.table_files import ENDINGS, holds_paths
 from timm_multilabel.data.table_format import TableFormat
 from timm_multilabel.errors import DataError
 from timm_multilabel.places import Address, path_of, why_missing
-from timm_multilabel.stores import WEB
+from timm_multilabel.stores import WEB, is_address
 
 _OTHER_SPLITS = ('val', 'test', 'unlabelled')
 
@@ -19,7 +19,7 @@ def split_path(folder: Path, name: str) -> Path:
     A folder of class folders with that name or path is a table too, in a data directory without tables or shards of
     splits. Where there is none of these, the file that the name asks for.
     """
-    inside = folder / name if name.endswith(ENDINGS) else folder / f'{name}.csv'
+    inside = _in(folder, name if name.endswith(ENDINGS) or is_address(name) else f'{name}.csv')
     found = next((path for path in places_of_split(folder, name) if path.is_file()), None)
     return found or _class_folders(folder, name) or inside
 
@@ -69,7 +69,7 @@ def check_folder(folder: Path) -> None:
 
 def no_split(folder: Path, name: str) -> DataError:
     """The error of a split that `find_split` does not find."""
-    places = ', '.join(map(str, (folder / f'{name}.csv', folder / name, path_of(name))))
+    places = ', '.join(map(str, dict.fromkeys((_in(folder, f'{name}.csv'), _in(folder, name), path_of(name)))))
     others = ', '.join(ENDINGS[1:])
     tables = sorted(path for path in folder.glob('*.csv') if path.is_file() and path.stem not in _OTHER_SPLITS)
     hint = ''
@@ -95,7 +95,14 @@ def files_of_split(split: Path | Shards) -> set[Path]:
 
 def places_of_split(folder: Path, name: str) -> list[Path]:
     """Where the table of a split may be, in order."""
+    if is_address(name):
+        return [*(path_of(f'{name}{ending}') for ending in ENDINGS), path_of(name)]
     return [*(folder / f'{name}{ending}' for ending in ENDINGS), folder / name, path_of(name)]
+
+
+def _in(folder: Path, name: str) -> Path:
+    """What a name stands for in a folder; an address stands alone."""
+    return path_of(name) if is_address(name) else folder / name
 
 
 def _class_folders(folder: Path, name: str) -> Path | None:

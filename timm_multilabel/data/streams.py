@@ -12,7 +12,7 @@ from timm_multilabel.cells import TAG_SEPARATOR, too_sparse
 from timm_multilabel.data.fingerprints import KeptOut
 from timm_multilabel.data.shards import Sample, Shards
 from timm_multilabel.data.table import FIX_LABELS, Rows, Table, encode_rows, encode_targets, missing_targets
-from timm_multilabel.errors import DataError
+from timm_multilabel.errors import DataError, OutputError
 from timm_multilabel.files import read_json, write_atomic
 from timm_multilabel.labels import Labels, LabelSet, LabelSpace, TagSet
 
@@ -251,6 +251,6 @@ class Stored:
                 written.append(self.LABEL_SPACE)
             write_atomic(self.folder / self.ROWS, json.dumps({**self.rows, **rows}, indent=1) + '\n')
             written.append(self.ROWS)
-        except OSError as error:
-            return f'{self.folder}: cannot be written to ({error.strerror}), so the next run passes over the labels too'
+        except OutputError as error:
+            return f'{error.line}; the next run passes over the labels too'
         return f'{self.folder}: wrote {" and ".join(written)}; remove them when the shards change'

@@ -18,7 +18,7 @@ from timm_multilabel.config.values import WHITESPACE
 from timm_multilabel.data.class_folders import read_class_folders
 from timm_multilabel.data.table_files import read_cells
 from timm_multilabel.data.table_format import TableFormat
-from timm_multilabel.errors import DataError, listed, printable, shortened
+from timm_multilabel.errors import DataError, listed, printable, shortened, without_secrets
 from timm_multilabel.labels import (
     MISSING,
     UNKNOWN,
@@ -144,7 +144,7 @@ def _check_addresses(path: Path, images: pd.Series) -> None:
     """Raise DataError where a cell names an image in a way that is not read, such as file:// or chained addresses."""
     for row, text in images[images.str.contains('://', regex=False)].items():
         if wrong := refusal(text):
-            raise DataError(f"{path} row {row}: '{shortened(text)}' is {wrong}")
+            raise DataError(f"{path} row {row}: '{shortened(without_secrets(text))}' is {wrong}")
 
 
 def find_images(table: Table, passing_over: bool = False) -> list[str]:
@@ -180,15 +180,18 @@ def find_images(table: Table, passing_over: bool = False) -> list[str]:
 
 def look_for_images(table: Table) -> tuple[list[str], list[bool]]:
     """Where the image of each row (N,) is looked for, as `find_images` says it, and whether a file is there (N,)."""
-    tried: list[str] | None = None
+    texts = list(table.frame[table.image_column])
+    there = np.zeros(len(texts), dtype=bool)
+    remote = [row for row, text in enumerate(texts) if is_address(text)]  # which say nothing of where the others are
+    if remote:
+        there[remote] = files_there([texts[row] for row in remote])
+    others = np.setdiff1d(np.arange(len(texts)), remote)
     for rule in _rules(table).values():
-        paths = list(map(rule, table.frame[table.image_column]))
-        if paths == tried:  # all of them are addresses
+        paths = list(map(rule, texts))
+        there[others] = files_there([paths[row] for row in others])
+        if not len(others) or there[others].any():
             break
-        tried, exists = paths, files_there(paths)
-        if any(exists):
-            break
-    return paths, exists
+    return paths, there.tolist()
 
 
 def _rules(table: Table) -> dict[str, Callable[[str], str]]:

@@ -16,6 +16,7 @@ from timm_multilabel.errors import UserError
 from timm_multilabel.files import read_text, reading
 from timm_multilabel.loading.batches import ImageDataset
 from timm_multilabel.loading.loaders import create_eval_loader
+from timm_multilabel.places import path_of
 from timm_multilabel.training.checkpoint import Checkpoint
 from timm_multilabel.views.pillow import scoring_views
 
@@ -37,7 +38,7 @@ def images_of_run(checkpoint: Checkpoint) -> list[str]:
     with reading(settings, 'the settings of a run', way_out):
         args = yaml.safe_load(read_text(settings, 2 ** 24))
         # Settings of the checkpoint come first: a phase may have splits of its own.
-        folder, settings_of = Path(args['data_dir']), {**args, **checkpoint.state}
+        folder, settings_of = path_of(args['data_dir']), {**args, **checkpoint.state}
         written = TableFormat.of(checkpoint.state)
         splits = [find_split(folder, settings_of.get(f'{usual}_split') or usual, written) for usual in ('val', 'train')]
         path = next((split for split in splits if isinstance(split, Path)), None)

@@ -9,6 +9,7 @@ import numpy as np
 from timm_multilabel.errors import CheckpointError
 from timm_multilabel.inference.embeddings import Embeddings, check_made_by, images_of_parquet
 from timm_multilabel.inference.parts import Manifest, Part
+from timm_multilabel.places import path_of
 
 
 class Bank(Protocol):
@@ -117,4 +118,5 @@ def open_embeddings(path: str | Path) -> Bank:
     Raises:
         CheckpointError: They are missing, damaged or something else, or pyarrow is not installed.
     """
-    return EmbeddingParts.load(Path(path)) if Path(path).is_dir() else Embeddings.load(path)
+    path = path_of(path)
+    return EmbeddingParts.load(path) if path.is_dir() else Embeddings.load(path)

@@ -14,6 +14,7 @@ from timm_multilabel.errors import CheckpointError, escaped, is_utf8
 from timm_multilabel.files import atomic_write, open_regular, reading
 from timm_multilabel.inference.loaded import WHAT, LoadedModel, Progress, check_finite, reason_of
 from timm_multilabel.loading.batches import ImageDataset
+from timm_multilabel.places import local_copy, path_of, why_missing
 from timm_multilabel.training.checkpoint import WEIGHTS
 
 SUFFIXES = ('.npz', '.parquet')
@@ -96,11 +97,14 @@ class Embeddings:
         Raises:
             CheckpointError: The file is missing, damaged or something else, or pyarrow is not installed.
         """
-        path = Path(path)
+        path = path_of(path)
         if not path.is_file():
-            raise CheckpointError(f'{path}: no such file of embeddings; write one with timm-multilabel embed')
-        with reading(path, 'embeddings', _WAY_OUT):
-            images, vectors, made_by = _load_parquet(path) if path.suffix == '.parquet' else _load_npz(path)
+            raise CheckpointError(
+                f'{path}: {why_missing(path, "file of embeddings")}; write one with timm-multilabel embed')
+        if path.suffix == '.parquet':
+            import_pyarrow(path)
+        with reading(path, 'embeddings', _WAY_OUT), local_copy(path) as file:
+            images, vectors, made_by = _load_parquet(file) if path.suffix == '.parquet' else _load_npz(file)
             _check_images(images)
             check_array('embeddings', vectors, np.float32, len(images), None)
             if not vectors.size or not np.isfinite(vectors).all():
@@ -143,14 +147,14 @@ def images_of_parquet(path: Path) -> np.ndarray:
     Raises:
         DataError: See `Embeddings.load`.
     """
-    with reading(path, 'embeddings', _WAY_OUT):
-        _, parquet = import_pyarrow(path)
+    _, parquet = import_pyarrow(path)
+    with reading(path, 'embeddings', _WAY_OUT), local_copy(path) as here:
         images: list[Any] = []
         size = 0
-        with open_regular(path) as opened, parquet.ParquetFile(opened) as file:
+        with open_regular(here) as opened, parquet.ParquetFile(opened) as file:
             for batch in file.iter_batches(_BATCH, columns=['image']):
                 size += batch.nbytes
-                check_expansion(path, size)
+                check_expansion(here, size)
                 images += batch['image'].to_pylist()
         _check_images(images)
     return np.array(images, object)

@@ -13,7 +13,7 @@ from timm_multilabel.compat import shared_bytes
 from timm_multilabel.data.images import DecodedPhoto, FilePhotos, Photo, Photos
 from timm_multilabel.data.table import Rows
 from timm_multilabel.distributed import all_objects
-from timm_multilabel.errors import DataError, UserError
+from timm_multilabel.errors import DataError, UserError, without_secrets
 from timm_multilabel.loading.sampling import Draw, other_rows
 from timm_multilabel.loading.soft_labels import SoftLabels
 from timm_multilabel.places import AT_ONCE
@@ -145,9 +145,9 @@ class ImageDataset:
         raise DataError(f'{self.rows.source}: {int(bad.sum())} of {len(self)} images are bad, too many to leave out')
 
     def bad_names(self) -> list[str]:
-        """The bad images found so far, as messages name them."""
+        """The bad images found so far, as messages name them; checkpoints keep them, so without secrets."""
         bad = [] if self.bad is None else self.bad.nonzero().flatten().tolist()
-        return [f'{self.rows.images[row]} ({self.rows.where(row)})' for row in bad]
+        return [f'{without_secrets(str(self.rows.images[row]))} ({self.rows.where(row)})' for row in bad]
 
 
 def can_be_decoded(photo: Photo) -> bool:

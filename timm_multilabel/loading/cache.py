@@ -78,9 +78,13 @@ class Contents:
         made = cls(*(np.zeros((len(rows), *shape), kind) for shape, kind in (
             ((2,), np.int32), ((), np.uint8), ((), np.uint8), ((), bool), ((3,), np.int64))))
 
+        if photos.are_remote:  # a folder is listed once
+            made.stamps[:] = stamps_of([photos.paths[row] for row in rows])
+
         def look(places: Sequence[int]) -> None:
             for place in places:
-                made.stamps[place] = stamp_of(photos.paths[rows[place]])  # first, so that no change is missed
+                if not photos.are_remote:
+                    made.stamps[place] = stamp_of(photos.paths[rows[place]])  # first, so that no change is missed
                 try:
                     photo = photos[rows[place]]
                     useful = views.useful_reductions(photo)
@@ -356,8 +360,7 @@ def _read_index(
             shared = SharedBytes.of_file(path, length)
     except UserError:
         return None
-    stamps = np.array([stamp_of(image) for image in files.paths], np.int64)
-    changed = int((stamps != contents.stamps).any(axis=1).sum())
+    changed = int((stamps_of(files.paths) != contents.stamps).any(axis=1).sum())
     if changed:
         say(f'{title}: {changed} of {len(files)} images have changed since it was made')
         return None
