@@ -186,7 +186,7 @@ def test_outputs_that_cannot_be_written(capsys, data_dir, tmp_path, trained):
 
 
 BAD_POOLS_AND_HEADS = [
-    (['--unlabelled', 'nowhere'], '--unlabelled nowhere: no such CSV, folder or split; looked for'),
+    (['--unlabelled', 'nowhere'], '--unlabelled nowhere: no such CSV, folder, shards or split; looked for'),
     (['--unlabelled', 'empty'], 'empty: no images in this folder'),
     (['--unlabelled', 'train'], 'all of its images are labelled or scored elsewhere'),
     (['--unlabelled-batch-size', '2'], 'every row has a label, so there is no unlabelled image'),

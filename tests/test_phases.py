@@ -211,7 +211,7 @@ def test_another_model_in_a_later_phase_shows_before_the_first_is_trained(recipe
     settings['phases'][1]['model'] = 'test_vit'
     recipe.write_text(yaml.safe_dump(settings))
     error = line(capsys, '-c', recipe)
-    assert "phase 'joint': the phase before it: a checkpoint of test_resnet, whose backbone does not fit" in error
+    assert "phase 'joint': phase 'pretrain': a checkpoint of test_resnet, whose backbone does not fit" in error
     assert not (tmp_path / 'run').exists()
 
 

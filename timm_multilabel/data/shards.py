@@ -3,6 +3,7 @@
 The files are opened here, never by those libraries, which would take a path such as `pipe:...` for a command.
 """
 import json
+import os
 import random
 import re
 import sys
@@ -206,7 +207,7 @@ def _is_even(files: int, parts: int) -> bool:
 
 def _beginning(path: str, seed: int | None) -> float:
     """The share of a shard that is read last; the rest of it comes first."""
-    return 0.0 if seed is None else random.Random(f'{seed} {Path(path).name}').random()
+    return 0.0 if seed is None else random.Random(os.fsencode(f'{seed} {Path(path).name}')).random()
 
 
 def _read_tars(files: Iterable[str], images: bool, seed: int | None) -> Iterator[dict[str, Any]]:
