@@ -94,8 +94,8 @@ def test_slurm_on_two_machines_that_are_one(tmp_path):
         port = free.getsockname()[1]
     environment = programs(
         tmp_path / 'bin', scontrol='test "$*" = "show hostnames nodes[0-1]" && printf "localhost\\nlocalhost\\n"',
-        srun='for id in 0 1; do SLURM_PROCID=$id SLURM_NODEID=$id SLURM_LOCALID=0 SLURM_NTASKS=2 "$@" & done; '
-             'wait -n && wait -n') | {
+        srun='test "$1" = --kill-on-bad-exit=1 && shift; for id in 0 1; do SLURM_PROCID=$id SLURM_NODEID=$id '
+             'SLURM_LOCALID=0 SLURM_NTASKS=2 "$@" & done; wait -n && wait -n') | {
         'SLURM_JOB_NODELIST': 'nodes[0-1]', 'SLURM_NNODES': '2', 'SLURM_JOB_ID': '7', 'SLURM_GPUS_ON_NODE': '1',
         'PORT': str(port), 'CHECKPOINT': str(checkpoint), 'PHOTOS': str(data / 'images'),
         'OUT': f'{tmp_path}/embeddings/', 'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': 'lo'}
